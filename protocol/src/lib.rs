@@ -1,0 +1,45 @@
+//! The contract between the host side of a sandbox and the agent inside its guest.
+//!
+//! Both sides are built from one tree and shipped together, so the contract has one version number
+//! and no negotiation: [`Hello`] carries it, and the host refuses a guest that speaks another.
+
+/// Version of everything in this crate. Raised by any change that one side alone cannot survive.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// vsock port in the guest where the agent serves [`agent_ttrpc::Agent`].
+pub const AGENT_PORT: u32 = 1024;
+
+/// vsock port in the guest where the host opens stdio streams.
+pub const STREAM_PORT: u32 = 1025;
+
+/// vsock port on the host to which the agent sends one [`Hello`] line when it serves both ports.
+pub const READY_PORT: u32 = 1024;
+
+/// Tag of the virtio-fs device that holds the sandbox's shared directory.
+pub const SHARED_TAG: &str = "isopod";
+
+/// Where the guest mounts the shared directory.
+pub const SHARED_DIR: &str = "/run/isopod/shared";
+
+/// The first and only message on [`READY_PORT`]: one line of JSON, then the agent closes.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Hello {
+    /// The agent's [`PROTOCOL_VERSION`].
+    pub protocol: u32,
+    /// The guest's `uname -r`.
+    pub kernel: String,
+    /// Guest time (`CLOCK_BOOTTIME`) in microseconds when the agent's `main` began.
+    pub init_us: u64,
+    /// Guest time (`CLOCK_BOOTTIME`) in microseconds when this line was written.
+    pub ready_us: u64,
+    /// `MemTotal` less `MemAvailable` of the guest, in KiB, when this line was written.
+    pub memory_used_kib: u64,
+}
+
+// Written by the code generator at build time.
+#[allow(missing_docs, unreachable_pub, unused_mut, clippy::all, clippy::restriction)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+}
+
+pub use generated::{agent, agent_ttrpc};

@@ -1,0 +1,191 @@
+//! Puts kernel, initramfs and boot parameters into guest memory.
+
+use std::fs::File;
+
+use linux_loader::cmdline::Cmdline;
+use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator};
+use linux_loader::loader::{Elf, KernelLoader, bootparam::boot_e820_entry, bootparam::boot_params};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
+
+use super::layout;
+use crate::config::MAX_CMDLINE_LEN;
+use crate::memory::{GuestRam, MemoryError};
+
+// Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
+const BOOT_FLAG: u16 = 0xaa55;
+const HEADER_MAGIC: u32 = 0x5372_6448;
+const LOADER_UNDEFINED: u8 = 0xff;
+const KERNEL_ALIGNMENT: u32 = 0x20_0000;
+
+// arch/x86/include/uapi/asm/e820.h
+const E820_RAM: u32 = 1;
+const E820_RESERVED: u32 = 2;
+
+/// First bytes of a newc cpio archive, with and without checksums.
+const CPIO_MAGICS: [&[u8; 6]; 2] = [b"070701", b"070702"];
+
+const PAGE_SIZE: u64 = 4096;
+
+/// The guest cannot be given its kernel or image.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The kernel file is no loadable `vmlinux`.
+    #[error(
+        "{path}: not a bootable x86-64 vmlinux: {source}; rebuild or reinstall the guest kernel"
+    )]
+    Kernel {
+        /// The kernel file.
+        path: String,
+        /// What linux-loader found.
+        source: linux_loader::loader::Error,
+    },
+    /// The image file is no cpio archive.
+    #[error("{0}: not a newc cpio archive; rebuild or reinstall the guest image")]
+    NoArchive(String),
+    /// The image file could not be read.
+    #[error("{path}: {source}")]
+    Read {
+        /// The image file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Kernel and image are larger than the memory.
+    #[error(
+        "{path}: {len} bytes do not fit beside the kernel in guest memory; raise the sandbox's memory size"
+    )]
+    NoRoom {
+        /// The image file.
+        path: String,
+        /// Its length.
+        len: u64,
+    },
+    /// The command line is too long.
+    #[error("the kernel command line: {0}")]
+    Cmdline(#[from] linux_loader::cmdline::Error),
+    /// Low memory could not be written.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The boot parameters could not be written.
+    #[error("boot parameters: {0}")]
+    Params(#[from] linux_loader::configurator::Error),
+}
+
+/// Loads an ELF kernel at its physical addresses.
+///
+/// Returns its entry point and the first address behind it.
+///
+/// # Errors
+///
+/// [`BootError::Kernel`].
+pub fn load_kernel(ram: &GuestRam, file: &mut File, path: &str) -> Result<Kernel, BootError> {
+    let loaded = Elf::load(ram.memory(), None, file, Some(GuestAddress(layout::HIMEM_START)))
+        .map_err(|source| BootError::Kernel { path: path.to_owned(), source })?;
+    Ok(Kernel { entry: loaded.kernel_load.raw_value(), end: loaded.kernel_end })
+}
+
+/// Where a kernel lies in guest memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernel {
+    /// Its 64-bit entry point.
+    pub entry: u64,
+    /// First address behind it, its zero-filled part included.
+    pub end: u64,
+}
+
+/// Reads the image to the top of the memory below 4 GiB.
+///
+/// # Errors
+///
+/// When it is no cpio archive, or does not fit above the kernel.
+pub fn load_initramfs(
+    ram: &GuestRam,
+    file: &mut File,
+    path: &str,
+    kernel_end: u64,
+) -> Result<Initramfs, BootError> {
+    let read = |source| BootError::Read { path: path.to_owned(), source };
+    let len = file.metadata().map_err(read)?.len();
+    let no_room = || BootError::NoRoom { path: path.to_owned(), len };
+    let start = ram.low_end().checked_sub(len).ok_or_else(no_room)? & !(PAGE_SIZE - 1);
+    if start < kernel_end {
+        return Err(no_room());
+    }
+    let mut magic = [0u8; 6];
+    std::os::unix::fs::FileExt::read_exact_at(file, &mut magic, 0)
+        .map_err(|_| BootError::NoArchive(path.to_owned()))?;
+    if !CPIO_MAGICS.contains(&&magic) {
+        return Err(BootError::NoArchive(path.to_owned()));
+    }
+    ram.memory()
+        .read_exact_volatile_from(GuestAddress(start), file, len as usize)
+        .map_err(|source| MemoryError::Access { what: "guest image", source })?;
+    Ok(Initramfs { start, len })
+}
+
+/// Where the image lies in guest memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Initramfs {
+    /// Its first address.
+    pub start: u64,
+    /// Its length in bytes.
+    pub len: u64,
+}
+
+/// Writes the command line and the zero page.
+///
+/// # Errors
+///
+/// When the command line is too long or memory is missing.
+pub fn write_params(
+    ram: &GuestRam,
+    cmdline: &Cmdline,
+    initramfs: Initramfs,
+) -> Result<(), BootError> {
+    let text = cmdline.as_cstring()?;
+    ram.memory()
+        .write_slice(text.as_bytes_with_nul(), GuestAddress(layout::CMDLINE_START))
+        .map_err(|source| MemoryError::Access { what: "command line", source })?;
+
+    let mut params = boot_params::default();
+    params.hdr.type_of_loader = LOADER_UNDEFINED;
+    params.hdr.boot_flag = BOOT_FLAG;
+    params.hdr.header = HEADER_MAGIC;
+    params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
+    params.hdr.cmd_line_ptr = layout::CMDLINE_START as u32;
+    params.hdr.cmdline_size = text.as_bytes_with_nul().len() as u32;
+    params.hdr.ramdisk_image = initramfs.start as u32;
+    params.hdr.ramdisk_size = initramfs.len as u32;
+    for (slot, entry) in params.e820_table.iter_mut().zip(e820(ram)) {
+        *slot = entry;
+        params.e820_entries += 1;
+    }
+    let params = BootParams::new::<boot_params>(&params, GuestAddress(layout::ZERO_PAGE_START));
+    Ok(LinuxBootConfigurator::write_bootparams(&params, ram.memory())?)
+}
+
+fn e820(ram: &GuestRam) -> Vec<boot_e820_entry> {
+    let entry = |start, end, type_| boot_e820_entry { addr: start, size: end - start, type_ };
+    let mut map = vec![
+        entry(0, layout::MPTABLE_START, E820_RAM),
+        entry(layout::MPTABLE_START, layout::MPTABLE_END, E820_RESERVED),
+        entry(layout::HIMEM_START, ram.low_end(), E820_RAM),
+    ];
+    map.extend(
+        ram.memory()
+            .iter()
+            .map(|region| (region.start_addr().raw_value(), region.last_addr().raw_value() + 1))
+            .filter(|(start, _)| *start >= layout::MMIO_GAP_END)
+            .map(|(start, end)| entry(start, end, E820_RAM)),
+    );
+    map
+}
+
+/// An empty command line of the kernel's capacity.
+///
+/// # Errors
+///
+/// Never with this capacity; the crate's constructor is fallible.
+pub fn new_cmdline() -> Result<Cmdline, BootError> {
+    Ok(Cmdline::new(MAX_CMDLINE_LEN)?)
+}

@@ -1,0 +1,7 @@
+//! The x86-64 machine: memory layout, CPU identification, boot state.
+
+pub mod boot;
+pub mod cpuid;
+pub mod layout;
+pub mod mptable;
+pub mod regs;

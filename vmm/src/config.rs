@@ -1,0 +1,243 @@
+//! What to run: the one document that `isopod-vmm` reads, and its validation.
+//!
+//! The sandbox process opens every file, device and socket and passes the descriptors; the
+//! configuration names them by number. Paths in it are for messages only.
+
+use std::collections::HashSet;
+
+use serde::{Deserialize, Serialize};
+
+/// Most vCPUs that a microVM may have.
+pub const MAX_VCPUS: u8 = 32;
+
+/// Least guest memory in MiB that the guest kernel and the agent are known to boot with.
+pub const MIN_MEMORY_MIB: u64 = 64;
+
+/// Most guest memory in MiB (1 TiB).
+pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+
+/// Most block devices of a microVM.
+pub const MAX_BLOCK_DEVICES: usize = 16;
+
+/// Longest kernel command line in bytes that x86 Linux takes (`COMMAND_LINE_SIZE`, with its NUL).
+pub const MAX_CMDLINE_LEN: usize = 2048;
+
+/// The whole configuration of one microVM, as JSON on the descriptor given by `--config-fd`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// Name of the sandbox, for messages and the process title.
+    pub id: String,
+    /// Number of vCPUs, 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Guest memory in MiB, [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub memory_mib: u64,
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm_fd: i32,
+    /// The guest kernel: an uncompressed x86-64 ELF `vmlinux`.
+    pub kernel: FileRef,
+    /// The guest image: a newc cpio archive with the agent as `/init`.
+    pub initramfs: FileRef,
+    /// Appended to the kernel command line that the VMM composes. May be empty.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Receives the kernel's console output, if given: any descriptor open for writing.
+    /// The last lines are kept in memory for error reports in either case.
+    #[serde(default)]
+    pub console_fd: Option<i32>,
+    /// A connected `SOCK_SEQPACKET` socket for [`crate::control`].
+    pub control_fd: i32,
+    /// The vsock device.
+    pub vsock: VsockConfig,
+    /// The virtio-fs device, if the guest shares a directory.
+    #[serde(default)]
+    pub fs: Option<FsConfig>,
+    /// virtio-blk devices, `/dev/vda` onwards in the guest.
+    #[serde(default)]
+    pub block: Vec<BlockConfig>,
+    /// Descriptor of the directory that becomes the VMM's root before the guest runs. Its mount
+    /// must be shared, so that mounts made under it later arrive in the VMM. Without it the VMM
+    /// keeps the caller's root; only for trying things out.
+    #[serde(default)]
+    pub jail_root_fd: Option<i32>,
+}
+
+/// An open file and the name to give it in messages.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRef {
+    /// Descriptor, open for reading.
+    pub fd: i32,
+    /// Where the file was opened.
+    pub path: String,
+}
+
+/// The virtio-vsock device and its two host sides.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 to `u32::MAX - 1`.
+    pub guest_cid: u32,
+    /// A listening `SOCK_STREAM` unix socket. A client writes `CONNECT <port>\n`, gets
+    /// `OK <host port>\n` back when the guest accepts, and then has a stream to that guest port.
+    /// A refused connection is closed without an answer.
+    pub listen_fd: i32,
+    /// A connected `SOCK_SEQPACKET` unix socket. For each connection that the guest makes to the
+    /// host (cid 2), the VMM sends one message: the port as 4 bytes, little endian, with one end of
+    /// a new stream socket pair attached (`SCM_RIGHTS`). Closing that end resets the connection.
+    pub connect_fd: i32,
+}
+
+/// The virtio-fs device, which serves the VMM's root directory after the jail is entered.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Mount tag, 1 to 36 bytes (virtio 1.2, 5.11.4).
+    pub tag: String,
+    /// Worker threads, 1 to 16.
+    pub workers: u8,
+    /// How long the guest may trust what it cached.
+    pub cache: FsCache,
+}
+
+/// Caching policy of a share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FsCache {
+    /// Nothing is cached beyond a request: every change on the host shows at once.
+    Never,
+    /// Attributes and entries for a second, data until the file is opened again.
+    Auto,
+    /// For shares that nobody else writes.
+    Always,
+}
+
+/// A raw image or block device for the guest.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockConfig {
+    /// The open file or device, and its name for messages.
+    pub file: FileRef,
+    /// Serial that the guest reads from the device, at most 20 bytes.
+    pub serial: String,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The document is not the JSON of a [`VmConfig`].
+    #[error("the VM configuration is not valid: {0}")]
+    Json(#[from] serde_json::Error),
+    /// A number is outside its range.
+    #[error("{field} is {value}; it has to be from {min} to {max}")]
+    Range {
+        /// Which number.
+        field: &'static str,
+        /// What it was.
+        value: u64,
+        /// Least value.
+        min: u64,
+        /// Greatest value.
+        max: u64,
+    },
+    /// A text is empty, too long, or has bytes that its consumer cannot take.
+    #[error("{field} is {value:?}; it has to be {rule}")]
+    Text {
+        /// Which text.
+        field: &'static str,
+        /// What it was.
+        value: String,
+        /// What it has to be.
+        rule: &'static str,
+    },
+    /// Two fields name the same descriptor, or one names a standard stream.
+    #[error("descriptor {0} is given twice or is a standard stream")]
+    Descriptor(i32),
+}
+
+impl VmConfig {
+    /// Reads and validates a configuration.
+    ///
+    /// # Errors
+    ///
+    /// The first [`ConfigError`] found; nothing has been touched.
+    pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
+        let config: Self = serde_json::from_slice(json)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks every field against its range.
+    ///
+    /// # Errors
+    ///
+    /// The first [`ConfigError`] found.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        in_range("vcpus", self.vcpus.into(), 1, MAX_VCPUS.into())?;
+        in_range("memory_mib", self.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
+        in_range("vsock.guest_cid", self.vsock.guest_cid.into(), 3, u64::from(u32::MAX) - 1)?;
+        in_range("number of block devices", self.block.len() as u64, 0, MAX_BLOCK_DEVICES as u64)?;
+        text("id", &self.id, "1 to 1024 printable ASCII characters", |s| {
+            (1..=1024).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_graphic())
+        })?;
+        // Half of it is left for what the VMM itself has to say.
+        text("cmdline", &self.cmdline, "at most 1024 printable ASCII characters", |s| {
+            s.len() <= MAX_CMDLINE_LEN / 2 && s.bytes().all(|b| (b' '..=b'~').contains(&b))
+        })?;
+        if let Some(fs) = &self.fs {
+            in_range("fs.workers", fs.workers.into(), 1, 16)?;
+            text("fs.tag", &fs.tag, "1 to 36 bytes without NUL", |s| {
+                (1..=36).contains(&s.len()) && !s.contains('\0')
+            })?;
+        }
+        for block in &self.block {
+            text("block.serial", &block.serial, "at most 20 ASCII characters", |s| {
+                s.len() <= 20 && s.is_ascii()
+            })?;
+        }
+        let mut seen = HashSet::new();
+        for fd in self.descriptors() {
+            if fd <= 2 || !seen.insert(fd) {
+                return Err(ConfigError::Descriptor(fd));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every descriptor that the configuration names.
+    pub fn descriptors(&self) -> Vec<i32> {
+        let mut fds = vec![
+            self.kvm_fd,
+            self.kernel.fd,
+            self.initramfs.fd,
+            self.control_fd,
+            self.vsock.listen_fd,
+            self.vsock.connect_fd,
+        ];
+        fds.extend(self.console_fd);
+        fds.extend(self.jail_root_fd);
+        fds.extend(self.block.iter().map(|b| b.file.fd));
+        fds
+    }
+}
+
+fn in_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), ConfigError> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(ConfigError::Range { field, value, min, max })
+}
+
+fn text(
+    field: &'static str,
+    value: &str,
+    rule: &'static str,
+    holds: impl Fn(&str) -> bool,
+) -> Result<(), ConfigError> {
+    if holds(value) {
+        return Ok(());
+    }
+    Err(ConfigError::Text { field, value: value.to_owned(), rule })
+}

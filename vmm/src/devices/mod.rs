@@ -1,0 +1,5 @@
+//! What the guest finds on its buses.
+
+pub mod console;
+pub mod reset;
+pub mod virtio;

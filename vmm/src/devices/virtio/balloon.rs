@@ -1,0 +1,107 @@
+//! Memory balloon (virtio 1.2, 5.5), for the sake of free page reporting (5.5.6.7): what the
+//! guest no longer uses goes back to the host by itself.
+
+use std::io;
+
+use vm_memory::VolatileSlice;
+
+use super::{Activation, ActiveQueue, VirtioDevice, read_from};
+use crate::memory::GuestMemoryMap;
+
+const DEVICE_TYPE: u32 = 5;
+
+/// Inflate, deflate, reporting. Linux numbers the queues that exist, and there is neither the
+/// statistics nor the hinting queue.
+const QUEUE_SIZES: [u16; 3] = [16, 16, 64];
+const INFLATE: usize = 0;
+const REPORTING: usize = 2;
+
+const FEATURE_DEFLATE_ON_OOM: u64 = 1 << 2;
+const FEATURE_REPORTING: u64 = 1 << 5;
+
+/// A balloon page is 4 KiB whatever the host's page size (5.5.6).
+const BALLOON_PAGE_SIZE: u64 = 4096;
+
+/// The balloon. Reports come every two seconds at most, so the vCPU that reports serves itself.
+#[derive(Default)]
+pub struct Balloon {
+    active: Option<(GuestMemoryMap, Vec<ActiveQueue>)>,
+}
+
+impl VirtioDevice for Balloon {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        FEATURE_DEFLATE_ON_OOM | FEATURE_REPORTING
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // num_pages and actual: the host asks for no page back.
+        read_from(&[0; 8], offset, data);
+    }
+
+    fn has_worker(&self, _index: usize) -> bool {
+        false
+    }
+
+    fn activate(&mut self, active: Activation) -> io::Result<()> {
+        self.active = Some((active.memory, active.queues));
+        Ok(())
+    }
+
+    fn notify(&mut self, index: usize) {
+        let Some((memory, queues)) = &mut self.active else { return };
+        let Some(queue) = queues.get_mut(index) else { return };
+        for _ in 0..QUEUE_SIZES[index] {
+            let Some(chain) = queue.pop(memory) else { break };
+            match index {
+                // The chain's writable buffers are the free pages themselves.
+                REPORTING => chain.writable.slices().iter().for_each(discard),
+                // A list of page numbers, which the guest gives up until it deflates.
+                INFLATE => {
+                    let mut numbers = chain.readable;
+                    while let Some(number) = numbers.take::<4>() {
+                        discard_page(memory, u32::from_le_bytes(number));
+                    }
+                }
+                // Deflating needs nothing: a page comes back when it is touched.
+                _ => {}
+            }
+            queue.push(memory, chain.head, 0);
+        }
+        queue.signal(memory);
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+}
+
+fn discard_page(memory: &GuestMemoryMap, number: u32) {
+    use vm_memory::{GuestAddress, GuestMemory};
+    let address = GuestAddress(u64::from(number) * BALLOON_PAGE_SIZE);
+    if let Ok(page) = memory.get_slice(address, BALLOON_PAGE_SIZE as usize) {
+        discard(&page);
+    }
+}
+
+/// Gives whole pages within `slice` back to the host. Reading them later gives zeros.
+fn discard(slice: &VolatileSlice<'_>) {
+    const PAGE_MASK: usize = 4095;
+    let start = slice.ptr_guard_mut().as_ptr() as usize;
+    let first = (start + PAGE_MASK) & !PAGE_MASK;
+    let end = (start + slice.len()) & !PAGE_MASK;
+    if end <= first {
+        return;
+    }
+    // SAFETY: the range lies within one mapping of guest memory, which is private and anonymous and
+    // holds nothing of the VMM's. The guest asked for its pages to be dropped.
+    let result = unsafe { libc::madvise(first as *mut _, end - first, libc::MADV_DONTNEED) };
+    debug_assert_eq!(result, 0);
+}

@@ -1,0 +1,233 @@
+//! Block device (virtio 1.2, 5.2) over a raw image or a host block device.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::chain::{Buffers, Chain, returned};
+use super::worker::{Workers, wait_for_work};
+use super::{Activation, ActiveQueue, VirtioDevice, read_from};
+use crate::config::BlockConfig;
+use crate::memory::GuestMemoryMap;
+
+const DEVICE_TYPE: u32 = 2;
+const QUEUE_SIZES: [u16; 1] = [256];
+
+/// Segments of a request beside its header and status; the queue has to hold them all.
+const MAX_SEGMENTS: u32 = 128;
+
+const SECTOR_SIZE: u64 = 512;
+
+const FEATURE_SEG_MAX: u64 = 1 << 2;
+const FEATURE_READ_ONLY: u64 = 1 << 5;
+const FEATURE_FLUSH: u64 = 1 << 9;
+
+const TYPE_IN: u32 = 0;
+const TYPE_OUT: u32 = 1;
+const TYPE_FLUSH: u32 = 4;
+const TYPE_GET_ID: u32 = 8;
+
+const STATUS_OK: u8 = 0;
+const STATUS_IO_ERROR: u8 = 1;
+const STATUS_UNSUPPORTED: u8 = 2;
+
+/// Length of the serial in a `GET_ID` answer.
+const ID_LEN: usize = 20;
+
+/// A disk of the guest.
+pub struct Block {
+    disk: Arc<Disk>,
+    worker: Option<Workers>,
+}
+
+struct Disk {
+    file: File,
+    sectors: u64,
+    read_only: bool,
+    id: [u8; ID_LEN],
+}
+
+impl Block {
+    /// A disk over `file`, whose length in whole sectors is its capacity.
+    ///
+    /// # Errors
+    ///
+    /// When the length cannot be found out, or is less than a sector.
+    pub fn new(mut file: File, config: &BlockConfig) -> io::Result<Self> {
+        // A block device's metadata says 0; where its end is, it tells to a seek.
+        let sectors = file.seek(SeekFrom::End(0))? / SECTOR_SIZE;
+        if sectors == 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "shorter than one sector"));
+        }
+        let mut id = [0; ID_LEN];
+        for (to, from) in id.iter_mut().zip(config.serial.bytes()) {
+            *to = from;
+        }
+        let disk = Arc::new(Disk { file, sectors, read_only: config.read_only, id });
+        Ok(Self { disk, worker: None })
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        FEATURE_FLUSH | FEATURE_SEG_MAX | if self.disk.read_only { FEATURE_READ_ONLY } else { 0 }
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        // capacity, size_max, seg_max (5.2.4).
+        let mut config = [0u8; 16];
+        config[..8].copy_from_slice(&self.disk.sectors.to_le_bytes());
+        config[12..].copy_from_slice(&MAX_SEGMENTS.to_le_bytes());
+        read_from(&config, offset, data);
+    }
+
+    fn has_worker(&self, _index: usize) -> bool {
+        true
+    }
+
+    fn activate(&mut self, active: Activation) -> io::Result<()> {
+        let [queue] = <[_; 1]>::try_from(active.queues)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let disk = Arc::clone(&self.disk);
+        let memory = active.memory;
+        self.worker =
+            Some(Workers::spawn_one("block", move |stop| serve(&disk, &memory, queue, &stop))?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.worker = None;
+    }
+}
+
+fn serve(disk: &Disk, memory: &GuestMemoryMap, mut queue: ActiveQueue, stop: &EventFd) {
+    while wait_for_work(&[stop, queue.kick()]) {
+        loop {
+            queue.disable_kicks(memory);
+            while let Some(chain) = queue.pop(memory) {
+                let head = chain.head;
+                let written = disk.execute(chain);
+                queue.push(memory, head, written);
+                queue.signal(memory);
+            }
+            if !queue.enable_kicks(memory) {
+                break;
+            }
+        }
+    }
+}
+
+/// A request, parsed and checked whole before any of it is done.
+enum Request<'m> {
+    Read { offset: u64, into: Buffers<'m> },
+    Write { offset: u64, from: Buffers<'m> },
+    Flush,
+    GetId { into: Buffers<'m> },
+}
+
+impl Disk {
+    /// Does one request. Returns how many bytes were written to the chain.
+    fn execute(&self, chain: Chain<'_>) -> u32 {
+        let Chain { mut readable, mut writable, .. } = chain;
+        // The status is the last writable byte (5.2.6). Without room for it, nothing can be said.
+        let Some(data_len) = writable.len().checked_sub(1) else { return 0 };
+        let Some(data) = writable.split_to(data_len) else { return 0 };
+        let mut status = writable;
+        let (code, written) = match self.parse(&mut readable, data) {
+            Ok(request) => match self.perform(request) {
+                Ok(written) => (STATUS_OK, written),
+                Err(_) => (STATUS_IO_ERROR, 0),
+            },
+            Err(code) => (code, 0),
+        };
+        status.put(&[code]).map_or(0, |()| written as u32 + 1)
+    }
+
+    fn parse<'m>(
+        &self,
+        readable: &mut Buffers<'m>,
+        writable: Buffers<'m>,
+    ) -> Result<Request<'m>, u8> {
+        let kind = u32::from_le_bytes(readable.take::<4>().ok_or(STATUS_IO_ERROR)?);
+        readable.take::<4>().ok_or(STATUS_IO_ERROR)?; // reserved
+        let sector = u64::from_le_bytes(readable.take::<8>().ok_or(STATUS_IO_ERROR)?);
+        match kind {
+            TYPE_IN => {
+                let offset = self.check_range(sector, writable.len())?;
+                Ok(Request::Read { offset, into: writable })
+            }
+            TYPE_OUT if self.read_only => Err(STATUS_IO_ERROR),
+            TYPE_OUT => {
+                let offset = self.check_range(sector, readable.len())?;
+                Ok(Request::Write { offset, from: std::mem::take(readable) })
+            }
+            TYPE_FLUSH => Ok(Request::Flush),
+            TYPE_GET_ID if writable.len() >= ID_LEN => Ok(Request::GetId { into: writable }),
+            TYPE_GET_ID => Err(STATUS_IO_ERROR),
+            _ => Err(STATUS_UNSUPPORTED),
+        }
+    }
+
+    /// The byte offset of `sector`, if `len` bytes from there are whole sectors of this disk.
+    fn check_range(&self, sector: u64, len: usize) -> Result<u64, u8> {
+        let len = len as u64;
+        let end = sector.checked_add(len / SECTOR_SIZE).ok_or(STATUS_IO_ERROR)?;
+        if len % SECTOR_SIZE != 0 || end > self.sectors {
+            return Err(STATUS_IO_ERROR);
+        }
+        Ok(sector * SECTOR_SIZE)
+    }
+
+    fn perform(&self, request: Request<'_>) -> io::Result<usize> {
+        match request {
+            Request::Read { offset, into } => self.transfer(into, offset, libc::preadv64),
+            Request::Write { offset, from } => {
+                self.transfer(from, offset, libc::pwritev64).map(|_| 0)
+            }
+            Request::Flush => self.file.sync_data().map(|()| 0),
+            Request::GetId { mut into } => {
+                into.put(&self.id);
+                Ok(ID_LEN)
+            }
+        }
+    }
+
+    fn transfer(
+        &self,
+        mut buffers: Buffers<'_>,
+        offset: u64,
+        call: unsafe extern "C" fn(i32, *const libc::iovec, i32, i64) -> libc::ssize_t,
+    ) -> io::Result<usize> {
+        let mut done = 0;
+        while !buffers.is_empty() {
+            let iovecs = buffers.iovecs();
+            let at = (offset + done as u64) as i64;
+            // SAFETY: each iovec is a checked piece of guest memory, which stays mapped while the
+            // chain's borrow of it lasts; the guest may race with the call, which can only spoil
+            // the guest's own data.
+            let result =
+                unsafe { call(self.file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, at) };
+            match returned(result) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(len) => {
+                    done += len;
+                    buffers.split_to(len);
+                }
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(done)
+    }
+}

@@ -1,0 +1,181 @@
+//! A descriptor chain as buffers in this process.
+//!
+//! Everything in a chain is the guest's word: addresses, lengths, order, and how it links. The
+//! iterator of `virtio-queue` bounds the number of descriptors and their sum; here each is checked to
+//! lie in guest memory, and readable ones to come before writable ones (2.7.4.2).
+
+use std::io;
+
+use virtio_queue::DescriptorChain;
+use vm_memory::{GuestMemory, VolatileSlice};
+
+use crate::memory::GuestMemoryMap;
+
+/// The chain breaks the rules.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InvalidChain;
+
+/// One request of the driver.
+pub struct Chain<'m> {
+    /// Names the chain when it is given back.
+    pub head: u16,
+    /// What the driver wrote for the device.
+    pub readable: Buffers<'m>,
+    /// Room for the device's answer.
+    pub writable: Buffers<'m>,
+}
+
+impl<'m> Chain<'m> {
+    /// Maps every descriptor.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidChain`] when one lies outside memory or out of order.
+    pub fn new(
+        memory: &'m GuestMemoryMap,
+        descriptors: DescriptorChain<&GuestMemoryMap>,
+    ) -> Result<Self, InvalidChain> {
+        let head = descriptors.head_index();
+        let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
+        for descriptor in descriptors {
+            // A descriptor may span two regions only where they touch, and ours never do.
+            let slice = memory
+                .get_slice(descriptor.addr(), descriptor.len() as usize)
+                .map_err(|_| InvalidChain)?;
+            if descriptor.is_write_only() {
+                chain.writable.push(slice);
+            } else if chain.writable.slices.is_empty() {
+                chain.readable.push(slice);
+            } else {
+                return Err(InvalidChain);
+            }
+        }
+        Ok(chain)
+    }
+}
+
+/// Buffers one after the other, consumed from the front.
+#[derive(Default)]
+pub struct Buffers<'m> {
+    slices: Vec<VolatileSlice<'m>>,
+    len: usize,
+}
+
+impl<'m> Buffers<'m> {
+    fn push(&mut self, slice: VolatileSlice<'m>) {
+        self.len += slice.len();
+        self.slices.push(slice);
+    }
+
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// What is left, piece by piece.
+    pub fn slices(&self) -> &[VolatileSlice<'m>] {
+        &self.slices
+    }
+
+    /// Copies `N` bytes out of the front. `None` when fewer are left.
+    pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let mut bytes = [0u8; N];
+        let front = self.split_to(N)?;
+        let mut at = 0;
+        for slice in &front.slices {
+            at += slice.copy_to(&mut bytes[at..]);
+        }
+        Some(bytes)
+    }
+
+    /// Copies `bytes` to the front. `None`, and nothing copied, when less room is left.
+    pub fn put(&mut self, bytes: &[u8]) -> Option<()> {
+        let front = self.split_to(bytes.len())?;
+        let mut rest = bytes;
+        for slice in &front.slices {
+            slice.copy_from(rest);
+            rest = &rest[slice.len().min(rest.len())..];
+        }
+        Some(())
+    }
+
+    /// Cuts the first `at` bytes off. `None`, and nothing cut, when fewer are left.
+    pub fn split_to(&mut self, at: usize) -> Option<Self> {
+        if at > self.len {
+            return None;
+        }
+        let mut front = Self::default();
+        let mut whole = 0;
+        for slice in &mut self.slices {
+            let missing = at - front.len;
+            if missing == 0 {
+                break;
+            }
+            if slice.len() <= missing {
+                front.push(*slice);
+                whole += 1;
+            } else {
+                front.push(slice.subslice(0, missing).ok()?);
+                *slice = slice.offset(missing).ok()?;
+            }
+        }
+        self.slices.drain(..whole);
+        self.len -= at;
+        Some(front)
+    }
+
+    /// Keeps only the first `len` bytes.
+    pub fn truncate(&mut self, len: usize) {
+        if let Some(front) = self.split_to(len.min(self.len)) {
+            *self = front;
+        }
+    }
+
+    /// The buffers for `readv` and its kin, at most `IOV_MAX`. The addresses are good for as long as
+    /// the chain's memory is mapped.
+    pub fn iovecs(&self) -> Vec<libc::iovec> {
+        const IOV_MAX: usize = 1024;
+        self.slices
+            .iter()
+            .take(IOV_MAX)
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect()
+    }
+}
+
+/// Makes an `io::Result` of what a system call returned.
+pub(super) fn returned(result: libc::ssize_t) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestAddress};
+
+    #[test]
+    fn bytes_cross_buffers() {
+        let memory = GuestMemoryMap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        memory.write_slice(b"abcdefgh", GuestAddress(0)).unwrap();
+        let mut buffers = Buffers::default();
+        for (at, len) in [(0, 3), (3, 0), (3, 5)] {
+            buffers.push(memory.get_slice(GuestAddress(at), len).unwrap());
+        }
+        assert!(buffers.split_to(9).is_none());
+        assert_eq!(buffers.take::<2>(), Some(*b"ab"));
+        assert_eq!(buffers.put(b"XY"), Some(()));
+        assert_eq!(buffers.take::<3>(), Some(*b"efg"));
+        assert_eq!((buffers.len(), buffers.take::<2>()), (1, None));
+        let mut all = [0; 8];
+        memory.read_slice(&mut all, GuestAddress(0)).unwrap();
+        assert_eq!(&all, b"abXYefgh");
+    }
+}

@@ -1,0 +1,302 @@
+//! The MMIO transport (virtio 1.2, 4.2), version 2 without legacy.
+//!
+//! ```text
+//!            ACKNOWLEDGE, DRIVER            FEATURES_OK            DRIVER_OK
+//!   reset ------------------------> negotiating --------> setting up queues --------> active
+//!     ^                                                                                 |
+//!     +------------------------------- write 0 to Status ------------------------------+
+//! ```
+
+use std::sync::atomic::Ordering;
+
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use crate::bus::BusDevice;
+use crate::memory::GuestMemoryMap;
+
+/// "virt"
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+const VENDOR: u32 = 0;
+
+const STATUS_ACKNOWLEDGE: u32 = 1;
+const STATUS_DRIVER: u32 = 2;
+const STATUS_DRIVER_OK: u32 = 4;
+const STATUS_FEATURES_OK: u32 = 8;
+const STATUS_NEEDS_RESET: u32 = 64;
+const STATUS_FAILED: u32 = 128;
+
+const FEATURE_INDIRECT_DESC: u64 = 1 << 28;
+const FEATURE_EVENT_IDX: u64 = 1 << 29;
+const FEATURE_VERSION_1: u64 = 1 << 32;
+
+/// Register offsets (4.2.2).
+mod register {
+    pub(super) const MAGIC: u64 = 0x00;
+    pub(super) const VERSION: u64 = 0x04;
+    pub(super) const DEVICE_ID: u64 = 0x08;
+    pub(super) const VENDOR_ID: u64 = 0x0c;
+    pub(super) const DEVICE_FEATURES: u64 = 0x10;
+    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x14;
+    pub(super) const DRIVER_FEATURES: u64 = 0x20;
+    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x24;
+    pub(super) const QUEUE_SEL: u64 = 0x30;
+    pub(super) const QUEUE_NUM_MAX: u64 = 0x34;
+    pub(super) const QUEUE_NUM: u64 = 0x38;
+    pub(super) const QUEUE_READY: u64 = 0x44;
+    pub(super) const QUEUE_NOTIFY: u64 = 0x50;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
+    pub(super) const INTERRUPT_ACK: u64 = 0x64;
+    pub(super) const STATUS: u64 = 0x70;
+    pub(super) const QUEUE_DESC_LOW: u64 = 0x80;
+    pub(super) const QUEUE_DESC_HIGH: u64 = 0x84;
+    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x90;
+    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x94;
+    pub(super) const QUEUE_DEVICE_LOW: u64 = 0xa0;
+    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub(super) const SHM_LEN_LOW: u64 = 0xb0;
+    pub(super) const SHM_LEN_HIGH: u64 = 0xb4;
+    pub(super) const SHM_BASE_LOW: u64 = 0xb8;
+    pub(super) const SHM_BASE_HIGH: u64 = 0xbc;
+    pub(super) const CONFIG_GENERATION: u64 = 0xfc;
+    pub(super) const CONFIG: u64 = 0x100;
+}
+
+/// Offset of the register that an ioeventfd watches.
+pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
+
+/// The transport's own state, apart from what its queues hold.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransportState {
+    status: u32,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    driver_features: u64,
+    queue_sel: u32,
+}
+
+/// A virtio device on the memory bus.
+pub struct MmioTransport {
+    device: Box<dyn VirtioDevice>,
+    memory: GuestMemoryMap,
+    state: TransportState,
+    queues: Vec<Queue>,
+    kicks: Vec<EventFd>,
+    interrupt: Interrupt,
+}
+
+impl MmioTransport {
+    /// Puts `device` behind a transport whose interrupts go to `interrupt`.
+    ///
+    /// # Errors
+    ///
+    /// When the host gives no descriptor for a queue's kicks.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemoryMap,
+        interrupt: Interrupt,
+    ) -> std::io::Result<Self> {
+        let kicks = device
+            .queue_sizes()
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<std::io::Result<_>>()?;
+        let queues = new_queues(device.as_ref());
+        Ok(Self { device, memory, state: TransportState::default(), queues, kicks, interrupt })
+    }
+
+    /// The eventfds for the queues that have a worker, by queue index.
+    pub fn worker_kicks(&self) -> impl Iterator<Item = (u32, &EventFd)> {
+        self.kicks
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| self.device.has_worker(*index))
+            .map(|(index, kick)| (index as u32, kick))
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        match offset {
+            register::MAGIC => MAGIC,
+            register::VERSION => VERSION,
+            register::DEVICE_ID => self.device.device_type(),
+            register::VENDOR_ID => VENDOR,
+            register::DEVICE_FEATURES => match self.state.device_features_sel {
+                0 => self.offered() as u32,
+                1 => (self.offered() >> 32) as u32,
+                _ => 0,
+            },
+            register::QUEUE_NUM_MAX => self.selected().map_or(0, |q| q.max_size().into()),
+            register::QUEUE_READY => self.selected().map_or(0, |q| q.ready().into()),
+            register::INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            register::STATUS => self.state.status,
+            // No shared memory regions: the length of one that does not exist is all ones.
+            register::SHM_LEN_LOW
+            | register::SHM_LEN_HIGH
+            | register::SHM_BASE_LOW
+            | register::SHM_BASE_HIGH => u32::MAX,
+            register::CONFIG_GENERATION => 0,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            register::DEVICE_FEATURES_SEL => self.state.device_features_sel = value,
+            register::DRIVER_FEATURES_SEL => self.state.driver_features_sel = value,
+            register::DRIVER_FEATURES => self.set_driver_features(value),
+            register::QUEUE_SEL => self.state.queue_sel = value,
+            register::QUEUE_NOTIFY => self.notify(value),
+            register::INTERRUPT_ACK => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+            }
+            register::STATUS => self.set_status(value),
+            _ => self.write_queue_register(offset, value),
+        }
+    }
+
+    fn write_queue_register(&mut self, offset: u64, value: u32) {
+        // Queues may be changed only between FEATURES_OK and DRIVER_OK (3.1.1).
+        if self.state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK) != STATUS_FEATURES_OK {
+            return;
+        }
+        let Some(queue) = self.queues.get_mut(self.state.queue_sel as usize) else { return };
+        match offset {
+            register::QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            register::QUEUE_READY => queue.set_ready(value == 1),
+            register::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
+            register::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
+            register::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),
+            register::QUEUE_DRIVER_HIGH => queue.set_avail_ring_address(None, Some(value)),
+            register::QUEUE_DEVICE_LOW => queue.set_used_ring_address(Some(value), None),
+            register::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC
+    }
+
+    fn selected(&self) -> Option<&Queue> {
+        self.queues.get(self.state.queue_sel as usize)
+    }
+
+    fn set_driver_features(&mut self, value: u32) {
+        if self.state.status & STATUS_FEATURES_OK != 0 {
+            return;
+        }
+        let (shift, kept) = match self.state.driver_features_sel {
+            0 => (0, 0xffff_ffff_0000_0000),
+            1 => (32, 0x0000_0000_ffff_ffff),
+            _ => return,
+        };
+        self.state.driver_features =
+            (self.state.driver_features & kept) | (u64::from(value) << shift);
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let added = value & !self.state.status;
+        let known = STATUS_ACKNOWLEDGE
+            | STATUS_DRIVER
+            | STATUS_FEATURES_OK
+            | STATUS_DRIVER_OK
+            | STATUS_FAILED;
+        let mut status = self.state.status | (value & known);
+        if added & STATUS_FEATURES_OK != 0 && !self.features_are_acceptable() {
+            status &= !STATUS_FEATURES_OK;
+        }
+        // DRIVER_OK counts only after FEATURES_OK, and once.
+        if added & STATUS_DRIVER_OK != 0 {
+            status &= !STATUS_DRIVER_OK;
+            if status & STATUS_FEATURES_OK != 0 && status & STATUS_NEEDS_RESET == 0 {
+                status |= if self.activate() { STATUS_DRIVER_OK } else { STATUS_NEEDS_RESET };
+            }
+        }
+        self.state.status = status;
+    }
+
+    fn features_are_acceptable(&self) -> bool {
+        let accepted = self.state.driver_features;
+        accepted & !self.offered() == 0 && accepted & FEATURE_VERSION_1 != 0
+    }
+
+    fn activate(&mut self) -> bool {
+        let event_idx = self.state.driver_features & FEATURE_EVENT_IDX != 0;
+        let mut active = Vec::with_capacity(self.queues.len());
+        for (queue, kick) in self.queues.iter_mut().zip(&self.kicks) {
+            queue.set_event_idx(event_idx);
+            let Ok(kick) = kick.try_clone() else { return false };
+            if !queue.is_valid(&self.memory) {
+                return false;
+            }
+            // The registers stay readable here; the device has the queue from now on.
+            let Ok(mut theirs) = Queue::new(queue.max_size()) else { return false };
+            std::mem::swap(&mut theirs, queue);
+            queue.set_size(theirs.size());
+            queue.set_ready(true);
+            active.push(ActiveQueue { queue: theirs, kick, interrupt: self.interrupt.clone() });
+        }
+        let activation = Activation {
+            memory: self.memory.clone(),
+            queues: active,
+            features: self.state.driver_features,
+        };
+        self.device.activate(activation).is_ok()
+    }
+
+    fn reset(&mut self) {
+        if self.state.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) != 0 {
+            self.device.reset();
+        }
+        self.state = TransportState::default();
+        self.queues = new_queues(self.device.as_ref());
+        self.interrupt.status.store(0, Ordering::SeqCst);
+        for kick in &self.kicks {
+            // Kicks for the queues of before mean nothing now; no kick is an error to a read.
+            let _ = kick.read();
+        }
+    }
+
+    fn notify(&mut self, index: u32) {
+        let index = index as usize;
+        if self.state.status & STATUS_DRIVER_OK == 0 || index >= self.kicks.len() {
+            return;
+        }
+        if self.device.has_worker(index) {
+            // Reached only where KVM does not take the write for an ioeventfd.
+            let _ = self.kicks[index].write(1);
+        } else {
+            self.device.notify(index);
+        }
+    }
+}
+
+fn new_queues(device: &dyn VirtioDevice) -> Vec<Queue> {
+    // The crate wants a power of two up to 32768, which the sizes of all devices here are.
+    device.queue_sizes().iter().filter_map(|size| Queue::new(*size).ok()).collect()
+}
+
+impl BusDevice for MmioTransport {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if offset >= register::CONFIG {
+            self.device.read_config(offset - register::CONFIG, data);
+        } else if data.len() == 4 {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        // No device here has a configuration field that a driver may write.
+        if let Ok(value) = <[u8; 4]>::try_from(data)
+            && offset < register::CONFIG
+        {
+            self.write_register(offset, u32::from_le_bytes(value));
+        }
+    }
+}

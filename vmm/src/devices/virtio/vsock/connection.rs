@@ -1,0 +1,343 @@
+//! One stream between a guest socket and a host socket.
+//!
+//! ```text
+//!   host opened:   Handshake --CONNECT line--> Requested --RESPONSE--> Open
+//!   guest opened:                                                     Open
+//!   Open --guest RST or both sides shut--> Draining (only what the guest sent is left) --> gone
+//! ```
+//!
+//! Flow control is virtio 1.2, 5.10.6.3: each side says how much it can buffer (`buf_alloc`) and how
+//! much it has handed on (`fwd_cnt`); counters wrap.
+
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::num::Wrapping;
+use std::os::unix::net::UnixStream;
+
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
+
+use super::packet::{Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+
+/// What the host side buffers of a guest's data, in bytes, when its reader is slow.
+pub(super) const BUF_ALLOC: u32 = 256 * 1024;
+
+/// The guest is told of freed room in steps of this many bytes.
+const CREDIT_STEP: u32 = BUF_ALLOC / 4;
+
+/// Longest `CONNECT <port>\n` line.
+const CONNECT_LINE_LEN: usize = 32;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    Handshake,
+    Requested,
+    Open,
+    Draining,
+}
+
+/// The stream broke a rule or its host end is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Broken;
+
+/// What the guest has to be told, one packet each.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Announce {
+    pub(super) request: bool,
+    pub(super) response: bool,
+    pub(super) credit: bool,
+}
+
+pub(super) struct Connection {
+    pub(super) state: State,
+    pub(super) ports: Ports,
+    pub(super) announce: Announce,
+    /// Is in the muxer's list of those with something for the guest.
+    pub(super) listed: bool,
+    stream: UnixStream,
+    /// The host socket may have more to read (its epoll is edge-triggered).
+    readable: bool,
+
+    backlog: VecDeque<u8>,
+    received: Wrapping<u32>,
+    forwarded: Wrapping<u32>,
+    announced: Wrapping<u32>,
+    /// The guest sends no more; the host socket is told when the backlog is gone.
+    guest_send_closed: bool,
+    host_write_shut: bool,
+
+    sent: Wrapping<u32>,
+    peer_buf_alloc: u32,
+    peer_forwarded: Wrapping<u32>,
+    guest_receive_closed: bool,
+    host_eof: bool,
+    host_hung_up: bool,
+    /// Shutdown flags that the guest has been told.
+    told: u32,
+}
+
+impl Connection {
+    pub(super) fn new(stream: UnixStream, ports: Ports, state: State) -> Self {
+        Self {
+            state,
+            ports,
+            announce: Announce::default(),
+            listed: false,
+            stream,
+            readable: false,
+            backlog: VecDeque::new(),
+            received: Wrapping(0),
+            forwarded: Wrapping(0),
+            announced: Wrapping(0),
+            guest_send_closed: false,
+            host_write_shut: false,
+            sent: Wrapping(0),
+            peer_buf_alloc: 0,
+            peer_forwarded: Wrapping(0),
+            guest_receive_closed: false,
+            host_eof: false,
+            host_hung_up: false,
+            told: 0,
+        }
+    }
+
+    pub(super) fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// Reads the `CONNECT` line and nothing behind it. `Ok(None)` while it is incomplete.
+    pub(super) fn read_connect_line(&mut self) -> Result<Option<u32>, Broken> {
+        let mut peeked = [0u8; CONNECT_LINE_LEN];
+        let len = match peek(&self.stream, &mut peeked) {
+            Ok(0) => return Err(Broken),
+            Ok(len) => len,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(_) => return Err(Broken),
+        };
+        let Some(end) = peeked[..len].iter().position(|b| *b == b'\n') else {
+            return if len == CONNECT_LINE_LEN { Err(Broken) } else { Ok(None) };
+        };
+        let line = &mut peeked[..=end];
+        (&self.stream).read_exact(line).map_err(|_| Broken)?;
+        let port = std::str::from_utf8(&line[..end])
+            .ok()
+            .and_then(|text| text.strip_prefix("CONNECT "))
+            .and_then(|port| port.trim_end_matches('\r').parse().ok());
+        port.map(Some).ok_or(Broken)
+    }
+
+    /// The guest accepted what the host asked for.
+    pub(super) fn open(&mut self) -> Result<(), Broken> {
+        self.state = State::Open;
+        // The socket is new and its buffer empty, so this cannot be cut short.
+        (&self.stream).write_all(format!("OK {}\n", self.ports.host).as_bytes()).map_err(|_| Broken)
+    }
+
+    /// Takes the credit that comes with every packet of the guest.
+    pub(super) fn update_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) {
+        self.peer_buf_alloc = buf_alloc;
+        self.peer_forwarded = Wrapping(fwd_cnt);
+    }
+
+    /// How much the guest can take, in bytes.
+    fn credit(&self) -> u32 {
+        self.peer_buf_alloc.saturating_sub((self.sent - self.peer_forwarded).0)
+    }
+
+    /// Hands data of the guest to the host socket, or keeps it until that can take it.
+    pub(super) fn receive(&mut self, data: &VolatileSlice<'_>) -> Result<(), Broken> {
+        let len = data.len() as u32;
+        self.received += len;
+        if (self.received - self.forwarded).0 > BUF_ALLOC || self.guest_send_closed {
+            return Err(Broken);
+        }
+        let mut rest = *data;
+        while self.backlog.is_empty() && rest.len() > 0 {
+            match self.stream.write_volatile(&rest) {
+                Ok(written) => {
+                    self.forwarded += written as u32;
+                    rest = rest.offset(written).map_err(|_| Broken)?;
+                }
+                Err(e) => match blocked(volatile_kind(&e)) {
+                    Some(true) => break,
+                    Some(false) => {}
+                    None => return Err(Broken),
+                },
+            }
+        }
+        if rest.len() > 0 {
+            let mut bytes = vec![0; rest.len()];
+            rest.copy_to(&mut bytes);
+            self.backlog.extend(bytes);
+        }
+        self.note_credit();
+        Ok(())
+    }
+
+    /// The host socket can take more of the backlog.
+    pub(super) fn flush(&mut self) -> Result<(), Broken> {
+        while !self.backlog.is_empty() {
+            match self.stream.write(self.backlog.as_slices().0) {
+                Ok(written) => {
+                    self.backlog.drain(..written);
+                    self.forwarded += written as u32;
+                }
+                Err(e) => match blocked(e.kind()) {
+                    Some(true) => break,
+                    Some(false) => {}
+                    None => return Err(Broken),
+                },
+            }
+        }
+        if self.backlog.is_empty() {
+            self.backlog.shrink_to(0);
+        }
+        self.note_credit();
+        self.pass_on_shutdown();
+        Ok(())
+    }
+
+    fn note_credit(&mut self) {
+        self.announce.credit |= (self.forwarded - self.announced).0 >= CREDIT_STEP;
+    }
+
+    fn pass_on_shutdown(&mut self) {
+        if self.guest_send_closed && self.backlog.is_empty() && !self.host_write_shut {
+            self.host_write_shut = true;
+            // A peer that is gone needs no telling.
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// The guest shut down one or both directions.
+    pub(super) fn guest_shutdown(&mut self, flags: u32) {
+        self.guest_send_closed |= flags & SHUTDOWN_SEND != 0;
+        if flags & SHUTDOWN_RECEIVE != 0 && !self.guest_receive_closed {
+            self.guest_receive_closed = true;
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
+        self.pass_on_shutdown();
+    }
+
+    /// Both directions are done and nothing is left for the host: the guest waits for its reset.
+    pub(super) fn is_finished(&self) -> bool {
+        self.guest_send_closed
+            && self.backlog.is_empty()
+            && (self.guest_receive_closed || self.told & SHUTDOWN_SEND != 0)
+    }
+
+    /// What the guest sent before it went has still to reach the host.
+    pub(super) fn has_backlog(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+
+    /// No more packets come for this stream; only its backlog is left.
+    pub(super) fn drain(&mut self) {
+        self.state = State::Draining;
+        self.guest_send_closed = true;
+        self.pass_on_shutdown();
+    }
+
+    /// The host socket became readable, or hung up.
+    pub(super) fn set_readable(&mut self, hung_up: bool) {
+        self.readable = true;
+        self.host_hung_up |= hung_up;
+    }
+
+    /// The host's process has closed its end, or the guest may yet get data from it.
+    pub(super) fn wants_to_send(&self) -> bool {
+        match self.state {
+            State::Handshake | State::Draining => false,
+            State::Requested => self.announce.request,
+            State::Open => {
+                let announce = self.announce.response || self.announce.credit;
+                let data = self.readable
+                    && !self.host_eof
+                    && !self.guest_receive_closed
+                    && self.credit() > 0;
+                announce || data || self.untold_shutdown() != 0
+            }
+        }
+    }
+
+    /// Shutdown flags that the guest has still to be told.
+    pub(super) fn untold_shutdown(&self) -> u32 {
+        if !self.host_eof {
+            return 0;
+        }
+        // A host process that closed its socket, not only its sending side, takes nothing more.
+        let flags = SHUTDOWN_SEND | if self.host_hung_up { SHUTDOWN_RECEIVE } else { 0 };
+        flags & !self.told
+    }
+
+    pub(super) fn set_told(&mut self, flags: u32) {
+        self.told |= flags;
+    }
+
+    /// Fills `room` from the host socket, as far as the guest's credit goes. `Ok(0)` when nothing is
+    /// there for now, or no more will come; the latter shows in [`Self::untold_shutdown`].
+    pub(super) fn read_for_guest(&mut self, room: &VolatileSlice<'_>) -> Result<u32, Broken> {
+        let len = room.len().min(self.credit() as usize);
+        let mut room = room.subslice(0, len).map_err(|_| Broken)?;
+        if len == 0 || !self.readable || self.host_eof || self.guest_receive_closed {
+            return Ok(0);
+        }
+        loop {
+            match self.stream.read_volatile(&mut room) {
+                Ok(0) => {
+                    self.host_eof = true;
+                    return Ok(0);
+                }
+                Ok(read) => {
+                    self.sent += read as u32;
+                    return Ok(read as u32);
+                }
+                Err(e) => match blocked(volatile_kind(&e)) {
+                    Some(true) => {
+                        self.readable = false;
+                        return Ok(0);
+                    }
+                    Some(false) => {}
+                    None => return Err(Broken),
+                },
+            }
+        }
+    }
+
+    /// `fwd_cnt` for a packet to the guest, which thereby knows it.
+    pub(super) fn announce_forwarded(&mut self) -> u32 {
+        self.announced = self.forwarded;
+        self.announce.credit = false;
+        self.forwarded.0
+    }
+}
+
+/// `Some(true)` when the call would block, `Some(false)` when it was interrupted, else `None`.
+fn blocked(kind: io::ErrorKind) -> Option<bool> {
+    match kind {
+        io::ErrorKind::WouldBlock => Some(true),
+        io::ErrorKind::Interrupted => Some(false),
+        _ => None,
+    }
+}
+
+fn volatile_kind(error: &VolatileMemoryError) -> io::ErrorKind {
+    match error {
+        VolatileMemoryError::IOError(e) => e.kind(),
+        _ => io::ErrorKind::InvalidInput,
+    }
+}
+
+fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the buffer is valid for writes of its length, the descriptor is the stream's own.
+    let result = unsafe {
+        libc::recv(
+            stream.as_raw_fd(),
+            buffer.as_mut_ptr().cast(),
+            buffer.len(),
+            libc::MSG_PEEK | libc::MSG_DONTWAIT,
+        )
+    };
+    crate::devices::virtio::chain::returned(result)
+}

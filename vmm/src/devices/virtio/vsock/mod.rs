@@ -1,0 +1,93 @@
+//! Socket device (virtio 1.2, 5.10): streams between guest and host over unix sockets.
+//!
+//! ```text
+//!   host process --- listen_fd: "CONNECT <port>\n" ---> Muxer <=== queues ===> guest
+//!   sandbox process <--- connect_fd: port + socket ----   |
+//!                                                  Connection (credit, buffers)
+//! ```
+
+mod connection;
+mod muxer;
+mod packet;
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use self::muxer::{HostSide, Muxer};
+use super::worker::Workers;
+use super::{Activation, VirtioDevice, read_from};
+
+const DEVICE_TYPE: u32 = 19;
+
+/// Receive, transmit, event.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+const EVENT: usize = 2;
+
+/// The context id of the host (`VMADDR_CID_HOST`).
+const HOST_CID: u64 = 2;
+
+/// The socket device.
+pub struct Vsock {
+    guest_cid: u64,
+    host: Arc<HostSide>,
+    worker: Option<Workers>,
+}
+
+impl Vsock {
+    /// A device for the guest with this context id.
+    ///
+    /// `listener` takes connections to the guest; `connector` is told of connections from it.
+    ///
+    /// # Errors
+    ///
+    /// When the sockets cannot be made non-blocking.
+    pub fn new(
+        guest_cid: u32,
+        listener: UnixListener,
+        connector: std::os::unix::net::UnixDatagram,
+    ) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        connector.set_nonblocking(true)?;
+        let host = Arc::new(HostSide { listener, connector });
+        Ok(Self { guest_cid: guest_cid.into(), host, worker: None })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_from(&self.guest_cid.to_le_bytes(), offset, data);
+    }
+
+    fn has_worker(&self, index: usize) -> bool {
+        // The event queue only brings news of a migration, of which there is none.
+        index != EVENT
+    }
+
+    fn activate(&mut self, active: Activation) -> io::Result<()> {
+        let [receive, transmit, _event] = <[_; 3]>::try_from(active.queues)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        let host = Arc::clone(&self.host);
+        let mut muxer = Muxer::new(self.guest_cid, host, active.memory, receive, transmit)?;
+        self.worker = Some(Workers::spawn_one("vsock", move |stop: EventFd| muxer.run(&stop))?);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.worker = None;
+    }
+}

@@ -1,0 +1,103 @@
+//! The main thread: waits for the sandbox process, the guest's reset, and the end.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::builder::Microvm;
+use crate::control::{ControlSocket, EndReason, VmmAction, VmmEvent, VmmMessage, VmmReply};
+
+const CONTROL: u64 = 0;
+const RESET: u64 = 1;
+const END: u64 = 2;
+
+/// Serves `vm` until it ends, and returns why.
+///
+/// # Errors
+///
+/// When the host gives no epoll.
+pub fn run(vm: &mut Microvm, control: &ControlSocket, reset: &EventFd) -> io::Result<EndReason> {
+    let epoll = Epoll::new()?;
+    for (fd, token) in [
+        (control.as_raw_fd(), CONTROL),
+        (reset.as_raw_fd(), RESET),
+        (vm.end.event().as_raw_fd(), END),
+    ] {
+        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))?;
+    }
+    let mut events = [EpollEvent::default(); 3];
+    loop {
+        let count = match epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => return Err(e),
+        };
+        // An end that has happened goes before anything that is asked.
+        if events[..count].iter().any(|e| e.data() == END)
+            && let Some(reason) = vm.end.reason()
+        {
+            return Ok(reason);
+        }
+        for event in &events[..count] {
+            match event.data() {
+                RESET => return Ok(EndReason::GuestShutdown),
+                CONTROL => {
+                    if let Some(reason) = serve(vm, control) {
+                        return Ok(reason);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Makes the last message. A guest that panicked resets itself just like one that shuts down; only
+/// its console tells.
+pub fn ended(vm: &Microvm, reason: EndReason) -> VmmEvent {
+    let (console_tail, panicked) = vm.console.snapshot();
+    let reason = match reason {
+        EndReason::GuestShutdown | EndReason::TripleFault if panicked => EndReason::GuestPanic,
+        other => other,
+    };
+    VmmEvent::Ended { reason, console_tail }
+}
+
+/// Does what the sandbox process asks. Returns a reason to end.
+fn serve(vm: &mut Microvm, control: &ControlSocket) -> Option<EndReason> {
+    let reply = match control.receive() {
+        Ok(Some(VmmAction::Stop)) | Ok(None) => return Some(EndReason::Stopped),
+        Ok(Some(VmmAction::Pause)) => {
+            vm.vcpus.pause();
+            VmmReply::Done
+        }
+        Ok(Some(VmmAction::Resume)) => {
+            vm.vcpus.let_run();
+            VmmReply::Done
+        }
+        Ok(Some(VmmAction::Status)) => status(vm),
+        Err(e) => return Some(EndReason::VmmFailed { message: format!("control socket: {e}") }),
+    };
+    match control.send(&VmmMessage::Reply(reply)) {
+        Ok(()) => None,
+        Err(_) => Some(EndReason::Stopped),
+    }
+}
+
+fn status(vm: &mut Microvm) -> VmmReply {
+    let mut exits = BTreeMap::new();
+    vm.vcpus.add_exits(&mut exits);
+    vm.stats.iter().for_each(|stats| stats.add_to(&mut exits));
+    match vm.memory_meter.read() {
+        Ok(resident) => VmmReply::Status {
+            paused: vm.vcpus.is_paused(),
+            exits,
+            overhead_kib: resident.overhead_kib,
+            guest_resident_kib: resident.guest_kib,
+        },
+        Err(e) => VmmReply::Failed { message: format!("/proc/self/smaps: {e}") },
+    }
+}

@@ -1,0 +1,17 @@
+//! The virtual machine monitor of Isopod: one process, one microVM.
+//!
+//! [`config`] says what to run, [`builder`] puts it together, [`vm`] and [`vcpu`] run it,
+//! [`devices`] are what the guest finds, [`control`] is how the sandbox process steers it.
+
+pub mod arch;
+pub mod builder;
+pub mod bus;
+pub mod config;
+pub mod control;
+pub mod devices;
+pub mod event_loop;
+pub mod jail;
+pub mod memory;
+pub mod usage;
+pub mod vcpu;
+pub mod vm;

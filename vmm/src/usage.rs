@@ -1,0 +1,152 @@
+//! What the microVM costs: memory of this process, and exits counted by KVM.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
+
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::ioctl::ioctl;
+
+use crate::memory::RamPart;
+
+#[allow(missing_docs)]
+mod request {
+    // include/uapi/linux/kvm.h
+    vmm_sys_util::ioctl_io_nr!(KVM_GET_STATS_FD, kvm_bindings::KVMIO, 0xce);
+}
+
+/// Resident memory of this process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Resident {
+    /// Guest memory, in KiB.
+    pub guest_kib: u64,
+    /// All else, in KiB.
+    pub overhead_kib: u64,
+}
+
+/// Reads [`Resident`], also after `/proc` is gone from sight.
+pub struct MemoryMeter {
+    smaps: File,
+    ram: Vec<RamPart>,
+}
+
+impl MemoryMeter {
+    /// A meter that counts `ram` as guest memory.
+    ///
+    /// # Errors
+    ///
+    /// When there is no `/proc`.
+    pub fn new(ram: Vec<RamPart>) -> io::Result<Self> {
+        Ok(Self { smaps: File::open("/proc/self/smaps")?, ram })
+    }
+
+    /// What is resident now. Walks the page tables: not for a hot path.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not tell.
+    pub fn read(&mut self) -> io::Result<Resident> {
+        let mut text = String::new();
+        self.smaps.seek(SeekFrom::Start(0))?;
+        self.smaps.read_to_string(&mut text)?;
+        Ok(sum(&text, &self.ram))
+    }
+}
+
+fn sum(smaps: &str, ram: &[RamPart]) -> Resident {
+    let mut resident = Resident::default();
+    let mut in_guest = false;
+    for line in smaps.lines() {
+        if let Some(kib) = line.strip_prefix("Rss:") {
+            let kib: u64 = kib.trim().trim_end_matches(" kB").parse().unwrap_or(0);
+            *if in_guest { &mut resident.guest_kib } else { &mut resident.overhead_kib } += kib;
+        } else if let Some(start) =
+            line.split_once('-').and_then(|(start, _)| u64::from_str_radix(start, 16).ok())
+        {
+            in_guest = ram.iter().any(|p| (p.host_addr..p.host_addr + p.len).contains(&start));
+        }
+    }
+    resident
+}
+
+/// KVM's own counters of one vCPU (KVM API, 4.133 `KVM_GET_STATS_FD`).
+pub struct VcpuStats {
+    data: File,
+    counters: Vec<(String, u64)>,
+}
+
+const HEADER_LEN: usize = 24;
+const DESCRIPTOR_LEN: usize = 16;
+const TYPE_MASK: u32 = 0xf;
+const TYPE_CUMULATIVE: u32 = 0;
+/// More descriptors or longer names than any kernel has.
+const SANE: u32 = 4096;
+
+impl VcpuStats {
+    /// Opens the counters of `vcpu`.
+    ///
+    /// # Errors
+    ///
+    /// On kernels before 5.14, which have none.
+    pub fn open(vcpu: &VcpuFd) -> io::Result<Self> {
+        // SAFETY: the request takes no argument and returns a new descriptor or -1.
+        let fd = unsafe { ioctl(vcpu, request::KVM_GET_STATS_FD()) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the descriptor is new and nobody else's.
+        let data = unsafe { File::from_raw_fd(fd) };
+        let mut header = [0u8; HEADER_LEN];
+        data.read_exact_at(&mut header, 0)?;
+        let field = |n: usize| word(&header, n * 4);
+        let (name_len, count) = (field(1), field(2));
+        let (descriptors_at, data_at) = (u64::from(field(4)), u64::from(field(5)));
+        if name_len > SANE || count > SANE {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        let stride = DESCRIPTOR_LEN + name_len as usize;
+        let mut descriptors = vec![0u8; stride * count as usize];
+        data.read_exact_at(&mut descriptors, descriptors_at)?;
+        let counters = descriptors
+            .chunks_exact(stride)
+            .filter(|d| word(d, 0) & TYPE_MASK == TYPE_CUMULATIVE && d[6..8] == [1, 0])
+            .map(|d| {
+                let name = d[DESCRIPTOR_LEN..].split(|b| *b == 0).next().unwrap_or_default();
+                let name = format!("kvm:{}", String::from_utf8_lossy(name));
+                (name, data_at + u64::from(word(d, 8)))
+            })
+            .collect();
+        Ok(Self { data, counters })
+    }
+
+    /// Adds the counters that are not zero to `sums`.
+    pub fn add_to(&self, sums: &mut BTreeMap<String, u64>) {
+        for (name, at) in &self.counters {
+            let mut value = [0u8; 8];
+            if self.data.read_exact_at(&mut value, *at).is_ok() && value != [0; 8] {
+                *sums.entry(name.clone()).or_default() += u64::from_le_bytes(value);
+            }
+        }
+    }
+}
+
+fn word(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guest_memory_is_told_from_the_rest() {
+        let smaps = "\
+00400000-00500000 r-xp 00000000 08:01 1 /x\nSize: 1024 kB\nRss:  300 kB\nPss: 1 kB\n\
+7f0000000000-7f0040000000 rw-p 00000000 00:00 0\nRss:   7000 kB\n\
+7f0040000000-7f0040001000 rw-p 00000000 00:00 0\nRss:      4 kB\n";
+        let ram = [RamPart { guest_addr: 0, len: 0x4000_0000, host_addr: 0x7f00_0000_0000 }];
+        assert_eq!(sum(smaps, &ram), Resident { guest_kib: 7000, overhead_kib: 304 });
+    }
+}

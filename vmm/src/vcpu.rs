@@ -1,0 +1,329 @@
+//! vCPU threads: they run guest code, and answer what it asks of its buses.
+//!
+//! ```text
+//!             let_run                pause
+//!   Paused ------------> Running ------------> Paused
+//!      \                    |
+//!       `------ stop ------>+------ stop ----> Stopped (the thread ends)
+//! ```
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::ptr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use kvm_bindings::kvm_run;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use crate::bus::Bus;
+use crate::control::EndReason;
+
+/// What all vCPUs are to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Paused,
+    Running,
+    Stopped,
+}
+
+/// Exits to this process, by kind.
+#[derive(Debug, Default)]
+pub struct ExitCounts {
+    port_in: AtomicU64,
+    port_out: AtomicU64,
+    mmio_read: AtomicU64,
+    mmio_write: AtomicU64,
+    other: AtomicU64,
+}
+
+impl ExitCounts {
+    fn add_to(&self, sums: &mut BTreeMap<String, u64>) {
+        for (name, count) in [
+            ("user:port-in", &self.port_in),
+            ("user:port-out", &self.port_out),
+            ("user:mmio-read", &self.mmio_read),
+            ("user:mmio-write", &self.mmio_write),
+            ("user:other", &self.other),
+        ] {
+            let count = count.load(Ordering::Relaxed);
+            if count > 0 {
+                *sums.entry(name.to_owned()).or_default() += count;
+            }
+        }
+    }
+}
+
+/// Why the machine ends, told once by whoever finds out first.
+pub struct EndSignal {
+    event: EventFd,
+    reason: Mutex<Option<EndReason>>,
+}
+
+impl EndSignal {
+    /// A signal not yet given.
+    ///
+    /// # Errors
+    ///
+    /// When the host gives no descriptor.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { event: EventFd::new(libc::EFD_NONBLOCK)?, reason: Mutex::default() })
+    }
+
+    /// Becomes readable with the signal.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// Gives the signal; the first reason stays.
+    pub fn give(&self, reason: EndReason) {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+        // A full counter is readable as well.
+        let _ = self.event.write(1);
+    }
+
+    /// The reason, once given.
+    pub fn reason(&self) -> Option<EndReason> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What a vCPU thread shares with the rest.
+struct Shared {
+    mode: Mutex<Mode>,
+    changed: Condvar,
+    parked: Condvar,
+    parked_count: Mutex<usize>,
+    exits: ExitCounts,
+    end: Arc<EndSignal>,
+    mmio: Bus,
+    ports: Bus,
+}
+
+/// All vCPUs of the machine. Dropping it stops and joins their threads.
+pub struct Vcpus {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each vCPU. All of them wait for [`Vcpus::let_run`].
+    ///
+    /// # Errors
+    ///
+    /// When the host gives no thread.
+    pub fn spawn(
+        vcpus: Vec<VcpuFd>,
+        mmio: Bus,
+        ports: Bus,
+        end: Arc<EndSignal>,
+    ) -> io::Result<Self> {
+        register_signal_handler(SIGRTMIN(), on_kick)
+            .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        let shared = Arc::new(Shared {
+            mode: Mutex::new(Mode::Paused),
+            changed: Condvar::new(),
+            parked: Condvar::new(),
+            parked_count: Mutex::new(0),
+            exits: ExitCounts::default(),
+            end,
+            mmio,
+            ports,
+        });
+        let mut all = Self { shared: Arc::clone(&shared), threads: Vec::new() };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let shared = Arc::clone(&shared);
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(256 * 1024)
+                .spawn(move || shared.run(vcpu))?;
+            all.threads.push(thread);
+        }
+        Ok(all)
+    }
+
+    /// Lets all vCPUs run.
+    pub fn let_run(&self) {
+        self.shared.set_mode(Mode::Running);
+    }
+
+    /// Stops all vCPUs before their next instruction, and returns when they have stopped.
+    pub fn pause(&self) {
+        self.shared.set_mode(Mode::Paused);
+        self.kick();
+        let mut count = self.shared.parked_count.lock().unwrap_or_else(PoisonError::into_inner);
+        while *count < self.threads.len() {
+            count = self.shared.parked.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The vCPUs do not run.
+    pub fn is_paused(&self) -> bool {
+        self.shared.mode() != Mode::Running
+    }
+
+    /// Adds the exits to this process so far to `sums`.
+    pub fn add_exits(&self, sums: &mut BTreeMap<String, u64>) {
+        self.shared.exits.add_to(sums);
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            // SAFETY: the handle has not been joined, so the thread id is valid even if the
+            // thread has ended; the signal's handler only writes to the thread's own `kvm_run`.
+            unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.shared.set_mode(Mode::Stopped);
+        self.kick();
+        for thread in self.threads.drain(..) {
+            // A vCPU thread that panicked has ended, which is all that is wanted here.
+            let _ = thread.join();
+        }
+    }
+}
+
+thread_local! {
+    /// The `kvm_run` page of the vCPU that this thread runs.
+    static CURRENT_RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// Makes the current or the next `KVM_RUN` of this thread return (KVM API, `immediate_exit`).
+extern "C" fn on_kick(
+    _signal: libc::c_int,
+    _info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    let run = CURRENT_RUN.get();
+    if !run.is_null() {
+        // SAFETY: the pointer is to the mapping of the vCPU that this very thread owns, and it is
+        // null before the vCPU is made and after it is gone. A byte store cannot tear.
+        unsafe { (*run).immediate_exit = 1 };
+    }
+}
+
+impl Shared {
+    fn mode(&self) -> Mode {
+        *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set_mode(&self, mode: Mode) {
+        let mut current = self.mode.lock().unwrap_or_else(PoisonError::into_inner);
+        if *current != Mode::Stopped {
+            *current = mode;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits while paused. False when it is time to end.
+    fn may_run(&self) -> bool {
+        let mut mode = self.mode.lock().unwrap_or_else(PoisonError::into_inner);
+        if *mode == Mode::Paused {
+            self.count_parked(1);
+            while *mode == Mode::Paused {
+                mode = self.changed.wait(mode).unwrap_or_else(PoisonError::into_inner);
+            }
+            self.count_parked(-1);
+        }
+        *mode == Mode::Running
+    }
+
+    fn count_parked(&self, by: isize) {
+        let mut count = self.parked_count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = count.saturating_add_signed(by);
+        self.parked.notify_all();
+    }
+
+    fn run(&self, mut vcpu: VcpuFd) {
+        CURRENT_RUN.set(vcpu.get_kvm_run());
+        while self.may_run() {
+            if let Err(reason) = self.run_until_interrupted(&mut vcpu) {
+                self.end.give(reason);
+                break;
+            }
+        }
+        CURRENT_RUN.set(ptr::null_mut());
+        // Whoever waits for a pause need not wait for this thread any more.
+        self.count_parked(1);
+    }
+
+    /// Runs guest code until a kick.
+    fn run_until_interrupted(&self, vcpu: &mut VcpuFd) -> Result<(), EndReason> {
+        loop {
+            match vcpu.run() {
+                Ok(exit) => self.handle(exit)?,
+                Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                    vcpu.set_kvm_immediate_exit(0);
+                    return Ok(());
+                }
+                Err(e) => return Err(failed(format!("KVM_RUN: {e}"))),
+            }
+            if matches!(vcpu.get_kvm_run().exit_reason, kvm_bindings::KVM_EXIT_INTERNAL_ERROR) {
+                return Err(failed(internal_error(vcpu.get_kvm_run())));
+            }
+        }
+    }
+
+    fn handle(&self, exit: VcpuExit<'_>) -> Result<(), EndReason> {
+        let counter = match exit {
+            VcpuExit::IoIn(port, data) => {
+                self.ports.read(port.into(), data);
+                &self.exits.port_in
+            }
+            VcpuExit::IoOut(port, data) => {
+                self.ports.write(port.into(), data);
+                &self.exits.port_out
+            }
+            VcpuExit::MmioRead(address, data) => {
+                self.mmio.read(address, data);
+                &self.exits.mmio_read
+            }
+            VcpuExit::MmioWrite(address, data) => {
+                self.mmio.write(address, data);
+                &self.exits.mmio_write
+            }
+            VcpuExit::Intr | VcpuExit::InternalError => &self.exits.other,
+            VcpuExit::Shutdown => return Err(EndReason::TripleFault),
+            VcpuExit::SystemEvent(kind, _) => {
+                return Err(match kind {
+                    kvm_bindings::KVM_SYSTEM_EVENT_CRASH => EndReason::GuestPanic,
+                    _ => EndReason::GuestShutdown,
+                });
+            }
+            VcpuExit::FailEntry(reason, cpu) => {
+                return Err(failed(format!(
+                    "KVM_EXIT_FAIL_ENTRY, hardware reason {reason:#x}, on processor {cpu}"
+                )));
+            }
+            other => return Err(failed(format!("unexpected exit {other:?}"))),
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+fn failed(message: String) -> EndReason {
+    EndReason::VcpuFailed { message }
+}
+
+fn internal_error(run: &kvm_run) -> String {
+    // SAFETY: the exit reason says that this member of the union is the valid one; all its bit
+    // patterns are values.
+    let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+    let hint = match suberror {
+        kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => {
+            " (KVM could not emulate an instruction: is this a software KVM? see `isopod check`)"
+        }
+        _ => "",
+    };
+    format!("KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{hint}")
+}

@@ -1,0 +1,166 @@
+//! The KVM virtual machine: memory slots, interrupt controllers, event descriptors.
+
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::x86_64::layout;
+use crate::bus::{Bus, BusDevice};
+use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::memory::GuestRam;
+
+/// The version of the KVM API that all Linux since 2.6.22 has.
+const KVM_API_VERSION: i32 = 12;
+
+/// KVM refused something.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The descriptor is no `/dev/kvm` of an API that is known.
+    #[error("/dev/kvm speaks version {0} of the KVM API, not {KVM_API_VERSION}")]
+    Api(i32),
+    /// The host's KVM is too old or too small.
+    #[error("the host's KVM lacks {0:?}; a Linux of 5.10 or later has it")]
+    Missing(Cap),
+    /// An ioctl failed.
+    #[error("KVM: {what}: {source}")]
+    Ioctl {
+        /// What was wanted.
+        what: &'static str,
+        /// Why not.
+        source: kvm_ioctls::Error,
+    },
+    /// The device needs a host resource that is not to be had.
+    #[error("virtio device: {0}")]
+    Device(#[from] std::io::Error),
+    /// All interrupt lines are taken.
+    #[error("more virtio devices than the {} interrupt lines", layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1)]
+    TooManyDevices,
+}
+
+fn ioctl(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |source| VmError::Ioctl { what, source }
+}
+
+/// A virtual machine without processors.
+pub struct Vm {
+    fd: VmFd,
+    supported_cpuid: CpuId,
+    ram: GuestRam,
+    /// Memory-mapped devices.
+    pub mmio: Bus,
+    /// Port devices.
+    pub ports: Bus,
+    devices: u32,
+}
+
+/// Where a virtio device was put, as the kernel command line wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MmioSlot {
+    /// Guest physical address of its registers.
+    pub address: u64,
+    /// Its interrupt line.
+    pub irq: u32,
+}
+
+impl Vm {
+    /// Makes a machine whose RAM is `ram`.
+    ///
+    /// # Errors
+    ///
+    /// When the host's KVM is not usable.
+    pub fn new(kvm: &Kvm, ram: GuestRam) -> Result<Self, VmError> {
+        if kvm.get_api_version() != KVM_API_VERSION {
+            return Err(VmError::Api(kvm.get_api_version()));
+        }
+        for cap in [Cap::Irqchip, Cap::Ioeventfd, Cap::Irqfd, Cap::UserMemory, Cap::ImmediateExit] {
+            if !kvm.check_extension(cap) {
+                return Err(VmError::Missing(cap));
+            }
+        }
+        let supported_cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(ioctl("reading the supported CPUID"))?;
+        let fd = kvm.create_vm().map_err(ioctl("creating a virtual machine"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
+            .map_err(ioctl("placing the identity map"))?;
+        fd.set_tss_address(layout::KVM_TSS_START).map_err(ioctl("placing the task state"))?;
+        fd.create_irq_chip().map_err(ioctl("creating the interrupt controllers"))?;
+        let vm = Self {
+            fd,
+            supported_cpuid,
+            ram,
+            mmio: Bus::default(),
+            ports: Bus::default(),
+            devices: 0,
+        };
+        vm.register_ram()?;
+        Ok(vm)
+    }
+
+    fn register_ram(&self) -> Result<(), VmError> {
+        for (slot, part) in (0..).zip(self.ram.parts()) {
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr: part.guest_addr,
+                memory_size: part.len,
+                userspace_addr: part.host_addr,
+            };
+            // SAFETY: the range is a whole mapping that `self.ram` keeps for as long as the VM
+            // lives, and no two parts overlap in either address space.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(ioctl("registering guest memory"))?;
+        }
+        Ok(())
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// What CPUID can say here.
+    pub fn supported_cpuid(&self) -> &CpuId {
+        &self.supported_cpuid
+    }
+
+    /// Makes vCPU `index`.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, VmError> {
+        self.fd.create_vcpu(index.into()).map_err(ioctl("creating a vCPU"))
+    }
+
+    /// Puts a virtio device into the next free window and line.
+    ///
+    /// # Errors
+    ///
+    /// When there is none, or KVM or the host refuses an event descriptor.
+    pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<MmioSlot, VmError> {
+        let irq = layout::VIRTIO_IRQ_FIRST + self.devices;
+        if irq > layout::IRQ_LAST {
+            return Err(VmError::TooManyDevices);
+        }
+        let address =
+            layout::VIRTIO_MMIO_START + u64::from(self.devices) * layout::VIRTIO_MMIO_SIZE;
+        self.devices += 1;
+        let line = EventFd::new(libc::EFD_NONBLOCK)?;
+        self.fd.register_irqfd(&line, irq).map_err(ioctl("registering an interrupt"))?;
+        let transport =
+            MmioTransport::new(device, self.ram.memory().clone(), Interrupt::new(line))?;
+        let notify = IoEventAddress::Mmio(address + QUEUE_NOTIFY);
+        for (queue, kick) in transport.worker_kicks() {
+            self.fd
+                .register_ioevent(kick, &notify, queue)
+                .map_err(ioctl("registering a queue's kick"))?;
+        }
+        let device: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(transport));
+        self.mmio.insert(address, layout::VIRTIO_MMIO_SIZE, device);
+        Ok(MmioSlot { address, irq })
+    }
+}
