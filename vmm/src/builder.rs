@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::sync::Arc;
+use std::thread;
 
 use kvm_ioctls::{Kvm, VcpuFd};
 use linux_loader::cmdline::Cmdline;
@@ -116,7 +117,15 @@ pub fn build(
     let ram = GuestRam::new(config.memory_mib)?;
     // SAFETY: the descriptor is owned and given up to `Kvm`.
     let kvm = unsafe { Kvm::from_raw_fd(Inherited::take(config.kvm_fd).into_raw_fd()) };
-    let mut vm = Vm::new(&kvm, ram)?;
+    let (loaded, vm) = thread::scope(|scope| {
+        // Making a machine waits for the host's cgroup and RCU locks, some ten milliseconds on an
+        // idle host; meanwhile memory is filled.
+        let vm = scope.spawn(|| Vm::new(&kvm, ram.clone()));
+        let loaded = load(&ram, config);
+        (loaded, vm.join())
+    });
+    let vm = vm.map_err(|_| host("making a virtual machine")(io::ErrorKind::Other.into()))?;
+    let (mut vm, (entry, initramfs)) = (vm?, loaded?);
     let console = SharedLog::new(config.console_fd.map(|fd| File::from(Inherited::take(fd))));
     add_ports(&mut vm, &console, reset);
 
@@ -126,7 +135,7 @@ pub fn build(
     if !config.cmdline.is_empty() {
         cmdline.insert_str(&config.cmdline).map_err(boot::BootError::from)?;
     }
-    let entry = load(&vm, config, &cmdline)?;
+    write_boot_tables(vm.ram(), config, &cmdline, initramfs)?;
     let vcpus = create_vcpus(&vm, config.vcpus, entry)?;
     let stats = vcpus.iter().filter_map(|vcpu| VcpuStats::open(vcpu).ok()).collect();
     let memory_meter = MemoryMeter::new(vm.ram().parts()).map_err(host("/proc/self/smaps"))?;
@@ -187,17 +196,24 @@ fn add_devices(
     Ok(share)
 }
 
-/// Fills guest memory. Returns the kernel's entry point.
-fn load(vm: &Vm, config: &VmConfig, cmdline: &Cmdline) -> Result<u64, BuildError> {
+/// Puts kernel and image into guest memory. Returns the kernel's entry point and where the image is.
+fn load(ram: &GuestRam, config: &VmConfig) -> Result<(u64, boot::Initramfs), BuildError> {
     let mut kernel = File::from(Inherited::take(config.kernel.fd));
     let mut initramfs = File::from(Inherited::take(config.initramfs.fd));
-    let ram = vm.ram();
     let kernel = boot::load_kernel(ram, &mut kernel, &config.kernel.path)?;
     let initramfs = boot::load_initramfs(ram, &mut initramfs, &config.initramfs.path, kernel.end)?;
+    Ok((kernel.entry, initramfs))
+}
+
+fn write_boot_tables(
+    ram: &GuestRam,
+    config: &VmConfig,
+    cmdline: &Cmdline,
+    initramfs: boot::Initramfs,
+) -> Result<(), BuildError> {
     boot::write_params(ram, cmdline, initramfs)?;
     mptable::write(ram, config.vcpus)?;
-    regs::write_tables(ram)?;
-    Ok(kernel.entry)
+    Ok(regs::write_tables(ram)?)
 }
 
 fn create_vcpus(vm: &Vm, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {

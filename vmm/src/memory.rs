@@ -1,8 +1,14 @@
 //! Guest RAM: host mappings, and where they are in the guest's physical address space.
 
+use std::error::Error;
+use std::ffi::c_void;
+use std::num::NonZeroUsize;
+use std::ptr::NonNull;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
-    MemoryRegionAddress, mmap::FromRangesError,
+    GuestRegionMmap, MemoryRegionAddress, MmapRegion,
 };
 
 use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
@@ -19,7 +25,7 @@ pub enum MemoryError {
         /// How much was asked for.
         size_mib: u64,
         /// What `mmap` or the region list said.
-        source: FromRangesError,
+        source: Box<dyn Error + Send + Sync>,
     },
     /// What the VMM places there does not fit.
     #[error("the {what} does not fit in guest memory: {source}")]
@@ -44,9 +50,21 @@ impl GuestRam {
     ///
     /// [`MemoryError::Map`] when the host has no room.
     pub fn new(size_mib: u64) -> Result<Self, MemoryError> {
-        let ranges = ranges(size_mib << 20);
-        let memory = GuestMemoryMap::from_ranges(&ranges)
-            .map_err(|source| MemoryError::Map { size_mib, source })?;
+        let failed = |source: Box<dyn Error + Send + Sync>| MemoryError::Map { size_mib, source };
+        let mut regions = Vec::new();
+        for (start, len) in ranges(size_mib << 20) {
+            let host = map_aligned(len).map_err(|e| failed(e.into()))?;
+            // SAFETY: the mapping is new, `len` bytes long, and never unmapped: the process lives
+            // no longer than its microVM.
+            let region = unsafe {
+                MmapRegion::build_raw(host.as_ptr().cast(), len, PROTECTION.bits(), FLAGS.bits())
+            }
+            .map_err(|e| failed(e.into()))?;
+            let region = GuestRegionMmap::new(region, start)
+                .ok_or_else(|| failed("the address space ends before the memory".into()))?;
+            regions.push(region);
+        }
+        let memory = GuestMemoryMap::from_regions(regions).map_err(|e| failed(e.into()))?;
         Ok(Self { memory })
     }
 
@@ -89,6 +107,41 @@ pub struct RamPart {
     pub host_addr: u64,
 }
 
+/// A huge page of x86-64, in bytes.
+const HUGE_PAGE_SIZE: usize = 2 << 20;
+
+const PROTECTION: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+/// Not reserved: a guest is given more than it uses, and the host's policy for overcommitting is
+/// for its owner to choose.
+const FLAGS: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_NORESERVE);
+
+/// Maps `len` bytes at a multiple of [`HUGE_PAGE_SIZE`]. Guest addresses are multiples of it as
+/// well, and only then can KVM map a huge page of the host as a huge page of the guest, which
+/// saves it a fault for each of the 512 small ones.
+fn map_aligned(len: usize) -> nix::Result<NonNull<c_void>> {
+    let (Some(reserved), Some(_)) =
+        (len.checked_add(HUGE_PAGE_SIZE).and_then(NonZeroUsize::new), NonZeroUsize::new(len))
+    else {
+        return Err(nix::errno::Errno::EINVAL);
+    };
+    // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
+    let start = unsafe { mmap_anonymous(None, reserved, PROTECTION, FLAGS)? };
+    let head = start.align_offset(HUGE_PAGE_SIZE);
+    // SAFETY: `head` is less than a huge page, and the mapping is longer than that.
+    let aligned = unsafe { start.byte_add(head) };
+    if head > 0 {
+        // SAFETY: the first `head` bytes of a mapping that nobody has been told of.
+        unsafe { munmap(start, head)? };
+    }
+    // SAFETY: the mapping goes on behind the `len` bytes that are kept, as `head` is less than a
+    // huge page.
+    let tail = unsafe { aligned.byte_add(len) };
+    // SAFETY: the rest of the same mapping.
+    unsafe { munmap(tail, HUGE_PAGE_SIZE - head)? };
+    Ok(aligned)
+}
+
 fn ranges(size: u64) -> Vec<(GuestAddress, usize)> {
     let low = size.min(MMIO_GAP_START);
     let mut ranges = vec![(GuestAddress(0), low as usize)];
@@ -101,6 +154,17 @@ fn ranges(size: u64) -> Vec<(GuestAddress, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn huge_pages_of_host_and_guest_coincide() {
+        let ram = GuestRam::new(65).unwrap();
+        for part in ram.parts() {
+            assert_eq!((part.host_addr - part.guest_addr) % HUGE_PAGE_SIZE as u64, 0);
+        }
+        let last = GuestAddress((65 << 20) - 8);
+        vm_memory::Bytes::write_obj(ram.memory(), 7u64, last).unwrap();
+        assert_eq!(vm_memory::Bytes::read_obj::<u64>(ram.memory(), last).unwrap(), 7);
+    }
 
     #[test]
     fn ram_goes_around_the_hole() {

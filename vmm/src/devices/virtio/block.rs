@@ -183,7 +183,7 @@ impl Disk {
     fn check_range(&self, sector: u64, len: usize) -> Result<u64, u8> {
         let len = len as u64;
         let end = sector.checked_add(len / SECTOR_SIZE).ok_or(STATUS_IO_ERROR)?;
-        if len % SECTOR_SIZE != 0 || end > self.sectors {
+        if !len.is_multiple_of(SECTOR_SIZE) || end > self.sectors {
             return Err(STATUS_IO_ERROR);
         }
         Ok(sector * SECTOR_SIZE)

@@ -152,7 +152,7 @@ impl Connection {
             return Err(Broken);
         }
         let mut rest = *data;
-        while self.backlog.is_empty() && rest.len() > 0 {
+        while self.backlog.is_empty() && !rest.is_empty() {
             match self.stream.write_volatile(&rest) {
                 Ok(written) => {
                     self.forwarded += written as u32;
@@ -165,7 +165,7 @@ impl Connection {
                 },
             }
         }
-        if rest.len() > 0 {
+        if !rest.is_empty() {
             let mut bytes = vec![0; rest.len()];
             rest.copy_to(&mut bytes);
             self.backlog.extend(bytes);
