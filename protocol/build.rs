@@ -1,10 +1,12 @@
 //! Generates the ttrpc types and service stubs from `proto/`.
 
-use std::{env, fs, path::PathBuf};
+use std::error::Error;
+use std::path::PathBuf;
+use std::{env, fs};
 
-fn main() {
+fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed=proto/agent.proto");
-    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     ttrpc_codegen::Codegen::new()
         .out_dir(&out)
         .inputs(["proto/agent.proto"])
@@ -12,9 +14,8 @@ fn main() {
         .rust_protobuf()
         .rust_protobuf_customize(ttrpc_codegen::ProtobufCustomize::default().gen_mod_rs(false))
         .customize(ttrpc_codegen::Customize { async_all: true, ..Default::default() })
-        .run()
-        .expect("proto/agent.proto has to compile");
+        .run()?;
     // The generated files begin with inner attributes, which only a module of its own may have.
-    fs::write(out.join("modules.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")
-        .expect("cargo's OUT_DIR is writable");
+    fs::write(out.join("modules.rs"), "pub mod agent;\npub mod agent_ttrpc;\n")?;
+    Ok(())
 }
