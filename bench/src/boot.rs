@@ -24,6 +24,14 @@ pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec
         ours.push(vmm::boot(programs)?);
         theirs.push(qemu::boot(programs)?);
         cycles.push(workload::run(programs, bundle, &format!("bench-{run}"))?);
+        if let (Some(our), Some(their), Some(cycle)) = (ours.last(), theirs.last(), cycles.last()) {
+            eprintln!(
+                "run {}: boot-to-ready {:.1}, {PEER} {:.1}, run-true {cycle:.1}",
+                run + 1,
+                our.units,
+                their.units
+            );
+        }
     }
     let of = |f: &dyn Fn(&vmm::Boot) -> f64| median(&mut ours.iter().map(f).collect::<Vec<_>>());
     let of_peer =

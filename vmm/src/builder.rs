@@ -17,7 +17,7 @@ use crate::devices::reset::ResetPort;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
-use crate::devices::virtio::fs::Fs;
+use crate::devices::virtio::fs::{Fs, Share};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::jail::{self, JailError};
@@ -142,12 +142,7 @@ pub fn build(
 
     jail::raise_descriptor_limit().map_err(host("raising the descriptor limit"))?;
     jail::set_no_new_privs()?;
-    if let Some(root) = config.jail_root_fd {
-        jail::enter(Inherited::take(root))?;
-    }
-    if let Some(share) = share {
-        share.open_root().map_err(host("opening the shared directory"))?;
-    }
+    enter_jail(config, share)?;
 
     let end = Arc::new(EndSignal::new().map_err(host("making an event descriptor"))?);
     let vcpus = Vcpus::spawn(vcpus, vm.mmio.clone(), vm.ports.clone(), Arc::clone(&end))
@@ -163,12 +158,27 @@ fn add_ports(vm: &mut Vm, console: &SharedLog, reset: vmm_sys_util::eventfd::Eve
     vm.ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(reset)));
 }
 
+/// Goes where only the share is to be seen, and opens it there.
+fn enter_jail(config: &VmConfig, share: Option<Share>) -> Result<(), BuildError> {
+    let open = |share: Share, root: &str, jail| {
+        share.open(root, jail).map_err(host("opening the shared directory"))
+    };
+    let Some(root) = config.jail_root_fd else {
+        return share.map_or(Ok(()), |share| open(share, "/", None));
+    };
+    let antechamber = jail::enter(&Inherited::take(root))?;
+    if let Some(share) = share {
+        open(share, jail::SHARE, Some(antechamber.clone()))?;
+    }
+    Ok(antechamber.close()?)
+}
+
 /// Adds the virtio devices. Returns a handle to the share, which is opened inside the jail.
 fn add_devices(
     vm: &mut Vm,
     config: &VmConfig,
     cmdline: &mut Cmdline,
-) -> Result<Option<crate::devices::virtio::fs::Share>, BuildError> {
+) -> Result<Option<Share>, BuildError> {
     let mut add = |device: Box<dyn VirtioDevice>| -> Result<(), BuildError> {
         let slot = vm.add_virtio(device)?;
         let parameter = format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq);
@@ -181,7 +191,7 @@ fn add_devices(
     add(Box::new(vsock))?;
     let mut share = None;
     if let Some(fs) = &config.fs {
-        let device = Fs::new(fs).map_err(host("preparing the shared directory"))?;
+        let device = Fs::new(fs);
         share = Some(device.share());
         add(Box::new(device))?;
     }

@@ -1,14 +1,19 @@
 //! What the VMM gives up before the guest runs: its view of the host's files, descriptors that it
 //! was not given, and the means to get more rights.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
 
+use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::unistd::{chdir, fchdir, pivot_root};
+use nix::sys::stat::Mode;
+use nix::unistd::{chdir, chroot, fchdir, mkdir, pivot_root};
 
 /// A step into the jail failed.
 #[derive(Debug, thiserror::Error)]
@@ -45,26 +50,100 @@ pub fn close_other_descriptors(keep: &[i32]) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes `root` the root directory of this process, in a mount namespace of its own where nothing
-/// else of the host is mounted. Mounts that are made below `root` outside later arrive here.
+/// Where the shared directory is until [`Antechamber::close`].
+pub const SHARE: &str = "/share";
+
+/// The root of the VMM's mount namespace: a read-only directory with nothing in it but the shared
+/// directory at [`SHARE`], this process's `/proc/self/fd`, and the namespace's `mountinfo`.
+///
+/// ```text
+/// /                    the namespace's root; threads that serve the share stay here, because
+/// |-- share            extended attributes of a file are reached through /proc/self/fd only
+/// |   `-- ...          the root directory of every other thread
+/// `-- proc/self/{fd,mountinfo}
+/// ```
+///
+/// `..` leads nowhere from any of them: the root of each mount is the end.
+#[derive(Debug, Clone)]
+pub struct Antechamber(Arc<OwnedFd>);
+
+/// Makes a mount namespace of this process's own, where nothing else of the host is mounted than the
+/// shared directory `root`. Mounts that are made below `root` outside later arrive here.
 ///
 /// The process has to have a single thread still.
 ///
 /// # Errors
 ///
 /// The step that failed; the process is then in no state to go on.
-pub fn enter(root: OwnedFd) -> Result<(), JailError> {
+pub fn enter(root: &OwnedFd) -> Result<Antechamber, JailError> {
     const HERE: &str = ".";
     const NOTHING: Option<&str> = None;
-    fchdir(&root).map_err(step("going to the shared directory"))?;
+    // Any directory that every host has, and nothing here needs any more. It is covered in this
+    // namespace only.
+    const PLACE: &str = "/dev";
+    fchdir(root).map_err(step("going to the shared directory"))?;
     // The working directory moves along into the new namespace, which a descriptor would not.
     unshare(CloneFlags::CLONE_NEWNS).map_err(step("unsharing the mount namespace"))?;
     mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_SLAVE, NOTHING)
         .map_err(step("making mounts one-way"))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("none"), PLACE, Some("tmpfs"), flags, Some("mode=0755,size=64k,nr_inodes=8"))
+        .map_err(step("mounting the new root"))?;
+    let place = Path::new(PLACE);
+    for directory in ["share", "proc", "proc/self", "proc/self/fd"] {
+        mkdir(&place.join(directory), Mode::from_bits_truncate(0o755))
+            .map_err(step("making the new root's directories"))?;
+    }
+    File::create(place.join("proc/self/mountinfo")).map_err(|source| JailError {
+        step: "making the new root's files",
+        source: nix::Error::from_raw(source.raw_os_error().unwrap_or(libc::EIO)),
+    })?;
+    for own in ["proc/self/fd", "proc/self/mountinfo"] {
+        mount(
+            Some(&Path::new("/").join(own)),
+            &place.join(own),
+            NOTHING,
+            MsFlags::MS_BIND,
+            NOTHING,
+        )
+        .map_err(step("mounting the process's own files"))?;
+    }
+    let whole = MsFlags::MS_BIND | MsFlags::MS_REC;
+    mount(Some(HERE), &place.join("share"), NOTHING, whole, NOTHING)
+        .map_err(step("mounting the shared directory"))?;
+    mount(NOTHING, PLACE, NOTHING, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | flags, NOTHING)
+        .map_err(step("making the new root read-only"))?;
+    chdir(PLACE).map_err(step("going to the new root"))?;
     pivot_root(HERE, HERE).map_err(step("changing the root"))?;
     // The old root now lies on top of the new one.
     umount2(HERE, MntFlags::MNT_DETACH).map_err(step("leaving the old root"))?;
-    chdir("/").map_err(step("going to the new root"))
+    chdir("/").map_err(step("entering the new root"))?;
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let root = open("/", flags, Mode::empty()).map_err(step("opening the new root"))?;
+    Ok(Antechamber(Arc::new(root)))
+}
+
+impl Antechamber {
+    /// Makes the shared directory the root of this thread and all that it starts.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed; the process is then in no state to go on.
+    pub fn close(&self) -> Result<(), JailError> {
+        chroot(SHARE).map_err(step("entering the shared directory"))?;
+        chdir("/").map_err(step("going to the shared directory's root"))
+    }
+
+    /// Takes the calling thread, and it alone, back to the namespace's root.
+    ///
+    /// # Errors
+    ///
+    /// The step that failed.
+    pub fn stay(&self) -> nix::Result<()> {
+        unshare(CloneFlags::CLONE_FS)?;
+        fchdir(&self.0)?;
+        chroot(".")
+    }
 }
 
 /// Neither this process nor a child of it can get rights by `execve` any more.

@@ -1,5 +1,6 @@
 //! `isopod-vmm`: runs one microVM. Started by Isopod's sandbox process, not by people.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -23,45 +24,52 @@ fn main() -> ExitCode {
     let exec_us = now_us();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let outcome = match arguments[..] {
+    let message = match arguments[..] {
         ["--version"] => {
             println!("isopod-vmm {}", env!("CARGO_PKG_VERSION"));
             return ExitCode::SUCCESS;
         }
         ["--config-fd", number] => match number.parse() {
-            Ok(fd) if fd > 2 => run(fd, exec_us),
-            _ => Err(format!("--config-fd {number}: not a descriptor above 2")),
+            Ok(fd) if fd > 2 => match prepare(fd) {
+                Ok((config, control)) => run(&config, &control, exec_us),
+                Err(message) => message,
+            },
+            _ => format!("--config-fd {number}: not a descriptor above 2"),
         },
-        _ => Err(USAGE.to_owned()),
+        _ => USAGE.to_owned(),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
-            eprintln!("isopod-vmm: {message}");
-            ExitCode::FAILURE
-        }
-    }
+    eprintln!("isopod-vmm: {message}");
+    ExitCode::FAILURE
 }
 
-/// Runs the microVM to its end. Failures after the control socket is there are told to it.
-fn run(config_fd: i32, exec_us: u64) -> Result<(), String> {
+/// Reads what to run. Until the control socket is there, failures go to standard error.
+fn prepare(config_fd: i32) -> Result<(VmConfig, ControlSocket), String> {
     let config = read_config(config_fd)?;
     jail::close_other_descriptors(&config.descriptors())
         .map_err(|e| format!("closing inherited descriptors: {e}"))?;
     // SAFETY: the descriptor was inherited for this process, is named once in the validated
     // configuration, and is taken only here.
     let control = ControlSocket::new(unsafe { OwnedFd::from_raw_fd(config.control_fd) });
-    let last = match run_microvm(&config, &control, exec_us) {
-        Ok(event) => event,
-        Err(message) => VmmEvent::Failed { message },
-    };
+    Ok((config, control))
+}
+
+/// Runs the microVM to its end. Failures are told to the control socket.
+fn run(config: &VmConfig, control: &ControlSocket, exec_us: u64) -> ! {
+    match run_microvm(config, control, exec_us) {
+        Ok(never) => match never {},
+        Err(message) => finish(control, VmmEvent::Failed { message }),
+    }
+}
+
+/// Tells why the microVM ended, and ends the process.
+///
+/// Nothing is torn down first. A vCPU or a worker may be held up for as long as it likes, by a host
+/// file system or by whoever should read the console; the kernel ends them all, at once.
+fn finish(control: &ControlSocket, last: VmmEvent) -> ! {
     let failed = matches!(last, VmmEvent::Failed { .. });
     // The sandbox process may be gone already.
     let _ = control.send(&VmmMessage::Event(last));
-    if failed {
-        std::process::exit(1)
-    }
-    Ok(())
+    std::process::exit(i32::from(failed))
 }
 
 fn read_config(fd: i32) -> Result<VmConfig, String> {
@@ -78,7 +86,7 @@ fn run_microvm(
     config: &VmConfig,
     control: &ControlSocket,
     exec_us: u64,
-) -> Result<VmmEvent, String> {
+) -> Result<Infallible, String> {
     let event = |e: std::io::Error| format!("event descriptors: {e}");
     let reset = EventFd::new(libc::EFD_NONBLOCK).map_err(event)?;
     let reset_port = reset.try_clone().map_err(event)?;
@@ -87,7 +95,7 @@ fn run_microvm(
     control.send(&VmmMessage::Event(started)).map_err(|e| format!("control socket: {e}"))?;
     vm.vcpus.let_run();
     let reason = event_loop::run(&mut vm, control, &reset).map_err(event)?;
-    Ok(event_loop::ended(&vm, reason))
+    finish(control, event_loop::ended(&vm, reason))
 }
 
 /// `CLOCK_MONOTONIC` in microseconds.

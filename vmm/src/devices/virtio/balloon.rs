@@ -22,6 +22,10 @@ const FEATURE_REPORTING: u64 = 1 << 5;
 /// A balloon page is 4 KiB whatever the host's page size (5.5.6).
 const BALLOON_PAGE_SIZE: u64 = 4096;
 
+/// Most bytes of page numbers in one chain. Linux sends 256 numbers of 4 bytes; the rest of a longer
+/// list is not looked at, as each number costs the vCPU a system call.
+const INFLATE_LEN: usize = 4096;
+
 /// The balloon. Reports come every two seconds at most, so the vCPU that reports serves itself.
 #[derive(Default)]
 pub struct Balloon {
@@ -58,14 +62,21 @@ impl VirtioDevice for Balloon {
     fn notify(&mut self, index: usize) {
         let Some((memory, queues)) = &mut self.active else { return };
         let Some(queue) = queues.get_mut(index) else { return };
-        for _ in 0..QUEUE_SIZES[index] {
-            let Some(chain) = queue.pop(memory) else { break };
+        // At most a turn of the ring and some for a kick, so that the vCPU gets on.
+        for _ in 0..2 * QUEUE_SIZES[index] {
+            let Some(chain) = queue.pop(memory) else {
+                if queue.enable_kicks(memory) {
+                    continue;
+                }
+                break;
+            };
             match index {
                 // The chain's writable buffers are the free pages themselves.
                 REPORTING => chain.writable.slices().iter().for_each(discard),
                 // A list of page numbers, which the guest gives up until it deflates.
                 INFLATE => {
                     let mut numbers = chain.readable;
+                    numbers.truncate(INFLATE_LEN);
                     while let Some(number) = numbers.take::<4>() {
                         discard_page(memory, u32::from_le_bytes(number));
                     }

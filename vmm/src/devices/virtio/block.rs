@@ -5,10 +5,8 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use vmm_sys_util::eventfd::EventFd;
-
 use super::chain::{Buffers, Chain, returned};
-use super::worker::{Workers, wait_for_work};
+use super::worker::{Stop, Workers, wait_for_work};
 use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::BlockConfig;
 use crate::memory::GuestMemoryMap;
@@ -102,7 +100,7 @@ impl VirtioDevice for Block {
         let disk = Arc::clone(&self.disk);
         let memory = active.memory;
         self.worker =
-            Some(Workers::spawn_one("block", move |stop| serve(&disk, &memory, queue, &stop))?);
+            Some(Workers::spawn_one("block", move |stop| serve(&disk, &memory, queue, stop))?);
         Ok(())
     }
 
@@ -111,17 +109,19 @@ impl VirtioDevice for Block {
     }
 }
 
-fn serve(disk: &Disk, memory: &GuestMemoryMap, mut queue: ActiveQueue, stop: &EventFd) {
-    while wait_for_work(&[stop, queue.kick()]) {
+fn serve(disk: &Disk, memory: &GuestMemoryMap, mut queue: ActiveQueue, stop: &Stop) {
+    while wait_for_work(stop, &[queue.kick()]) {
         loop {
             queue.disable_kicks(memory);
-            while let Some(chain) = queue.pop(memory) {
+            while !stop.is_given()
+                && let Some(chain) = queue.pop(memory)
+            {
                 let head = chain.head;
                 let written = disk.execute(chain);
                 queue.push(memory, head, written);
                 queue.signal(memory);
             }
-            if !queue.enable_kicks(memory) {
+            if stop.is_given() || !queue.enable_kicks(memory) {
                 break;
             }
         }

@@ -30,14 +30,19 @@ impl<'m> Chain<'m> {
     ///
     /// # Errors
     ///
-    /// [`InvalidChain`] when one lies outside memory or out of order.
+    /// [`InvalidChain`] when one lies outside memory or out of order, or when there are more than
+    /// `queue_size`, which an indirect table must not be used for either (2.7.5.3.1).
     pub fn new(
         memory: &'m GuestMemoryMap,
         descriptors: DescriptorChain<&GuestMemoryMap>,
+        queue_size: u16,
     ) -> Result<Self, InvalidChain> {
         let head = descriptors.head_index();
         let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
-        for descriptor in descriptors {
+        for (count, descriptor) in descriptors.enumerate() {
+            if count >= usize::from(queue_size) {
+                return Err(InvalidChain);
+            }
             // A descriptor may span two regions only where they touch, and ours never do.
             let slice = memory
                 .get_slice(descriptor.addr(), descriptor.len() as usize)
@@ -134,6 +139,16 @@ impl<'m> Buffers<'m> {
         if let Some(front) = self.split_to(len.min(self.len)) {
             *self = front;
         }
+    }
+
+    /// Copies out all that is left.
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len];
+        let mut at = 0;
+        for slice in &self.slices {
+            at += slice.copy_to(&mut bytes[at..]);
+        }
+        bytes
     }
 
     /// The buffers for `readv` and its kin, at most `IOV_MAX`. The addresses are good for as long as

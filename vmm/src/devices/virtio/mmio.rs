@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
@@ -232,15 +233,16 @@ impl MmioTransport {
         for (queue, kick) in self.queues.iter_mut().zip(&self.kicks) {
             queue.set_event_idx(event_idx);
             let Ok(kick) = kick.try_clone() else { return false };
-            if !queue.is_valid(&self.memory) {
+            // A driver may do without a queue whose feature it does not use.
+            if queue.ready() && !rings_are_in_memory(queue, &self.memory) {
                 return false;
             }
             // The registers stay readable here; the device has the queue from now on.
             let Ok(mut theirs) = Queue::new(queue.max_size()) else { return false };
             std::mem::swap(&mut theirs, queue);
             queue.set_size(theirs.size());
-            queue.set_ready(true);
-            active.push(ActiveQueue { queue: theirs, kick, interrupt: self.interrupt.clone() });
+            queue.set_ready(theirs.ready());
+            active.push(ActiveQueue::new(theirs, kick, self.interrupt.clone()));
         }
         let activation = Activation {
             memory: self.memory.clone(),
@@ -275,6 +277,21 @@ impl MmioTransport {
             self.device.notify(index);
         }
     }
+}
+
+/// Whether the three parts of a queue lie in guest memory from end to end (2.7). The queue's own
+/// check looks at their ends only, and a ring that begins in the hole of the address space could
+/// never be drained.
+fn rings_are_in_memory(queue: &Queue, memory: &GuestMemoryMap) -> bool {
+    let size = usize::from(queue.size());
+    queue.is_valid(memory)
+        && [
+            (queue.desc_table(), 16 * size),
+            (queue.avail_ring(), 6 + 2 * size),
+            (queue.used_ring(), 6 + 8 * size),
+        ]
+        .into_iter()
+        .all(|(start, len)| memory.check_range(GuestAddress(start), len))
 }
 
 fn new_queues(device: &dyn VirtioDevice) -> Vec<Queue> {

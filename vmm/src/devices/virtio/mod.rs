@@ -6,6 +6,8 @@ pub mod chain;
 pub mod fs;
 pub mod mmio;
 pub mod rng;
+#[cfg(test)]
+mod tests;
 pub mod vsock;
 pub mod worker;
 
@@ -57,7 +59,7 @@ pub trait VirtioDevice: Send {
 pub struct Activation {
     /// Guest memory, for the queues and what they point to.
     pub memory: GuestMemoryMap,
-    /// The queues in their order; each is valid.
+    /// The queues in their order. Those that the driver did not set up stay silent.
     pub queues: Vec<ActiveQueue>,
     /// Features that both sides agreed on.
     pub features: u64,
@@ -68,9 +70,18 @@ pub struct ActiveQueue {
     queue: Queue,
     kick: EventFd,
     interrupt: Interrupt,
+    /// The driver did not set the queue up, or broke it: it is left alone until a reset.
+    dead: bool,
 }
 
 impl ActiveQueue {
+    /// A queue whose rings lie in guest memory, or one that the driver does without, which is not
+    /// ready and stays silent.
+    fn new(queue: Queue, kick: EventFd, interrupt: Interrupt) -> Self {
+        let dead = !queue.ready();
+        Self { queue, kick, interrupt, dead }
+    }
+
     /// The eventfd that the driver's kicks arrive on.
     pub fn kick(&self) -> &EventFd {
         &self.kick
@@ -78,16 +89,22 @@ impl ActiveQueue {
 
     /// Takes the next chain that the driver made available, checked and mapped.
     ///
-    /// A chain that is not valid is given back unused, and the next is tried.
+    /// A chain that is not valid is given back unused, and the next is tried, for one turn of the
+    /// ring: who makes nothing but invalid chains must not keep the caller here.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemoryMap) -> Option<chain::Chain<'m>> {
-        loop {
-            let descriptors = self.queue.pop_descriptor_chain(memory)?;
+        let size = self.queue.size();
+        for _ in 0..size {
+            let descriptors = self.pop_raw(memory)?;
             let head = descriptors.head_index();
-            match chain::Chain::new(memory, descriptors) {
+            match chain::Chain::new(memory, descriptors, size) {
                 Ok(chain) => return Some(chain),
-                Err(_) => self.push(memory, head, 0),
+                Err(_) => {
+                    self.push(memory, head, 0);
+                    self.signal(memory);
+                }
             }
         }
+        None
     }
 
     /// Takes the next chain as it is, for a crate that does its own checks.
@@ -95,7 +112,18 @@ impl ActiveQueue {
         &mut self,
         memory: &'m GuestMemoryMap,
     ) -> Option<DescriptorChain<&'m GuestMemoryMap>> {
-        self.queue.pop_descriptor_chain(memory)
+        if self.dead {
+            return None;
+        }
+        match self.queue.iter(memory) {
+            Ok(mut available) => available.next(),
+            // The driver's index is further ahead than the ring is long. It would stay so, and the
+            // queue would never look drained.
+            Err(_) => {
+                self.dead = true;
+                None
+            }
+        }
     }
 
     /// Puts back the chain that was popped last, so that the next pop returns it again.
@@ -105,26 +133,30 @@ impl ActiveQueue {
 
     /// Gives a chain back with `len` bytes written to it.
     pub fn push(&mut self, memory: &GuestMemoryMap, head: u16, len: u32) {
-        // It fails when the driver put the ring where no memory is: its loss.
+        // It fails when the head is none of the ring's: nobody waits for that chain.
         let _ = self.queue.add_used(memory, head, len);
     }
 
     /// Tells the driver of used chains, if it wants to know.
     pub fn signal(&mut self, memory: &GuestMemoryMap) {
-        if self.queue.needs_notification(memory).unwrap_or(true) {
+        if !self.dead && self.queue.needs_notification(memory).unwrap_or(true) {
             self.interrupt.trigger();
         }
     }
 
     /// Asks for kicks again after a drained queue. True when chains came in meanwhile, and the
     /// caller has to go on without a kick.
+    ///
+    /// Without this call, a driver that negotiated event indices kicks only once.
     pub fn enable_kicks(&mut self, memory: &GuestMemoryMap) -> bool {
-        self.queue.enable_notification(memory).unwrap_or(false)
+        !self.dead && self.queue.enable_notification(memory).unwrap_or(false)
     }
 
     /// Does without kicks while a queue is being drained.
     pub fn disable_kicks(&mut self, memory: &GuestMemoryMap) {
-        let _ = self.queue.disable_notification(memory);
+        if !self.dead {
+            let _ = self.queue.disable_notification(memory);
+        }
     }
 }
 

@@ -48,9 +48,14 @@ impl VirtioDevice for Rng {
 
     fn notify(&mut self, _index: usize) {
         let Some((memory, queue)) = &mut self.active else { return };
-        // At most one turn of the ring for a kick, so that the vCPU gets on.
-        for _ in 0..QUEUE_SIZES[0] {
-            let Some(mut chain) = queue.pop(memory) else { break };
+        // At most a turn of the ring and some for a kick, so that the vCPU gets on.
+        for _ in 0..2 * QUEUE_SIZES[0] {
+            let Some(mut chain) = queue.pop(memory) else {
+                if queue.enable_kicks(memory) {
+                    continue;
+                }
+                break;
+            };
             chain.writable.truncate(REQUEST_LEN);
             let mut written = 0;
             for slice in chain.writable.slices() {

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
 use nix::errno::Errno;
@@ -11,9 +13,28 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// Stack of a worker thread. Most of it is never touched.
 const STACK_SIZE: usize = 256 * 1024;
 
+/// Tells workers to end.
+pub struct Stop {
+    event: EventFd,
+    given: AtomicBool,
+}
+
+impl Stop {
+    /// It is time to end. To be asked before each request: a guest can keep a queue from ever
+    /// being empty.
+    pub fn is_given(&self) -> bool {
+        self.given.load(Ordering::Acquire)
+    }
+
+    /// Becomes readable with the stop, and is not to be read: it is the same for all.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+}
+
 /// The running workers of a device. Dropping it stops and joins them.
 pub struct Workers {
-    stop: EventFd,
+    stop: Arc<Stop>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -23,7 +44,7 @@ impl Workers {
     /// # Errors
     ///
     /// When the host gives no thread or descriptor.
-    pub fn spawn_one(name: &str, run: impl FnOnce(EventFd) + Send + 'static) -> io::Result<Self> {
+    pub fn spawn_one(name: &str, run: impl FnOnce(&Stop) + Send + 'static) -> io::Result<Self> {
         let mut workers = Self::none()?;
         workers.spawn(name, run)?;
         Ok(workers)
@@ -35,34 +56,36 @@ impl Workers {
     ///
     /// When the host gives no descriptor.
     pub fn none() -> io::Result<Self> {
-        Ok(Self { stop: EventFd::new(EFD_NONBLOCK)?, threads: Vec::new() })
+        let stop = Stop { event: EventFd::new(EFD_NONBLOCK)?, given: AtomicBool::new(false) };
+        Ok(Self { stop: Arc::new(stop), threads: Vec::new() })
     }
 
-    /// Starts `run` on a thread of this name. It has to return soon after the eventfd that it is
-    /// given becomes readable, and must not read it: it is the same for all.
+    /// Starts `run` on a thread of this name. It has to return soon after the stop is given.
     ///
     /// # Errors
     ///
-    /// When the host gives no thread or descriptor.
+    /// When the host gives no thread.
     pub fn spawn(
         &mut self,
         name: &str,
-        run: impl FnOnce(EventFd) + Send + 'static,
+        run: impl FnOnce(&Stop) + Send + 'static,
     ) -> io::Result<()> {
-        let stop = self.stop.try_clone()?;
+        let stop = Arc::clone(&self.stop);
         let thread = thread::Builder::new()
             .name(name.to_owned())
             .stack_size(STACK_SIZE)
-            .spawn(move || run(stop))?;
+            .spawn(move || run(&stop))?;
         self.threads.push(thread);
         Ok(())
     }
 }
 
-/// Waits until one of `events` is readable. Returns false when the first, the stop, is.
-pub fn wait_for_work(events: &[&EventFd]) -> bool {
-    let mut fds: Vec<PollFd<'_>> =
-        events.iter().map(|event| PollFd::new(borrow(event), PollFlags::POLLIN)).collect();
+/// Waits until one of `kicks` is readable, and reads those that are. Returns false on the stop.
+pub fn wait_for_work(stop: &Stop, kicks: &[&EventFd]) -> bool {
+    let mut fds: Vec<PollFd<'_>> = std::iter::once(&stop.event)
+        .chain(kicks.iter().copied())
+        .map(|event| PollFd::new(borrow(event), PollFlags::POLLIN))
+        .collect();
     loop {
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) => break,
@@ -70,24 +93,25 @@ pub fn wait_for_work(events: &[&EventFd]) -> bool {
             Err(_) => return false,
         }
     }
-    for (event, fd) in events.iter().zip(&fds).skip(1) {
+    for (kick, fd) in kicks.iter().zip(&fds[1..]) {
         if fd.any() == Some(true) {
             // Another thread may have read it first.
-            let _ = event.read();
+            let _ = kick.read();
         }
     }
-    fds.first().is_some_and(|stop| stop.any() == Some(false))
+    !stop.is_given()
 }
 
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is the eventfd's, which outlives the borrow.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
+        self.stop.given.store(true, Ordering::Release);
         // A full counter is readable as well.
-        let _ = self.stop.write(1);
+        let _ = self.stop.event.write(1);
         for thread in self.threads.drain(..) {
             // A worker that panicked has ended, which is all that is wanted here.
             let _ = thread.join();

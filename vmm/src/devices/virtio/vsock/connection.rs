@@ -3,21 +3,21 @@
 //! ```text
 //!   host opened:   Handshake --CONNECT line--> Requested --RESPONSE--> Open
 //!   guest opened:                                                     Open
-//!   Open --guest RST or both sides shut--> Draining (only what the guest sent is left) --> gone
+//!   Open --guest RST, or both ways shut--> Draining (only what the guest sent is left) --> gone
 //! ```
 //!
 //! Flow control is virtio 1.2, 5.10.6.3: each side says how much it can buffer (`buf_alloc`) and how
 //! much it has handed on (`fwd_cnt`); counters wrap.
 
 use std::collections::VecDeque;
-use std::io::{self, Read, Write};
+use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
 use std::num::Wrapping;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
-use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
-
-use super::packet::{Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::packet::{MAX_DATA_LEN, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use crate::devices::virtio::chain::{Buffers, returned};
 
 /// What the host side buffers of a guest's data, in bytes, when its reader is slow.
 pub(super) const BUF_ALLOC: u32 = 256 * 1024;
@@ -54,6 +54,7 @@ pub(super) struct Connection {
     pub(super) announce: Announce,
     /// Is in the muxer's list of those with something for the guest.
     pub(super) listed: bool,
+    pub(super) opened_by_guest: bool,
     stream: UnixStream,
     /// The host socket may have more to read (its epoll is edge-triggered).
     readable: bool,
@@ -71,7 +72,8 @@ pub(super) struct Connection {
     peer_forwarded: Wrapping<u32>,
     guest_receive_closed: bool,
     host_eof: bool,
-    host_hung_up: bool,
+    /// The host's process takes nothing more: what the guest still sends is dropped.
+    host_receive_closed: bool,
     /// Shutdown flags that the guest has been told.
     told: u32,
 }
@@ -83,6 +85,7 @@ impl Connection {
             ports,
             announce: Announce::default(),
             listed: false,
+            opened_by_guest: state == State::Open,
             stream,
             readable: false,
             backlog: VecDeque::new(),
@@ -96,7 +99,7 @@ impl Connection {
             peer_forwarded: Wrapping(0),
             guest_receive_closed: false,
             host_eof: false,
-            host_hung_up: false,
+            host_receive_closed: false,
             told: 0,
         }
     }
@@ -123,6 +126,8 @@ impl Connection {
             .ok()
             .and_then(|text| text.strip_prefix("CONNECT "))
             .and_then(|port| port.trim_end_matches('\r').parse().ok());
+        // What follows the line may be there already, and is not announced again.
+        self.readable = true;
         port.map(Some).ok_or(Broken)
     }
 
@@ -145,37 +150,35 @@ impl Connection {
     }
 
     /// Hands data of the guest to the host socket, or keeps it until that can take it.
-    pub(super) fn receive(&mut self, data: &VolatileSlice<'_>) -> Result<(), Broken> {
-        let len = data.len() as u32;
-        self.received += len;
+    pub(super) fn receive(&mut self, mut data: Buffers<'_>) -> Result<(), Broken> {
+        self.received += data.len() as u32;
         if (self.received - self.forwarded).0 > BUF_ALLOC || self.guest_send_closed {
             return Err(Broken);
         }
-        let mut rest = *data;
-        while self.backlog.is_empty() && !rest.is_empty() {
-            match self.stream.write_volatile(&rest) {
+        while self.backlog.is_empty() && !data.is_empty() && !self.host_receive_closed {
+            match write(&self.stream, &data) {
                 Ok(written) => {
                     self.forwarded += written as u32;
-                    rest = rest.offset(written).map_err(|_| Broken)?;
+                    data.split_to(written).ok_or(Broken)?;
                 }
-                Err(e) => match blocked(volatile_kind(&e)) {
+                Err(e) => match blocked(e.kind()) {
                     Some(true) => break,
                     Some(false) => {}
-                    None => return Err(Broken),
+                    None => self.close_host_receive(),
                 },
             }
         }
-        if !rest.is_empty() {
-            let mut bytes = vec![0; rest.len()];
-            rest.copy_to(&mut bytes);
-            self.backlog.extend(bytes);
+        if self.host_receive_closed {
+            self.forwarded = self.received;
+        } else if !data.is_empty() {
+            self.backlog.extend(data.to_vec());
         }
         self.note_credit();
         Ok(())
     }
 
     /// The host socket can take more of the backlog.
-    pub(super) fn flush(&mut self) -> Result<(), Broken> {
+    pub(super) fn flush(&mut self) {
         while !self.backlog.is_empty() {
             match self.stream.write(self.backlog.as_slices().0) {
                 Ok(written) => {
@@ -185,7 +188,7 @@ impl Connection {
                 Err(e) => match blocked(e.kind()) {
                     Some(true) => break,
                     Some(false) => {}
-                    None => return Err(Broken),
+                    None => self.close_host_receive(),
                 },
             }
         }
@@ -194,7 +197,14 @@ impl Connection {
         }
         self.note_credit();
         self.pass_on_shutdown();
-        Ok(())
+    }
+
+    /// The host's process has closed its end. What it wrote before may still be on its way to the
+    /// guest; the guest's data has nowhere to go.
+    fn close_host_receive(&mut self) {
+        self.host_receive_closed = true;
+        self.backlog.clear();
+        self.forwarded = self.received;
     }
 
     fn note_credit(&mut self) {
@@ -219,11 +229,10 @@ impl Connection {
         self.pass_on_shutdown();
     }
 
-    /// Both directions are done and nothing is left for the host: the guest waits for its reset.
+    /// Both directions are done: the guest waits for its reset, and not until a slow host process
+    /// has read the backlog (it would give up after 8 seconds).
     pub(super) fn is_finished(&self) -> bool {
-        self.guest_send_closed
-            && self.backlog.is_empty()
-            && (self.guest_receive_closed || self.told & SHUTDOWN_SEND != 0)
+        self.guest_send_closed && (self.guest_receive_closed || self.told & SHUTDOWN_SEND != 0)
     }
 
     /// What the guest sent before it went has still to reach the host.
@@ -241,7 +250,9 @@ impl Connection {
     /// The host socket became readable, or hung up.
     pub(super) fn set_readable(&mut self, hung_up: bool) {
         self.readable = true;
-        self.host_hung_up |= hung_up;
+        if hung_up {
+            self.close_host_receive();
+        }
     }
 
     /// The host's process has closed its end, or the guest may yet get data from it.
@@ -262,12 +273,9 @@ impl Connection {
 
     /// Shutdown flags that the guest has still to be told.
     pub(super) fn untold_shutdown(&self) -> u32 {
-        if !self.host_eof {
-            return 0;
-        }
-        // A host process that closed its socket, not only its sending side, takes nothing more.
-        let flags = SHUTDOWN_SEND | if self.host_hung_up { SHUTDOWN_RECEIVE } else { 0 };
-        flags & !self.told
+        let send = if self.host_eof { SHUTDOWN_SEND } else { 0 };
+        let receive = if self.host_receive_closed { SHUTDOWN_RECEIVE } else { 0 };
+        (send | receive) & !self.told
     }
 
     pub(super) fn set_told(&mut self, flags: u32) {
@@ -276,14 +284,13 @@ impl Connection {
 
     /// Fills `room` from the host socket, as far as the guest's credit goes. `Ok(0)` when nothing is
     /// there for now, or no more will come; the latter shows in [`Self::untold_shutdown`].
-    pub(super) fn read_for_guest(&mut self, room: &VolatileSlice<'_>) -> Result<u32, Broken> {
-        let len = room.len().min(self.credit() as usize);
-        let mut room = room.subslice(0, len).map_err(|_| Broken)?;
-        if len == 0 || !self.readable || self.host_eof || self.guest_receive_closed {
+    pub(super) fn read_for_guest(&mut self, room: &mut Buffers<'_>) -> Result<u32, Broken> {
+        room.truncate(self.credit().min(MAX_DATA_LEN) as usize);
+        if room.is_empty() || !self.readable || self.host_eof || self.guest_receive_closed {
             return Ok(0);
         }
         loop {
-            match self.stream.read_volatile(&mut room) {
+            match read(&self.stream, room) {
                 Ok(0) => {
                     self.host_eof = true;
                     return Ok(0);
@@ -292,7 +299,7 @@ impl Connection {
                     self.sent += read as u32;
                     return Ok(read as u32);
                 }
-                Err(e) => match blocked(volatile_kind(&e)) {
+                Err(e) => match blocked(e.kind()) {
                     Some(true) => {
                         self.readable = false;
                         return Ok(0);
@@ -321,15 +328,20 @@ fn blocked(kind: io::ErrorKind) -> Option<bool> {
     }
 }
 
-fn volatile_kind(error: &VolatileMemoryError) -> io::ErrorKind {
-    match error {
-        VolatileMemoryError::IOError(e) => e.kind(),
-        _ => io::ErrorKind::InvalidInput,
-    }
+fn read(stream: &UnixStream, room: &Buffers<'_>) -> io::Result<usize> {
+    let iovecs = room.iovecs();
+    // SAFETY: each iovec is a checked piece of guest memory, which stays mapped for as long as the
+    // chain borrows it; only the guest reads what is put there.
+    returned(unsafe { libc::readv(stream.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
+}
+
+fn write(stream: &UnixStream, data: &Buffers<'_>) -> io::Result<usize> {
+    let iovecs = data.iovecs();
+    // SAFETY: as for reading; the guest may change the bytes meanwhile, which are its own.
+    returned(unsafe { libc::writev(stream.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
 }
 
 fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
-    use std::os::fd::AsRawFd;
     // SAFETY: the buffer is valid for writes of its length, the descriptor is the stream's own.
     let result = unsafe {
         libc::recv(
@@ -339,5 +351,5 @@ fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
             libc::MSG_PEEK | libc::MSG_DONTWAIT,
         )
     };
-    crate::devices::virtio::chain::returned(result)
+    returned(result)
 }

@@ -7,14 +7,12 @@
 //! ```
 
 mod connection;
-mod muxer;
-mod packet;
+pub(in crate::devices::virtio) mod muxer;
+pub(in crate::devices::virtio) mod packet;
 
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-
-use vmm_sys_util::eventfd::EventFd;
 
 use self::muxer::{HostSide, Muxer};
 use super::worker::Workers;
@@ -83,7 +81,7 @@ impl VirtioDevice for Vsock {
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let host = Arc::clone(&self.host);
         let mut muxer = Muxer::new(self.guest_cid, host, active.memory, receive, transmit)?;
-        self.worker = Some(Workers::spawn_one("vsock", move |stop: EventFd| muxer.run(&stop))?);
+        self.worker = Some(Workers::spawn_one("vsock", move |stop| muxer.run(stop))?);
         Ok(())
     }
 

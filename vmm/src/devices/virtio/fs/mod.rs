@@ -3,21 +3,24 @@
 //! Several workers take turns at waiting for the queues: one leads, takes a request, lets the next
 //! one lead, and serves what it took.
 
+mod init;
+
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::time::Duration;
 
+use fuse_backend_rs::abi::fuse_abi::InHeader;
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
-use nix::sched::{CloneFlags, unshare};
 use virtio_queue::DescriptorChain;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::worker::{Workers, wait_for_work};
+use super::worker::{Stop, Workers, wait_for_work};
 use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::{FsCache, FsConfig};
+use crate::jail::Antechamber;
 use crate::memory::GuestMemoryMap;
 
 const DEVICE_TYPE: u32 = 26;
@@ -25,6 +28,10 @@ const DEVICE_TYPE: u32 = 26;
 /// High priority (forgets and interrupts), and requests. A request of 1 MiB has 256 pages beside its
 /// headers.
 const QUEUE_SIZES: [u16; 2] = [128, 512];
+
+/// Most bytes of a request, or of the answer to it: the data and a page for all else. Descriptors may
+/// name the same memory over and over, and some requests are copied whole.
+const MAX_MESSAGE_LEN: usize = (init::MAX_PAGES as usize + 1) * init::PAGE_SIZE as usize;
 
 /// Length of the tag in the configuration space.
 const TAG_LEN: usize = 36;
@@ -39,20 +46,49 @@ const ALWAYS_TIMEOUT: Duration = Duration::from_secs(86_400);
 pub struct Fs {
     config_space: [u8; TAG_LEN + 4],
     workers: u8,
-    server: Arc<Server<Arc<PassthroughFs>>>,
-    files: Arc<PassthroughFs>,
+    share: Share,
     running: Option<Workers>,
 }
 
 impl Fs {
-    /// A device that will serve the process's root directory as it is when [`Share::open_root`] is
-    /// called. Made before the root changes, because it needs `/proc/self/fd`.
+    /// A device for a directory that is opened later, with [`Share::open`].
+    pub fn new(config: &FsConfig) -> Self {
+        let mut config_space = [0; TAG_LEN + 4];
+        config_space[..config.tag.len()].copy_from_slice(config.tag.as_bytes());
+        config_space[TAG_LEN..].copy_from_slice(&1u32.to_le_bytes()); // num_request_queues
+        let share = Share { cache: config.cache, opened: Arc::default() };
+        Self { config_space, workers: config.workers, share, running: None }
+    }
+
+    /// The directory that is shared.
+    pub fn share(&self) -> Share {
+        self.share.clone()
+    }
+}
+
+/// The directory that is shared, once it is open.
+#[derive(Clone)]
+pub struct Share {
+    cache: FsCache,
+    opened: Arc<OnceLock<Opened>>,
+}
+
+struct Opened {
+    files: Arc<PassthroughFs>,
+    server: Server<Arc<PassthroughFs>>,
+    jail: Option<Antechamber>,
+}
+
+impl Share {
+    /// Opens `root`, which is a path now but never again.
+    ///
+    /// Workers that serve it need to see `/proc/self/fd`: they stay in `jail`, if there is one.
     ///
     /// # Errors
     ///
-    /// When there is no `/proc`.
-    pub fn new(config: &FsConfig) -> io::Result<Self> {
-        let (cache_policy, timeout) = match config.cache {
+    /// When it cannot be opened, or `/proc/self` is not there.
+    pub fn open(&self, root: &str, jail: Option<Antechamber>) -> io::Result<()> {
+        let (cache_policy, timeout) = match self.cache {
             FsCache::Never => (CachePolicy::Never, Duration::ZERO),
             FsCache::Auto => (CachePolicy::Auto, AUTO_TIMEOUT),
             FsCache::Always => (CachePolicy::Always, ALWAYS_TIMEOUT),
@@ -61,41 +97,19 @@ impl Fs {
             attr_timeout: timeout,
             entry_timeout: timeout,
             cache_policy,
-            root_dir: "/".to_owned(),
+            root_dir: root.to_owned(),
             xattr: true,
-            do_import: false,
+            // Else it leaves it to a layer above to check names, and gives the guest a write-back
+            // cache and files without an open, whatever the policy.
+            do_import: true,
             killpriv_v2: true,
             ..Config::default()
         })?);
-        let mut config_space = [0; TAG_LEN + 4];
-        config_space[..config.tag.len()].copy_from_slice(config.tag.as_bytes());
-        config_space[TAG_LEN..].copy_from_slice(&1u32.to_le_bytes()); // num_request_queues
-        Ok(Self {
-            config_space,
-            workers: config.workers,
-            server: Arc::new(Server::new(Arc::clone(&files))),
-            files,
-            running: None,
-        })
-    }
-
-    /// The directory that is shared, to open its root when the time has come.
-    pub fn share(&self) -> Share {
-        Share(Arc::clone(&self.files))
-    }
-}
-
-/// The directory that is shared.
-pub struct Share(Arc<PassthroughFs>);
-
-impl Share {
-    /// Takes the process's root directory, as it is now, for the root of the share.
-    ///
-    /// # Errors
-    ///
-    /// When it cannot be opened.
-    pub fn open_root(&self) -> io::Result<()> {
-        self.0.import()
+        files.import()?;
+        let server = Server::new(Arc::clone(&files));
+        self.opened
+            .set(Opened { files, server, jail })
+            .map_err(|_| io::Error::from(io::ErrorKind::AlreadyExists))
     }
 }
 
@@ -127,16 +141,17 @@ impl VirtioDevice for Fs {
             .map(|queue| queue.kick().try_clone())
             .collect::<io::Result<Vec<_>>>()?;
         let service = Arc::new(Service {
-            server: Arc::clone(&self.server),
+            share: Arc::clone(&self.share.opened),
             memory: active.memory,
             queues: active.queues.into_iter().map(Mutex::new).collect(),
+            begin: Once::new(),
             lead: Mutex::new(()),
             kicks,
         });
         let mut running = Workers::none()?;
         for _ in 0..self.workers {
             let service = Arc::clone(&service);
-            running.spawn("fs", move |stop| service.serve(&stop))?;
+            running.spawn("fs", move |stop| service.serve(stop))?;
         }
         self.running = Some(running);
         Ok(())
@@ -144,31 +159,31 @@ impl VirtioDevice for Fs {
 
     fn reset(&mut self) {
         self.running = None;
-        // The next driver begins with no open file and no known inode.
-        self.files.destroy();
-        // The root was opened before, and is still there.
-        let _ = self.files.import();
     }
 }
 
 /// What the workers have in common.
 struct Service {
-    server: Arc<Server<Arc<PassthroughFs>>>,
+    share: Arc<OnceLock<Opened>>,
     memory: GuestMemoryMap,
     queues: Vec<Mutex<ActiveQueue>>,
+    begin: Once,
     lead: Mutex<()>,
     kicks: Vec<EventFd>,
 }
 
 impl Service {
-    fn serve(&self, stop: &EventFd) {
-        // The file system changes the working directory for extended attributes of special files.
-        if unshare(CloneFlags::CLONE_FS).is_err() {
+    fn serve(&self, stop: &Stop) {
+        let Some(opened) = self.share.get() else { return };
+        if opened.jail.as_ref().is_some_and(|jail| jail.stay().is_err()) {
             return;
         }
+        // A driver begins with no open file and no known inode but the root, whatever the one
+        // before it left. Done here, because the root is found by a path that holds in the jail.
+        self.begin.call_once(|| opened.files.destroy());
         while let Some((index, request)) = self.next_request(stop) {
             let head = request.head_index();
-            let written = self.answer(request);
+            let written = self.answer(opened, request);
             let mut queue = lock(&self.queues[index]);
             queue.push(&self.memory, head, written);
             queue.signal(&self.memory);
@@ -176,9 +191,9 @@ impl Service {
     }
 
     /// Waits for the turn to lead, then for a request. `None` when it is time to stop.
-    fn next_request(&self, stop: &EventFd) -> Option<(usize, DescriptorChain<&GuestMemoryMap>)> {
+    fn next_request(&self, stop: &Stop) -> Option<(usize, DescriptorChain<&GuestMemoryMap>)> {
         let _lead = self.lead.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
+        while !stop.is_given() {
             for (index, queue) in self.queues.iter().enumerate() {
                 if let Some(request) = lock(queue).pop_raw(&self.memory) {
                     return Some((index, request));
@@ -188,26 +203,33 @@ impl Service {
             for queue in &self.queues {
                 more |= lock(queue).enable_kicks(&self.memory);
             }
-            if more {
-                continue;
-            }
-            let mut events = vec![stop];
-            events.extend(&self.kicks);
-            if !wait_for_work(&events) {
-                return None;
+            if !more {
+                wait_for_work(stop, &self.kicks.iter().collect::<Vec<_>>());
             }
         }
+        None
     }
 
-    /// Serves one request. Returns how many bytes of answer were written.
-    fn answer(&self, request: DescriptorChain<&GuestMemoryMap>) -> u32 {
+    /// Serves one request. Returns how many bytes of answer were written. What cannot be decoded is
+    /// given back without an answer.
+    fn answer(&self, opened: &Opened, request: DescriptorChain<&GuestMemoryMap>) -> u32 {
         let Ok(reader) = Reader::from_descriptor_chain(&self.memory, request.clone()) else {
             return 0;
         };
         let Ok(writer) = VirtioFsWriter::new(&self.memory, request) else { return 0 };
-        // What cannot be decoded is given back without an answer.
-        let written =
-            self.server.handle_message(reader, Writer::VirtioFs(writer), None, None).unwrap_or(0);
+        // Looked at here and not before: what the guest has in its descriptors may change.
+        if reader.available_bytes() > MAX_MESSAGE_LEN || writer.available_bytes() > MAX_MESSAGE_LEN
+        {
+            return 0;
+        }
+        let writer = Writer::VirtioFs(writer);
+        let mut rest = reader.clone();
+        let Ok(header) = rest.read_obj::<InHeader>() else { return 0 };
+        let written = if header.opcode == init::OPCODE {
+            init::answer(&opened.files, &header, rest, writer).unwrap_or(0)
+        } else {
+            opened.server.handle_message(reader, writer, None, None).unwrap_or(0)
+        };
         written as u32
     }
 }

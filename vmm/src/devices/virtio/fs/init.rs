@@ -1,0 +1,87 @@
+//! The first FUSE request, which settles what both sides can do. It is answered here, because the
+//! crate by itself agrees to nothing but reading directories: writes would come 4 KiB at a time.
+
+use std::io::{self, Write};
+
+use fuse_backend_rs::abi::fuse_abi::{
+    FsOptions, InHeader, InitIn, InitIn2, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, OutHeader,
+};
+use fuse_backend_rs::api::filesystem::FileSystem;
+use fuse_backend_rs::passthrough::PassthroughFs;
+use fuse_backend_rs::transport::{Reader, Writer};
+use vm_memory::ByteValued;
+
+/// `FUSE_INIT` (include/uapi/linux/fuse.h, enum fuse_opcode).
+pub(super) const OPCODE: u32 = 26;
+
+/// The oldest protocol of a Linux with virtio-fs (5.4).
+const OLDEST_MINOR_VERSION: u32 = 31;
+
+/// Most pages of data in one request.
+pub(super) const MAX_PAGES: u16 = 256;
+
+/// A page of the guest, in bytes.
+pub(super) const PAGE_SIZE: u32 = 4096;
+
+/// What the share can do beside what the crate says of it.
+const OPTIONS: FsOptions = FsOptions::ASYNC_READ
+    .union(FsOptions::ASYNC_DIO)
+    .union(FsOptions::ATOMIC_O_TRUNC)
+    .union(FsOptions::BIG_WRITES)
+    .union(FsOptions::AUTO_INVAL_DATA)
+    .union(FsOptions::PARALLEL_DIROPS)
+    .union(FsOptions::MAX_PAGES)
+    .union(FsOptions::INIT_EXT);
+
+/// Serves the request of which `header` has been read. Returns how many bytes of answer were
+/// written.
+///
+/// # Errors
+///
+/// When there is no room for the answer.
+pub(super) fn answer(
+    files: &PassthroughFs,
+    header: &InHeader,
+    mut request: Reader<'_>,
+    mut answer: Writer<'_>,
+) -> io::Result<usize> {
+    let (error, body) = match negotiate(files, &mut request) {
+        Ok(out) => (0, out.as_slice().to_vec()),
+        Err(e) => (-e.raw_os_error().unwrap_or(libc::EINVAL), Vec::new()),
+    };
+    let len = size_of::<OutHeader>() + body.len();
+    let out = OutHeader { len: len as u32, error, unique: header.unique };
+    answer.write_all(out.as_slice())?;
+    answer.write_all(&body)?;
+    Ok(len)
+}
+
+fn negotiate(files: &PassthroughFs, request: &mut Reader<'_>) -> io::Result<InitOut> {
+    let asked: InitIn = request.read_obj()?;
+    let out = InitOut {
+        major: KERNEL_VERSION,
+        minor: KERNEL_MINOR_VERSION,
+        max_readahead: asked.max_readahead,
+        max_background: u16::MAX,
+        congestion_threshold: u16::MAX / 4 * 3,
+        max_write: u32::from(MAX_PAGES) * PAGE_SIZE,
+        max_pages: MAX_PAGES,
+        time_gran: 1,
+        ..Default::default()
+    };
+    if asked.major > KERNEL_VERSION {
+        // The guest asks again in the version that it is given.
+        return Ok(out);
+    }
+    if asked.major < KERNEL_VERSION || asked.minor < OLDEST_MINOR_VERSION {
+        return Err(io::Error::from_raw_os_error(libc::EPROTO));
+    }
+    let mut flags = u64::from(asked.flags);
+    if flags & FsOptions::INIT_EXT.bits() != 0 {
+        let more: InitIn2 = request.read_obj()?;
+        flags |= u64::from(more.flags2) << 32;
+    }
+    let offered = FsOptions::from_bits_truncate(flags);
+    let agreed = (offered & (files.init(offered)? | OPTIONS)).bits();
+    Ok(InitOut { flags: agreed as u32, flags2: (agreed >> 32) as u32, ..out })
+}

@@ -1,0 +1,298 @@
+//! A driver for any device behind the transport.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::bus::BusDevice;
+use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::worker::borrow;
+use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::memory::GuestMemoryMap;
+
+/// Longer than anything takes on the slowest machine.
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(super) const MEMORY_LEN: usize = 64 << 20;
+
+pub(super) const NEXT: u16 = 1;
+pub(super) const WRITE: u16 = 2;
+pub(super) const INDIRECT: u16 = 4;
+
+pub(super) const EVENT_IDX: u64 = 1 << 29;
+pub(super) const VERSION_1: u64 = 1 << 32;
+
+/// A buffer of a chain: address, length, and whether the device writes it.
+pub(super) type Buffer = (u64, u32, bool);
+
+pub(super) fn memory() -> GuestMemoryMap {
+    GuestMemoryMap::from_ranges(&[(GuestAddress(0), MEMORY_LEN)]).unwrap()
+}
+
+pub(super) struct Driver {
+    pub(super) transport: MmioTransport,
+    pub(super) memory: GuestMemoryMap,
+    pub(super) queues: Vec<Ring>,
+    line: EventFd,
+    kicks: HashMap<u32, EventFd>,
+    event_idx: bool,
+}
+
+impl Driver {
+    /// A device just found, in the state after a reset.
+    pub(super) fn found(device: Box<dyn VirtioDevice>) -> Self {
+        let memory = memory();
+        let line = EventFd::new(EFD_NONBLOCK).unwrap();
+        let interrupt = Interrupt::new(line.try_clone().unwrap());
+        let transport = MmioTransport::new(device, memory.clone(), interrupt).unwrap();
+        let kicks =
+            transport.worker_kicks().map(|(n, kick)| (n, kick.try_clone().unwrap())).collect();
+        Self { transport, memory, queues: Vec::new(), line, kicks, event_idx: true }
+    }
+
+    /// A device in service.
+    pub(super) fn started(device: Box<dyn VirtioDevice>) -> Self {
+        let mut driver = Self::found(device);
+        driver.start();
+        driver
+    }
+
+    /// The same without event indices, so that rings are steered by their flags.
+    pub(super) fn started_with_flags(device: Box<dyn VirtioDevice>) -> Self {
+        let mut driver = Self::found(device);
+        driver.event_idx = false;
+        driver.start();
+        driver
+    }
+
+    pub(super) fn read(&mut self, register: u64) -> u32 {
+        let mut bytes = [0; 4];
+        self.transport.read(register, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    pub(super) fn write(&mut self, register: u64, value: u32) {
+        self.transport.write(register, &value.to_le_bytes());
+    }
+
+    pub(super) fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
+        let mut bytes = [0xff; N];
+        self.transport.read(0x100 + offset, &mut bytes);
+        bytes
+    }
+
+    pub(super) fn status(&mut self) -> u32 {
+        self.read(0x70)
+    }
+
+    pub(super) fn negotiate(&mut self) {
+        let event_idx = if self.event_idx { EVENT_IDX } else { 0 };
+        self.write(0x70, 1);
+        self.write(0x70, 3);
+        self.write(0x14, 0);
+        let low = self.read(0x10) & !(EVENT_IDX as u32) | event_idx as u32;
+        for (select, features) in [(0, low), (1, (VERSION_1 >> 32) as u32)] {
+            self.write(0x24, select);
+            self.write(0x20, features);
+        }
+        self.write(0x70, 11);
+        assert_eq!(self.status(), 11);
+    }
+
+    pub(super) fn set_up_queue(&mut self, index: u32, desc: u64, avail: u64, used: u64) -> u16 {
+        self.write(0x30, index);
+        let size = self.read(0x34);
+        assert_eq!(self.read(0x44), 0, "a queue that is ready before it is set up");
+        self.write(0x38, size);
+        for (register, address) in [(0x80, desc), (0x90, avail), (0xa0, used)] {
+            self.write(register, address as u32);
+            self.write(register + 4, (address >> 32) as u32);
+        }
+        self.write(0x44, 1);
+        assert_eq!(self.read(0x44), 1);
+        size as u16
+    }
+
+    pub(super) fn start(&mut self) {
+        self.negotiate();
+        self.queues.clear();
+        for index in 0.. {
+            self.write(0x30, index);
+            if self.read(0x34) == 0 {
+                break;
+            }
+            let base = 0x1_0000 * u64::from(index + 1);
+            self.memory.write_slice(&vec![0; 0x1_0000], GuestAddress(base)).unwrap();
+            let size = self.set_up_queue(index, base, base + 0x4000, base + 0x8000);
+            self.queues.push(Ring::new(base, size));
+        }
+        self.write(0x70, 15);
+        assert_eq!(self.status(), 15);
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.write(0x70, 0);
+        assert_eq!(self.status(), 0);
+    }
+
+    /// Makes a chain available, and kicks if the device wants to know. Returns its head.
+    pub(super) fn offer(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
+        let head = self.queues[queue].add(&self.memory, buffers);
+        self.kick(queue);
+        head
+    }
+
+    /// Kicks as Linux does: only if the device asked for it.
+    pub(super) fn kick(&mut self, queue: usize) {
+        if self.queues[queue].wants_kick(&self.memory, self.event_idx) {
+            self.kick_always(queue);
+        }
+    }
+
+    pub(super) fn kick_always(&mut self, queue: usize) {
+        match self.kicks.get(&(queue as u32)) {
+            Some(kick) => kick.write(1).unwrap(),
+            None => self.write(0x50, queue as u32),
+        }
+    }
+
+    /// The next chain that the device gave back, if there is one: head, and bytes written.
+    pub(super) fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
+        self.queues[queue].take_used(&self.memory)
+    }
+
+    /// The same, waiting for the device's interrupt.
+    pub(super) fn wait_used(&mut self, queue: usize) -> (u16, u32) {
+        loop {
+            if let Some(used) = self.used(queue) {
+                return used;
+            }
+            self.wait_interrupt();
+        }
+    }
+
+    pub(super) fn wait_interrupt(&mut self) {
+        let mut fds = [PollFd::new(borrow(&self.line), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(PATIENCE).unwrap();
+        assert_ne!(poll(&mut fds, timeout).unwrap(), 0, "no interrupt came");
+        let _ = self.line.read();
+        let status = self.read(0x60);
+        self.write(0x64, status);
+    }
+
+    /// One chain, there and back. Returns the bytes written to it.
+    pub(super) fn request(&mut self, queue: usize, buffers: &[Buffer]) -> u32 {
+        let head = self.offer(queue, buffers);
+        let (used, len) = self.wait_used(queue);
+        assert_eq!(used, head);
+        len
+    }
+
+    pub(super) fn put(&self, address: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+    }
+
+    pub(super) fn get(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+}
+
+/// The driver's side of a split queue (virtio 1.2, 2.7): descriptors, and the rings at fixed places
+/// behind them.
+pub(super) struct Ring {
+    base: u64,
+    size: u16,
+    next_descriptor: u16,
+    pub(super) available: u16,
+    kicked: u16,
+    used: u16,
+}
+
+impl Ring {
+    fn new(base: u64, size: u16) -> Self {
+        Self { base, size, next_descriptor: 0, available: 0, kicked: 0, used: 0 }
+    }
+
+    pub(super) fn size(&self) -> u16 {
+        self.size
+    }
+
+    pub(super) fn descriptor(
+        &self,
+        memory: &GuestMemoryMap,
+        index: u16,
+        (address, len, flags, next): (u64, u32, u16, u16),
+    ) {
+        let mut bytes = [0; 16];
+        bytes[..8].copy_from_slice(&address.to_le_bytes());
+        bytes[8..12].copy_from_slice(&len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[14..].copy_from_slice(&next.to_le_bytes());
+        let at = GuestAddress(self.base + 16 * u64::from(index));
+        memory.write_slice(&bytes, at).unwrap();
+    }
+
+    /// Lays out a chain in the next descriptors; those of chains long done are used again.
+    fn add(&mut self, memory: &GuestMemoryMap, buffers: &[Buffer]) -> u16 {
+        let at = |n: usize| (usize::from(self.next_descriptor) + n) % usize::from(self.size);
+        let head = at(0) as u16;
+        for (n, (address, len, writable)) in buffers.iter().enumerate() {
+            let next = if n + 1 < buffers.len() { NEXT } else { 0 };
+            let flags = next | if *writable { WRITE } else { 0 };
+            self.descriptor(memory, at(n) as u16, (*address, *len, flags, at(n + 1) as u16));
+        }
+        self.next_descriptor = at(buffers.len()) as u16;
+        self.make_available(memory, head);
+        head
+    }
+
+    pub(super) fn make_available(&mut self, memory: &GuestMemoryMap, head: u16) {
+        let slot = self.base + 0x4004 + 2 * u64::from(self.available % self.size);
+        memory.write_obj(head, GuestAddress(slot)).unwrap();
+        self.set_available(memory, self.available.wrapping_add(1));
+    }
+
+    pub(super) fn set_available(&mut self, memory: &GuestMemoryMap, index: u16) {
+        self.available = index;
+        let ordering = std::sync::atomic::Ordering::SeqCst;
+        memory.store(index, GuestAddress(self.base + 0x4002), ordering).unwrap();
+    }
+
+    fn wants_kick(&mut self, memory: &GuestMemoryMap, event_idx: bool) -> bool {
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        let (old, new) = (self.kicked, self.available);
+        self.kicked = new;
+        if event_idx {
+            let at = self.base + 0x8004 + 8 * u64::from(self.size);
+            let event: u16 = memory.read_obj(GuestAddress(at)).unwrap();
+            return new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old);
+        }
+        memory.read_obj::<u16>(GuestAddress(self.base + 0x8000)).unwrap() & 1 == 0
+    }
+
+    fn take_used(&mut self, memory: &GuestMemoryMap) -> Option<(u16, u32)> {
+        // Asks to be told of the next one, then looks.
+        let used_event = self.base + 0x4004 + 2 * u64::from(self.size);
+        memory.write_obj(self.used, GuestAddress(used_event)).unwrap();
+        let ordering = std::sync::atomic::Ordering::SeqCst;
+        std::sync::atomic::fence(ordering);
+        let index: u16 = memory.load(GuestAddress(self.base + 0x8002), ordering).unwrap();
+        if index == self.used {
+            return None;
+        }
+        let slot = self.base + 0x8004 + 8 * u64::from(self.used % self.size);
+        let [head, len]: [u32; 2] = memory.read_obj(GuestAddress(slot)).unwrap();
+        self.used = self.used.wrapping_add(1);
+        Some((head as u16, len))
+    }
+}
+
+/// Entries of a directory of this process's own, such as its threads.
+pub(super) fn count(directory: &str) -> usize {
+    std::fs::read_dir(directory).unwrap().count()
+}

@@ -1,0 +1,358 @@
+//! The shared directory, asked as FUSE asks: well, badly, and for what lies outside.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, symlink};
+use std::sync::Arc;
+
+use super::driver::{Driver, MEMORY_LEN};
+use crate::config::{FsCache, FsConfig};
+use crate::devices::virtio::fs::Fs;
+
+const HIGH_PRIORITY: usize = 0;
+const REQUESTS: usize = 1;
+
+const REQUEST: u64 = 0x40_0000;
+const ANSWER: u64 = 0x80_0000;
+const ANSWER_LEN: u32 = 65536;
+const ROOT: u64 = 1;
+
+// include/uapi/linux/fuse.h
+const LOOKUP: u32 = 1;
+const GETATTR: u32 = 3;
+const SYMLINK: u32 = 6;
+const MKNOD: u32 = 8;
+const MKDIR: u32 = 9;
+const UNLINK: u32 = 10;
+const RMDIR: u32 = 11;
+const RENAME: u32 = 12;
+const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE: u32 = 16;
+const RELEASE: u32 = 18;
+const SETXATTR: u32 = 21;
+const GETXATTR: u32 = 22;
+const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const READDIR: u32 = 28;
+const CREATE: u32 = 35;
+const IOCTL: u32 = 39;
+
+const MINE: &str = "outside.txt";
+
+/// A share inside a directory that also holds what the guest must not reach.
+struct Guest {
+    driver: Driver,
+    directory: Arc<tempfile::TempDir>,
+}
+
+fn header(opcode: u32, node: u64, len: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend((40 + len as u32).to_le_bytes());
+    bytes.extend(opcode.to_le_bytes());
+    bytes.extend(7u64.to_le_bytes()); // unique
+    bytes.extend(node.to_le_bytes());
+    bytes.extend([0; 16]); // uid, gid, pid, padding
+    bytes
+}
+
+impl Guest {
+    fn new() -> Self {
+        let mut guest = Self::before_init();
+        let init = [7u32, 38, 0x20000, !(1 << 30)].map(u32::to_le_bytes).concat();
+        let (error, answer) = guest.ask(INIT, ROOT, &init);
+        assert_eq!(error, 0);
+        let word = |n: usize| u32::from_le_bytes(answer[4 * n..4 * n + 4].try_into().unwrap());
+        assert_eq!((word(0), word(5)), (7, 1 << 20), "version, max_write");
+        // Neither a write-back cache nor files without an open, whatever is offered.
+        assert_eq!(word(3) & (1 << 16 | 1 << 17 | 1 << 24), 0, "flags {:x}", word(3));
+        guest
+    }
+
+    fn before_init() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let share = directory.path().join("share");
+        fs::create_dir_all(share.join("dir")).unwrap();
+        fs::write(directory.path().join(MINE), "secret").unwrap();
+        fs::write(share.join("file"), "content").unwrap();
+        let config = FsConfig { tag: "share".to_owned(), workers: 3, cache: FsCache::Auto };
+        let device = Fs::new(&config);
+        device.share().open(share.to_str().unwrap(), None).unwrap();
+        Self { driver: Driver::started(Box::new(device)), directory: Arc::new(directory) }
+    }
+
+    fn path(&self, name: &str) -> std::path::PathBuf {
+        self.directory.path().join("share").join(name)
+    }
+
+    /// Sends raw bytes; returns how much the device says that it wrote.
+    fn send(&mut self, request: &[u8]) -> u32 {
+        self.driver.put(REQUEST, request);
+        self.driver.put(ANSWER, &[0xee; 16]);
+        let chain = [(REQUEST, request.len() as u32, false), (ANSWER, ANSWER_LEN, true)];
+        self.driver.request(REQUESTS, &chain)
+    }
+
+    /// A request and its answer: the error number, and the rest.
+    fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
+        self.send(&[header(opcode, node, body.len()), body.to_vec()].concat());
+        let answer = self.driver.get(ANSWER, ANSWER_LEN as usize);
+        let len = u32::from_le_bytes(answer[..4].try_into().unwrap()) as usize;
+        let error = i32::from_le_bytes(answer[4..8].try_into().unwrap());
+        assert_eq!(answer[8..16], 7u64.to_le_bytes(), "an answer to something else");
+        (-error, answer[16..len].to_vec())
+    }
+
+    fn ask_name(&mut self, opcode: u32, node: u64, fixed: usize, name: &str) -> i32 {
+        let body = [vec![0; fixed], name.as_bytes().to_vec(), vec![0]].concat();
+        self.ask(opcode, node, &body).0
+    }
+
+    fn lookup(&mut self, node: u64, name: &str) -> Result<u64, i32> {
+        let body = [name.as_bytes(), &[0]].concat();
+        match self.ask(LOOKUP, node, &body) {
+            (0, entry) => Ok(u64::from_le_bytes(entry[..8].try_into().unwrap())),
+            (error, _) => Err(error),
+        }
+    }
+
+    fn open(&mut self, opcode: u32, node: u64, flags: i32) -> Result<u64, i32> {
+        let body = [flags as u32, 0].map(u32::to_le_bytes).concat();
+        match self.ask(opcode, node, &body) {
+            (0, opened) => Ok(u64::from_le_bytes(opened[..8].try_into().unwrap())),
+            (error, _) => Err(error),
+        }
+    }
+
+    /// `fuse_read_in` and `fuse_write_in` begin alike.
+    fn body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
+        let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
+        body.extend(size.to_le_bytes());
+        body.extend([0; 20]);
+        body
+    }
+
+    fn read(&mut self, node: u64, handle: u64) -> (i32, Vec<u8>) {
+        self.ask(READ, node, &Self::body(handle, 0, 4096))
+    }
+
+    fn still_serves(&mut self) {
+        let file = self.lookup(ROOT, "file").unwrap();
+        let handle = self.open(OPEN, file, libc::O_RDONLY).unwrap();
+        assert_eq!(self.read(file, handle), (0, b"content".to_vec()));
+        let outside = fs::read(self.directory.path().join(MINE)).unwrap();
+        assert_eq!(outside, b"secret");
+        assert_eq!(fs::read_dir(self.directory.path()).unwrap().count(), 2, "made outside");
+    }
+}
+
+#[test]
+fn files_are_read_and_written() {
+    let mut guest = Guest::new();
+    assert_eq!(guest.driver.config::<6>(0), *b"share\0");
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let handle = guest.open(OPEN, file, libc::O_RDWR).unwrap();
+    let mut write = Guest::body(handle, 3, 5);
+    write.extend(b"fused");
+    write[32..36].copy_from_slice(&(libc::O_RDWR as u32).to_le_bytes());
+    assert_eq!(guest.ask(WRITE, file, &write).0, 0);
+    assert_eq!(fs::read(guest.path("file")).unwrap(), b"confused");
+    assert_eq!(guest.ask(GETATTR, file, &[0; 16]).0, 0);
+    fs::write(guest.path("dir/later"), "").unwrap();
+    let dir = guest.lookup(ROOT, "dir").unwrap();
+    assert!(guest.lookup(dir, "later").is_ok());
+    assert_eq!(guest.lookup(dir, "never"), Err(libc::ENOENT));
+}
+
+#[test]
+fn dots_and_slashes_lead_nowhere() {
+    let mut guest = Guest::new();
+    let dir = guest.lookup(ROOT, "dir").unwrap();
+    assert_eq!(guest.lookup(ROOT, ".."), Ok(ROOT));
+    assert_eq!(guest.lookup(dir, ".."), Ok(ROOT));
+    for name in ["../outside.txt", "dir/../../outside.txt", "/etc/passwd", "/", "a/", "./file"] {
+        assert_eq!(guest.lookup(ROOT, name), Err(libc::EINVAL), "{name}");
+    }
+    for name in ["..", ".", "../made", "dir/made", "/tmp/isopod-made", "dir/../../made"] {
+        for (opcode, fixed) in [(MKDIR, 8), (MKNOD, 16), (CREATE, 16), (UNLINK, 0), (RMDIR, 0)] {
+            assert_eq!(guest.ask_name(opcode, ROOT, fixed, name), libc::EINVAL, "{opcode} {name}");
+        }
+        let link = [name.as_bytes(), b"\0target\0"].concat();
+        assert_eq!(guest.ask(SYMLINK, ROOT, &link).0, libc::EINVAL);
+        for (from, to) in [(name, "new"), ("file", name)] {
+            let body = [&ROOT.to_le_bytes(), from.as_bytes(), b"\0", to.as_bytes(), b"\0"].concat();
+            assert_eq!(guest.ask(RENAME, ROOT, &body).0, libc::EINVAL, "{from} {to}");
+        }
+    }
+    guest.still_serves();
+}
+
+#[test]
+fn links_and_special_files_are_not_followed_or_opened() {
+    let mut guest = Guest::new();
+    let outside = guest.directory.path().join(MINE);
+    symlink(&outside, guest.path("link")).unwrap();
+    symlink("/proc/self/root", guest.path("magic")).unwrap();
+    nix::unistd::mkfifo(&guest.path("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(guest.path("socket")).unwrap();
+    for name in ["link", "magic", "fifo", "socket"] {
+        let node = guest.lookup(ROOT, name).unwrap();
+        for flags in [libc::O_RDONLY, libc::O_RDWR, libc::O_PATH, libc::O_NOFOLLOW] {
+            assert_eq!(guest.open(OPEN, node, flags), Err(libc::EBADF), "{name}");
+        }
+        assert!(guest.open(OPENDIR, node, 0).is_err(), "{name}");
+        assert!(guest.lookup(node, "outside.txt").is_err(), "{name}");
+    }
+    let create = [vec![0; 16], b"link\0".to_vec()].concat();
+    assert_ne!(guest.ask(CREATE, ROOT, &create).0, 0);
+    assert!(fs::symlink_metadata(guest.path("fifo")).unwrap().file_type().is_fifo());
+    guest.still_serves();
+}
+
+#[test]
+fn handles_and_nodes_of_others_are_refused() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("other"), "other").unwrap();
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let other = guest.lookup(ROOT, "other").unwrap();
+    let handle = guest.open(OPEN, file, libc::O_RDONLY).unwrap();
+    for (node, handle) in [(other, handle), (ROOT, handle), (file, handle + 1), (file, u64::MAX)] {
+        assert_eq!(guest.read(node, handle).0, libc::EBADF);
+    }
+    for node in [0, 12345, u64::MAX] {
+        assert_eq!(guest.lookup(node, "file"), Err(libc::EBADF));
+        assert_eq!(guest.open(OPEN, node, 0), Err(libc::EBADF));
+        assert_ne!(guest.ask_name(GETXATTR, node, 8, "user.x"), 0);
+    }
+    let release = [handle.to_le_bytes(), [0; 8], [0; 8]].concat();
+    assert_eq!(guest.ask(RELEASE, other, &release).0, libc::EBADF);
+    assert_eq!(guest.ask(RELEASE, file, &release).0, 0);
+    assert_eq!(guest.read(file, handle).0, libc::EBADF);
+    guest.still_serves();
+}
+
+#[test]
+fn cut_and_bloated_messages_of_every_kind_are_survived() {
+    let mut guest = Guest::new();
+    for opcode in 0..60 {
+        // FUSE_DESTROY takes all nodes with it, as it should.
+        if opcode == 38 {
+            continue;
+        }
+        for len in [0, 1, 7, 8, 16, 39, 40, 41, 48, 56, 64, 80, 200] {
+            let whole = [header(opcode, ROOT, 160), vec![0xff; 160]].concat();
+            guest.send(&whole[..len]);
+            // The header says more, or less, than there is.
+            for said in [0, 39, 40, 41, 1 << 20, (1 << 20) + 4097, u32::MAX] {
+                let mut lying = whole[..len.max(4)].to_vec();
+                lying[..4].copy_from_slice(&said.to_le_bytes());
+                guest.send(&lying);
+            }
+        }
+        let zeros = [header(opcode, ROOT, 160), vec![0; 160]].concat();
+        guest.send(&zeros);
+    }
+    guest.still_serves();
+}
+
+#[test]
+fn messages_larger_than_any_are_not_looked_at() {
+    let mut guest = Guest::new();
+    // A whole memory several times over, for requests that are copied before they are understood.
+    let request = [header(IOCTL, ROOT, 32), vec![0xff; 32]].concat();
+    guest.driver.put(REQUEST, &request);
+    let whole = (0, MEMORY_LEN as u32, false);
+    let chain = [(REQUEST, 72, false), whole, whole, whole, (ANSWER, 4096, true)];
+    assert_eq!(guest.driver.request(REQUESTS, &chain), 0);
+    let dir = guest.open(OPENDIR, ROOT, 0).unwrap();
+    let read = [header(READDIR, ROOT, 40), Guest::body(dir, 0, 3 << 24)].concat();
+    guest.driver.put(REQUEST, &read);
+    let room = (0x100_0000, 3 << 24, true);
+    assert_eq!(guest.driver.request(REQUESTS, &[(REQUEST, 80, false), room]), 0);
+    guest.still_serves();
+}
+
+#[test]
+fn descriptors_outside_memory_are_given_back() {
+    let mut guest = Guest::new();
+    guest.driver.put(REQUEST, &header(GETATTR, ROOT, 16));
+    let end = MEMORY_LEN as u64;
+    for queue in [HIGH_PRIORITY, REQUESTS] {
+        for chain in [
+            &[(end, 56, false), (ANSWER, 200, true)][..],
+            &[(REQUEST, 56, false), (end - 8, 200, true)],
+            &[(REQUEST, 56, false), (u64::MAX, 200, true)],
+            &[(u64::MAX - 10, 100, false)],
+            &[(REQUEST, 56, false)],
+            &[(ANSWER, 200, true)],
+            &[(REQUEST, 56, false), (ANSWER, 0, true)],
+            &[(REQUEST, 56, false), (ANSWER, 15, true)],
+        ] {
+            assert_eq!(guest.driver.request(queue, chain), 0);
+        }
+    }
+    guest.still_serves();
+}
+
+/// A mount namespace of this thread's own whose root is the jail around `share`. `None` without the
+/// rights of root.
+fn jail(share: &std::path::Path) -> Option<crate::jail::Antechamber> {
+    use nix::mount::{MsFlags, mount};
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).ok()?;
+    let none: Option<&str> = None;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(none, "/", none, private, none).unwrap();
+    mount(Some(share), share, none, MsFlags::MS_BIND, none).unwrap();
+    Some(crate::jail::enter(&fs::File::open(share).unwrap().into()).unwrap())
+}
+
+#[test]
+fn the_share_is_served_in_the_jail_with_its_attributes() {
+    let directory = Arc::new(tempfile::tempdir().unwrap());
+    // Removed out here: in the jail it is not there.
+    let outside = Arc::clone(&directory);
+    std::thread::spawn(move || {
+        let share = directory.path().join("share");
+        fs::create_dir(&share).unwrap();
+        fs::write(share.join("file"), "content").unwrap();
+        let Some(jail) = jail(&share) else { return eprintln!("left out: needs root") };
+        let config = FsConfig { tag: "share".to_owned(), workers: 2, cache: FsCache::Auto };
+        let device = Fs::new(&config);
+        device.share().open(crate::jail::SHARE, Some(jail.clone())).unwrap();
+        jail.close().unwrap();
+        let mut guest = Guest { driver: Driver::started(Box::new(device)), directory };
+        let init = [7u32, 38, 0, 0].map(u32::to_le_bytes).concat();
+        assert_eq!(guest.ask(INIT, ROOT, &init).0, 0);
+        let file = guest.lookup(ROOT, "file").unwrap();
+        let handle = guest.open(OPEN, file, libc::O_RDONLY).unwrap();
+        assert_eq!(guest.read(file, handle), (0, b"content".to_vec()));
+        assert_eq!(guest.lookup(ROOT, ".."), Ok(ROOT));
+        assert_eq!(guest.lookup(ROOT, "proc"), Err(libc::ENOENT));
+        // Some file systems have none for anybody; what must not be is that the file is missing.
+        let set = [&[1, 0, 0, 0, 0, 0, 0, 0][..], b"user.x\0v"].concat();
+        let (error, _) = guest.ask(SETXATTR, file, &set);
+        assert!(matches!(error, 0 | libc::EOPNOTSUPP), "{error}");
+        let get = [&[9, 0, 0, 0, 0, 0, 0, 0][..], b"user.x\0"].concat();
+        let (error, value) = guest.ask(GETXATTR, file, &get);
+        assert!(matches!((error, &value[..]), (0, b"v") | (libc::EOPNOTSUPP, _)), "{error}");
+        let caps = [&[9, 0, 0, 0, 0, 0, 0, 0][..], b"security.capability\0"].concat();
+        let (error, _) = guest.ask(GETXATTR, file, &caps);
+        assert!(matches!(error, libc::ENODATA | libc::EOPNOTSUPP), "{error}");
+    })
+    .join()
+    .unwrap();
+    drop(outside);
+}
+
+#[test]
+fn a_reset_forgets_nodes_and_handles() {
+    let mut guest = Guest::new();
+    let file = guest.lookup(ROOT, "file").unwrap();
+    let handle = guest.open(OPEN, file, libc::O_RDONLY).unwrap();
+    for _ in 0..20 {
+        guest.driver.reset();
+        guest.driver.start();
+        assert_eq!(guest.read(file, handle).0, libc::EBADF);
+        assert_eq!(guest.open(OPEN, file, 0), Err(libc::EBADF));
+    }
+    guest.still_serves();
+}

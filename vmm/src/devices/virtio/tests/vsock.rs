@@ -1,0 +1,5 @@
+//! Streams between a guest and the host, with real sockets on the host's side.
+
+mod guest;
+mod hostile;
+mod streams;

@@ -1,0 +1,222 @@
+//! What streams promise: every byte, in order, both ways, to the end.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use super::guest::{CREDIT, Guest, Op};
+
+const SEND: u32 = 2;
+const BOTH: u32 = 3;
+const LEN: usize = 8 << 20;
+
+fn pattern(seed: usize) -> Vec<u8> {
+    (0..LEN).map(|n| (n.wrapping_mul(2_654_435_761) >> 11) as u8 ^ seed as u8).collect()
+}
+
+/// Moves [`LEN`] bytes both ways at once; the guest sends in packets of up to 64 KiB and takes no
+/// more than [`CREDIT`] unread.
+fn exchange(guest: &mut Guest, host: &UnixStream, ports: (u32, u32)) {
+    let (to_host, to_guest) = (pattern(1), pattern(2));
+    let expected = to_host.clone();
+    let mut reader = host.try_clone().unwrap();
+    let reader = thread::spawn(move || {
+        let mut got = vec![0; LEN];
+        reader.read_exact(&mut got).unwrap();
+        assert!(got == expected, "the host got other bytes");
+    });
+    let mut writer = host.try_clone().unwrap();
+    let sent = to_guest.clone();
+    let writer = thread::spawn(move || {
+        writer.write_all(&sent).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let (mut got, mut sent, mut allowed) = (Vec::new(), 0usize, 256 * 1024usize);
+    let mut shut_down = false;
+    while sent < LEN || !shut_down {
+        let room = allowed.saturating_sub(sent).min(LEN - sent).min(65536);
+        if room > 0 {
+            let header = guest.header(ports.0, ports.1, Op::Data);
+            guest.send_packet(header, &to_host[sent..sent + room]);
+            sent += room;
+        }
+        let next = if room > 0 { guest.try_receive() } else { Some(guest.receive()) };
+        let Some((header, data)) = next.filter(|(h, _)| h.dst_port == ports.0) else { continue };
+        allowed = header.fwd_cnt as usize + header.buf_alloc as usize;
+        match Op::from_raw(header.op) {
+            Some(Op::Data) => {
+                got.extend(data);
+                let unread = got.len() - guest.fwd_cnt as usize;
+                assert!(unread <= CREDIT as usize, "{unread} bytes without credit");
+                if unread > CREDIT as usize / 2 {
+                    guest.fwd_cnt = got.len() as u32;
+                    guest.send(ports.0, ports.1, Op::CreditUpdate);
+                }
+            }
+            Some(Op::Shutdown) => {
+                assert_eq!(header.flags, SEND);
+                shut_down = true;
+            }
+            Some(Op::CreditUpdate) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(got == to_guest, "the guest got other bytes");
+    reader.join().unwrap();
+    writer.join().unwrap();
+    // The guest ends its side as well: the host sees the end, the guest its reset.
+    guest.shut_down(ports.0, ports.1, SEND);
+    guest.until(Op::Reset, ports.0);
+    assert_eq!((&*host).read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn bytes_cross_both_ways_at_once_when_the_host_opened() {
+    let mut guest = Guest::new();
+    let (client, host_port) = guest.open_from_host(1024);
+    exchange(&mut guest, &client, (1024, host_port));
+}
+
+#[test]
+fn bytes_cross_both_ways_at_once_when_the_guest_opened() {
+    let mut guest = Guest::new();
+    let host = guest.open_from_guest(5000, 77);
+    exchange(&mut guest, &host, (5000, 77));
+}
+
+#[test]
+fn a_host_that_is_done_sending_still_receives() {
+    let mut guest = Guest::new();
+    let (mut client, port) = guest.open_from_host(1024);
+    client.write_all(b"last words").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(guest.receive().1, b"last words");
+    assert_eq!(guest.expect(Op::Shutdown).flags, SEND);
+    guest.send_packet(guest.header(1024, port, Op::Data), b"answer");
+    // The guest closes: it gets its reset, and the host what was sent and then the end.
+    guest.shut_down(1024, port, BOTH);
+    guest.expect(Op::Reset);
+    let mut got = String::new();
+    client.read_to_string(&mut got).unwrap();
+    assert_eq!(got, "answer");
+}
+
+#[test]
+fn a_guest_that_is_done_sending_still_receives() {
+    let mut guest = Guest::new();
+    let mut host = guest.open_from_guest(5000, 77);
+    guest.send_packet(guest.header(5000, 77, Op::Data), b"question");
+    guest.shut_down(5000, 77, SEND);
+    let mut got = String::new();
+    host.read_to_string(&mut got).unwrap();
+    assert_eq!(got, "question");
+    host.write_all(b"answer").unwrap();
+    assert_eq!(guest.receive().1, b"answer");
+    drop(host);
+    guest.expect(Op::Shutdown);
+    guest.expect(Op::Reset);
+}
+
+#[test]
+fn the_guest_is_reset_at_once_even_if_the_host_reads_late() {
+    let mut guest = Guest::new();
+    let mut host = guest.open_from_guest(5000, 77);
+    let data = vec![7; 65536];
+    let mut sent = 0;
+    // As much as goes without the host reading anything: its socket's buffer and ours.
+    for _ in 0..4 {
+        guest.send_packet(guest.header(5000, 77, Op::Data), &data);
+        sent += data.len();
+    }
+    guest.shut_down(5000, 77, BOTH);
+    guest.until(Op::Reset, 5000);
+    let mut got = Vec::new();
+    host.read_to_end(&mut got).unwrap();
+    assert_eq!(got.len(), sent);
+    // The ports are free again meanwhile.
+    guest.open_from_guest(5000, 77);
+}
+
+#[test]
+fn what_the_host_wrote_before_it_closed_arrives() {
+    let mut guest = Guest::new();
+    let (mut client, port) = guest.open_from_host(1024);
+    client.write_all(&vec![9; 50_000]).unwrap();
+    drop(client);
+    // The guest sends meanwhile, to nobody.
+    guest.send_packet(guest.header(1024, port, Op::Data), &[1; 1000]);
+    let (mut got, mut flags) = (0, 0);
+    while flags != BOTH {
+        let (header, data) = guest.receive();
+        match Op::from_raw(header.op) {
+            Some(Op::Data) => got += data.len(),
+            Some(Op::Shutdown) => flags |= header.flags,
+            other => assert_eq!(other, Some(Op::CreditUpdate)),
+        }
+        guest.fwd_cnt = got as u32;
+        guest.send(1024, port, Op::CreditUpdate);
+    }
+    assert_eq!(got, 50_000);
+    guest.send(1024, port, Op::Reset);
+    guest.open_from_host(1024);
+}
+
+#[test]
+fn what_follows_the_connect_line_is_not_forgotten() {
+    let mut guest = Guest::new();
+    let mut client = guest.client("CONNECT 1024\nand more");
+    let port = guest.expect(Op::Request).src_port;
+    guest.send(1024, port, Op::Response);
+    assert_eq!(guest.receive().1, b"and more");
+    // A line may come in pieces.
+    let mut slow = guest.client("CONN");
+    slow.write_all(b"ECT 9\n").unwrap();
+    assert_eq!(guest.expect(Op::Request).dst_port, 9);
+    client.write_all(b"x").unwrap();
+    assert_eq!(guest.receive().1, b"x");
+}
+
+#[test]
+fn a_refusal_closes_the_client_without_an_answer() {
+    let mut guest = Guest::new();
+    let mut client = guest.client("CONNECT 1024\n");
+    let port = guest.expect(Op::Request).src_port;
+    guest.send(1024, port, Op::Reset);
+    assert_eq!(client.read(&mut [0; 16]).unwrap(), 0);
+    for line in ["CONNECT\n", "CONNECT x\n", "CONNECT 4294967296\n", "HELLO 1\n", &"C".repeat(40)] {
+        let end = guest.client(line).read(&mut [0; 16]);
+        assert!(matches!(end, Ok(0)) || end.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset));
+    }
+    guest.open_from_host(1024);
+}
+
+#[test]
+fn a_client_that_gives_up_is_taken_back() {
+    let mut guest = Guest::new();
+    let client = guest.client("CONNECT 1024\n");
+    let port = guest.expect(Op::Request).src_port;
+    drop(client);
+    let reset = guest.expect(Op::Reset);
+    assert_eq!((reset.src_port, reset.dst_port), (port, 1024));
+    // The guest's answer was on its way.
+    guest.send(1024, port, Op::Response);
+    guest.expect(Op::Reset);
+}
+
+#[test]
+fn one_stream_that_stands_still_does_not_hold_up_another() {
+    let mut guest = Guest::new();
+    let stalled = guest.open_from_guest(5000, 77);
+    for _ in 0..4 {
+        guest.send_packet(guest.header(5000, 77, Op::Data), &vec![0; 65536]);
+    }
+    guest.buf_alloc = 0;
+    let (mut starved, _) = guest.open_from_host(1024);
+    starved.write_all(&[1; 1000]).unwrap();
+    guest.buf_alloc = CREDIT;
+    let (client, port) = guest.open_from_host(1025);
+    guest.fwd_cnt = 0;
+    exchange(&mut guest, &client, (1025, port));
+    drop(stalled);
+}
