@@ -1,0 +1,294 @@
+//! The guest's cgroup v2 tree: one group for each container under `containers`.
+//!
+//! The agent stays in the root group, which no limit of a container reaches. Moving it into a group
+//! of its own would protect it no better and cost an RCU grace period at boot. What keeps memory
+//! and pids for the agent is a limit on `containers` as a whole.
+
+use std::fs;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use crate::error::{Context as _, Error, Result};
+use crate::log::log_warn;
+
+/// Where the guest mounts cgroup v2.
+pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Parent of all containers' groups.
+const CONTAINERS: &str = "/sys/fs/cgroup/containers";
+
+/// Memory in bytes that containers cannot take from the agent and the kernel.
+const MEMORY_RESERVE: u64 = 32 << 20;
+
+/// Processes and threads that containers cannot take from the agent.
+const PIDS_RESERVE: u64 = 256;
+
+/// Deepest tree of groups that a container may have made and that is still cleaned up.
+const MAX_DEPTH: usize = 64;
+
+/// How long killed processes may take to disappear.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Enables every controller for containers and bounds what they can use together.
+///
+/// # Errors
+///
+/// The tree cannot be written.
+pub(crate) fn prepare() -> Result<()> {
+    let containers = Path::new(CONTAINERS);
+    fs::create_dir_all(containers).context(|| format!("create {CONTAINERS}"))?;
+    delegate(Path::new(CGROUP_ROOT))?;
+    delegate(containers)?;
+    let total = rustix::system::sysinfo();
+    let total = (total.totalram as u64).saturating_mul(u64::from(total.mem_unit));
+    let memory = total - MEMORY_RESERVE.min(total / 8);
+    let pids = pid_space().saturating_sub(PIDS_RESERVE);
+    for (file, value) in [("memory.max", memory), ("pids.max", pids)] {
+        let path = containers.join(file);
+        // Absent where the kernel has no such controller.
+        if path.exists() {
+            write_file(&path, &value.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+/// Most processes and threads that this kernel can have.
+fn pid_space() -> u64 {
+    let limit = |name| {
+        let text = fs::read_to_string(name).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let threads = limit("/proc/sys/kernel/threads-max").unwrap_or(u64::MAX);
+    threads.min(limit("/proc/sys/kernel/pid_max").unwrap_or(32768))
+}
+
+/// Lets the children of a group use all controllers that it has.
+fn delegate(group: &Path) -> Result<()> {
+    let path = group.join("cgroup.controllers");
+    let controllers = fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
+    let enable: String = controllers.split_whitespace().map(|c| format!("+{c} ")).collect();
+    if enable.is_empty() {
+        return Ok(());
+    }
+    write_file(&group.join("cgroup.subtree_control"), enable.trim_end())
+}
+
+/// One write, as the kernel wants it for these files.
+fn write_file(path: &Path, value: &str) -> Result<()> {
+    let write = || fs::File::options().write(true).open(path)?.write_all(value.as_bytes());
+    write().context(|| format!("write {value:?} to {}", path.display()))
+}
+
+/// The group of one container.
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+    dir: OwnedFd,
+}
+
+impl Cgroup {
+    /// Makes the group of a container.
+    ///
+    /// # Errors
+    ///
+    /// There is one already, or it cannot be made.
+    pub(crate) fn create(container_id: &str) -> Result<Self> {
+        let path = Path::new(CONTAINERS).join(container_id);
+        fs::create_dir(&path).context(|| format!("create the cgroup {}", path.display()))?;
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        match rustix::fs::open(&path, flags, Mode::empty()) {
+            Ok(dir) => Ok(Self { path, dir }),
+            Err(e) => {
+                let _ = fs::remove_dir(&path);
+                Err(e).context(|| format!("open the cgroup {}", path.display()))
+            }
+        }
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn dir(&self) -> &OwnedFd {
+        &self.dir
+    }
+
+    pub(crate) fn has(&self, file: &str) -> bool {
+        self.path.join(file).exists()
+    }
+
+    /// Writes an interface file.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, with the file and the value.
+    pub(crate) fn write(&self, file: &str, value: &str) -> Result<()> {
+        write_file(&self.path.join(file), value)
+    }
+
+    /// Pids in the agent's pid namespace of all processes in this group and below it.
+    ///
+    /// # Errors
+    ///
+    /// The group cannot be read.
+    pub(crate) fn pids(&self) -> Result<Vec<u32>> {
+        let mut pids = Vec::new();
+        for group in self.tree()? {
+            match fs::read_to_string(group.join("cgroup.procs")) {
+                Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
+                // Gone since it was listed, or a threaded group, whose processes the domain lists.
+                Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+                Err(e) => return Err(e).context(|| format!("read {}", group.display())),
+            }
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        Ok(pids)
+    }
+
+    /// How many processes the kernel has killed here because of the memory limit.
+    pub(crate) fn oom_kills(&self) -> u64 {
+        let text = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        field(&text, "oom_kill").unwrap_or(0)
+    }
+
+    /// Kills every process with SIGKILL, also those that are being forked.
+    ///
+    /// # Errors
+    ///
+    /// The group cannot be written.
+    pub(crate) fn kill(&self) -> Result<()> {
+        self.write("cgroup.kill", "1")
+    }
+
+    /// Calls `action` while no process of the group runs, so that none can fork away from it.
+    ///
+    /// # Errors
+    ///
+    /// The group cannot be frozen, or the error of `action`.
+    pub(crate) fn while_frozen<T>(&self, action: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.write("cgroup.freeze", "1")?;
+        // Processes in uninterruptible sleep delay the event; they cannot fork meanwhile either.
+        let frozen = wait_for_event(&self.path, "frozen", 1, Duration::from_secs(1));
+        let result = frozen.and_then(|_| action());
+        self.write("cgroup.freeze", "0")?;
+        result
+    }
+
+    /// Removes the group with all below it, after killing what still runs there.
+    ///
+    /// # Errors
+    ///
+    /// A process does not die within 10 seconds, or a group cannot be removed.
+    pub(crate) fn remove(&self) -> Result<()> {
+        match self.kill() {
+            Err(_) if !self.path.exists() => return Ok(()),
+            result => result?,
+        }
+        if !wait_for_event(&self.path, "populated", 0, KILL_TIMEOUT)? {
+            let path = self.path.display();
+            return Err(Error::internal(format!("killed processes of {path} do not end")));
+        }
+        for group in self.tree()?.iter().rev() {
+            match fs::remove_dir(group) {
+                Err(e) if !gone(&e) => {
+                    return Err(e).context(|| format!("remove the cgroup {}", group.display()));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// This group and all below it, parents first.
+    fn tree(&self) -> Result<Vec<PathBuf>> {
+        let mut groups = vec![self.path.clone()];
+        let mut at = 0;
+        while at < groups.len() {
+            let depth = groups[at].components().count() - self.path.components().count();
+            if depth < MAX_DEPTH {
+                match fs::read_dir(&groups[at]) {
+                    Ok(entries) => groups.extend(
+                        entries
+                            .flatten()
+                            .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+                            .map(|e| e.path()),
+                    ),
+                    Err(e) if gone(&e) => {}
+                    Err(e) => return Err(e).context(|| format!("list {}", groups[at].display())),
+                }
+            } else {
+                log_warn!("groups below {} are not looked at", groups[at].display());
+            }
+            at += 1;
+        }
+        Ok(groups)
+    }
+}
+
+/// Waits until a field of `cgroup.events` has a value; false when it does not in time.
+fn wait_for_event(group: &Path, name: &str, value: u64, timeout: Duration) -> Result<bool> {
+    let path = group.join("cgroup.events");
+    let context = || format!("read {}", path.display());
+    let deadline = Instant::now() + timeout;
+    let mut file = fs::File::open(&path).context(context)?;
+    loop {
+        let mut text = String::new();
+        io::Seek::rewind(&mut file).context(context)?;
+        file.read_to_string(&mut text).context(context)?;
+        if field(&text, name) == Some(value) {
+            return Ok(true);
+        }
+        let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+            return Ok(false);
+        };
+        let left = Timespec::try_from(left)
+            .map_err(|_| Error::internal("the timeout of a cgroup event is out of range"))?;
+        // The kernel signals a change of the file as an exceptional condition.
+        match poll(&mut [PollFd::from_borrowed_fd(file.as_fd(), PollFlags::PRI)], Some(&left)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(e) => return Err(e).context(context),
+        }
+    }
+}
+
+/// Kills every process of every container and waits until they have ended.
+pub(crate) fn kill_all_containers() {
+    let containers = Path::new(CONTAINERS);
+    let killed = write_file(&containers.join("cgroup.kill"), "1")
+        .and_then(|()| wait_for_event(containers, "populated", 0, KILL_TIMEOUT));
+    match killed {
+        Ok(true) => {}
+        Ok(false) => log_warn!("some processes of containers do not end"),
+        Err(e) => log_warn!("{e}"),
+    }
+}
+
+fn gone(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV))
+}
+
+/// A number in a file of `name value` lines.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::field;
+
+    #[test]
+    fn fields_are_found_by_their_whole_name() {
+        let text = "oom 1\noom_kill 3\noom_group_kill 9\n";
+        assert_eq!(field(text, "oom_kill"), Some(3));
+        assert_eq!(field(text, "oom"), Some(1));
+        assert_eq!(field(text, "max"), None);
+    }
+}

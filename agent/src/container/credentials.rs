@@ -1,0 +1,176 @@
+//! Who the process is: user, groups and capabilities.
+
+use std::path::Path;
+
+use rustix::fs::{Gid, Uid};
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, CapabilitySets};
+
+use crate::error::{Context as _, Error, Result};
+use crate::oci::{Capabilities, Process};
+
+/// Gives up the agent's identity for the one that the specification asks for. The order matters:
+/// the bounding set needs CAP_SETPCAP, and the other sets have to survive the change of user.
+///
+/// # Errors
+///
+/// The step that failed.
+pub(crate) fn apply(process: &Process) -> Result<()> {
+    // A missing object means no capabilities at all.
+    let wanted = process.capabilities.clone().unwrap_or_default();
+    drop_bounding(bits(&wanted.bounding))?;
+    rustix::thread::set_keep_capabilities(true).context(|| "keep capabilities")?;
+    change_user(process)?;
+    rustix::thread::set_keep_capabilities(false).context(|| "no longer keep capabilities")?;
+    let sets = CapabilitySets {
+        effective: CapabilitySet::from_bits_retain(bits(&wanted.effective)),
+        permitted: CapabilitySet::from_bits_retain(bits(&wanted.permitted)),
+        inheritable: CapabilitySet::from_bits_retain(bits(&wanted.inheritable)),
+    };
+    rustix::thread::set_capabilities(None, sets).context(|| "set process.capabilities")?;
+    raise_ambient(bits(&wanted.ambient))
+}
+
+fn change_user(process: &Process) -> Result<()> {
+    let user = &process.user;
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    let groups: Vec<Gid> = user.additional_gids.iter().copied().map(Gid::from_raw).collect();
+    rustix::thread::set_thread_groups(&groups)
+        .context(|| format!("set process.user.additionalGids {groups:?}"))?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)
+        .context(|| format!("set process.user.gid {}", user.gid))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)
+        .context(|| format!("set process.user.uid {}", user.uid))
+}
+
+fn drop_bounding(keep: u64) -> Result<()> {
+    for number in 0..64 {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        // The kernel refuses numbers beyond its last capability.
+        let Ok(present) = rustix::thread::capability_is_in_bounding_set(one) else { break };
+        if present && keep & (1 << number) == 0 {
+            rustix::thread::remove_capability_from_bounding_set(one)
+                .context(|| format!("drop capability {number} from the bounding set"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The kernel refuses ambient capabilities that are not permitted and inheritable as well. Common
+/// specifications ask for such, and other runtimes leave them out.
+fn raise_ambient(wanted: u64) -> Result<()> {
+    rustix::thread::clear_ambient_capability_set().context(|| "clear the ambient capabilities")?;
+    for number in (0..64).filter(|number| wanted & (1 << number) != 0) {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        match rustix::thread::configure_capability_in_ambient_set(one, true) {
+            Ok(()) | Err(Errno::PERM) => {}
+            Err(e) => return Err(e).context(|| format!("raise ambient capability {number}")),
+        }
+    }
+    Ok(())
+}
+
+/// The set as the kernel's bits.
+fn bits(names: &[String]) -> u64 {
+    names.iter().filter_map(|name| number(name)).fold(0, |bits, number| bits | 1 << number)
+}
+
+/// Refuses names that are no capability's.
+///
+/// # Errors
+///
+/// The first such name.
+pub(crate) fn check(capabilities: &Capabilities) -> Result<()> {
+    let Capabilities { bounding, effective, inheritable, permitted, ambient } = capabilities;
+    for name in [bounding, effective, inheritable, permitted, ambient].into_iter().flatten() {
+        if number(name).is_none() {
+            return Err(Error::invalid("process.capabilities", format!("{name:?} is unknown")));
+        }
+    }
+    Ok(())
+}
+
+/// Names in the order of their numbers (linux/capability.h), without `CAP_`.
+const NAMES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+fn number(name: &str) -> Option<usize> {
+    let name = name.strip_prefix("CAP_")?;
+    NAMES.iter().position(|known| *known == name)
+}
+
+/// The home directory of a user by the image's own /etc/passwd, or `/`.
+pub(crate) fn home_of(uid: u32, passwd: &Path) -> String {
+    let text = std::fs::read(passwd).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let home = text.lines().find_map(|line| {
+        let fields: Vec<&str> = line.split(':').collect();
+        let found = fields.len() >= 6 && fields[2].parse() == Ok(uid) && !fields[5].is_empty();
+        found.then(|| fields[5].to_owned())
+    });
+    home.unwrap_or_else(|| "/".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_the_kernels() {
+        let set = ["CAP_CHOWN", "CAP_KILL", "CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE"];
+        assert_eq!(bits(&set.map(String::from)), 1 | 1 << 5 | 1 << 21 | 1 << 40);
+        let wrong = Capabilities { ambient: vec!["CAP_FLY".into()], ..Capabilities::default() };
+        assert!(check(&wrong).unwrap_err().message.contains("CAP_FLY"));
+    }
+
+    #[test]
+    fn home_is_found_by_uid() {
+        let path = std::env::temp_dir().join(format!("isopod-passwd-{}", std::process::id()));
+        std::fs::write(&path, "root:x:0:0::/root:/bin/sh\nbad\nu:x:7:7:U:/home/u:/bin/sh\n")
+            .unwrap();
+        assert_eq!(home_of(7, &path), "/home/u");
+        assert_eq!(home_of(8, &path), "/");
+        std::fs::remove_file(path).unwrap();
+    }
+}

@@ -1,0 +1,410 @@
+//! Containers: from a specification to processes in namespaces and a cgroup.
+//!
+//! ```text
+//!            CreateContainer        StartContainer          the first process ends
+//!  (nothing) ---------------> Created ------------> Running ----------------------> Stopped
+//!                                |                                                    ^  |
+//!                                '------------- a signal, or execve fails ------------'  |
+//!  (nothing) <--------------------------------------------------- DeleteContainer -------'
+//! ```
+//!
+//! [`init`] and what it calls runs in the container's own process, all else in the agent.
+
+pub(crate) mod cgroup;
+mod channel;
+mod copy_up;
+mod credentials;
+mod device_nodes;
+mod devices;
+mod executable;
+pub(crate) mod init;
+mod launch;
+mod mount_options;
+mod mounts;
+mod namespaces;
+mod path;
+pub(crate) mod process;
+mod resources;
+mod rlimits;
+mod rootfs;
+mod signals;
+mod spec;
+pub(crate) mod stdio;
+pub(crate) mod terminal;
+
+use std::collections::HashMap;
+use std::os::fd::AsFd as _;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use self::cgroup::Cgroup;
+use self::channel::Request;
+use self::launch::{Birth, Launch, Launched};
+use self::namespaces::Namespaces;
+use self::process::Process;
+use self::spec::ContainerSpec;
+use self::stdio::{Connections, Pipes};
+use self::terminal::Size;
+use crate::error::{Code, Error, Result};
+use crate::log::log_warn;
+use crate::oci::{Capabilities, NamespaceKind, PosixRlimit};
+use crate::reaper::Reaper;
+
+/// Further processes that have ended and can still be asked for their exit. The oldest go first.
+const MAX_ENDED_EXECS: usize = 256;
+
+/// A container whose first process exists.
+pub(crate) struct Container {
+    id: String,
+    namespaces: Namespaces,
+    defaults: ExecDefaults,
+    cgroup: Arc<Cgroup>,
+    init: Arc<Process>,
+    execs: Mutex<Execs>,
+}
+
+/// What further processes get where their own specification is silent.
+struct ExecDefaults {
+    capabilities: Option<Capabilities>,
+    no_new_privileges: Option<bool>,
+    oom_score_adj: i32,
+    rlimits: Vec<PosixRlimit>,
+}
+
+#[derive(Default)]
+struct Execs {
+    /// `None` while the process is being set up.
+    processes: HashMap<String, Option<Arc<Process>>>,
+    /// In the order of their start.
+    order: Vec<String>,
+}
+
+impl Container {
+    /// Builds a container up to but not including `execve`.
+    ///
+    /// # Errors
+    ///
+    /// What went wrong. Nothing of the container is left then.
+    pub(crate) async fn create(
+        reaper: Arc<Reaper>,
+        id: String,
+        spec_json: Vec<u8>,
+        connections: Connections,
+        size: Option<Size>,
+    ) -> Result<Self> {
+        let (pipes, stdio) = Pipes::make(&connections)?;
+        let prepared = blocking(move || prepare(&reaper, &id, &spec_json, stdio, size)).await?;
+        let Prepared { id, spec, cgroup, launched } = prepared;
+        let cgroup = Arc::new(cgroup);
+        let pipes = (!spec.process.terminal).then_some(pipes);
+        let init = match Process::new(launched, Arc::clone(&cgroup), 0, pipes, connections) {
+            Ok(init) => Arc::new(init),
+            Err(e) => {
+                discard_cgroup(cgroup).await;
+                return Err(e);
+            }
+        };
+        let defaults = ExecDefaults {
+            capabilities: spec.process.capabilities.clone(),
+            no_new_privileges: spec.process.no_new_privileges,
+            oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
+            rlimits: spec.process.rlimits.clone().unwrap_or_default(),
+        };
+        let namespaces = spec.namespaces;
+        if !namespaces.has(NamespaceKind::Pid) {
+            kill_rest_at_exit(Arc::clone(&init), Arc::clone(&cgroup));
+        }
+        let execs = Mutex::default();
+        Ok(Self { id, namespaces, defaults, cgroup, init, execs })
+    }
+
+    /// Lets the first process call `execve`.
+    ///
+    /// # Errors
+    ///
+    /// Why it failed, or that the container is not in the state for it.
+    pub(crate) async fn start(&self) -> Result<()> {
+        if self.init.has_ended() {
+            return Err(Error::state(format!("container {:?} has ended", self.id)));
+        }
+        self.init.start().await
+    }
+
+    /// Starts a further process and returns its pid.
+    ///
+    /// # Errors
+    ///
+    /// Why it failed, or that the container is not in the state for it.
+    pub(crate) async fn exec(
+        self: &Arc<Self>,
+        reaper: Arc<Reaper>,
+        exec_id: String,
+        process_json: Vec<u8>,
+        connections: Connections,
+        size: Option<Size>,
+    ) -> Result<i32> {
+        self.reserve(&exec_id)?;
+        let started = self.start_exec(reaper, process_json, connections, size).await;
+        let mut execs = self.execs();
+        match started {
+            Ok(process) => {
+                let pid = process.pid();
+                execs.processes.insert(exec_id, Some(process));
+                Ok(pid)
+            }
+            Err(e) => {
+                execs.processes.remove(&exec_id);
+                execs.order.retain(|id| *id != exec_id);
+                Err(e)
+            }
+        }
+    }
+
+    async fn start_exec(
+        self: &Arc<Self>,
+        reaper: Arc<Reaper>,
+        process_json: Vec<u8>,
+        connections: Connections,
+        size: Option<Size>,
+    ) -> Result<Arc<Process>> {
+        if self.init.has_ended() {
+            return Err(Error::state(format!("container {:?} is not running", self.id)));
+        }
+        let oom_kills = self.cgroup.oom_kills();
+        let (pipes, stdio) = Pipes::make(&connections)?;
+        let container = Arc::clone(self);
+        let (launched, terminal) =
+            blocking(move || container.launch_exec(&reaper, &process_json, stdio, size)).await?;
+        let pipes = (!terminal).then_some(pipes);
+        let cgroup = Arc::clone(&self.cgroup);
+        let process = Process::new(launched, cgroup, oom_kills, pipes, connections)?;
+        process.start().await?;
+        Ok(Arc::new(process))
+    }
+
+    /// Runs on a thread that may block. True with the process if it has a terminal.
+    fn launch_exec(
+        &self,
+        reaper: &Reaper,
+        process_json: &[u8],
+        stdio: Vec<std::os::fd::OwnedFd>,
+        size: Option<Size>,
+    ) -> Result<(Launched, bool)> {
+        let mut process = spec::parse_process(process_json)?;
+        if process.capabilities.is_none() {
+            process.capabilities = self.defaults.capabilities.clone();
+        }
+        if process.no_new_privileges.is_none() {
+            process.no_new_privileges = self.defaults.no_new_privileges;
+        }
+        if process.rlimits.is_none() {
+            process.rlimits = Some(self.defaults.rlimits.clone());
+        }
+        let document = serde_json::to_vec(&process).map_err(|e| Error::internal(e.to_string()))?;
+        let terminal = process.terminal;
+        let launched = launch::launch(
+            reaper,
+            Launch {
+                birth: Birth::Joining {
+                    namespaces: self.namespaces,
+                    init: self.init.pidfd().as_fd(),
+                    init_pid: self.init.pid(),
+                },
+                cgroup: &self.cgroup,
+                request: Request::Exec { namespaces: self.namespaces, size },
+                document: &document,
+                stdio: if terminal { Vec::new() } else { stdio },
+                oom_score_adj: process.oom_score_adj.unwrap_or(self.defaults.oom_score_adj),
+                rlimits: process.rlimits.as_deref().unwrap_or_default(),
+            },
+        )?;
+        Ok((launched, terminal))
+    }
+
+    fn reserve(&self, exec_id: &str) -> Result<()> {
+        let mut execs = self.execs();
+        match execs.processes.get(exec_id) {
+            None => {}
+            Some(Some(process)) if process.has_ended() => {
+                execs.order.retain(|id| id != exec_id);
+            }
+            Some(_) => {
+                let why = format!("process {exec_id:?} exists in container {:?}", self.id);
+                return Err(Error::state(why));
+            }
+        }
+        execs.forget_ended();
+        execs.order.push(exec_id.to_owned());
+        execs.processes.insert(exec_id.to_owned(), None);
+        Ok(())
+    }
+
+    /// The first process, or the one with this id.
+    ///
+    /// # Errors
+    ///
+    /// There is none.
+    pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        match self.execs().processes.get(exec_id) {
+            Some(Some(process)) => Ok(Arc::clone(process)),
+            Some(None) => Err(Error::state(format!("process {exec_id:?} is being started"))),
+            None => {
+                let why = format!("no process {exec_id:?} in container {:?}", self.id);
+                Err(Error::new(Code::NotFound, why))
+            }
+        }
+    }
+
+    /// Sends a signal to every process of the container.
+    ///
+    /// # Errors
+    ///
+    /// The cgroup cannot be used, or there is no such signal.
+    pub(crate) async fn signal_all(&self, signal: u32) -> Result<()> {
+        let signal = process::signal_number(signal)?;
+        let cgroup = Arc::clone(&self.cgroup);
+        blocking(move || match signal {
+            libc::SIGKILL => cgroup.kill(),
+            signal => cgroup.while_frozen(|| {
+                for pid in cgroup.pids()? {
+                    signal_pid(pid, signal);
+                }
+                Ok(())
+            }),
+        })
+        .await
+    }
+
+    /// Pids in the guest's root pid namespace of all processes of the container.
+    ///
+    /// # Errors
+    ///
+    /// The cgroup cannot be read.
+    pub(crate) async fn pids(&self) -> Result<Vec<u32>> {
+        let cgroup = Arc::clone(&self.cgroup);
+        blocking(move || cgroup.pids()).await
+    }
+
+    /// Removes what is left of a container whose first process has ended.
+    ///
+    /// # Errors
+    ///
+    /// It has not ended, or something cannot be removed.
+    pub(crate) async fn remove(&self) -> Result<()> {
+        if !self.init.has_ended() {
+            return Err(Error::state(format!("container {:?} has not ended", self.id)));
+        }
+        let cgroup = Arc::clone(&self.cgroup);
+        blocking(move || cgroup.remove()).await
+    }
+
+    fn execs(&self) -> MutexGuard<'_, Execs> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Execs {
+    fn forget_ended(&mut self) {
+        let ended =
+            |process: &Option<Arc<Process>>| process.as_ref().is_some_and(|p| p.has_ended());
+        let mut excess = self
+            .processes
+            .values()
+            .filter(|process| ended(process))
+            .count()
+            .saturating_sub(MAX_ENDED_EXECS - 1);
+        let Self { processes, order } = self;
+        order.retain(|id| {
+            let forget = excess > 0 && processes.get(id).is_some_and(ended);
+            if forget {
+                excess -= 1;
+                processes.remove(id);
+            }
+            !forget
+        });
+    }
+}
+
+struct Prepared {
+    id: String,
+    spec: ContainerSpec,
+    cgroup: Cgroup,
+    launched: Launched,
+}
+
+/// The part of a creation that blocks.
+fn prepare(
+    reaper: &Reaper,
+    id: &str,
+    spec_json: &[u8],
+    stdio: Vec<std::os::fd::OwnedFd>,
+    size: Option<Size>,
+) -> Result<Prepared> {
+    let spec = ContainerSpec::parse(spec_json)?;
+    let cgroup = Cgroup::create(id)?;
+    let launched = limit_and_launch(reaper, &cgroup, &spec, spec_json, stdio, size);
+    match launched {
+        Ok(launched) => Ok(Prepared { id: id.to_owned(), spec, cgroup, launched }),
+        Err(e) => {
+            if let Err(left) = cgroup.remove() {
+                log_warn!("{left}");
+            }
+            Err(e)
+        }
+    }
+}
+
+fn limit_and_launch(
+    reaper: &Reaper,
+    cgroup: &Cgroup,
+    spec: &ContainerSpec,
+    spec_json: &[u8],
+    stdio: Vec<std::os::fd::OwnedFd>,
+    size: Option<Size>,
+) -> Result<Launched> {
+    resources::apply(cgroup, &spec.linux.resources)?;
+    let terminal = spec.process.terminal;
+    launch::launch(
+        reaper,
+        Launch {
+            birth: Birth::New { namespaces: spec.namespaces, linux: &spec.linux },
+            cgroup,
+            request: Request::Create { cgroup: cgroup.path().to_string_lossy().into_owned(), size },
+            document: spec_json,
+            stdio: if terminal { Vec::new() } else { stdio },
+            oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
+            rlimits: spec.process.rlimits.as_deref().unwrap_or_default(),
+        },
+    )
+}
+
+async fn discard_cgroup(cgroup: Arc<Cgroup>) {
+    if let Err(e) = blocking(move || cgroup.remove()).await {
+        log_warn!("{e}");
+    }
+}
+
+/// Without a pid namespace nothing else ends the container's other processes with the first one.
+fn kill_rest_at_exit(init: Arc<Process>, cgroup: Arc<Cgroup>) {
+    tokio::spawn(async move {
+        init.wait().await;
+        if let Err(e) = cgroup.kill() {
+            log_warn!("{e}");
+        }
+    });
+}
+
+/// The group is frozen, so the pid cannot be anybody else's by now.
+fn signal_pid(pid: u32, signal: i32) {
+    let Ok(pid) = libc::pid_t::try_from(pid) else { return };
+    // SAFETY: plain numbers are passed. A process that has just been killed is no error.
+    unsafe { libc::kill(pid, signal) };
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?
+}

@@ -1,0 +1,270 @@
+//! `linux.namespaces` and what is set up inside of them.
+
+use std::fs;
+use std::path::Path;
+
+use rustix::thread::UnshareFlags;
+
+use crate::error::{Context as _, Error, Result};
+use crate::oci::{IdMapping, Linux, NamespaceKind, Spec};
+
+/// Namespaces as `CLONE_NEW*` bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Namespaces(u32);
+
+/// Made by the process itself and not by `clone3`: a cgroup namespace is rooted at the group that
+/// its maker is in, and the offsets of a time namespace are set before anything enters it.
+const MADE_INSIDE: u32 = bit(NamespaceKind::Cgroup) | bit(NamespaceKind::Time);
+
+const fn bit(kind: NamespaceKind) -> u32 {
+    let bit = match kind {
+        NamespaceKind::Mount => libc::CLONE_NEWNS,
+        NamespaceKind::Cgroup => libc::CLONE_NEWCGROUP,
+        NamespaceKind::Uts => libc::CLONE_NEWUTS,
+        NamespaceKind::Ipc => libc::CLONE_NEWIPC,
+        NamespaceKind::User => libc::CLONE_NEWUSER,
+        NamespaceKind::Pid => libc::CLONE_NEWPID,
+        NamespaceKind::Network => libc::CLONE_NEWNET,
+        NamespaceKind::Time => libc::CLONE_NEWTIME,
+    };
+    bit.cast_unsigned()
+}
+
+impl Namespaces {
+    /// The namespaces that a container gets of its own.
+    ///
+    /// # Errors
+    ///
+    /// A namespace is named twice or by a path, or there is no mount namespace.
+    pub(crate) fn of(linux: &Linux) -> Result<Self> {
+        let mut bits = 0;
+        for namespace in &linux.namespaces {
+            let kind = namespace.kind;
+            if !namespace.path.as_os_str().is_empty() {
+                let path = namespace.path.display();
+                let why = format!("{path} cannot be joined from inside a sandbox");
+                let field = format!("linux.namespaces[{}].path", kind.word());
+                return Err(Error::invalid(field, why));
+            }
+            if bits & bit(kind) != 0 {
+                let why = format!("{} is there twice", kind.word());
+                return Err(Error::invalid("linux.namespaces", why));
+            }
+            bits |= bit(kind);
+        }
+        if bits & bit(NamespaceKind::Mount) == 0 {
+            return Err(Error::invalid("linux.namespaces", "a container needs one of type mount"));
+        }
+        Ok(Self(bits))
+    }
+
+    pub(crate) fn has(self, kind: NamespaceKind) -> bool {
+        self.0 & bit(kind) != 0
+    }
+
+    /// Those that `clone3` makes.
+    pub(crate) fn clone_flags(self) -> u64 {
+        u64::from(self.0 & !MADE_INSIDE)
+    }
+
+    /// Those that a further process of the container enters by itself. The pid namespace is the one
+    /// that it is born in.
+    pub(crate) fn join_flags(self) -> u32 {
+        self.0 & !bit(NamespaceKind::Pid)
+    }
+}
+
+/// Refuses settings that need a namespace which the container does not have.
+///
+/// # Errors
+///
+/// The first such field, by name.
+pub(crate) fn check(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Result<()> {
+    let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+    if !namespaces.has(NamespaceKind::Uts) {
+        for (field, text) in [("hostname", &spec.hostname), ("domainname", &spec.domainname)] {
+            if set(text) {
+                return Err(Error::invalid(field, "needs a namespace of type uts"));
+            }
+        }
+    }
+    let user = namespaces.has(NamespaceKind::User);
+    for (field, maps) in
+        [("linux.uidMappings", &linux.uid_mappings), ("linux.gidMappings", &linux.gid_mappings)]
+    {
+        let given = !maps.is_empty();
+        if given && !user {
+            return Err(Error::invalid(field, "needs a namespace of type user"));
+        }
+        if user && !given {
+            return Err(Error::invalid(field, "a namespace of type user needs mappings"));
+        }
+    }
+    for clock in linux.time_offsets.keys() {
+        let field = format!("linux.timeOffsets.{clock}");
+        if !matches!(clock.as_str(), "monotonic" | "boottime") {
+            return Err(Error::invalid(field, "the clocks are monotonic and boottime"));
+        }
+        if !namespaces.has(NamespaceKind::Time) {
+            return Err(Error::invalid(field, "needs a namespace of type time"));
+        }
+    }
+    for key in linux.sysctl.keys() {
+        check_sysctl(key, namespaces)?;
+    }
+    Ok(())
+}
+
+/// System V IPC settings that each IPC namespace has for itself.
+const IPC_SYSCTLS: [&str; 8] =
+    ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"];
+
+/// Only settings that belong to a namespace may be changed: all others are the whole guest's.
+fn check_sysctl(key: &str, namespaces: Namespaces) -> Result<()> {
+    let field = format!("linux.sysctl[{key:?}]");
+    let path = sysctl_path(key);
+    if path.split('/').any(|part| matches!(part, "" | "." | "..")) || path.contains('\0') {
+        return Err(Error::invalid(field, "not the name of a kernel setting"));
+    }
+    let kind = if path.starts_with("net/") {
+        NamespaceKind::Network
+    } else if path.starts_with("fs/mqueue/")
+        || path.strip_prefix("kernel/").is_some_and(|name| IPC_SYSCTLS.contains(&name))
+    {
+        NamespaceKind::Ipc
+    } else if path == "kernel/domainname" {
+        NamespaceKind::Uts
+    } else if path == "kernel/hostname" {
+        return Err(Error::invalid(field, "the field hostname sets it"));
+    } else {
+        return Err(Error::invalid(field, "not a setting of a namespace"));
+    };
+    if namespaces.has(kind) {
+        return Ok(());
+    }
+    Err(Error::invalid(field, format!("needs a namespace of type {}", kind.word())))
+}
+
+/// Dots separate the parts of a name unless a slash comes first, as sysctl(8) has it; then dots are
+/// part of names such as that of a VLAN interface.
+fn sysctl_path(key: &str) -> String {
+    match key.find(['.', '/']) {
+        Some(at) if key.as_bytes()[at] == b'.' => key
+            .chars()
+            .map(|c| match c {
+                '.' => '/',
+                '/' => '.',
+                c => c,
+            })
+            .collect(),
+        _ => key.to_owned(),
+    }
+}
+
+/// Writes `/proc/<pid>/{uid,gid}_map` of a process that has just been born into a user namespace.
+///
+/// # Errors
+///
+/// The kernel refuses a mapping.
+pub(crate) fn map_ids(pid: i32, linux: &Linux) -> Result<()> {
+    for (file, field, maps) in [
+        ("uid_map", "linux.uidMappings", &linux.uid_mappings),
+        ("gid_map", "linux.gidMappings", &linux.gid_mappings),
+    ] {
+        let text = id_map(maps);
+        fs::write(format!("/proc/{pid}/{file}"), text).context(|| format!("apply {field}"))?;
+    }
+    Ok(())
+}
+
+fn id_map(maps: &[IdMapping]) -> String {
+    maps.iter().map(|map| format!("{} {} {}\n", map.container_id, map.host_id, map.size)).collect()
+}
+
+/// Makes the namespaces that the process makes by itself, and sets up what is in them. Runs in the
+/// container's first process, which still sees the guest's file systems.
+///
+/// # Errors
+///
+/// The first step that failed.
+pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Result<()> {
+    if namespaces.has(NamespaceKind::Cgroup) {
+        unshare(NamespaceKind::Cgroup)?;
+    }
+    if namespaces.has(NamespaceKind::Time) {
+        // The namespace takes effect with execve.
+        unshare(NamespaceKind::Time)?;
+        for (clock, offset) in &linux.time_offsets {
+            let (secs, nanos) = (offset.secs, offset.nanosecs);
+            fs::write("/proc/self/timens_offsets", format!("{clock} {secs} {nanos}\n"))
+                .context(|| format!("apply linux.timeOffsets.{clock}"))?;
+        }
+    }
+    if namespaces.has(NamespaceKind::Network) {
+        crate::network::loopback_up()?;
+    }
+    if let Some(name) = spec.hostname.as_ref().filter(|name| !name.is_empty()) {
+        rustix::system::sethostname(name.as_bytes()).context(|| format!("hostname {name:?}"))?;
+    }
+    if let Some(name) = spec.domainname.as_ref().filter(|name| !name.is_empty()) {
+        rustix::system::setdomainname(name.as_bytes())
+            .context(|| format!("domainname {name:?}"))?;
+    }
+    // The guest's /proc shows the settings of the namespaces of whoever opens them.
+    for (key, value) in &linux.sysctl {
+        let path = Path::new("/proc/sys").join(sysctl_path(key));
+        fs::write(path, value).context(|| format!("set linux.sysctl[{key:?}] to {value:?}"))?;
+    }
+    Ok(())
+}
+
+fn unshare(kind: NamespaceKind) -> Result<()> {
+    let flags = UnshareFlags::from_bits_retain(bit(kind));
+    // SAFETY: neither a cgroup nor a time namespace takes descriptors or memory away from anybody.
+    let result = unsafe { rustix::thread::unshare_unsafe(flags) };
+    result.context(|| format!("make a namespace of type {}", kind.word()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn linux(json: &str) -> Linux {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn types_become_bits() {
+        let linux =
+            linux(r#"{"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "cgroup"}]}"#);
+        let namespaces = Namespaces::of(&linux).unwrap();
+        assert_eq!(namespaces.clone_flags(), 0x2002_0000);
+        assert_eq!(namespaces.join_flags(), 0x0202_0000);
+    }
+
+    #[test]
+    fn paths_and_a_missing_mount_namespace_are_refused() {
+        let path = linux(r#"{"namespaces": [{"type": "network", "path": "/run/netns/x"}]}"#);
+        let e = Namespaces::of(&path).unwrap_err();
+        assert!(e.message.starts_with("linux.namespaces[network].path: /run/netns/x"), "{e}");
+        let e = Namespaces::of(&linux(r#"{"namespaces": [{"type": "pid"}]}"#)).unwrap_err();
+        assert!(e.message.contains("mount"), "{e}");
+    }
+
+    #[test]
+    fn sysctls_of_the_whole_guest_are_refused() {
+        let namespaces = Namespaces(bit(NamespaceKind::Network));
+        assert!(check_sysctl("net.ipv4.ip_forward", namespaces).is_ok());
+        assert!(check_sysctl("net/ipv4/conf/eth0.1/forwarding", namespaces).is_ok());
+        for key in ["kernel.panic", "kernel.shmmax", "net/../kernel/panic", "net..x", "vm.x"] {
+            assert!(check_sysctl(key, namespaces).is_err(), "{key}");
+        }
+    }
+
+    #[test]
+    fn names_become_paths() {
+        assert_eq!(sysctl_path("net.ipv4.ip_forward"), "net/ipv4/ip_forward");
+        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/x"), "net/ipv4/conf/eth0.1/x");
+        assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.x"), "net/ipv4/conf/eth0.1/x");
+    }
+}

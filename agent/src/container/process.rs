@@ -1,0 +1,129 @@
+//! One process that the agent has started in a container.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use super::cgroup::Cgroup;
+use super::channel::Channel;
+use super::launch::{self, Launched};
+use super::signals::MAX_SIGNAL;
+use super::stdio::{self, Connections, Pipes};
+use super::terminal::{self, Size};
+use crate::error::{Code, Context as _, Error, Result};
+use crate::pump::Endpoint;
+use crate::reaper::{Exit, ExitReceiver, exited};
+
+/// A process from the time that it is ready to call `execve`.
+pub(crate) struct Process {
+    pid: i32,
+    pidfd: OwnedFd,
+    exit: ExitReceiver,
+    terminal: Option<Endpoint>,
+    /// Taken by whoever starts the process.
+    channel: Mutex<Option<Channel>>,
+    cgroup: Arc<Cgroup>,
+    oom_kills_before: u64,
+    oom_killed: OnceLock<bool>,
+}
+
+impl Process {
+    /// Takes over a process that is ready, and connects its streams.
+    ///
+    /// # Errors
+    ///
+    /// A stream cannot be connected.
+    pub(crate) fn new(
+        launched: Launched,
+        cgroup: Arc<Cgroup>,
+        oom_kills_before: u64,
+        pipes: Option<Pipes>,
+        connections: Connections,
+    ) -> Result<Self> {
+        let Launched { pid, pidfd, channel, exit, terminal } = launched;
+        let terminal = match (terminal, pipes) {
+            (Some(master), _) => Some(stdio::connect_terminal(master, connections, &exit)?),
+            (None, Some(pipes)) => {
+                pipes.connect(connections, &exit)?;
+                None
+            }
+            (None, None) => return Err(Error::internal("the process has not sent its terminal")),
+        };
+        let channel = Mutex::new(Some(channel));
+        let oom_killed = OnceLock::new();
+        Ok(Self { pid, pidfd, exit, terminal, channel, cgroup, oom_kills_before, oom_killed })
+    }
+
+    /// In the guest's root pid namespace.
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    pub(crate) fn pidfd(&self) -> &OwnedFd {
+        &self.pidfd
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.exit.borrow().is_some()
+    }
+
+    /// Waits until the process has ended. True with the exit if the kernel has killed a process of
+    /// the container for its memory limit meanwhile.
+    pub(crate) async fn wait(&self) -> (Exit, bool) {
+        let exit = exited(&mut self.exit.clone()).await;
+        let killed = || self.cgroup.oom_kills() > self.oom_kills_before;
+        (exit, *self.oom_killed.get_or_init(killed))
+    }
+
+    /// Lets the process call `execve`, once.
+    ///
+    /// # Errors
+    ///
+    /// Why `execve` failed, or that it has been started before.
+    pub(crate) async fn start(&self) -> Result<()> {
+        let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let channel = channel.ok_or_else(|| Error::state("already started"))?;
+        tokio::task::spawn_blocking(move || launch::start(&channel))
+            .await
+            .map_err(|e| Error::internal(e.to_string()))?
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    ///
+    /// The process has ended, or there is no such signal.
+    pub(crate) fn signal(&self, signal: u32) -> Result<()> {
+        let signal = signal_number(signal)?;
+        let sent = crate::syscall::pidfd_send_signal(self.pidfd.as_fd(), signal);
+        match sent {
+            Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {
+                Err(Error::state("the process has already ended"))
+            }
+            sent => sent.context(|| format!("send signal {signal} to process {}", self.pid)),
+        }
+    }
+
+    /// Changes the size of its terminal.
+    ///
+    /// # Errors
+    ///
+    /// It has none.
+    pub(crate) fn resize(&self, size: Size) -> Result<()> {
+        match &self.terminal {
+            Some(terminal) => terminal::resize(terminal.get_ref(), size),
+            None => Err(Error::state("the process has no terminal")),
+        }
+    }
+}
+
+/// A signal number that the kernel knows.
+///
+/// # Errors
+///
+/// It is none.
+pub(crate) fn signal_number(signal: u32) -> Result<i32> {
+    match i32::try_from(signal) {
+        Ok(signal) if (1..=MAX_SIGNAL).contains(&signal) => Ok(signal),
+        _ => Err(Error::new(Code::InvalidArgument, format!("there is no signal {signal}"))),
+    }
+}

@@ -1,0 +1,156 @@
+//! The container's file system, from `root`, `mounts`, `linux.devices` and the path lists.
+//!
+//! Runs in the container's first process, in its own mount namespace, while the guest's file
+//! systems can still be seen. Everything below the container's root is reached through a descriptor
+//! of it; the root itself changes last.
+
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{CWD, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, UnmountFlags, unmount};
+
+use super::device_nodes;
+use super::mount_options::{self, MountAttr};
+use super::mounts::{self, MountContext};
+use super::path::{self, Missing};
+use super::spec::ContainerSpec;
+use super::terminal::Terminal;
+use crate::error::{Context as _, Error, Result};
+use crate::oci::NamespaceKind;
+
+/// The propagation that `linux.rootfsPropagation` asks for, and whether for all mounts.
+///
+/// # Errors
+///
+/// It is none that there is.
+pub(crate) fn propagation(name: &str) -> Result<(MountPropagationFlags, bool)> {
+    mount_options::propagation(name)
+        .ok_or_else(|| Error::invalid("linux.rootfsPropagation", format!("{name:?} is unknown")))
+}
+
+/// Builds the file system and makes it the root of this process. Returns the terminal if the
+/// process is to have one.
+///
+/// # Errors
+///
+/// The step that failed.
+pub(crate) fn enter(spec: &ContainerSpec, cgroup: &Path) -> Result<Option<Terminal>> {
+    let root = attach_root(spec.rootfs())?;
+    let own_cgroup = !spec.namespaces.has(NamespaceKind::Cgroup);
+    let context = MountContext { root: root.as_fd(), cgroup: own_cgroup.then_some(cgroup) };
+    let mut read_only = Vec::new();
+    for mount in &spec.spec.mounts {
+        read_only.extend(mounts::mount(&context, mount)?);
+    }
+    if !is_bound(spec, Path::new("/dev")) {
+        device_nodes::make_all(root.as_fd(), &spec.linux.devices)?;
+    }
+    let terminal = if spec.process.terminal {
+        let terminal = Terminal::open(root.as_fd())?;
+        terminal.bind_console(root.as_fd())?;
+        Some(terminal)
+    } else {
+        None
+    };
+    // As other runtimes do: a working directory that the image does not have is made.
+    make_cwd(root.as_fd(), &spec.process.cwd)?;
+    for tree in read_only {
+        mounts::set_attributes(tree, MountAttr::READ_ONLY, false)
+            .context(|| "make a tmpfs read-only")?;
+    }
+    for path in &spec.linux.readonly_paths {
+        make_read_only(root.as_fd(), path)?;
+    }
+    for path in &spec.linux.masked_paths {
+        mask(root.as_fd(), path)?;
+    }
+    pivot(&root)?;
+    finish_root(spec, &root)?;
+    Ok(terminal)
+}
+
+/// Nothing that is mounted from here on may show in the guest, and the container's root has to be a
+/// mount of its own to become the root.
+fn attach_root(rootfs: &Path) -> Result<OwnedFd> {
+    let guest = path::open_in_guest("/", OFlags::PATH).context(|| "open /")?;
+    mounts::set_propagation(&guest, MountPropagationFlags::PRIVATE, true)
+        .context(|| "make the mounts of the guest private")?;
+    let what = || format!("use {} as the root", rootfs.display());
+    let target = path::open_in_guest(rootfs, OFlags::PATH | OFlags::DIRECTORY).context(what)?;
+    let root = mounts::clone_tree(target.as_fd(), Path::new(""), true).context(what)?;
+    mounts::attach(&root, &target).context(what)?;
+    Ok(root)
+}
+
+fn is_bound(spec: &ContainerSpec, destination: &Path) -> bool {
+    spec.spec.mounts.iter().any(|mount| {
+        let bind = mount.kind.as_deref() == Some("bind")
+            || mount.options.iter().any(|o| o == "bind" || o == "rbind");
+        bind && mount.destination == destination
+    })
+}
+
+fn make_cwd(root: BorrowedFd<'_>, cwd: &Path) -> Result<()> {
+    match path::open_or_make(root, cwd, Missing::Directory) {
+        // Whether it can be entered is for the process itself to find out, as its user.
+        Ok(_) | Err(Errno::ROFS | Errno::ACCESS) => Ok(()),
+        Err(e) => Err(e).context(|| format!("make the working directory {}", cwd.display())),
+    }
+}
+
+/// Hides a path: a directory behind an empty one, anything else behind /dev/null.
+fn mask(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    let what = || format!("mask {}", path.display());
+    let Some(target) = existing(root, path).context(what)? else { return Ok(()) };
+    let cover = if path::is_dir(&target).context(what)? {
+        mounts::empty_directory().map_err(|why| Error::internal(format!("{}: {why}", what())))?
+    } else {
+        mounts::clone_tree(CWD, Path::new("/dev/null"), false).context(what)?
+    };
+    mounts::attach(cover, target).context(what)
+}
+
+fn make_read_only(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    let what = || format!("make {} read-only", path.display());
+    let Some(target) = existing(root, path).context(what)? else { return Ok(()) };
+    let tree = mounts::clone_tree(target.as_fd(), Path::new(""), true).context(what)?;
+    mounts::set_attributes(&tree, MountAttr::READ_ONLY, false).context(what)?;
+    mounts::attach(tree, target).context(what)
+}
+
+/// Paths of the lists that an image or kernel does not have need no hiding.
+fn existing(root: BorrowedFd<'_>, path: &Path) -> std::result::Result<Option<OwnedFd>, Errno> {
+    match path::open(root, path, OFlags::PATH) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Swaps the roots and lets go of the guest's. With the new and the old root on the same place, the
+/// old one is on top and can be taken off by its descriptor.
+fn pivot(root: &OwnedFd) -> Result<()> {
+    let what = || "make the container's root the root of its mount namespace";
+    let old = path::open_in_guest("/", OFlags::PATH | OFlags::DIRECTORY).context(what)?;
+    rustix::process::fchdir(root).context(what)?;
+    rustix::process::pivot_root(".", ".").context(what)?;
+    rustix::process::fchdir(&old).context(what)?;
+    unmount(".", UnmountFlags::DETACH).context(|| "unmount the guest's root")?;
+    rustix::process::chdir("/").context(|| "enter the container's root")
+}
+
+fn finish_root(spec: &ContainerSpec, root: &OwnedFd) -> Result<()> {
+    let name = &spec.linux.rootfs_propagation;
+    if !name.is_empty() {
+        let (flags, recursive) = propagation(name)?;
+        mounts::set_propagation(root, flags, recursive)
+            .context(|| format!("apply linux.rootfsPropagation {name:?}"))?;
+    }
+    if spec.spec.root.as_ref().is_some_and(|root| root.readonly) {
+        mounts::set_attributes(root, MountAttr::READ_ONLY, false)
+            .context(|| "make the root read-only")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,58 @@
+//! Signal dispositions of a container's process before and at `execve`.
+
+/// Highest signal number of Linux on x86-64 and arm64.
+pub(crate) const MAX_SIGNAL: i32 = 64;
+
+/// Signals whose default is not to end the process, and the two that cannot be handled.
+const NOT_ENDING: [i32; 10] = [
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGURG,
+    libc::SIGWINCH,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGPIPE,
+    libc::SIGKILL,
+    libc::SIGSTOP,
+];
+
+extern "C" fn end(signal: libc::c_int) {
+    // SAFETY: `_exit` may be called in a signal handler.
+    unsafe { libc::_exit(128 + signal) }
+}
+
+/// Makes signals end this process although it is the first of a pid namespace, which the kernel
+/// protects from the default action: a container that was created and not started can be killed.
+pub(crate) fn end_on_signals() {
+    let handler = end as extern "C" fn(libc::c_int);
+    for signal in (1..=MAX_SIGNAL).filter(|signal| !NOT_ENDING.contains(signal)) {
+        set(signal, handler as *const () as libc::sighandler_t);
+    }
+    // A write to a channel that is gone is an error and not the end.
+    set(libc::SIGPIPE, libc::SIG_IGN);
+    unblock_all();
+}
+
+/// What a program expects to start with: nothing handled, ignored or blocked.
+pub(crate) fn reset() {
+    for signal in 1..=MAX_SIGNAL {
+        set(signal, libc::SIG_DFL);
+    }
+    unblock_all();
+}
+
+fn set(signal: i32, disposition: libc::sighandler_t) {
+    // SAFETY: the only handler that is ever set calls `_exit` and nothing else. The C library
+    // refuses the signals that it keeps for itself and the two that cannot be handled.
+    unsafe { libc::signal(signal, disposition) };
+}
+
+fn unblock_all() {
+    // SAFETY: `sigset_t` is plain data, and `sigemptyset` makes it valid whatever it held.
+    let mut none: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is ours and lives across the call.
+    unsafe { libc::sigemptyset(&mut none) };
+    // SAFETY: as above; no old set is asked for.
+    unsafe { libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()) };
+}

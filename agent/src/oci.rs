@@ -1,0 +1,355 @@
+//! The part of the OCI runtime specification that reaches a guest, as types for its JSON.
+//!
+//! The host's crate for this has all of the specification, and brings a regular expression engine
+//! that would be a third of the agent. What matters more: here a field that is not named is an
+//! error that names it, so nothing that a config.json asks for can be dropped in silence.
+//!
+//! Fields that are accepted and never read belong to the host side of the sandbox.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// Everything optional is absent by default, as in the specification.
+macro_rules! object {
+    ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+        #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+        pub(crate) struct $name {
+            $(
+                $(#[$field_meta])*
+                #[serde(deserialize_with = "null_is_default")]
+                pub(crate) $field: $type,
+            )*
+        }
+    };
+}
+
+/// Callers written in Go say `null` for an empty list.
+fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
+    Option::deserialize(deserializer).map(Option::unwrap_or_default)
+}
+
+/// A value that somebody else acts on, or that is refused whatever it is.
+#[derive(Debug, Clone, Default, Deserialize)]
+pub(crate) struct Opaque(IgnoredAny);
+
+impl Serialize for Opaque {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_unit()
+    }
+}
+
+object! {
+    /// config.json.
+    Spec {
+        oci_version: String,
+        root: Option<Root>,
+        mounts: Vec<Mount>,
+        process: Option<Process>,
+        hostname: Option<String>,
+        domainname: Option<String>,
+        hooks: Option<Hooks>,
+        annotations: Option<Opaque>,
+        linux: Option<Linux>,
+        /// Read by the host.
+        vm: Option<Opaque>,
+        windows: Option<Opaque>,
+        solaris: Option<Opaque>,
+        zos: Option<Opaque>,
+    }
+}
+
+object! { Root { path: PathBuf, readonly: bool, } }
+
+object! {
+    Mount {
+        destination: PathBuf,
+        #[serde(rename = "type")]
+        kind: Option<String>,
+        source: Option<PathBuf>,
+        options: Vec<String>,
+        uid_mappings: Vec<Opaque>,
+        gid_mappings: Vec<Opaque>,
+    }
+}
+
+object! {
+    /// Those that run on the host are the host's to read.
+    Hooks {
+        prestart: Option<Opaque>,
+        create_runtime: Option<Opaque>,
+        create_container: Vec<Opaque>,
+        start_container: Vec<Opaque>,
+        poststart: Option<Opaque>,
+        poststop: Option<Opaque>,
+    }
+}
+
+object! {
+    Process {
+        terminal: bool,
+        console_size: Option<ConsoleSize>,
+        user: User,
+        args: Vec<String>,
+        env: Vec<String>,
+        cwd: PathBuf,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        capabilities: Option<Capabilities>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        rlimits: Option<Vec<PosixRlimit>>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        no_new_privileges: Option<bool>,
+        apparmor_profile: String,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        oom_score_adj: Option<i32>,
+        selinux_label: String,
+        command_line: Option<Opaque>,
+        io_priority: Option<Opaque>,
+        scheduler: Option<Opaque>,
+        #[serde(rename = "execCPUAffinity")]
+        exec_cpu_affinity: Option<Opaque>,
+    }
+}
+
+object! { ConsoleSize { height: u64, width: u64, } }
+
+object! {
+    User {
+        uid: u32,
+        gid: u32,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        umask: Option<u32>,
+        additional_gids: Vec<u32>,
+        /// For other systems than Linux.
+        username: String,
+    }
+}
+
+object! {
+    Capabilities {
+        bounding: Vec<String>,
+        effective: Vec<String>,
+        inheritable: Vec<String>,
+        permitted: Vec<String>,
+        ambient: Vec<String>,
+    }
+}
+
+object! {
+    PosixRlimit {
+        #[serde(rename = "type")]
+        kind: String,
+        hard: u64,
+        soft: u64,
+    }
+}
+
+object! {
+    Linux {
+        uid_mappings: Vec<IdMapping>,
+        gid_mappings: Vec<IdMapping>,
+        sysctl: BTreeMap<String, String>,
+        resources: Resources,
+        /// Of the host's group; the guest has one of its own for each container.
+        cgroups_path: Option<Opaque>,
+        namespaces: Vec<Namespace>,
+        devices: Vec<Device>,
+        rootfs_propagation: String,
+        masked_paths: Vec<PathBuf>,
+        readonly_paths: Vec<PathBuf>,
+        mount_label: String,
+        intel_rdt: Option<Opaque>,
+        time_offsets: BTreeMap<String, TimeOffset>,
+        seccomp: Option<Opaque>,
+        personality: Option<Opaque>,
+        memory_policy: Option<Opaque>,
+        net_devices: BTreeMap<String, Opaque>,
+    }
+}
+
+object! {
+    IdMapping {
+        #[serde(rename = "hostID")]
+        host_id: u32,
+        #[serde(rename = "containerID")]
+        container_id: u32,
+        size: u32,
+    }
+}
+
+/// Types of namespaces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum NamespaceKind {
+    Mount,
+    Cgroup,
+    Uts,
+    Ipc,
+    User,
+    Pid,
+    Network,
+    Time,
+}
+
+impl NamespaceKind {
+    /// The word that config.json has for it.
+    pub(crate) const fn word(self) -> &'static str {
+        match self {
+            Self::Mount => "mount",
+            Self::Cgroup => "cgroup",
+            Self::Uts => "uts",
+            Self::Ipc => "ipc",
+            Self::User => "user",
+            Self::Pid => "pid",
+            Self::Network => "network",
+            Self::Time => "time",
+        }
+    }
+}
+
+/// One of `linux.namespaces`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Namespace {
+    #[serde(rename = "type")]
+    pub(crate) kind: NamespaceKind,
+    #[serde(default)]
+    pub(crate) path: PathBuf,
+}
+
+object! { TimeOffset { secs: i64, nanosecs: u32, } }
+
+/// Types of devices, as in mknod(1), and `a` for all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum DeviceKind {
+    #[serde(rename = "a")]
+    All,
+    #[serde(rename = "b")]
+    Block,
+    #[serde(rename = "c")]
+    Char,
+    #[serde(rename = "u")]
+    Unbuffered,
+    #[serde(rename = "p")]
+    Fifo,
+}
+
+/// One of `linux.devices`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(crate) struct Device {
+    pub(crate) path: PathBuf,
+    #[serde(rename = "type")]
+    pub(crate) kind: DeviceKind,
+    #[serde(default)]
+    pub(crate) major: i64,
+    #[serde(default)]
+    pub(crate) minor: i64,
+    pub(crate) file_mode: Option<u32>,
+    pub(crate) uid: Option<u32>,
+    pub(crate) gid: Option<u32>,
+}
+
+object! {
+    Resources {
+        devices: Vec<DeviceRule>,
+        memory: Memory,
+        cpu: Cpu,
+        pids: Option<Pids>,
+        #[serde(rename = "blockIO")]
+        block_io: BlockIo,
+        hugepage_limits: Vec<HugepageLimit>,
+        network: Network,
+        rdma: BTreeMap<String, Opaque>,
+        unified: BTreeMap<String, String>,
+    }
+}
+
+object! {
+    DeviceRule {
+        allow: bool,
+        #[serde(rename = "type")]
+        kind: Option<DeviceKind>,
+        major: Option<i64>,
+        minor: Option<i64>,
+        access: Option<String>,
+    }
+}
+
+object! {
+    Memory {
+        limit: Option<i64>,
+        reservation: Option<i64>,
+        swap: Option<i64>,
+        kernel: Option<i64>,
+        #[serde(rename = "kernelTCP")]
+        kernel_tcp: Option<i64>,
+        /// The guest has no swap.
+        swappiness: Option<u64>,
+        #[serde(rename = "disableOOMKiller")]
+        disable_oom_killer: bool,
+        /// Always so in cgroup v2.
+        use_hierarchy: Option<bool>,
+        /// Nothing is in use yet when the limits are set.
+        check_before_update: Option<bool>,
+    }
+}
+
+object! {
+    Cpu {
+        shares: Option<u64>,
+        quota: Option<i64>,
+        burst: Option<u64>,
+        period: Option<u64>,
+        realtime_runtime: Option<i64>,
+        realtime_period: Option<u64>,
+        cpus: String,
+        mems: String,
+        idle: Option<i64>,
+    }
+}
+
+object! { Pids { limit: i64, } }
+
+object! {
+    BlockIo {
+        weight: Option<u16>,
+        leaf_weight: Option<u16>,
+        weight_device: Vec<WeightDevice>,
+        throttle_read_bps_device: Vec<ThrottleDevice>,
+        throttle_write_bps_device: Vec<ThrottleDevice>,
+        #[serde(rename = "throttleReadIOPSDevice")]
+        throttle_read_iops_device: Vec<ThrottleDevice>,
+        #[serde(rename = "throttleWriteIOPSDevice")]
+        throttle_write_iops_device: Vec<ThrottleDevice>,
+    }
+}
+
+object! {
+    WeightDevice {
+        major: i64,
+        minor: i64,
+        weight: Option<u16>,
+        leaf_weight: Option<u16>,
+    }
+}
+
+object! { ThrottleDevice { major: i64, minor: i64, rate: u64, } }
+
+object! { HugepageLimit { page_size: String, limit: i64, } }
+
+object! {
+    Network {
+        #[serde(rename = "classID")]
+        class_id: Option<u32>,
+        priorities: Vec<HashMap<String, Opaque>>,
+    }
+}

@@ -1,0 +1,35 @@
+//! Calls about containers.
+
+use std::sync::Arc;
+
+use isopod_protocol::agent::{
+    ContainerRef, CreateContainerRequest, Empty, ProcessList, ProcessStarted,
+};
+
+use crate::error::Result;
+use crate::sandbox::Sandbox;
+
+pub(super) async fn create(
+    sandbox: Arc<Sandbox>,
+    request: CreateContainerRequest,
+) -> Result<ProcessStarted> {
+    let size = super::size(&request.terminal_size)?;
+    let streams = super::claim(&sandbox.streams, request.streams).await?;
+    let pid = sandbox.create(request.container_id, request.spec_json, streams, size).await?;
+    Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
+}
+
+pub(super) async fn start(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<Empty> {
+    sandbox.container(&request.container_id)?.start().await?;
+    Ok(Empty::default())
+}
+
+pub(super) async fn processes(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<ProcessList> {
+    let pids = sandbox.container(&request.container_id)?.pids().await?;
+    Ok(ProcessList { pids, ..ProcessList::default() })
+}
+
+pub(super) async fn delete(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<Empty> {
+    sandbox.delete(&request.container_id).await?;
+    Ok(Empty::default())
+}

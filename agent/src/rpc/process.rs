@@ -1,0 +1,54 @@
+//! Calls about processes.
+
+use std::sync::Arc;
+
+use isopod_protocol::agent::{
+    Empty, ExecProcessRequest, ProcessExit, ProcessRef, ProcessStarted, ResizeTerminalRequest,
+    SignalProcessRequest,
+};
+
+use crate::error::{Code, Error, Result};
+use crate::sandbox::Sandbox;
+
+pub(super) async fn exec(
+    sandbox: Arc<Sandbox>,
+    request: ExecProcessRequest,
+) -> Result<ProcessStarted> {
+    if request.exec_id.is_empty() {
+        return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
+    }
+    let size = super::size(&request.terminal_size)?;
+    let streams = super::claim(&sandbox.streams, request.streams).await?;
+    let reaper = Arc::clone(&sandbox.reaper);
+    let container = sandbox.container(&request.container_id)?;
+    let pid = container.exec(reaper, request.exec_id, request.process_json, streams, size).await?;
+    Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
+}
+
+pub(super) async fn wait(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<ProcessExit> {
+    let process = sandbox.container(&request.container_id)?.process(&request.exec_id)?;
+    let (exit, oom_killed) = process.wait().await;
+    let (status, signal) = (exit.status, exit.signal);
+    Ok(ProcessExit { status, signal, oom_killed, ..ProcessExit::default() })
+}
+
+pub(super) async fn signal(sandbox: Arc<Sandbox>, request: SignalProcessRequest) -> Result<Empty> {
+    let container = sandbox.container(&request.container_id)?;
+    if request.all {
+        if !request.exec_id.is_empty() {
+            return Err(Error::new(Code::InvalidArgument, "exec_id is given together with all"));
+        }
+        container.signal_all(request.signal).await?;
+    } else {
+        container.process(&request.exec_id)?.signal(request.signal)?;
+    }
+    Ok(Empty::default())
+}
+
+pub(super) fn resize(sandbox: &Sandbox, request: &ResizeTerminalRequest) -> Result<Empty> {
+    let process = sandbox.container(&request.container_id)?.process(&request.exec_id)?;
+    if let Some(size) = super::size(&request.size)? {
+        process.resize(size)?;
+    }
+    Ok(Empty::default())
+}

@@ -1,0 +1,183 @@
+//! The state of the guest as a whole: its containers, and what is done once for all of them.
+//!
+//! There is one lock for the table of containers, held for lookups only; everything that takes time
+//! happens on a container of its own, so that no call on one holds up a call on another.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use isopod_protocol::SHARED_DIR;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::system::RebootCommand;
+use rustix::time::{ClockId, Timespec, clock_settime};
+
+use crate::container::Container;
+use crate::container::cgroup;
+use crate::container::stdio::Connections;
+use crate::container::terminal::Size;
+use crate::error::{Code, Context as _, Error, Result};
+use crate::log::log_warn;
+use crate::reaper::Reaper;
+use crate::stream::Streams;
+
+/// Longest id of a container: it becomes the name of a cgroup.
+const MAX_ID: usize = 255;
+
+/// Everything that the agent knows.
+pub(crate) struct Sandbox {
+    pub(crate) reaper: Arc<Reaper>,
+    pub(crate) streams: Arc<Streams>,
+    /// `None` while the container is being created or deleted.
+    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    set_up: AtomicBool,
+}
+
+impl Sandbox {
+    pub(crate) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
+        let set_up = AtomicBool::new(false);
+        Self { reaper, streams, containers: Mutex::default(), set_up }
+    }
+
+    /// Mounts the shared directory, sets the clock and mixes in entropy.
+    ///
+    /// # Errors
+    ///
+    /// It has been done before, or the step that failed.
+    pub(crate) fn set_up(&self, tag: &str, realtime_ns: u64, entropy: &[u8]) -> Result<()> {
+        if self.set_up.swap(true, Ordering::Relaxed) {
+            return Err(Error::state("the sandbox has been set up before"));
+        }
+        if realtime_ns != 0 {
+            let seconds = i64::try_from(realtime_ns / 1_000_000_000);
+            let nanoseconds = i64::try_from(realtime_ns % 1_000_000_000);
+            if let (Ok(tv_sec), Ok(tv_nsec)) = (seconds, nanoseconds) {
+                clock_settime(ClockId::Realtime, Timespec { tv_sec, tv_nsec })
+                    .context(|| "set the guest's clock")?;
+            }
+        }
+        if !entropy.is_empty() {
+            fs::File::options()
+                .write(true)
+                .open("/dev/urandom")
+                .and_then(|mut pool| pool.write_all(entropy))
+                .context(|| "mix entropy into the guest's random pool")?;
+        }
+        fs::create_dir_all(SHARED_DIR).context(|| format!("create {SHARED_DIR}"))?;
+        mount(tag, SHARED_DIR, "virtiofs", MountFlags::empty(), None)
+            .context(|| format!("mount the shared directory {tag:?} on {SHARED_DIR}"))
+    }
+
+    /// Creates a container and returns the pid of its first process.
+    ///
+    /// # Errors
+    ///
+    /// The id is in use or cannot be used, or what [`Container::create`] reports.
+    pub(crate) async fn create(
+        &self,
+        id: String,
+        spec_json: Vec<u8>,
+        connections: Connections,
+        size: Option<Size>,
+    ) -> Result<i32> {
+        check_id(&id)?;
+        match self.containers().entry(id.clone()) {
+            Entry::Occupied(_) => return Err(Error::state(format!("container {id:?} exists"))),
+            Entry::Vacant(vacant) => vacant.insert(None),
+        };
+        let reaper = Arc::clone(&self.reaper);
+        match Container::create(reaper, id.clone(), spec_json, connections, size).await {
+            Ok(container) => {
+                let pid = container.process("")?.pid();
+                self.containers().insert(id, Some(Arc::new(container)));
+                Ok(pid)
+            }
+            Err(e) => {
+                self.containers().remove(&id);
+                Err(e)
+            }
+        }
+    }
+
+    /// Forgets a container that has ended.
+    ///
+    /// # Errors
+    ///
+    /// It does not exist or has not ended, or something of it cannot be removed; it can then be
+    /// deleted again.
+    pub(crate) async fn delete(&self, id: &str) -> Result<()> {
+        let container = self.container(id)?;
+        container.remove().await?;
+        let mut containers = self.containers();
+        // Unless somebody else has deleted it meanwhile and there is a new one with its name.
+        let same = |known: &Arc<Container>| Arc::ptr_eq(known, &container);
+        if containers.get(id).is_some_and(|known| known.as_ref().is_some_and(same)) {
+            containers.remove(id);
+        }
+        Ok(())
+    }
+
+    /// The container with this id.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is being created.
+    pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
+        match self.containers().get(id) {
+            Some(Some(container)) => Ok(Arc::clone(container)),
+            Some(None) => Err(Error::state(format!("container {id:?} is being created"))),
+            None => Err(Error::new(Code::NotFound, format!("no container {id:?}"))),
+        }
+    }
+
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn check_id(id: &str) -> Result<()> {
+    let usable = (1..=MAX_ID).contains(&id.len())
+        && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"_+-.".contains(&b))
+        && !matches!(id, "." | "..");
+    // The kernel keeps these names for a cgroup's own files.
+    if usable && !id.starts_with("cgroup.") {
+        return Ok(());
+    }
+    Err(Error::new(Code::InvalidArgument, format!("{id:?} cannot be the id of a container")))
+}
+
+/// Ends all containers, writes everything back and restarts the machine, which ends the microVM.
+pub(crate) fn power_off() {
+    cgroup::kill_all_containers();
+    rustix::fs::sync();
+    if Path::new(SHARED_DIR).exists()
+        && let Err(e) = unmount(SHARED_DIR, UnmountFlags::DETACH)
+    {
+        // It is only mounted once the sandbox has been set up.
+        if e != rustix::io::Errno::INVAL {
+            log_warn!("unmount {SHARED_DIR}: {e}");
+        }
+    }
+    if let Err(e) = rustix::system::reboot(RebootCommand::Restart) {
+        crate::log::log_error!("the guest cannot be restarted: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_id;
+
+    #[test]
+    fn ids_become_names_of_cgroups() {
+        for id in ["a", "A-b_c.d+0", &"x".repeat(255)] {
+            assert!(check_id(id).is_ok(), "{id}");
+        }
+        for id in ["", ".", "..", "a/b", "cgroup.procs", "a b", &"x".repeat(256)] {
+            assert!(check_id(id).is_err(), "{id}");
+        }
+    }
+}

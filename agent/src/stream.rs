@@ -1,0 +1,234 @@
+//! Stdio connections: the host opens one for each stream and begins it with an 8-byte token.
+//!
+//! The RPC that starts the process names the tokens. The host sends it after it has opened the
+//! connections, but they may be accepted in any order, so both sides meet in a table: connections
+//! that nobody has asked for yet, and callers whose connection has not arrived yet. Both halves are
+//! bounded.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::net::SocketFlags;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::error::{Context as _, Error, Result};
+use crate::log::{log_error, log_warn};
+use crate::pump;
+
+/// A connection, read and written without blocking.
+pub(crate) type Connection = AsyncFd<OwnedFd>;
+
+/// Most connections that have arrived and that no call has named yet. The oldest goes first.
+const MAX_UNCLAIMED: usize = 256;
+
+/// Most connections whose token is still being read.
+const MAX_HEADERLESS: usize = 64;
+
+/// How long a call waits for a connection that it names.
+const CLAIM_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where connections and the calls that name them meet.
+#[derive(Default)]
+pub(crate) struct Streams {
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    arrived: VecDeque<(u64, Connection)>,
+    awaited: HashMap<u64, oneshot::Sender<Connection>>,
+}
+
+impl Streams {
+    /// Accepts connections for as long as the agent lives.
+    ///
+    /// # Errors
+    ///
+    /// The listener cannot be registered with the runtime.
+    pub(crate) fn serve(self: &Arc<Self>, listener: OwnedFd) -> Result<()> {
+        rustix::io::ioctl_fionbio(&listener, true).context(|| "listen for streams")?;
+        let listener =
+            pump::watch(listener, Interest::READABLE).context(|| "listen for streams")?;
+        let streams = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(e) = streams.accept_all(&listener).await {
+                log_error!("no longer accepting stdio streams: {e}");
+            }
+        });
+        Ok(())
+    }
+
+    async fn accept_all(self: &Arc<Self>, listener: &AsyncFd<OwnedFd>) -> io::Result<()> {
+        let headerless = Arc::new(Semaphore::new(MAX_HEADERLESS));
+        loop {
+            let Ok(permit) = Arc::clone(&headerless).acquire_owned().await else { return Ok(()) };
+            let accepted = accept(listener).await;
+            let both = Interest::READABLE | Interest::WRITABLE;
+            let connection = match accepted.and_then(|fd| pump::watch(fd, both)) {
+                Ok(connection) => connection,
+                Err(e) if is_transient(&e) => {
+                    log_warn!("cannot accept a stdio stream: {e}");
+                    // Out of descriptors or memory: let other tasks give some back first.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                    continue;
+                }
+                Err(e) => return Err(e),
+            };
+            let streams = Arc::clone(self);
+            tokio::spawn(async move {
+                match read_token(&connection).await {
+                    Ok(0) | Err(_) => {}
+                    Ok(token) => streams.arrive(token, connection),
+                }
+                drop(permit);
+            });
+        }
+    }
+
+    fn arrive(&self, token: u64, connection: Connection) {
+        let mut table = self.lock();
+        let connection = match table.awaited.remove(&token) {
+            Some(caller) => match caller.send(connection) {
+                Ok(()) => return,
+                // The call gave up in this very moment.
+                Err(connection) => connection,
+            },
+            None => connection,
+        };
+        if table.arrived.len() >= MAX_UNCLAIMED {
+            table.arrived.pop_front();
+            log_warn!("dropped a stdio stream that no call named");
+        }
+        table.arrived.push_back((token, connection));
+    }
+
+    /// The connection with this token, or `None` for token 0.
+    ///
+    /// # Errors
+    ///
+    /// It has not arrived after 30 seconds, or another call waits for it already.
+    pub(crate) async fn claim(&self, token: u64) -> Result<Option<Connection>> {
+        if token == 0 {
+            return Ok(None);
+        }
+        let receiver = {
+            let mut table = self.lock();
+            if let Some(at) = table.arrived.iter().position(|(t, _)| *t == token) {
+                return Ok(table.arrived.remove(at).map(|(_, connection)| connection));
+            }
+            if table.awaited.contains_key(&token) {
+                return Err(Error::internal(format!("stdio stream {token:#x} is named twice")));
+            }
+            let (sender, receiver) = oneshot::channel();
+            table.awaited.insert(token, sender);
+            receiver
+        };
+        if let Ok(Ok(connection)) = tokio::time::timeout(CLAIM_TIMEOUT, receiver).await {
+            return Ok(Some(connection));
+        }
+        self.lock().awaited.remove(&token);
+        Err(Error::internal(format!(
+            "stdio stream {token:#x} was not connected within {} s",
+            CLAIM_TIMEOUT.as_secs()
+        )))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    loop {
+        let mut guard = listener.readable().await?;
+        if let Ok(accepted) = guard.try_io(|fd| Ok(rustix::net::accept_with(fd.get_ref(), flags)?))
+        {
+            return accepted;
+        }
+    }
+}
+
+fn is_transient(e: &io::Error) -> bool {
+    let transient =
+        [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::ECONNABORTED, libc::EINTR];
+    e.raw_os_error().is_some_and(|errno| transient.contains(&errno))
+}
+
+async fn read_token(connection: &Connection) -> io::Result<u64> {
+    let mut token = [0; 8];
+    let mut filled = 0;
+    while filled < token.len() {
+        let mut guard = connection.readable().await?;
+        match guard.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut token[filled..])?)) {
+            Ok(Ok(0)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(Ok(n)) => filled += n,
+            Ok(Err(e)) => return Err(e),
+            Err(_would_block) => {}
+        }
+    }
+    Ok(u64::from_le_bytes(token))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    async fn served() -> (Arc<Streams>, std::path::PathBuf) {
+        let name =
+            format!("isopod-streams-{}-{:?}", std::process::id(), std::thread::current().id());
+        let path = std::env::temp_dir().join(name);
+        let streams = Arc::new(Streams::default());
+        streams.serve(UnixListener::bind(&path).unwrap().into()).unwrap();
+        (streams, path)
+    }
+
+    fn connect(path: &std::path::Path, token: u64) -> UnixStream {
+        let mut stream = UnixStream::connect(path).unwrap();
+        stream.write_all(&token.to_le_bytes()).unwrap();
+        stream
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn claims_before_and_after_arrival() {
+        let (streams, path) = served().await;
+        let mut early = connect(&path, 7);
+        let claimed = streams.claim(7).await.unwrap().unwrap();
+        rustix::io::write(claimed.get_ref(), b"x").unwrap();
+        early.read_exact(&mut [0]).unwrap();
+
+        let waiting = tokio::spawn({
+            let streams = Arc::clone(&streams);
+            async move { streams.claim(8).await.unwrap().is_some() }
+        });
+        tokio::task::yield_now().await;
+        let _late = connect(&path, 8);
+        assert!(waiting.await.unwrap());
+        assert!(streams.claim(0).await.unwrap().is_none());
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn unclaimed_connections_are_bounded() {
+        let (streams, path) = served().await;
+        let mut first = connect(&path, 1);
+        let mut rest = Vec::new();
+        for token in 2..=(MAX_UNCLAIMED as u64 + 1) {
+            rest.push(connect(&path, token));
+            while streams.lock().arrived.back().is_none_or(|(t, _)| *t != token) {
+                tokio::task::yield_now().await;
+            }
+        }
+        assert_eq!(streams.lock().arrived.len(), MAX_UNCLAIMED);
+        assert_eq!(first.read(&mut [0]).unwrap(), 0);
+        std::fs::remove_file(path).unwrap();
+    }
+}

@@ -1,0 +1,131 @@
+//! The agent as PID 1 of its own namespaces, driven as the host drives it, over unix sockets.
+//!
+//! This program is three: the driver, the agent (`agent` as its argument), and the init helper that
+//! the agent starts from `/proc/self/exe`. It needs root, and busybox for the containers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod driver;
+mod lifecycle;
+mod rootfs;
+mod settings;
+mod streams;
+
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::process::ExitCode;
+
+use driver::{Driver, INIT_NAME};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if args[0] == INIT_NAME {
+        isopod_agent::run_init();
+    }
+    if args.get(1).is_some_and(|arg| arg == "agent") {
+        driver::run_agent(&args[2]);
+    }
+    if std::env::var_os("NEXTEST").is_some() || args.iter().any(|arg| arg == "--list") {
+        return ExitCode::SUCCESS;
+    }
+    if rustix::process::getuid().as_raw() != 0 {
+        println!("skipped: the agent can only run as root");
+        return ExitCode::SUCCESS;
+    }
+    let filter = args.iter().skip(1).find(|arg| !arg.starts_with('-')).cloned();
+    run_all(&filter.unwrap_or_default())
+}
+
+/// Runs every test whose name contains the filter, one after the other against one agent.
+fn run_all(filter: &str) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut failures = 0;
+    runtime.block_on(async {
+        let driver = Driver::start().await;
+        let before = driver.resources().await;
+        macro_rules! run {
+            ($($module:ident :: $test:ident),+ $(,)?) => { $(
+                let name = concat!(stringify!($module), "::", stringify!($test));
+                if name.contains(filter) {
+                    failures += u32::from(!passes(name, $module::$test(&driver)).await);
+                }
+            )+ };
+        }
+        run!(
+            lifecycle::statuses,
+            lifecycle::programs_that_cannot_run,
+            lifecycle::wrong_order_changes_nothing,
+            lifecycle::created_containers_can_be_killed,
+            lifecycle::a_slow_call_holds_up_no_other,
+            lifecycle::signals_to_all,
+            lifecycle::without_a_pid_namespace_all_end_with_the_first,
+            lifecycle::exec_joins_the_container,
+            settings::identity_and_limits,
+            settings::capabilities,
+            settings::namespaces_are_own,
+            settings::user_namespace,
+            settings::devices_outside_the_rules,
+            settings::refused_by_name,
+            settings::memory_and_pids_limits,
+            rootfs::mount_options,
+            rootfs::bind_mounts,
+            rootfs::hidden_and_read_only_paths,
+            rootfs::links_do_not_lead_out,
+            rootfs::default_devices,
+            rootfs::tmpfs_copies_up,
+            streams::both_ways_at_once,
+            streams::last_line_is_never_lost,
+            streams::background_processes_do_not_hold_output,
+            streams::ends_of_streams,
+            streams::terminals,
+        );
+        // A test that failed has left its container behind.
+        if failures == 0 && !passes("nothing is left over", driver.settle(&before)).await {
+            failures += 1;
+        }
+        driver.stop().await;
+    });
+    println!("{failures} failed");
+    if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+async fn passes(name: &str, test: impl Future<Output = ()>) -> bool {
+    use futures_catch::CatchUnwind as _;
+    let began = std::time::Instant::now();
+    let ok =
+        tokio::time::timeout(std::time::Duration::from_secs(900), AssertUnwindSafe(test).caught())
+            .await
+            .unwrap_or(false);
+    println!(
+        "{} {name} ({} ms)",
+        if ok { "ok    " } else { "FAILED" },
+        began.elapsed().as_millis()
+    );
+    ok
+}
+
+/// The one thing of the futures crate that is needed here.
+mod futures_catch {
+    use std::future::Future;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+    use std::pin::pin;
+    use std::task::Poll;
+
+    pub(crate) trait CatchUnwind: Future<Output = ()> + Sized {
+        /// False if the future panicked.
+        async fn caught(self) -> bool {
+            let mut future = pin!(self);
+            std::future::poll_fn(|cx| {
+                let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx)));
+                match polled {
+                    Ok(Poll::Pending) => Poll::Pending,
+                    Ok(Poll::Ready(())) => Poll::Ready(true),
+                    Err(_) => Poll::Ready(false),
+                }
+            })
+            .await
+        }
+    }
+
+    impl<F: Future<Output = ()>> CatchUnwind for F {}
+}

@@ -1,0 +1,135 @@
+//! The container's file system, looked at from inside.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::driver::{Driver, Outcome};
+
+async fn with_mounts(d: &Driver, script: &str, mounts: Value) -> Outcome {
+    let mut spec = d.spec(script);
+    let list = spec["mounts"].as_array_mut().unwrap();
+    list.extend(mounts.as_array().unwrap().iter().cloned());
+    d.run(&spec).await
+}
+
+pub(crate) async fn mount_options(d: &Driver) {
+    let mounts = json!([
+        {"destination": "/new/place", "type": "tmpfs", "source": "x",
+         "options": ["ro", "noexec", "nosuid", "nodev", "noatime", "mode=777", "size=64k", "uid=7"]},
+        {"destination": "/home", "type": "tmpfs", "options": ["rw", "rshared", "strictatime"]},
+    ]);
+    let script = "grep -E ' (/new/place|/home|/sys|/dev|/proc|/sys/fs/cgroup) ' /proc/self/mountinfo; \
+                  touch /new/place/x 2>&1; touch /home/y && echo written";
+    let done = with_mounts(d, script, mounts).await;
+    let line = |path: &str| {
+        let path = format!(" {path} ");
+        done.out.lines().find(|line| line.contains(&path)).unwrap_or_else(|| panic!("{done:?}"))
+    };
+    let place = line("/new/place");
+    for option in ["ro,nosuid,nodev,noexec,noatime", "size=64k", "mode=777", "uid=7"] {
+        assert!(place.contains(option), "{option} in {place}");
+    }
+    assert!(line("/home").contains("shared:"), "{done:?}");
+    assert!(line("/sys").contains("ro,nosuid,nodev,noexec"), "{done:?}");
+    assert!(line("/sys/fs/cgroup").contains("cgroup2"), "{done:?}");
+    assert!(!line("/proc").contains("shared:"), "{done:?}");
+    assert!(done.out.contains("/new/place/x: Read-only file system"), "{done:?}");
+    assert!(done.out.ends_with("written\n"), "{done:?}");
+}
+
+pub(crate) async fn bind_mounts(d: &Driver) {
+    fs::create_dir_all(d.file("/src/dir")).unwrap();
+    fs::write(d.file("/src/dir/file"), "in dir\n").unwrap();
+    fs::write(d.file("/src/one"), "one file\n").unwrap();
+    let source = |name: &str| d.rootfs().join("src").join(name);
+    let mounts = json!([
+        {"destination": "/b/dir", "type": "bind", "source": source("dir"), "options": ["rbind", "ro"]},
+        {"destination": "/b/one", "type": "none", "source": source("one"), "options": ["bind", "rprivate"]},
+        {"destination": "/b/rec", "type": "bind", "source": source("dir"), "options": ["rbind", "rro", "rnoexec"]},
+    ]);
+    let script = "cat /b/dir/file /b/one; touch /b/dir/x 2>&1; touch /b/rec/x 2>&1; \
+                  echo more >> /b/one; grep -c ' /b/' /proc/self/mountinfo";
+    let done = with_mounts(d, script, mounts).await;
+    assert!(done.out.starts_with("in dir\none file\n"), "{done:?}");
+    assert_eq!(done.out.matches("Read-only file system").count(), 2, "{done:?}");
+    assert!(done.out.ends_with("3\n"), "{done:?}");
+    assert_eq!(fs::read_to_string(d.file("/src/one")).unwrap(), "one file\nmore\n");
+    let missing =
+        json!([{"destination": "/b", "type": "bind", "source": "/no/where", "options": ["bind"]}]);
+    let mut spec = d.spec("true");
+    spec["mounts"].as_array_mut().unwrap().extend(missing.as_array().unwrap().clone());
+    let e = d.create(&d.name(), &spec, None).await.unwrap_err();
+    assert_eq!(e.1, "bind /no/where on /b: No such file or directory");
+}
+
+pub(crate) async fn hidden_and_read_only_paths(d: &Driver) {
+    fs::create_dir_all(d.file("/src/secret")).unwrap();
+    fs::write(d.file("/src/secret/key"), "key").unwrap();
+    fs::write(d.file("/src/file"), "text").unwrap();
+    let mut spec = d.spec(
+        "ls /src/secret | wc -l; touch /src/secret/x 2>&1; wc -c < /src/file; \
+         echo 1 > /proc/sys/kernel/shmmni 2>/dev/null || echo ro; touch /x 2>&1; mkdir /tmp/y 2>&1; \
+         touch /dev/shm/z && echo shm-ok; grep -c ' /proc/sys ' /proc/self/mountinfo",
+    );
+    spec["root"]["readonly"] = json!(true);
+    let masked = spec["linux"]["maskedPaths"].as_array_mut().unwrap();
+    masked.extend([json!("/src/secret"), json!("/src/file"), json!("/not/there")]);
+    let done = d.run(&spec).await;
+    let lines: Vec<&str> = done.out.lines().collect();
+    assert_eq!(lines[0], "0", "{done:?}");
+    assert!(lines[1].contains("Read-only"), "{done:?}");
+    assert_eq!(lines[2..4], ["0", "ro"], "{done:?}");
+    assert!(lines[4].contains("Read-only") && lines[5].contains("Read-only"), "{done:?}");
+    assert_eq!(lines[6..], ["shm-ok", "1"], "{done:?}");
+}
+
+pub(crate) async fn links_do_not_lead_out(d: &Driver) {
+    let outside = d.rootfs().parent().unwrap().join("outside");
+    let link = d.file("/home/link");
+    let _ = fs::remove_file(&link);
+    std::os::unix::fs::symlink(&outside, &link).unwrap();
+    std::os::unix::fs::symlink("../../../../../../up", d.file("/home/up")).unwrap();
+    let mounts = json!([
+        {"destination": "/home/link/a", "type": "tmpfs"},
+        {"destination": "/home/up", "type": "tmpfs"},
+    ]);
+    let done = with_mounts(d, "grep -c -E 'outside/a| /up ' /proc/self/mountinfo", mounts).await;
+    assert_eq!(done.out, "2\n", "{done:?}");
+    assert!(!outside.exists());
+    // A /proc that is a link would take the masks with it.
+    fs::rename(d.file("/proc"), d.file("/proc.away")).unwrap();
+    std::os::unix::fs::symlink("/tmp", d.file("/proc")).unwrap();
+    let refused = d.create(&d.name(), &d.spec("true"), None).await.unwrap_err();
+    fs::remove_file(d.file("/proc")).unwrap();
+    fs::rename(d.file("/proc.away"), d.file("/proc")).unwrap();
+    assert!(refused.1.contains("/proc is a symbolic link"), "{refused:?}");
+}
+
+pub(crate) async fn default_devices(d: &Driver) {
+    let mut spec = d.spec(
+        "for n in null zero full random urandom tty; do stat -c %n:%t:%T:%a /dev/$n; done; \
+         for n in ptmx fd stdin stdout stderr; do readlink /dev/$n; done; \
+         stat -c %F:%t:%T:%a:%u:%g /dev/own/fuse; ls -d /dev/console",
+    );
+    spec["linux"]["devices"] = json!([{"path": "/dev/own/fuse", "type": "c", "major": 10,
+        "minor": 229, "fileMode": 0o640, "uid": 7, "gid": 8}]);
+    let done = d.run(&spec).await;
+    let expected = "/dev/null:1:3:666\n/dev/zero:1:5:666\n/dev/full:1:7:666\n/dev/random:1:8:666\n\
+        /dev/urandom:1:9:666\n/dev/tty:5:0:666\npts/ptmx\n/proc/self/fd\n/proc/self/fd/0\n\
+        /proc/self/fd/1\n/proc/self/fd/2\ncharacter special file:a:e5:640:7:8\n";
+    assert_eq!(done.out, expected, "{}", done.err);
+    assert!(done.err.contains("/dev/console"), "{done:?}");
+}
+
+pub(crate) async fn tmpfs_copies_up(d: &Driver) {
+    let script =
+        "cat /etc/plain; stat -c %a /bin/broken /tmp; ls /bin | grep -c .; readlink /bin/sh";
+    let mounts = json!([
+        {"destination": "/etc", "type": "tmpfs", "options": ["tmpcopyup", "ro"]},
+        {"destination": "/bin", "type": "tmpfs", "options": ["tmpcopyup"]},
+    ]);
+    let done = with_mounts(d, script, mounts).await;
+    assert!(done.out.starts_with("not a program\n755\n"), "{done:?}");
+    assert!(done.out.ends_with("busybox\n"), "{done:?}");
+}
