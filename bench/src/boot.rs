@@ -4,13 +4,13 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::clock::median;
+use crate::clock::least;
 use crate::figure::Figure;
 use crate::{qemu, sizes, vmm, workload};
 
 const PEER: &str = "qemu-microvm";
 
-/// Measures everything `runs` times and takes medians. Isopod and the peer take turns, so that a
+/// Measures everything `runs` times and takes the least. Isopod and the peer take turns, so that a
 /// change of the host between them falls on both.
 pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec<Figure>> {
     // The first of each warms the page cache and does not count.
@@ -33,9 +33,8 @@ pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec
             );
         }
     }
-    let of = |f: &dyn Fn(&vmm::Boot) -> f64| median(&mut ours.iter().map(f).collect::<Vec<_>>());
-    let of_peer =
-        |f: &dyn Fn(&qemu::Boot) -> f64| median(&mut theirs.iter().map(f).collect::<Vec<_>>());
+    let of = |f: &dyn Fn(&vmm::Boot) -> f64| least(ours.iter().map(f));
+    let of_peer = |f: &dyn Fn(&qemu::Boot) -> f64| least(theirs.iter().map(f));
     let mut figures = vec![
         Figure::beside(
             "boot-to-ready",
@@ -46,7 +45,7 @@ pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec
         ),
         Figure::alone("guest-init-at", "units", of(&|b| b.hello.init_us as f64 / 1000.0)),
         Figure::alone("guest-ready-at", "units", of(&|b| b.hello.ready_us as f64 / 1000.0)),
-        Figure::alone("run-true", "units", median(&mut cycles)),
+        Figure::alone("run-true", "units", least(cycles)),
         Figure::beside(
             "vmm-rss",
             "KiB",

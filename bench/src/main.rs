@@ -22,7 +22,7 @@ Usage: isopod-bench boot --programs DIR --bundle DIR [--runs N] [--json FILE]
 
   --programs DIR   where isopod, isopod-vmm, vmlinux and isopod.initramfs are
   --bundle DIR     an OCI bundle whose process is /bin/true
-  --runs N         runs of each, the median counts [3]
+  --runs N         runs of each, the least counts [5]
   --json FILE      also write the figures there";
 
 /// What the command line asks for.
@@ -64,7 +64,7 @@ fn run() -> Result<()> {
 }
 
 fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
-    let (mut programs, mut bundle, mut runs, mut json) = (None, None, 3, None);
+    let (mut programs, mut bundle, mut runs, mut json) = (None, None, 5, None);
     while let Some(word) = words.next() {
         let value = words.next().with_context(|| format!("{word} needs a value\n{HELP}"))?;
         match word.as_str() {

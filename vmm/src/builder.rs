@@ -135,7 +135,7 @@ pub fn build(
     if !config.cmdline.is_empty() {
         cmdline.insert_str(&config.cmdline).map_err(boot::BootError::from)?;
     }
-    write_boot_tables(vm.ram(), config, &cmdline, initramfs)?;
+    write_boot_tables(&vm, config, &cmdline, initramfs)?;
     let vcpus = create_vcpus(&vm, config.vcpus, entry)?;
     let stats = vcpus.iter().filter_map(|vcpu| VcpuStats::open(vcpu).ok()).collect();
     let memory_meter = MemoryMeter::new(vm.ram().parts()).map_err(host("/proc/self/smaps"))?;
@@ -216,13 +216,14 @@ fn load(ram: &GuestRam, config: &VmConfig) -> Result<(u64, boot::Initramfs), Bui
 }
 
 fn write_boot_tables(
-    ram: &GuestRam,
+    vm: &Vm,
     config: &VmConfig,
     cmdline: &Cmdline,
     initramfs: boot::Initramfs,
 ) -> Result<(), BuildError> {
+    let ram = vm.ram();
     boot::write_params(ram, cmdline, initramfs)?;
-    mptable::write(ram, config.vcpus)?;
+    mptable::write(ram, config.vcpus, vm.irqs())?;
     Ok(regs::write_tables(ram)?)
 }
 

@@ -10,6 +10,7 @@ pub mod config;
 pub mod control;
 pub mod devices;
 pub mod event_loop;
+pub mod image;
 pub mod jail;
 pub mod memory;
 pub mod usage;

@@ -1,5 +1,6 @@
 //! The KVM virtual machine: memory slots, interrupt controllers, event descriptors.
 
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
@@ -120,6 +121,13 @@ impl Vm {
     /// Guest RAM.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// The interrupt lines that have a device. A machine without a device has none.
+    pub fn irqs(&self) -> RangeInclusive<u8> {
+        // Lines are at most `IRQ_LAST`.
+        let first = layout::VIRTIO_IRQ_FIRST as u8;
+        first..=(first + self.devices as u8 - 1)
     }
 
     /// What CPUID can say here.

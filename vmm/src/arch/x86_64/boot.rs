@@ -9,6 +9,7 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
 use super::layout;
 use crate::config::MAX_CMDLINE_LEN;
+use crate::image::Chunked;
 use crate::memory::{GuestRam, MemoryError};
 
 // Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header".
@@ -79,8 +80,9 @@ pub enum BootError {
 ///
 /// [`BootError::Kernel`].
 pub fn load_kernel(ram: &GuestRam, file: &mut File, path: &str) -> Result<Kernel, BootError> {
-    let loaded = Elf::load(ram.memory(), None, file, Some(GuestAddress(layout::HIMEM_START)))
-        .map_err(|source| BootError::Kernel { path: path.to_owned(), source })?;
+    let loaded =
+        Elf::load(ram.memory(), None, &mut Chunked(file), Some(GuestAddress(layout::HIMEM_START)))
+            .map_err(|source| BootError::Kernel { path: path.to_owned(), source })?;
     Ok(Kernel { entry: loaded.kernel_load.raw_value(), end: loaded.kernel_end })
 }
 
@@ -118,7 +120,7 @@ pub fn load_initramfs(
         return Err(BootError::NoArchive(path.to_owned()));
     }
     ram.memory()
-        .read_exact_volatile_from(GuestAddress(start), file, len as usize)
+        .read_exact_volatile_from(GuestAddress(start), &mut Chunked(file), len as usize)
         .map_err(|source| MemoryError::Access { what: "guest image", source })?;
     Ok(Initramfs { start, len })
 }

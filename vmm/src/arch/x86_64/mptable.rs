@@ -2,6 +2,8 @@
 //!
 //! Layout after the MultiProcessor Specification 1.4, chapter 4.
 
+use std::ops::RangeInclusive;
+
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout;
@@ -26,13 +28,14 @@ const INTERRUPT_INT: u8 = 0;
 const INTERRUPT_NMI: u8 = 1;
 const INTERRUPT_EXTINT: u8 = 3;
 
-/// Writes the table for `vcpus` processors.
+/// Writes the table for `vcpus` processors, and for the interrupt lines that have a device. The
+/// kernel sets up each line that it is told of, at some ten exits a line.
 ///
 /// # Errors
 ///
 /// When base memory is not there.
-pub fn write(ram: &GuestRam, vcpus: u8) -> Result<(), MemoryError> {
-    let table = config_table(vcpus);
+pub fn write(ram: &GuestRam, vcpus: u8, irqs: RangeInclusive<u8>) -> Result<(), MemoryError> {
+    let table = config_table(vcpus, irqs);
     let mut bytes = floating_pointer();
     bytes.extend_from_slice(&table);
     debug_assert!(bytes.len() as u64 <= layout::MPTABLE_END - layout::MPTABLE_START);
@@ -53,7 +56,7 @@ fn floating_pointer() -> Vec<u8> {
     b
 }
 
-fn config_table(vcpus: u8) -> Vec<u8> {
+fn config_table(vcpus: u8, irqs: RangeInclusive<u8>) -> Vec<u8> {
     // The IO-APIC has the first id that no processor has.
     let ioapic_id = vcpus;
     let mut entries = Vec::with_capacity(1024);
@@ -74,7 +77,7 @@ fn config_table(vcpus: u8) -> Vec<u8> {
     let mut ioapic = [ENTRY_IOAPIC, ioapic_id, APIC_VERSION, 1, 0, 0, 0, 0];
     ioapic[4..].copy_from_slice(&layout::IOAPIC_START.to_le_bytes());
     push(&ioapic);
-    for irq in 0..=layout::IRQ_LAST as u8 {
+    for irq in irqs {
         push(&[ENTRY_INTERRUPT, INTERRUPT_INT, 0, 0, 0, irq, ioapic_id, irq]);
     }
     push(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_EXTINT, 0, 0, 0, 0, 0, 0]);
@@ -108,7 +111,7 @@ mod tests {
     fn sums_are_zero_and_the_largest_fits() {
         let sum = |b: &[u8]| b.iter().fold(0u8, |s, x| s.wrapping_add(*x));
         let pointer = floating_pointer();
-        let table = config_table(crate::config::MAX_VCPUS);
+        let table = config_table(crate::config::MAX_VCPUS, 0..=layout::IRQ_LAST as u8);
         assert_eq!((sum(&pointer), sum(&table)), (0, 0));
         assert_eq!(pointer.len(), 16);
         assert!(
@@ -118,9 +121,9 @@ mod tests {
 
     #[test]
     fn the_header_counts_its_entries_and_its_length() {
-        let table = config_table(2);
+        let table = config_table(2, 5..=8);
         assert_eq!(u16::from_le_bytes([table[4], table[5]]) as usize, table.len());
-        // 2 processors, bus, IO-APIC, 24 lines, 2 local interrupts.
-        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 30);
+        // 2 processors, bus, IO-APIC, 4 lines, 2 local interrupts.
+        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 10);
     }
 }

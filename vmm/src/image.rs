@@ -1,0 +1,75 @@
+//! Reading kernel and image into guest memory without holding up the host.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::thread;
+
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
+
+/// Bytes read between two chances for other threads.
+const CHUNK_LEN: usize = 1 << 20;
+
+/// A file that is read in chunks, with a yield after each.
+///
+/// A processor in the middle of a long `read` is never seen to be quiescent, so no RCU grace period
+/// of the host can end; and KVM waits for some while it makes the machine on another thread. A
+/// yield is a quiescent state, and costs next to nothing.
+pub struct Chunked<'f>(pub &'f mut File);
+
+impl Read for Chunked<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl Seek for Chunked<'_> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        self.0.seek(to)
+    }
+}
+
+impl ReadVolatile for Chunked<'_> {
+    fn read_volatile<B: BitmapSlice>(
+        &mut self,
+        target: &mut VolatileSlice<'_, B>,
+    ) -> Result<usize, VolatileMemoryError> {
+        let mut done = 0;
+        while done < target.len() {
+            let len = CHUNK_LEN.min(target.len() - done);
+            match self.0.read_volatile(&mut target.subslice(done, len)?)? {
+                0 => break,
+                read => done += read,
+            }
+            thread::yield_now();
+        }
+        Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::GuestRam;
+
+    #[test]
+    fn all_chunks_arrive_and_the_end_of_the_file_is_seen() {
+        let content: Vec<u8> = (0..2 * CHUNK_LEN + 100).map(|n| (n / 7) as u8).collect();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&content).unwrap();
+        file.rewind().unwrap();
+        let ram = GuestRam::new(64).unwrap();
+        let read = ram
+            .memory()
+            .read_volatile_from(GuestAddress(16), &mut Chunked(&mut file), content.len() + 5)
+            .unwrap();
+        assert_eq!(read, content.len());
+        let mut loaded = vec![0; content.len()];
+        ram.memory().read_slice(&mut loaded, GuestAddress(16)).unwrap();
+        assert!(loaded == content);
+    }
+}
