@@ -1,0 +1,7 @@
+//! The `isopod` command: an OCI runtime whose containers are microVMs.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    isopod_shim::cli::main()
+}

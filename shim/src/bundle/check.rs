@@ -1,0 +1,262 @@
+//! Checks of a parsed config.json that its types cannot express.
+
+use std::{
+    collections::HashSet,
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::{Component, Path},
+};
+
+use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
+
+use super::Bind;
+use crate::error::{Error, Explain, Result};
+
+/// Types of mounts that the guest makes itself.
+const GUEST_MOUNTS: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
+
+/// Namespaces without which the container would share the host's, which is not in the microVM.
+const REQUIRED_NAMESPACES: &[LinuxNamespaceType] = &[
+    LinuxNamespaceType::Mount,
+    LinuxNamespaceType::Pid,
+    LinuxNamespaceType::Ipc,
+    LinuxNamespaceType::Network,
+];
+
+/// Checks everything but the host paths that the specification names.
+pub(super) fn spec(spec: &Spec) -> Result<()> {
+    if !spec.version().starts_with("1.") {
+        return Err(Error::new(format!(
+            "config.json has ociVersion {:?}; this runtime supports 1.x",
+            spec.version()
+        )));
+    }
+    let process =
+        spec.process().as_ref().ok_or_else(|| Error::new("config.json has no process"))?;
+    self::process(process)?;
+    match spec.root() {
+        None => return Err(Error::new("config.json has no root")),
+        Some(root) if root.path().as_os_str().is_empty() => {
+            return Err(Error::new("config.json has an empty root.path"));
+        }
+        Some(_) => {}
+    }
+    namespaces(spec)?;
+    mounts(spec.mounts().as_deref().unwrap_or_default())?;
+    if let Some(linux) = spec.linux() {
+        for device in linux.devices().iter().flatten() {
+            absolute("linux.devices", device.path())?;
+        }
+        for (field, paths) in [
+            ("linux.maskedPaths", linux.masked_paths()),
+            ("linux.readonlyPaths", linux.readonly_paths()),
+        ] {
+            for path in paths.iter().flatten() {
+                absolute(field, Path::new(path))?;
+            }
+        }
+        propagation(linux.rootfs_propagation().as_deref())?;
+    }
+    Ok(())
+}
+
+/// Checks a `process` object.
+pub(super) fn process(process: &Process) -> Result<()> {
+    let args = process.args().as_deref().unwrap_or_default();
+    if args.is_empty() {
+        return Err(Error::new("process.args is empty: there is no program to run"));
+    }
+    if process.cwd().as_os_str().is_empty() {
+        return Err(Error::new("process.cwd is empty"));
+    }
+    absolute("process.cwd", process.cwd())?;
+    let env = process.env().as_deref().unwrap_or_default();
+    for (field, texts) in [("process.args", args), ("process.env", env)] {
+        if texts.iter().any(|text| text.contains('\0')) {
+            return Err(Error::new(format!("{field} contains a NUL byte")));
+        }
+    }
+    let mut limits = HashSet::new();
+    for limit in process.rlimits().iter().flatten() {
+        let name = limit.typ().to_string();
+        if limit.soft() > limit.hard() {
+            return Err(Error::new(format!(
+                "process.rlimits: the soft limit of {name} is above its hard limit"
+            )));
+        }
+        if !limits.insert(name.clone()) {
+            return Err(Error::new(format!("process.rlimits has {name} twice")));
+        }
+    }
+    if let Some(adjustment) = process.oom_score_adj().filter(|n| !(-1000..=1000).contains(n)) {
+        return Err(Error::new(format!(
+            "process.oomScoreAdj is {adjustment}; it has to be from -1000 to 1000"
+        )));
+    }
+    Ok(())
+}
+
+fn namespaces(spec: &Spec) -> Result<()> {
+    let linux = spec.linux().as_ref().ok_or_else(|| Error::new("config.json has no linux"))?;
+    let mut seen = HashSet::new();
+    for namespace in linux.namespaces().iter().flatten() {
+        let kind = name_of(namespace.typ());
+        if !seen.insert(namespace.typ()) {
+            return Err(Error::new(format!("linux.namespaces has {kind} twice")));
+        }
+        if let Some(path) = namespace.path().as_ref().filter(|p| !p.as_os_str().is_empty()) {
+            return Err(Error::new(format!(
+                "linux.namespaces: joining the {kind} namespace {} is not supported: a microVM \
+                 cannot enter a namespace of the host",
+                path.display()
+            )));
+        }
+    }
+    for kind in REQUIRED_NAMESPACES {
+        if !seen.contains(kind) {
+            let kind = name_of(*kind);
+            return Err(Error::new(format!(
+                "linux.namespaces has no {kind} namespace: sharing the host's is not possible from \
+                 a microVM"
+            )));
+        }
+    }
+    let named = [spec.hostname(), spec.domainname()];
+    if !seen.contains(&LinuxNamespaceType::Uts)
+        && named.iter().any(|name| name.as_ref().is_some_and(|name| !name.is_empty()))
+    {
+        return Err(Error::new("hostname or domainname is set without a uts namespace of its own"));
+    }
+    let mapped = [linux.uid_mappings(), linux.gid_mappings()];
+    if !seen.contains(&LinuxNamespaceType::User)
+        && mapped.iter().any(|mappings| mappings.as_ref().is_some_and(|m| !m.is_empty()))
+    {
+        return Err(Error::new("linux.uidMappings or gidMappings is set without a user namespace"));
+    }
+    Ok(())
+}
+
+/// As the specification writes it.
+fn name_of(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mount",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "network",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+fn mounts(mounts: &[Mount]) -> Result<()> {
+    for (index, mount) in mounts.iter().enumerate() {
+        let name = format!("mounts[{index}] ({})", mount.destination().display());
+        absolute(&format!("mounts[{index}].destination"), mount.destination())?;
+        if mount.destination().components().any(|part| part == Component::ParentDir) {
+            return Err(Error::new(format!("{name} has .. in its destination")));
+        }
+        for mappings in [mount.uid_mappings(), mount.gid_mappings()] {
+            if mappings.as_ref().is_some_and(|mappings| !mappings.is_empty()) {
+                return Err(Error::new(format!(
+                    "{name} asks for an id-mapped mount, which is not \
+                                               supported"
+                )));
+            }
+        }
+        if is_bind(mount) {
+            if has_option(mount, "shared") || has_option(mount, "rshared") {
+                return Err(Error::new(format!(
+                    "{name} asks for shared propagation, which is not supported: mounts made in \
+                     the microVM cannot appear on the host"
+                )));
+            }
+            continue;
+        }
+        let kind = mount.typ().as_deref().unwrap_or_default();
+        if !GUEST_MOUNTS.contains(&kind) {
+            return Err(Error::new(format!(
+                "{name} has type {kind:?}, which is not supported: bind, {} are",
+                GUEST_MOUNTS.join(", ")
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Finds the sources of the bind mounts and checks that the guest can be given them.
+pub(super) fn binds(bundle: &Path, spec: &Spec) -> Result<Vec<Bind>> {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let binds = mounts.iter().enumerate().filter(|(_, mount)| is_bind(mount));
+    binds.map(|(index, mount)| bind(bundle, index, mount)).collect()
+}
+
+fn bind(bundle: &Path, index: usize, mount: &Mount) -> Result<Bind> {
+    let name = format!("mounts[{index}] ({})", mount.destination().display());
+    let source = mount
+        .source()
+        .as_ref()
+        .filter(|source| !source.as_os_str().is_empty())
+        .ok_or_else(|| Error::new(format!("{name} is a bind mount without a source")))?;
+    let source = bundle.join(source);
+    let source = fs::canonicalize(&source)
+        .explain(|| format!("{name}: cannot find its source {}", source.display()))?;
+    let kind = fs::metadata(&source)
+        .explain(|| format!("{name}: cannot read its source {}", source.display()))?
+        .file_type();
+    let special = if kind.is_block_device() || kind.is_char_device() {
+        Some("a device: list it under linux.devices")
+    } else if kind.is_socket() {
+        Some("a socket, and connections to the host's sockets do not reach out of a microVM")
+    } else if kind.is_fifo() {
+        Some("a named pipe, which cannot connect a microVM with the host")
+    } else {
+        None
+    };
+    if let Some(special) = special {
+        return Err(Error::new(format!("{name}: its source {} is {special}", source.display())));
+    }
+    Ok(Bind {
+        mount: index,
+        source,
+        directory: kind.is_dir(),
+        recursive: has_option(mount, "rbind"),
+        read_only: has_option(mount, "ro") || has_option(mount, "rro"),
+    })
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || has_option(mount, "bind")
+        || has_option(mount, "rbind")
+}
+
+/// The last of two opposite options wins, as with mount(8): "rw" takes back "ro".
+fn has_option(mount: &Mount, option: &str) -> bool {
+    let opposite = match option {
+        "ro" | "rro" => "rw",
+        _ => "",
+    };
+    let options = mount.options().as_deref().unwrap_or_default();
+    let last = options.iter().rev().find(|o| *o == option || *o == opposite);
+    last.is_some_and(|found| found == option)
+}
+
+fn propagation(value: Option<&str>) -> Result<()> {
+    match value {
+        None | Some("" | "private" | "rprivate" | "slave" | "rslave" | "unbindable") => Ok(()),
+        Some("runbindable" | "shared" | "rshared") => Ok(()),
+        Some(other) => Err(Error::new(format!(
+            "linux.rootfsPropagation is {other:?}; it has to be shared, slave, private or \
+             unbindable, with or without a leading r"
+        ))),
+    }
+}
+
+fn absolute(field: &str, path: &Path) -> Result<()> {
+    if path.is_absolute() {
+        return Ok(());
+    }
+    Err(Error::new(format!("{field} is {path:?}, which is not an absolute path")))
+}

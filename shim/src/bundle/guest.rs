@@ -1,0 +1,64 @@
+//! config.json as the agent gets it: host paths replaced by paths in the guest.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::Spec;
+
+use isopod_protocol::SHARED_DIR;
+
+use super::Bind;
+
+/// `spec` with the root file system and the sources of bind mounts where the guest finds them:
+/// below the shared directory, in the folder of the container.
+pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind]) -> Spec {
+    let mut spec = spec.clone();
+    let shared = Path::new(SHARED_DIR).join(id);
+    if let Some(root) = spec.root_mut().as_mut() {
+        root.set_path(shared.join("rootfs"));
+    }
+    if let Some(mounts) = spec.mounts_mut().as_mut() {
+        for bind in binds {
+            if let Some(mount) = mounts.get_mut(bind.mount) {
+                mount.set_source(Some(shared.join(shared_name(bind))));
+            }
+        }
+    }
+    spec
+}
+
+/// Where a bind mount's source is, relative to the container's folder in the shared directory.
+pub(crate) fn shared_name(bind: &Bind) -> PathBuf {
+    Path::new("mounts").join(bind.mount.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_root_and_bind_sources_move() {
+        let spec: Spec = serde_json::from_str(
+            r#"{"ociVersion":"1.0.2","root":{"path":"rootfs","readonly":true},"mounts":[
+                {"destination":"/proc","type":"proc","source":"proc"},
+                {"destination":"/data","type":"bind","source":"/srv/data","options":["rbind"]}]}"#,
+        )
+        .unwrap();
+        let bind = Bind {
+            mount: 1,
+            source: "/srv/data".into(),
+            directory: true,
+            recursive: true,
+            read_only: false,
+        };
+        let guest = guest_spec(&spec, "web", &[bind]);
+        let root = guest.root().as_ref().unwrap();
+        assert_eq!(root.path(), Path::new("/run/isopod/shared/web/rootfs"));
+        assert_eq!(root.readonly(), Some(true));
+        let mounts = guest.mounts().as_ref().unwrap();
+        assert_eq!(mounts[0].source().as_deref(), Some(Path::new("proc")));
+        assert_eq!(
+            mounts[1].source().as_deref(),
+            Some(Path::new("/run/isopod/shared/web/mounts/1"))
+        );
+    }
+}

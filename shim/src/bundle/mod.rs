@@ -1,0 +1,147 @@
+//! An OCI bundle: read and checked whole before anything on the host is touched.
+
+mod check;
+mod guest;
+mod size;
+mod unknown;
+mod unsupported;
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{Process, Spec};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+pub(crate) use self::guest::shared_name;
+pub use self::{
+    guest::guest_spec,
+    size::{VmSize, cpu_list_len},
+};
+use crate::error::{Error, Explain, Result};
+
+/// A bundle that passed every check, with what the sandbox needs of it.
+#[derive(Debug)]
+pub struct Bundle {
+    /// The bundle's directory, absolute and without symbolic links.
+    pub dir: PathBuf,
+    /// config.json, without what cannot be honoured (which has been said).
+    pub spec: Spec,
+    /// The root file system's directory on the host, absolute and without symbolic links.
+    pub rootfs: PathBuf,
+    /// The bind mounts, in the order of `mounts`.
+    pub binds: Vec<Bind>,
+    /// Size of the microVM.
+    pub vm: VmSize,
+}
+
+/// A bind mount's host side.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bind {
+    /// Position in `mounts` of config.json.
+    pub mount: usize,
+    /// What is bound: an absolute path on the host.
+    pub source: PathBuf,
+    /// A directory, not a file.
+    pub directory: bool,
+    /// Mounts below the source come along (`rbind`).
+    pub recursive: bool,
+    /// The guest may only read.
+    pub read_only: bool,
+}
+
+impl Bundle {
+    /// Reads and checks the bundle in `dir`. `command` takes the place of `process.args`.
+    ///
+    /// Warnings about what is not honoured go to the log.
+    ///
+    /// # Errors
+    ///
+    /// The first thing found that is missing, malformed or not supported, by name.
+    pub fn load(dir: &Path, command: Option<Vec<String>>) -> Result<Self> {
+        let dir = canonical_dir(dir, "the bundle")?;
+        let path = dir.join("config.json");
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                return Err(Error::new(format!(
+                    "{} is not a bundle: it has no config.json",
+                    dir.display()
+                )));
+            }
+            Err(e) => return Err(e).explain(|| format!("cannot read {}", path.display())),
+        };
+        let mut spec = parse_spec(&path, &text)?;
+        if let (Some(command), Some(process)) = (command, spec.process_mut()) {
+            process.set_args(Some(command));
+        }
+        check::spec(&spec)?;
+        let root = spec.root().as_ref().ok_or_else(|| Error::new("config.json has no root"))?;
+        let rootfs = canonical_dir(&dir.join(root.path()), "root.path")?;
+        let binds = check::binds(&dir, &spec)?;
+        let vm = VmSize::of(&spec)?;
+        if let Some(linux) = spec.linux_mut().as_mut().filter(|linux| linux.seccomp().is_some()) {
+            log::warn!(
+                "linux.seccomp is not applied by this version: the container runs without the \
+                 system call filter that {} asks for",
+                path.display()
+            );
+            linux.set_seccomp(None);
+        }
+        if let Some(linux) = spec.linux_mut() {
+            // Only the personality that every process has anyway gets here.
+            linux.set_personality(None);
+        }
+        Ok(Self { dir, spec, rootfs, binds, vm })
+    }
+}
+
+/// Reads the OCI `process` object that `exec --process` names.
+///
+/// # Errors
+///
+/// As [`Bundle::load`].
+pub fn load_process(path: &Path) -> Result<Process> {
+    let text = fs::read(path).explain(|| format!("cannot read {}", path.display()))?;
+    let process: Process = serde_json::from_slice(&text).explain(|| path.display().to_string())?;
+    let raw: Value = serde_json::from_slice(&text).explain(|| path.display().to_string())?;
+    unsupported::refuse_process(&raw)?;
+    let kept = serde_json::to_value(&process).explain(|| path.display().to_string())?;
+    unknown::warn(&path.display().to_string(), &raw, &kept);
+    check::process(&process)?;
+    Ok(process)
+}
+
+/// Checks a `process` object that was put together from options.
+///
+/// # Errors
+///
+/// The first thing found that is malformed, by name.
+pub fn check_process(process: &Process) -> Result<()> {
+    check::process(process)
+}
+
+fn parse_spec(path: &Path, text: &[u8]) -> Result<Spec> {
+    // The types first: their messages name the line and what was expected there.
+    let spec: Spec = serde_json::from_slice(text).explain(|| path.display().to_string())?;
+    let raw: Value = serde_json::from_slice(text).explain(|| path.display().to_string())?;
+    unsupported::refuse(&raw)?;
+    let kept = serde_json::to_value(&spec).explain(|| path.display().to_string())?;
+    unknown::warn("config.json", &raw, &kept);
+    unsupported::note_host_only(&raw);
+    Ok(spec)
+}
+
+fn canonical_dir(path: &Path, what: &str) -> Result<PathBuf> {
+    let found = fs::canonicalize(path).explain(|| format!("{what} {}", path.display()))?;
+    if found.is_dir() {
+        return Ok(found);
+    }
+    Err(Error::new(format!("{what} {} is not a directory", path.display())))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,168 @@
+//! How large the microVM has to be for what config.json allows the container.
+
+use oci_spec::runtime::Spec;
+use serde::{Deserialize, Serialize};
+
+use isopod_vmm::config::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+
+use crate::{
+    error::{Error, Result},
+    host,
+};
+
+/// Annotation that sets the number of vCPUs.
+const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
+
+/// Annotation that sets the guest's memory in MiB.
+const MEMORY_ANNOTATION: &str = "dev.isopod.memory_mib";
+
+/// What the guest's kernel and agent get on top of the container's memory limit, in MiB.
+const OVERHEAD_MIB: u64 = 64;
+
+/// Guest memory without a limit, in MiB. Memory is allocated as it is touched.
+const DEFAULT_MEMORY_MIB: u64 = 2048;
+
+/// Most vCPUs without a limit.
+const DEFAULT_VCPUS: u64 = 4;
+
+/// vCPUs and memory of a microVM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSize {
+    /// 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub memory_mib: u64,
+}
+
+impl VmSize {
+    /// From the limits and annotations of config.json and the size of this host.
+    ///
+    /// # Errors
+    ///
+    /// If a limit or annotation cannot be read or is out of range.
+    pub(super) fn of(spec: &Spec) -> Result<Self> {
+        Self::on_host(spec, host::online_cpus(), host::memory_mib())
+    }
+
+    fn on_host(spec: &Spec, host_cpus: u64, host_memory_mib: u64) -> Result<Self> {
+        let vcpus = match annotation(spec, VCPUS_ANNOTATION, 1, MAX_VCPUS.into())? {
+            Some(vcpus) => vcpus,
+            None => vcpus(spec, host_cpus)?.clamp(1, MAX_VCPUS.into()),
+        };
+        let memory_mib = match annotation(spec, MEMORY_ANNOTATION, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?
+        {
+            Some(memory_mib) => memory_mib,
+            None => memory_mib(spec).min(host_memory_mib).clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB),
+        };
+        Ok(Self { vcpus: u8::try_from(vcpus).unwrap_or(MAX_VCPUS), memory_mib })
+    }
+}
+
+fn vcpus(spec: &Spec, host_cpus: u64) -> Result<u64> {
+    let default = host_cpus.min(DEFAULT_VCPUS);
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let Some(cpu) = resources.and_then(|resources| resources.cpu().as_ref()) else {
+        return Ok(default);
+    };
+    if let Some(quota) = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).filter(|q| *q > 0)
+    {
+        // The kernel's default period, when there is none.
+        let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+        return Ok(quota.div_ceil(period));
+    }
+    match cpu.cpus().as_deref().map(str::trim).filter(|cpus| !cpus.is_empty()) {
+        Some(list) => cpu_list_len(list).ok_or_else(|| {
+            Error::new(format!("linux.resources.cpu.cpus is {list:?}, which is not a list of CPUs"))
+        }),
+        None => Ok(default),
+    }
+}
+
+fn memory_mib(spec: &Spec) -> u64 {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources
+        .and_then(|resources| resources.memory().as_ref())
+        .and_then(|memory| memory.limit())
+        .and_then(|limit| u64::try_from(limit).ok())
+        .filter(|limit| *limit > 0)
+        .map_or(DEFAULT_MEMORY_MIB, |limit| limit.div_ceil(1 << 20).saturating_add(OVERHEAD_MIB))
+}
+
+fn annotation(spec: &Spec, key: &str, min: u64, max: u64) -> Result<Option<u64>> {
+    let Some(text) = spec.annotations().as_ref().and_then(|all| all.get(key)) else {
+        return Ok(None);
+    };
+    match text.parse::<u64>() {
+        Ok(value) if (min..=max).contains(&value) => Ok(Some(value)),
+        _ => Err(Error::new(format!(
+            "annotation {key} is {text:?}; it has to be a whole number from {min} to {max}"
+        ))),
+    }
+}
+
+/// Number of CPUs in a list such as `0-3,8`, or `None` if it is not such a list.
+pub fn cpu_list_len(list: &str) -> Option<u64> {
+    let mut total = 0u64;
+    for range in list.split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        total = total.checked_add(last.checked_sub(first)?.checked_add(1)?)?;
+    }
+    Some(total)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(json: &str) -> Result<VmSize> {
+        let spec: Spec = serde_json::from_str(json).unwrap();
+        VmSize::on_host(&spec, 8, 16_000)
+    }
+
+    fn limits(cpu: &str, memory: &str) -> VmSize {
+        size(&format!(
+            r#"{{"ociVersion":"1.0.2","linux":{{"resources":{{"cpu":{cpu},"memory":{memory}}}}}}}"#
+        ))
+        .unwrap()
+    }
+
+    #[test]
+    fn limits_decide_the_size() {
+        let none = limits("{}", "{}");
+        assert_eq!(none, VmSize { vcpus: 4, memory_mib: 2048 });
+        assert_eq!(limits(r#"{"quota":150000,"period":100000}"#, "{}").vcpus, 2);
+        assert_eq!(limits(r#"{"quota":50000}"#, "{}").vcpus, 1);
+        assert_eq!(limits(r#"{"quota":-1,"cpus":"0-2,5"}"#, "{}").vcpus, 4);
+        assert_eq!(limits(r#"{"quota":999999999}"#, "{}").vcpus, MAX_VCPUS);
+        assert_eq!(limits(r#"{"cpus":"3"}"#, "{}").vcpus, 1);
+        assert_eq!(limits("{}", r#"{"limit":104857600}"#).memory_mib, 164);
+        assert_eq!(limits("{}", r#"{"limit":104857601}"#).memory_mib, 165);
+        assert_eq!(limits("{}", r#"{"limit":-1}"#).memory_mib, 2048);
+        assert_eq!(limits("{}", r#"{"limit":9223372036854775807}"#).memory_mib, 16_000);
+    }
+
+    #[test]
+    fn annotations_win_and_are_checked() {
+        let annotated = |vcpus: &str, memory: &str| {
+            size(&format!(
+                r#"{{"ociVersion":"1.0.2","annotations":
+                    {{"dev.isopod.vcpus":"{vcpus}","dev.isopod.memory_mib":"{memory}"}}}}"#
+            ))
+        };
+        assert_eq!(annotated("3", "512").unwrap(), VmSize { vcpus: 3, memory_mib: 512 });
+        for (vcpus, memory) in [("0", "512"), ("33", "512"), ("x", "512"), ("1", "63")] {
+            let error = annotated(vcpus, memory).unwrap_err();
+            assert!(error.message.starts_with("annotation dev.isopod."), "{error}");
+        }
+    }
+
+    #[test]
+    fn cpu_lists_are_counted() {
+        assert_eq!(cpu_list_len("0"), Some(1));
+        assert_eq!(cpu_list_len("0-3,8"), Some(5));
+        for bad in ["", "a", "3-1", "0,,1", "-", "0-18446744073709551615"] {
+            assert_eq!(cpu_list_len(bad), None, "{bad}");
+        }
+    }
+}

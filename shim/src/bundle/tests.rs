@@ -1,0 +1,137 @@
+use std::{os::unix::net::UnixListener, path::PathBuf};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::*;
+
+/// A bundle directory with a valid config.json, changed by `change`.
+fn bundle(change: impl FnOnce(&mut Value)) -> TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("rootfs")).unwrap();
+    let mut config: Value = serde_json::from_str(include_str!("testdata/runc-spec.json")).unwrap();
+    change(&mut config);
+    fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    dir
+}
+
+fn failure(change: impl FnOnce(&mut Value)) -> String {
+    let dir = bundle(change);
+    let message = Bundle::load(dir.path(), None).unwrap_err().message;
+    assert!(!message.contains('\n'), "one line: {message}");
+    message
+}
+
+#[test]
+fn what_runc_spec_writes_loads() {
+    let dir = bundle(|_| {});
+    let bundle = Bundle::load(dir.path(), None).unwrap();
+    assert_eq!(bundle.rootfs, fs::canonicalize(dir.path().join("rootfs")).unwrap());
+    assert!(bundle.binds.is_empty());
+    let bundle = Bundle::load(dir.path(), Some(vec!["id".into(), "-u".into()])).unwrap();
+    let args = bundle.spec.process().as_ref().unwrap().args().clone().unwrap();
+    assert_eq!(args, ["id", "-u"]);
+}
+
+#[test]
+fn missing_and_broken_files_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let gone = Bundle::load(&dir.path().join("none"), None).unwrap_err().message;
+    assert!(gone.starts_with("the bundle ") && gone.ends_with("no such file or directory"));
+    let empty = Bundle::load(dir.path(), None).unwrap_err().message;
+    assert!(empty.ends_with("it has no config.json"), "{empty}");
+    fs::write(dir.path().join("config.json"), "{\n  \"ociVersion\": \"1.0.2\",\n  nope\n}")
+        .unwrap();
+    let broken = Bundle::load(dir.path(), None).unwrap_err().message;
+    assert!(broken.contains("config.json: ") && broken.contains("line 3 column"), "{broken}");
+}
+
+#[test]
+fn each_mistake_is_named() {
+    for (message, expected) in [
+        (failure(|c| c["root"]["path"] = json!("nowhere")), "root.path "),
+        (failure(|c| c["root"] = Value::Null), "config.json has no root"),
+        (failure(|c| c["process"] = Value::Null), "config.json has no process"),
+        (failure(|c| c["process"]["args"] = json!([])), "process.args is empty"),
+        (failure(|c| c["process"]["cwd"] = json!("tmp")), "process.cwd is \"tmp\""),
+        (failure(|c| c["ociVersion"] = json!("2.0")), "ociVersion \"2.0\""),
+        (
+            failure(|c| c["linux"]["namespaces"][0]["type"] = json!("pidd")),
+            "unknown variant `pidd`",
+        ),
+        (failure(|c| c["linux"]["namespaces"] = json!([{"type": "mount"}])), "no pid namespace"),
+        (
+            failure(|c| c["linux"]["namespaces"][1]["path"] = json!("/run/netns/a")),
+            "joining the network namespace /run/netns/a",
+        ),
+        (
+            failure(|c| {
+                let first = c["linux"]["namespaces"][0].clone();
+                c["linux"]["namespaces"].as_array_mut().unwrap().push(first);
+            }),
+            "linux.namespaces has pid twice",
+        ),
+        (failure(|c| c["mounts"][0]["type"] = json!("nfs")), "has type \"nfs\""),
+        (failure(|c| c["mounts"][0]["destination"] = json!("proc")), "not an absolute path"),
+        (failure(|c| c["process"]["oomScoreAdj"] = json!(2000)), "process.oomScoreAdj is 2000"),
+        (failure(|c| c["hooks"] = json!({"poststart": [{"path": "/bin/true"}]})), "sets hooks"),
+        (
+            failure(|c| c["process"]["rlimits"][0]["soft"] = json!(9999)),
+            "soft limit of RLIMIT_NOFILE is above",
+        ),
+        (
+            failure(|c| c["linux"]["rootfsPropagation"] = json!("sideways")),
+            "linux.rootfsPropagation is \"sideways\"",
+        ),
+    ] {
+        assert!(message.contains(expected), "{expected:?} not in {message:?}");
+    }
+}
+
+/// A bundle with one more mount, of `source` with `options`.
+fn with_bind(source: &std::path::Path, options: &[&str]) -> TempDir {
+    bundle(|c| {
+        c["mounts"].as_array_mut().unwrap().push(json!({
+            "destination": "/data", "type": "bind", "source": source, "options": options
+        }));
+    })
+}
+
+#[test]
+fn bind_mounts_are_found_and_checked() {
+    let volume = tempfile::tempdir().unwrap();
+    let file = volume.path().join("file");
+    fs::write(&file, "x").unwrap();
+    let link = volume.path().join("link");
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+
+    let dir = with_bind(volume.path(), &["rbind", "ro"]);
+    let bind = Bundle::load(dir.path(), None).unwrap().binds.remove(0);
+    assert!(bind.directory && bind.recursive && bind.read_only);
+
+    let dir = with_bind(&link, &["bind", "ro", "rw"]);
+    let bind = Bundle::load(dir.path(), None).unwrap().binds.remove(0);
+    assert_eq!(bind.source, fs::canonicalize(&file).unwrap());
+    assert!(!bind.directory && !bind.recursive && !bind.read_only);
+
+    let socket = volume.path().join("socket");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    for (source, options, expected) in [
+        (volume.path().join("gone"), &["bind"][..], "cannot find its source"),
+        (PathBuf::from("/dev/null"), &["bind"], "is a device"),
+        (socket, &["bind"], "is a socket"),
+        (PathBuf::new(), &["bind"], "without a source"),
+        (volume.path().to_owned(), &["rbind", "rshared"], "shared propagation"),
+    ] {
+        let dir = with_bind(&source, options);
+        let message = Bundle::load(dir.path(), None).unwrap_err().message;
+        assert!(message.contains(expected), "{expected:?} not in {message:?}");
+    }
+}
+
+#[test]
+fn seccomp_is_taken_out_after_the_warning() {
+    let dir = bundle(|c| c["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ERRNO"}));
+    let bundle = Bundle::load(dir.path(), None).unwrap();
+    assert!(bundle.spec.linux().as_ref().unwrap().seccomp().is_none());
+}

@@ -1,0 +1,161 @@
+//! Fields of config.json that this version does not honour: refused by name, never dropped.
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// Refused when set to anything but their neutral value, with the reason.
+const REFUSED: &[(&str, &str)] = &[
+    ("/hooks", "hooks are not run by this version"),
+    ("/solaris", "it is for another operating system"),
+    ("/windows", "it is for another operating system"),
+    ("/zos", "it is for another operating system"),
+    ("/vm", "kernel and image are set in the configuration of isopod, not by the container"),
+    ("/uidMappings", "the specification has it under linux"),
+    ("/gidMappings", "the specification has it under linux"),
+    ("/linux/timeOffsets", "clocks of a container cannot be shifted yet"),
+    ("/linux/intelRdt", "cache allocation of the host does not reach into a microVM"),
+    ("/linux/netDevices", "devices of the host cannot be moved into a microVM"),
+    ("/linux/memoryPolicy", "a microVM has one memory node"),
+    ("/linux/resources/blockIO", "it is not honoured by this version"),
+    ("/linux/resources/hugepageLimits", "it is not honoured by this version"),
+    ("/linux/resources/network", "it is not honoured by this version"),
+    ("/linux/resources/rdma", "a microVM has no RDMA devices"),
+    ("/linux/resources/unified", "it is not honoured by this version"),
+    ("/linux/resources/memory/kernel", "cgroup v2, which the guest uses, has no such limit"),
+    ("/linux/resources/memory/kernelTCP", "cgroup v2, which the guest uses, has no such limit"),
+    ("/linux/resources/memory/swappiness", "cgroup v2, which the guest uses, has no such setting"),
+    ("/linux/resources/memory/disableOOMKiller", "cgroup v2, which the guest uses, cannot do it"),
+    ("/linux/resources/cpu/realtimeRuntime", "cgroup v2, which the guest uses, cannot do it"),
+    ("/linux/resources/cpu/realtimePeriod", "cgroup v2, which the guest uses, cannot do it"),
+    ("/linux/resources/cpu/mems", "a microVM has one memory node"),
+    ("/linux/resources/cpu/idle", "it is not honoured by this version"),
+    ("/linux/resources/cpu/burst", "it is not honoured by this version"),
+];
+
+/// As [`REFUSED`], relative to a `process` object.
+const REFUSED_IN_PROCESS: &[(&str, &str)] = &[
+    ("/commandLine", "it is for another operating system"),
+    ("/scheduler", "it is not honoured by this version"),
+    ("/ioPriority", "it is not honoured by this version"),
+    ("/execCPUAffinity", "it is not honoured by this version"),
+];
+
+/// Settings of the host's security modules and cgroups. The microVM takes their place, so they
+/// have no effect, which is documented and logged.
+const HOST_ONLY: &[&str] = &[
+    "/process/apparmorProfile",
+    "/process/selinuxLabel",
+    "/linux/mountLabel",
+    "/linux/cgroupsPath",
+];
+
+/// Refuses a config.json that asks for what this version cannot do.
+///
+/// # Errors
+///
+/// The first such field, by name.
+pub(super) fn refuse(config: &Value) -> Result<()> {
+    refuse_from(config, "", REFUSED)?;
+    if let Some(process) = config.get("process") {
+        refuse_from(process, "process", REFUSED_IN_PROCESS)?;
+    }
+    match config.pointer("/linux/personality/domain").and_then(Value::as_str) {
+        None | Some("LINUX") => {}
+        Some(other) => {
+            return Err(Error::new(format!(
+                "linux.personality is {other}, which this version does not support: only LINUX is"
+            )));
+        }
+    }
+    if config.pointer("/linux/personality/flags").is_some_and(|flags| !is_neutral(flags)) {
+        return Err(refusal("linux.personality.flags", "the specification defines none"));
+    }
+    Ok(())
+}
+
+/// Refuses a `process` object that asks for what this version cannot do.
+///
+/// # Errors
+///
+/// The first such field, by name.
+pub(super) fn refuse_process(process: &Value) -> Result<()> {
+    refuse_from(process, "process", REFUSED_IN_PROCESS)
+}
+
+/// Logs the fields that are accepted and have no effect.
+pub(super) fn note_host_only(config: &Value) {
+    for pointer in HOST_ONLY {
+        if config.pointer(pointer).is_some_and(|value| !is_neutral(value)) {
+            log::debug!("{} has no effect: the microVM takes its place", dotted("", pointer));
+        }
+    }
+}
+
+fn refuse_from(value: &Value, base: &str, table: &[(&str, &str)]) -> Result<()> {
+    for (pointer, reason) in table {
+        if value.pointer(pointer).is_some_and(|found| !is_neutral(found)) {
+            return Err(refusal(&dotted(base, pointer), reason));
+        }
+    }
+    Ok(())
+}
+
+fn refusal(field: &str, reason: &str) -> Error {
+    Error::new(format!("config.json sets {field}, which is not supported: {reason}"))
+}
+
+/// `/linux/resources` as `linux.resources`.
+fn dotted(base: &str, pointer: &str) -> String {
+    format!("{base}{}", pointer.replace('/', ".")).trim_start_matches('.').to_owned()
+}
+
+/// A value that asks for nothing: engines write empty objects, zeros and -1 for "no limit".
+fn is_neutral(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Bool(true) => false,
+        Value::Number(n) => n.as_i64() == Some(0) || n.as_i64() == Some(-1),
+        Value::String(text) => text.is_empty(),
+        Value::Array(items) => items.is_empty(),
+        Value::Object(fields) => fields.values().all(is_neutral),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn each_unsupported_field_is_refused_by_its_name() {
+        for (config, name) in [
+            (json!({"hooks": {"prestart": [{"path": "/x"}]}}), "hooks"),
+            (json!({"linux": {"timeOffsets": {"monotonic": {"secs": 5}}}}), "linux.timeOffsets"),
+            (json!({"linux": {"intelRdt": {"closID": "x"}}}), "linux.intelRdt"),
+            (json!({"linux": {"resources": {"unified": {"a": "b"}}}}), "linux.resources.unified"),
+            (json!({"process": {"scheduler": {"policy": "SCHED_FIFO"}}}), "process.scheduler"),
+            (json!({"linux": {"personality": {"domain": "LINUX32"}}}), "linux.personality"),
+        ] {
+            let error = refuse(&config).unwrap_err();
+            assert!(error.message.contains(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn neutral_values_of_engines_pass() {
+        refuse(&json!({
+            "hooks": {"prestart": [], "poststop": null},
+            "linux": {
+                "timeOffsets": {"monotonic": {"secs": 0}},
+                "personality": {"domain": "LINUX"},
+                "resources": {
+                    "blockIO": {"weight": 0},
+                    "memory": {"kernel": -1, "disableOOMKiller": false, "swappiness": null},
+                    "cpu": {"shares": 0, "realtimePeriod": 0, "mems": ""}
+                }
+            }
+        }))
+        .unwrap();
+    }
+}

@@ -1,0 +1,335 @@
+//! What `create` and `run` have in common: from options to a created container.
+
+use std::{
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::Duration,
+};
+
+use clap::Args;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+};
+
+use super::Global;
+use crate::{
+    bundle::Bundle,
+    error::{Error, Explain, Result},
+    host,
+    sandbox::{
+        control::{MAX_MESSAGE_LEN, Message},
+        launch::{self, Launch, Launched, Terminal},
+        signals::Signals,
+    },
+    settings,
+    state::{Id, StateDir, write_whole},
+    terminal,
+};
+
+/// How long the processes of a sandbox may take to end when they are killed.
+const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Options of `create` and `run`.
+#[derive(Debug, Args)]
+pub(super) struct CreateOptions {
+    /// The bundle's directory.
+    #[arg(short, long, value_name = "DIR")]
+    pub(super) bundle: Option<PathBuf>,
+    /// Unix socket that gets the master of the container's terminal.
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// Write the pid of the sandbox process to this file; it exits with the container's status.
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Accepted for callers of runc, and without effect: the host's root is never changed.
+    #[arg(long)]
+    no_pivot: bool,
+    /// Accepted for callers of runc, and without effect: the guest has keyrings of its own.
+    #[arg(long)]
+    no_new_keyring: bool,
+    /// Only 0: descriptors cannot be passed into a microVM.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
+}
+
+/// A container that has been created, and the process that owns it.
+pub(super) struct NewContainer {
+    pub(super) dir: StateDir,
+    pub(super) terminal: Option<Terminal>,
+    signals: Signals,
+    child: std::process::Child,
+    reader: BufReader<OwnedReadHalf>,
+    /// What has been read of the next message.
+    line: Vec<u8>,
+    pub(super) writer: OwnedWriteHalf,
+}
+
+/// Refuses a `--preserve-fds` above 0.
+///
+/// # Errors
+///
+/// If it is.
+pub(super) fn refuse_preserved(descriptors: u32) -> Result<()> {
+    if descriptors == 0 {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "--preserve-fds {descriptors} is not possible: descriptors cannot be passed into a microVM"
+    )))
+}
+
+/// Where a process's terminal is on the host, from `terminal: true`, `--detach` and
+/// `--console-socket`.
+///
+/// # Errors
+///
+/// If they do not fit together.
+pub(super) fn find_terminal(
+    wanted: bool,
+    detached: bool,
+    console_socket: Option<&Path>,
+) -> Result<Option<Terminal>> {
+    match (wanted, console_socket) {
+        (false, None) => Ok(None),
+        (true, Some(path)) if detached => {
+            let what = || format!("--console-socket {}", path.display());
+            let path = std::path::absolute(path).explain(what)?;
+            if !std::fs::metadata(&path).explain(what)?.file_type().is_socket() {
+                return Err(Error::new(format!("{}: it is not a socket", what())));
+            }
+            Ok(Some(Terminal::Socket { path }))
+        }
+        (_, Some(_)) => {
+            Err(Error::new("--console-socket is only for a detached process with a terminal"))
+        }
+        (true, None) if detached => Err(Error::new(
+            "a detached process with a terminal needs --console-socket to send the terminal to",
+        )),
+        (true, None) => {
+            let size = terminal::of_this_process().and_then(terminal::size).ok_or_else(|| {
+                Error::new(
+                    "the process is to have a terminal, but isopod has none: run it from a \
+                     terminal, or set process.terminal to false",
+                )
+            })?;
+            Ok(Some(Terminal::Inherited { size }))
+        }
+    }
+}
+
+impl CreateOptions {
+    /// Creates a container. Everything is checked before anything is made, and everything that was
+    /// made is removed if it fails.
+    ///
+    /// # Errors
+    ///
+    /// What was wrong.
+    pub(super) async fn create(
+        &self,
+        global: &Global,
+        id: Id,
+        bundle: &Path,
+        command: Option<Vec<String>>,
+        detached: bool,
+    ) -> Result<NewContainer> {
+        refuse_preserved(self.preserve_fds)?;
+        let bundle = Bundle::load(bundle, command)?;
+        let wanted = bundle.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal);
+        let terminal =
+            find_terminal(wanted.unwrap_or(false), detached, self.console_socket.as_deref())?;
+        let artifacts = settings::Artifacts::find()?;
+        let boot_timeout = settings::boot_timeout()?;
+        // Opened again by the sandbox process; this is to fail before anything is made.
+        drop(host::open_kvm()?);
+        // Handled from here on, so that none leaves behind what is made next.
+        let signals = Signals::new()?;
+        let dir = StateDir::create(&global.root, &id)?;
+        let launch = Launch {
+            id: id.clone(),
+            bundle: bundle.dir,
+            rootfs: bundle.rootfs,
+            spec: bundle.spec,
+            binds: bundle.binds,
+            vm: bundle.vm,
+            artifacts,
+            terminal: terminal.clone(),
+            boot_timeout,
+            made: dir.made().to_vec(),
+            console_log: global.debug,
+            owner_uid: rustix::process::getuid().as_raw(),
+            command_us: global.began_us,
+        };
+        let launched = match launch::spawn("sandbox", &id, &dir, &launch) {
+            Ok(launched) => launched,
+            Err(error) => {
+                dir.remove()?;
+                return Err(error);
+            }
+        };
+        // From here on the sandbox process has the lock, and must be the only one.
+        let dir = StateDir::adopt(dir.path(), launch.made)?;
+        let mut container = NewContainer::new(dir, terminal, signals, launched)?;
+        let created = match container.wait_created().await {
+            Ok(()) => self.write_pid_file(&container),
+            Err(error) => Err(error),
+        };
+        match created {
+            Ok(()) => Ok(container),
+            Err(error) => {
+                container.abandon()?;
+                Err(error)
+            }
+        }
+    }
+
+    fn write_pid_file(&self, container: &NewContainer) -> Result<()> {
+        match &self.pid_file {
+            Some(path) => write_pid(path, container.child.id()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Writes a pid file, all or nothing.
+///
+/// # Errors
+///
+/// If it cannot be written.
+pub(super) fn write_pid(path: &Path, pid: u32) -> Result<()> {
+    write_whole(path, pid.to_string().as_bytes())
+        .explain(|| format!("cannot write the pid file {}", path.display()))
+}
+
+impl NewContainer {
+    fn new(
+        dir: StateDir,
+        terminal: Option<Terminal>,
+        signals: Signals,
+        launched: Launched,
+    ) -> Result<Self> {
+        let what = || "cannot use the connection to the sandbox process".to_owned();
+        let Launched { child, socket } = launched;
+        socket.set_nonblocking(true).explain(what)?;
+        let (reader, writer) = UnixStream::from_std(socket).explain(what)?.into_split();
+        Ok(Self {
+            dir,
+            terminal,
+            signals,
+            child,
+            reader: BufReader::new(reader),
+            line: Vec::new(),
+            writer,
+        })
+    }
+
+    /// The sandbox process's pid. Not reused before [`Self::wait`] has returned.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The next message of the sandbox process, `None` if it has ended, or a signal.
+    pub(super) async fn next(&mut self) -> Result<Next> {
+        tokio::select! {
+            message = next_message(&mut self.reader, &mut self.line) => message.map(Next::Message),
+            number = self.signals.next() => Ok(Next::Signal(number)),
+        }
+    }
+
+    /// Waits until the container is created. A signal gives it up.
+    async fn wait_created(&mut self) -> Result<()> {
+        let message = tokio::select! {
+            message = next_message(&mut self.reader, &mut self.line) => message?,
+            number = self.signals.next_ending() => return Err(Error::new(format!(
+                "interrupted by signal {number} while the container was created"
+            ))),
+        };
+        match message {
+            Some(Message::Created) => Ok(()),
+            Some(Message::Failed { error }) => Err(error),
+            Some(_) => Err(Error::new("the sandbox process said something unexpected")),
+            None => Err(Error::new(format!(
+                "the sandbox process ended before the container was created: {}",
+                describe(self.wait()?)
+            ))),
+        }
+    }
+
+    /// Ends a container that is not wanted any more, and removes it.
+    fn abandon(self) -> Result<()> {
+        let Self { dir, mut child, reader, writer, .. } = self;
+        // The end of the connection tells a sandbox process that still creates; one that has created
+        // the container has to be told, by the signal that it cannot miss.
+        drop((reader, writer));
+        if dir.record().ok().flatten().is_some_and(|r| r.status != crate::state::Status::Creating) {
+            let _ = child.kill();
+        }
+        child.wait().explain(|| "cannot wait for the sandbox process".into())?;
+        remove(&dir)
+    }
+
+    /// Waits for the end of the sandbox process.
+    ///
+    /// # Errors
+    ///
+    /// If that is not possible.
+    pub(super) fn wait(&mut self) -> Result<ExitStatus> {
+        self.child.wait().explain(|| "cannot wait for the sandbox process".into())
+    }
+}
+
+/// What happened next.
+pub(super) enum Next {
+    /// The sandbox process said something, or has ended.
+    Message(Option<Message>),
+    /// This process got a signal.
+    Signal(u32),
+}
+
+/// The next message of the sandbox process; `None` if it has ended. What has been read of a message
+/// when this is cancelled stays in `line` for the next call.
+async fn next_message(
+    reader: &mut BufReader<OwnedReadHalf>,
+    line: &mut Vec<u8>,
+) -> Result<Option<Message>> {
+    let what = || "cannot hear from the sandbox process".to_owned();
+    let mut limited = reader.take(MAX_MESSAGE_LEN as u64);
+    match limited.read_until(b'\n', line).await {
+        Err(e) if e.kind() != std::io::ErrorKind::ConnectionReset => Err(e).explain(what),
+        _ if line.is_empty() => Ok(None),
+        _ => serde_json::from_slice(&std::mem::take(line)).map(Some).explain(what),
+    }
+}
+
+/// How a process ended, for a person.
+pub(super) fn describe(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (None, Some(signal)) => format!("killed by signal {signal}"),
+        (None, None) => "unknown".to_owned(),
+    }
+}
+
+/// Removes what is left of a container whose sandbox process has ended or is to be killed.
+///
+/// # Errors
+///
+/// If a process cannot be killed or the directory cannot be removed.
+pub(super) fn remove(dir: &StateDir) -> Result<()> {
+    if let Some(record) = dir.record()? {
+        for process in [Some(record.sandbox), record.vmm].into_iter().flatten() {
+            if !process.kill(KILL_TIMEOUT) {
+                return Err(Error::new(format!(
+                    "process {} of container {} does not end when it is killed",
+                    process.pid, record.id
+                )));
+            }
+        }
+    }
+    dir.remove()
+}

@@ -1,0 +1,241 @@
+//! `exec`: another process in a running container.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use oci_spec::runtime::{Capability, LinuxCapabilities, Process, User};
+
+use super::{
+    Global,
+    creation::{find_terminal, refuse_preserved, write_pid},
+};
+use crate::{
+    bundle,
+    error::{Error, Explain, Result},
+    sandbox::{self, launch},
+    state::{Id, PROCESS_FILE, StateDir, Status},
+    terminal::{self, RawMode},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Exec {
+    /// Unix socket that gets the master of the process's terminal.
+    #[arg(long, value_name = "SOCKET")]
+    console_socket: Option<PathBuf>,
+    /// Working directory in the container.
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<PathBuf>,
+    /// Add to the environment of the container's process.
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    env: Vec<String>,
+    /// Give the process a terminal.
+    #[arg(short, long)]
+    tty: bool,
+    /// User and group, as numbers.
+    #[arg(short, long, value_name = "UID[:GID]")]
+    user: Option<String>,
+    /// Further groups, as numbers.
+    #[arg(short = 'g', long, value_name = "GID", value_delimiter = ',')]
+    additional_gids: Vec<u32>,
+    /// File with the OCI process object, in place of the other options.
+    #[arg(short, long, value_name = "FILE")]
+    process: Option<PathBuf>,
+    /// Return when the process has been started.
+    #[arg(short, long)]
+    detach: bool,
+    /// Write the pid of the process that relays its streams to this file; it exits with the
+    /// process's status.
+    #[arg(long, value_name = "FILE")]
+    pid_file: Option<PathBuf>,
+    /// Accepted for callers of runc, and without effect: the microVM takes the place of SELinux.
+    #[arg(long, value_name = "LABEL")]
+    process_label: Option<String>,
+    /// Accepted for callers of runc, and without effect: the microVM takes the place of AppArmor.
+    #[arg(long, value_name = "PROFILE")]
+    apparmor: Option<String>,
+    /// The process cannot gain privileges.
+    #[arg(long)]
+    no_new_privs: bool,
+    /// Add a capability to those of the container's process.
+    #[arg(short, long, value_name = "CAPABILITY")]
+    cap: Vec<String>,
+    /// Only 0: descriptors cannot be passed into a microVM.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    preserve_fds: u32,
+    /// The container.
+    id: String,
+    /// The program and its arguments.
+    #[arg(trailing_var_arg = true, value_name = "COMMAND")]
+    command: Vec<String>,
+}
+
+impl Exec {
+    pub(super) fn run(self, global: &Global) -> Result<u8> {
+        let id = Id::parse(&self.id)?;
+        refuse_preserved(self.preserve_fds)?;
+        let dir = StateDir::open(&global.root, &id)?;
+        let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
+        if !matches!(status, Status::Created | Status::Running) {
+            return Err(Error::new(format!(
+                "cannot exec in container {id}: container not running (it is {status})"
+            )));
+        }
+        let process = self.process(&dir)?;
+        bundle::check_process(&process)?;
+        let wanted = process.terminal().unwrap_or(false);
+        let terminal = find_terminal(wanted, self.detach, self.console_socket.as_deref())?;
+        let exec = sandbox::exec::Exec { id, state_dir: dir.path().to_owned(), process, terminal };
+        if self.detach { self.detach(&dir, &exec) } else { self.attend(&exec) }
+    }
+
+    /// Leaves a process behind that relays the streams.
+    fn detach(&self, dir: &StateDir, exec: &sandbox::exec::Exec) -> Result<u8> {
+        let mut launched = launch::spawn("exec-relay", &exec.id, dir, exec)?;
+        let started =
+            sandbox::exec::wait_started(&launched.socket).and_then(|()| match &self.pid_file {
+                Some(path) => write_pid(path, launched.child.id()),
+                None => Ok(()),
+            });
+        if let Err(error) = started {
+            // It has failed too, or is to end the process that nobody will hear of.
+            let _ = launched.child.kill();
+            launched.child.wait().explain(|| "cannot wait for the exec relay".into())?;
+            return Err(error);
+        }
+        Ok(0)
+    }
+
+    /// Stays until the end of the process.
+    fn attend(&self, exec: &sandbox::exec::Exec) -> Result<u8> {
+        let mut raw = None;
+        let exit = exec.run(|| {
+            if exec.terminal.is_some() {
+                raw = terminal::of_this_process().map(RawMode::enter).transpose()?;
+            }
+            match &self.pid_file {
+                Some(path) => write_pid(path, std::process::id()),
+                None => Ok(()),
+            }
+        });
+        drop(raw);
+        Ok(exit?.status)
+    }
+
+    /// The process to run: what `--process` says, or the container's own changed by the options.
+    fn process(&self, dir: &StateDir) -> Result<Process> {
+        if let Some(path) = &self.process {
+            let process = bundle::load_process(path)?;
+            return Ok(process);
+        }
+        if self.command.is_empty() {
+            return Err(Error::new("give the program to run, or --process with a file"));
+        }
+        let path = dir.path().join(PROCESS_FILE);
+        let what = || path.display().to_string();
+        let json = std::fs::read(&path).explain(what)?;
+        let mut process: Process = serde_json::from_slice(&json).explain(what)?;
+        process.set_args(Some(self.command.clone()));
+        process.set_terminal(Some(self.tty));
+        process.set_console_size(None);
+        if let Some(cwd) = &self.cwd {
+            process.set_cwd(cwd.clone());
+        }
+        if !self.env.is_empty() {
+            process.env_mut().get_or_insert_default().extend(self.env.iter().cloned());
+        }
+        if let Some(user) = &self.user {
+            process.set_user(parse_user(user, process.user())?);
+        }
+        if !self.additional_gids.is_empty() {
+            let mut user = process.user().clone();
+            let mut groups = user.additional_gids().clone().unwrap_or_default();
+            groups.extend(&self.additional_gids);
+            user.set_additional_gids(Some(groups));
+            process.set_user(user);
+        }
+        if self.no_new_privs {
+            process.set_no_new_privileges(Some(true));
+        }
+        if !self.cap.is_empty() {
+            let capabilities = process.capabilities().clone().unwrap_or_default();
+            process.set_capabilities(Some(add_capabilities(capabilities, &self.cap)?));
+        }
+        if self.apparmor.is_some() || self.process_label.is_some() {
+            log::debug!("--apparmor and --process-label have no effect");
+        }
+        Ok(process)
+    }
+}
+
+/// `UID[:GID]`; the rest stays as it was.
+fn parse_user(text: &str, before: &User) -> Result<User> {
+    let (uid, gid) = text.split_once(':').map_or((text, None), |(uid, gid)| (uid, Some(gid)));
+    let number = |text: &str| {
+        text.parse::<u32>().map_err(|_| {
+            Error::new(format!("--user takes numbers, as in 1000 or 1000:1000, not {text:?}"))
+        })
+    };
+    let mut user = before.clone();
+    user.set_uid(number(uid)?);
+    if let Some(gid) = gid {
+        user.set_gid(number(gid)?);
+    }
+    Ok(user)
+}
+
+/// Adds capabilities to every set, as runc does.
+fn add_capabilities(
+    mut capabilities: LinuxCapabilities,
+    names: &[String],
+) -> Result<LinuxCapabilities> {
+    for name in names {
+        let quoted = serde_json::Value::String(name.to_ascii_uppercase());
+        let capability: Capability = serde_json::from_value(quoted)
+            .map_err(|_| Error::new(format!("unknown capability {name:?}")))?;
+        let add = |set: &Option<oci_spec::runtime::Capabilities>| {
+            let mut set = set.clone().unwrap_or_default();
+            set.insert(capability);
+            Some(set)
+        };
+        let bounding = add(capabilities.bounding());
+        let effective = add(capabilities.effective());
+        let permitted = add(capabilities.permitted());
+        let inheritable = add(capabilities.inheritable());
+        let ambient = add(capabilities.ambient());
+        capabilities
+            .set_bounding(bounding)
+            .set_effective(effective)
+            .set_permitted(permitted)
+            .set_inheritable(inheritable)
+            .set_ambient(ambient);
+    }
+    Ok(capabilities)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_are_numbers() {
+        let mut before = User::default();
+        before.set_gid(5).set_umask(Some(0o27));
+        let user = parse_user("1000", &before).unwrap();
+        assert_eq!((user.uid(), user.gid(), user.umask()), (1000, 5, Some(0o27)));
+        let user = parse_user("1000:7", &before).unwrap();
+        assert_eq!((user.uid(), user.gid()), (1000, 7));
+        for bad in ["root", "1000:", ":1", "-1", "4294967296"] {
+            assert!(parse_user(bad, &before).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn capabilities_go_into_every_set() {
+        let added =
+            add_capabilities(LinuxCapabilities::default(), &["cap_sys_ptrace".into()]).unwrap();
+        for set in [added.bounding(), added.effective(), added.permitted(), added.ambient()] {
+            assert!(set.as_ref().unwrap().contains(&Capability::SysPtrace));
+        }
+        assert!(add_capabilities(LinuxCapabilities::default(), &["CAP_NOPE".into()]).is_err());
+    }
+}

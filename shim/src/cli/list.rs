@@ -1,0 +1,82 @@
+//! `list`: the containers below the root directory.
+
+use clap::{Args, ValueEnum};
+use serde_json::Value;
+
+use super::{Global, print};
+use crate::{
+    error::Result,
+    state::{Record, StateDir, ids},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct List {
+    /// Form of the list.
+    #[arg(short, long, value_name = "FORMAT", default_value = "table")]
+    format: Format,
+    /// Print ids only.
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+impl List {
+    pub(super) fn run(self, global: &Global) -> Result<u8> {
+        let mut records = Vec::new();
+        for id in ids(&global.root)? {
+            // One that is made or deleted right now is not there yet or any more.
+            match StateDir::open(&global.root, &id).and_then(|dir| dir.record()) {
+                Ok(Some(record)) => records.push(record),
+                Ok(None) => {}
+                Err(error) => log::warn!("{error}"),
+            }
+        }
+        let text = match (self.quiet, self.format) {
+            (true, _) => records.iter().map(|record| format!("{}\n", record.id)).collect(),
+            (false, Format::Json) => {
+                let states = records.iter().map(Record::to_oci).collect();
+                format!("{}\n", Value::Array(states))
+            }
+            (false, Format::Table) => table(&records),
+        };
+        print(&text);
+        Ok(0)
+    }
+}
+
+fn table(records: &[Record]) -> String {
+    let heading = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned);
+    let mut rows = vec![heading];
+    rows.extend(records.iter().map(|record| {
+        [
+            record.id.to_string(),
+            record.current_pid().to_string(),
+            record.current_status().to_string(),
+            record.bundle.display().to_string(),
+            record.created.clone(),
+            record.owner(),
+        ]
+    }));
+    columns(&rows)
+}
+
+/// Rows of cells, padded so that they line up.
+pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("{cell:<width$}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}

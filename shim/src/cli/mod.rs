@@ -1,0 +1,177 @@
+//! The OCI command line, with runc's verbs and options: one file a verb.
+
+mod check;
+mod create;
+mod creation;
+mod delete;
+mod exec;
+mod kill;
+mod list;
+mod run;
+mod start;
+mod state;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::{
+    clock,
+    error::{Error, Result},
+    logger,
+    sandbox::{self, launch::Descriptors},
+    state::DEFAULT_ROOT,
+};
+
+/// Version of the OCI runtime specification that this runtime follows.
+const SPEC_VERSION: &str = "1.2.0";
+
+/// Runs OCI containers, each inside its own KVM microVM.
+#[derive(Debug, Parser)]
+#[command(name = "isopod", disable_version_flag = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    /// Print the versions of isopod and of the OCI runtime specification.
+    #[arg(short = 'v', long)]
+    version: bool,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+/// Options of every verb, accepted before and after it.
+#[derive(Debug, Args)]
+struct Global {
+    /// Directory that holds the state of containers; should be on a tmpfs.
+    #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_ROOT)]
+    root: PathBuf,
+    /// Append log records to this file.
+    #[arg(long, global = true, value_name = "FILE")]
+    log: Option<PathBuf>,
+    /// Form of log records.
+    #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
+    log_format: logger::Format,
+    /// Log debug records, and keep the guest's console in the state directory.
+    #[arg(long, global = true)]
+    debug: bool,
+    /// Accepted for callers of runc, and without effect: containers are limited inside the
+    /// microVM, not by cgroups of the host.
+    #[arg(long, global = true)]
+    systemd_cgroup: bool,
+    /// When the command began, for the timeline.
+    #[arg(skip = clock::monotonic_us())]
+    began_us: u64,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Create a container and run it: isopod run [-b BUNDLE] ID, or isopod run BUNDLE [-- COMMAND...]
+    Run(run::Run),
+    /// Create a container, up to its process, which `start` lets go.
+    Create(create::Create),
+    /// Start the process of a created container.
+    Start(start::Start),
+    /// Print the state of a container as JSON.
+    State(state::State),
+    /// Send a signal to a container's process.
+    Kill(kill::Kill),
+    /// Delete what is left of a stopped container.
+    Delete(delete::Delete),
+    /// Run another process in a running container.
+    Exec(exec::Exec),
+    /// List the containers below the root directory.
+    List(list::List),
+    /// Show what this host has and lacks for running microVMs.
+    Check,
+    /// The process that owns a microVM. Started by create and run.
+    #[command(hide = true)]
+    Sandbox(Hidden),
+    /// The process that owns a detached exec. Started by exec.
+    #[command(hide = true)]
+    ExecRelay(Hidden),
+}
+
+/// Arguments of verbs that only isopod itself uses.
+#[derive(Debug, Args)]
+struct Hidden {
+    #[command(flatten)]
+    descriptors: Descriptors,
+    /// The container, for those who look at the process table.
+    #[arg(value_name = "ID")]
+    _id: String,
+}
+
+/// Reads the command line and carries it out.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Standard output or error may be closed; there is nowhere to say so.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    if cli.version {
+        println!("isopod version {}\nspec: {SPEC_VERSION}", env!("CARGO_PKG_VERSION"));
+        return ExitCode::SUCCESS;
+    }
+    let Some(verb) = cli.verb else {
+        eprintln!("isopod: a verb is missing; see isopod --help");
+        return ExitCode::FAILURE;
+    };
+    // Only these two have the exit status of a process in a container.
+    let own_status = matches!(verb, Verb::Run(_) | Verb::Exec(_));
+    match carry_out(verb, cli.global) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            log::error!("{error}");
+            ExitCode::from(if own_status { error.exit_code() } else { 1 })
+        }
+    }
+}
+
+fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
+    let (format, debug) = (global.log_format, global.debug);
+    match verb {
+        // They find their log on their command line, and set it up themselves.
+        Verb::Sandbox(hidden) => {
+            logger::init(hidden.descriptors.log_file()?, format, debug);
+            return sandbox::process::main(hidden.descriptors);
+        }
+        Verb::ExecRelay(hidden) => {
+            logger::init(hidden.descriptors.log_file()?, format, debug);
+            return sandbox::exec::main(hidden.descriptors);
+        }
+        _ => {}
+    }
+    match global.log.as_deref().map(logger::open).transpose() {
+        Ok(file) => logger::init(file, format, debug),
+        Err(error) => {
+            logger::init(None, format, debug);
+            return Err(error);
+        }
+    }
+    global.root = std::path::absolute(&global.root)
+        .map_err(|e| Error::new(format!("--root {}: {e}", global.root.display())))?;
+    match verb {
+        Verb::Run(run) => run.run(&global),
+        Verb::Create(create) => create.run(&global),
+        Verb::Start(start) => start.run(&global),
+        Verb::State(state) => state.run(&global),
+        Verb::Kill(kill) => kill.run(&global),
+        Verb::Delete(delete) => delete.run(&global),
+        Verb::Exec(exec) => exec.run(&global),
+        Verb::List(list) => list.run(&global),
+        Verb::Check => Ok(check::run()),
+        Verb::Sandbox(_) | Verb::ExecRelay(_) => Ok(1),
+    }
+}
+
+/// Prints to standard output. A reader that has gone away is not an error.
+fn print(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+#[cfg(test)]
+mod tests;

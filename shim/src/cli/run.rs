@@ -1,0 +1,249 @@
+//! `run`: create, start, and wait for the end of a container.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::AsyncWriteExt;
+
+use super::{
+    Global,
+    creation::{CreateOptions, NewContainer, Next, describe, remove},
+};
+use crate::{
+    error::{Error, ErrorKind, Explain, Result},
+    sandbox::{
+        control::{self, Ended, Message, Request},
+        launch::Terminal,
+        signals::WINCH,
+    },
+    state::Id,
+    terminal::{self, RawMode},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Run {
+    #[command(flatten)]
+    options: CreateOptions,
+    /// Return when the container's process has been started.
+    #[arg(short, long)]
+    detach: bool,
+    /// Leave the stopped container for `state` and `delete`.
+    #[arg(long)]
+    keep: bool,
+    /// Accepted for callers of runc, and without effect: processes of a container are reaped inside
+    /// its microVM.
+    #[arg(long)]
+    no_subreaper: bool,
+    /// At the end, print to standard error when what happened.
+    #[arg(long, conflicts_with = "detach")]
+    timeline: bool,
+    /// Name of the container; or a bundle's directory (`.` or with a slash in it), and the container
+    /// gets a random name.
+    #[arg(value_name = "ID|BUNDLE")]
+    target: String,
+    /// Runs in place of process.args of the bundle given as BUNDLE.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// What is to be run, under which name.
+#[derive(Debug, PartialEq, Eq)]
+struct Target {
+    id: Id,
+    bundle: PathBuf,
+    command: Option<Vec<String>>,
+}
+
+impl Run {
+    pub(super) fn run(self, global: &Global) -> Result<u8> {
+        let target = self.target()?;
+        event_loop()?.block_on(self.run_container(global, target))
+    }
+
+    /// Tells runc's `run [-b BUNDLE] ID` and our `run BUNDLE [-- COMMAND...]` apart.
+    fn target(&self) -> Result<Target> {
+        let target = &self.target;
+        let is_path = target.contains('/') || target == ".";
+        let is_bundle = is_path && Path::new(target).join("config.json").is_file();
+        if is_bundle && self.options.bundle.is_some() {
+            return Err(Error::new(format!(
+                "{target} is a bundle, and so is what --bundle names; with --bundle, give a \
+                 container id"
+            )));
+        }
+        if is_bundle {
+            let command = Some(self.command.clone()).filter(|command| !command.is_empty());
+            return Ok(Target { id: Id::random()?, bundle: target.into(), command });
+        }
+        if is_path && self.options.bundle.is_none() {
+            return Err(Error::new(format!(
+                "{target:?} is neither a bundle (a directory with a config.json) nor a container id \
+                 (no slash)"
+            )));
+        }
+        let id = Id::parse(target)?;
+        if !self.command.is_empty() {
+            return Err(Error::new(
+                "a command can only follow a bundle's directory: isopod run BUNDLE -- COMMAND",
+            ));
+        }
+        let bundle = self.options.bundle.clone().unwrap_or_else(|| PathBuf::from("."));
+        Ok(Target { id, bundle, command: None })
+    }
+
+    async fn run_container(&self, global: &Global, target: Target) -> Result<u8> {
+        let Target { id, bundle, command } = target;
+        let container =
+            self.options.create(global, id.clone(), &bundle, command, self.detach).await?;
+        if self.detach { detach(container, &id).await } else { self.attend(container, &id).await }
+    }
+
+    /// Starts the container and stays until its end.
+    async fn attend(&self, mut container: NewContainer, id: &Id) -> Result<u8> {
+        let raw = match container.terminal {
+            Some(Terminal::Inherited { .. }) => {
+                terminal::of_this_process().map(RawMode::enter).transpose()?
+            }
+            _ => None,
+        };
+        let heard = follow(&mut container).await;
+        let status = container.wait()?;
+        drop(raw);
+        let heard = heard?;
+        if !self.keep {
+            remove(&container.dir)?;
+        }
+        if let (true, Some(ended)) = (self.timeline, &heard) {
+            eprint!("{}", ended.timeline.table());
+        }
+        match (heard.and_then(|ended| ended.error), status.code()) {
+            (Some(error), _) => Err(error),
+            (None, Some(code)) => Ok(u8::try_from(code).unwrap_or(u8::MAX)),
+            (None, None) => Err(Error::with_kind(
+                ErrorKind::VmLost,
+                format!(
+                    "the sandbox process of container {id} was {}, so the exit status of the \
+                     container is unknown",
+                    describe(status)
+                ),
+            )),
+        }
+    }
+}
+
+/// Starts the container and leaves.
+async fn detach(mut container: NewContainer, id: &Id) -> Result<u8> {
+    ask(&mut container, &Request::Start).await?;
+    let failed = loop {
+        match container.next().await? {
+            Next::Message(Some(Message::Done)) => return Ok(0),
+            Next::Message(Some(Message::Failed { error })) => break Some(error),
+            Next::Message(_) => break None,
+            Next::Signal(number) => pass_on(&container, number),
+        }
+    };
+    // The sandbox process ends by itself; nothing of the container is to be left.
+    let status = container.wait()?;
+    remove(&container.dir)?;
+    Err(failed.unwrap_or_else(|| {
+        Error::new(format!(
+            "the sandbox process of container {id} ended while the container was started: {}",
+            describe(status)
+        ))
+    }))
+}
+
+/// Starts the container and passes signals and window sizes on, until the sandbox process has said
+/// how the container ended, or is gone.
+async fn follow(container: &mut NewContainer) -> Result<Option<Ended>> {
+    ask(container, &Request::Start).await?;
+    loop {
+        match container.next().await? {
+            Next::Message(None) => return Ok(None),
+            Next::Message(Some(Message::Ended(ended))) => return Ok(Some(*ended)),
+            // What could not be started ends, and says the same again then.
+            Next::Message(Some(Message::Failed { error })) => log::debug!("{error}"),
+            Next::Message(Some(Message::Created | Message::Done)) => {}
+            Next::Signal(WINCH) => {
+                if let Some(size) = terminal::of_this_process().and_then(terminal::size) {
+                    ask(container, &Request::Resize { size }).await?;
+                }
+            }
+            Next::Signal(number) => pass_on(container, number),
+        }
+    }
+}
+
+/// Sends a signal to the sandbox process, which passes it on to the container's.
+fn pass_on(container: &NewContainer, number: u32) {
+    let pid = i32::try_from(container.pid()).ok().and_then(Pid::from_raw);
+    let signal = i32::try_from(number).ok().and_then(Signal::from_named_raw);
+    if let (Some(pid), Some(signal)) = (pid, signal) {
+        // A child that nobody has waited for, so the pid is its own. If it has ended, so be it.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// Sends a request. That the sandbox process is gone shows in its silence.
+async fn ask(container: &mut NewContainer, request: &Request) -> Result<()> {
+    let line = control::line(request).explain(|| "cannot write a request".into())?;
+    let _ = container.writer.write_all(&line).await;
+    Ok(())
+}
+
+/// The event loop of `create` and `run`.
+///
+/// # Errors
+///
+/// If it cannot be made.
+pub(super) fn event_loop() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .explain(|| "cannot start the event loop".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Command {
+        #[command(flatten)]
+        run: Run,
+    }
+
+    fn target(arguments: &[&str]) -> Result<Target> {
+        Command::try_parse_from([&["run"], arguments].concat()).unwrap().run.target()
+    }
+
+    #[test]
+    fn an_id_and_a_bundle_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().to_str().unwrap();
+        let error = target(&[bundle]).unwrap_err();
+        assert!(error.message.contains("neither a bundle"), "{error}");
+        std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+
+        let ours = target(&[bundle, "--", "ls", "-l"]).unwrap();
+        assert_eq!(ours.bundle, dir.path());
+        assert_eq!(ours.command, Some(vec!["ls".into(), "-l".into()]));
+        assert_ne!(ours.id, target(&[bundle]).unwrap().id);
+
+        let runcs = target(&["-b", bundle, "web"]).unwrap();
+        assert_eq!((runcs.id.as_str(), runcs.bundle.as_path()), ("web", dir.path()));
+        assert_eq!(target(&["web"]).unwrap().bundle, Path::new("."));
+        assert_eq!(target(&["web", "--bundle", bundle]).unwrap(), runcs);
+
+        for (arguments, expected) in [
+            (&["-b", bundle, bundle][..], "so is what --bundle names"),
+            (&["-b", bundle, "a/b"], "invalid container id"),
+            (&["web", "--", "ls"], "can only follow a bundle"),
+        ] {
+            let error = target(arguments).unwrap_err();
+            assert!(error.message.contains(expected), "{error}");
+        }
+    }
+}

@@ -1,0 +1,115 @@
+use super::*;
+
+fn parse(arguments: &[&str]) -> Cli {
+    Cli::try_parse_from([&["isopod"], arguments].concat()).unwrap()
+}
+
+#[test]
+fn the_command_line_is_consistent() {
+    <Cli as clap::CommandFactory>::command().debug_assert();
+}
+
+#[test]
+fn what_runcs_callers_write_is_understood() {
+    for arguments in [
+        // conmon
+        &["--systemd-cgroup", "--root=/run/r", "create", "--bundle", "/b", "--pid-file", "/p", "c"]
+            [..],
+        &[
+            "--root",
+            "/r",
+            "--log",
+            "/l",
+            "--log-format",
+            "json",
+            "exec",
+            "--pid-file",
+            "/p",
+            "--process",
+            "/j",
+            "--detach",
+            "--console-socket",
+            "/s",
+            "c",
+        ],
+        // go-runc, for containerd
+        &[
+            "--root",
+            "/r",
+            "--log",
+            "/l",
+            "--log-format",
+            "json",
+            "create",
+            "--bundle",
+            "/b",
+            "--pid-file",
+            "/p",
+            "--no-pivot",
+            "--no-new-keyring",
+            "--console-socket",
+            "/s",
+            "c",
+        ],
+        &["--root", "/r", "start", "c"],
+        &["--root", "/r", "kill", "--all", "c", "9"],
+        &["--root", "/r", "delete", "--force", "c"],
+        &["--root", "/r", "state", "c"],
+        &["list", "--format=json"],
+        &["list", "-q"],
+        &["run", "-d", "--preserve-fds", "0", "-b", "/b", "c"],
+        &["check"],
+        &["--version"],
+        &["-v"],
+    ] {
+        let result = Cli::try_parse_from([&["isopod"], arguments].concat());
+        assert!(result.is_ok(), "{arguments:?}: {}", result.unwrap_err());
+    }
+}
+
+#[test]
+fn options_come_before_or_after_the_id() {
+    let before = parse(&["--root", "/r", "create", "--bundle", "/b", "--pid-file", "/p", "c"]);
+    let after = parse(&["create", "c", "--pid-file", "/p", "-b", "/b", "--root", "/r"]);
+    let shown = |mut cli: Cli| {
+        cli.global.began_us = 0;
+        format!("{cli:?}")
+    };
+    assert_eq!(shown(before), shown(after));
+    let before = parse(&["kill", "-a", "c", "KILL"]);
+    let after = parse(&["kill", "c", "KILL", "--all"]);
+    assert_eq!(shown(before), shown(after));
+    let before = parse(&["delete", "-f", "c"]);
+    let after = parse(&["delete", "c", "--force"]);
+    assert_eq!(shown(before), shown(after));
+}
+
+#[test]
+fn options_behind_the_program_are_the_programs() {
+    for arguments in [
+        &["exec", "-t", "-e", "A=b", "c", "sh", "-c", "exit 3", "--tty", "--root"][..],
+        &["exec", "c", "-t", "--env", "A=b", "sh", "-c", "exit 3", "--tty", "--root"],
+        &["exec", "c", "-t", "-eA=b", "--", "sh", "-c", "exit 3", "--tty", "--root"],
+    ] {
+        let text = format!("{:?}", parse(arguments));
+        assert!(text.contains(r#"id: "c""#), "{text}");
+        assert!(text.contains(r#"["sh", "-c", "exit 3", "--tty", "--root"]"#), "{text}");
+        assert!(text.contains("tty: true") && text.contains(r#"env: ["A=b"]"#), "{text}");
+        assert!(text.contains(DEFAULT_ROOT), "{text}");
+    }
+}
+
+#[test]
+fn mistakes_are_usage_errors() {
+    for arguments in [
+        &["create"][..],
+        &["create", "a", "b"],
+        &["nope"],
+        &["run", "--detach", "--timeline", "c"],
+        &["list", "--format", "yaml"],
+        &["--log-format", "xml", "list"],
+    ] {
+        let result = Cli::try_parse_from([&["isopod"], arguments].concat());
+        assert!(result.unwrap_err().use_stderr(), "{arguments:?}");
+    }
+}

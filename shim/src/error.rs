@@ -1,0 +1,175 @@
+//! The one error of the host side: a line for a person, and what kind of failure it is.
+//!
+//! It crosses process boundaries (sandbox process to command line) as JSON, so it carries text and
+//! a kind, not sources. Exit codes follow from the kind, in one place: [`Error::exit_code`].
+
+use std::{fmt, io};
+
+use serde::{Deserialize, Serialize};
+
+/// What kind of failure it was, as far as a caller can tell failures apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorKind {
+    /// Everything that has no kind of its own.
+    Failed,
+    /// The program to run does not exist in the container.
+    ProgramNotFound,
+    /// The program to run exists and cannot be executed.
+    ProgramNotExecutable,
+    /// The microVM ended while it was needed; the exit status of the process is unknown.
+    VmLost,
+}
+
+/// A failure, ready to be shown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Error {
+    /// What kind of failure it was.
+    pub kind: ErrorKind,
+    /// One line: what failed, with what, why, and what to do.
+    pub message: String,
+    /// Further lines to show below the message, such as the end of the guest's console.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub details: Vec<String>,
+}
+
+/// A result with [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Exit status of `run`, `exec` and the sandbox process when the container's own is unknown
+/// because the microVM is gone. 255 is what a container can also return, so the message and the
+/// recorded state tell the two apart.
+pub const EXIT_VM_LOST: u8 = 255;
+
+impl Error {
+    /// A failure without a kind of its own.
+    pub fn new(message: impl Into<String>) -> Self {
+        Self::with_kind(ErrorKind::Failed, message)
+    }
+
+    /// A failure of the given kind.
+    pub fn with_kind(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), details: Vec::new() }
+    }
+
+    /// Adds lines to show below the message.
+    #[must_use]
+    pub fn details(mut self, details: Vec<String>) -> Self {
+        self.details = details;
+        self
+    }
+
+    /// The exit status of `run`, `exec` and the sandbox process for this failure. Shells use 127
+    /// and 126 for a missing and a not executable program; all else is 1, as with runc.
+    pub fn exit_code(&self) -> u8 {
+        match self.kind {
+            ErrorKind::Failed => 1,
+            ErrorKind::ProgramNotFound => 127,
+            ErrorKind::ProgramNotExecutable => 126,
+            ErrorKind::VmLost => EXIT_VM_LOST,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        for line in &self.details {
+            write!(f, "\n  {line}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// Names what was being done when a lower layer failed.
+pub trait Explain<T> {
+    /// Turns the failure into `what: why`.
+    ///
+    /// # Errors
+    ///
+    /// The failure, explained.
+    fn explain(self, what: impl FnOnce() -> String) -> Result<T>;
+}
+
+impl<T, E: Into<Cause>> Explain<T> for std::result::Result<T, E> {
+    fn explain(self, what: impl FnOnce() -> String) -> Result<T> {
+        self.map_err(|e| Error::new(format!("{}: {}", what(), e.into().0)))
+    }
+}
+
+/// The text of a lower failure, without the error number that Rust appends.
+#[derive(Debug)]
+pub struct Cause(String);
+
+impl From<io::Error> for Cause {
+    fn from(error: io::Error) -> Self {
+        let text = error.to_string();
+        let number = error.raw_os_error().map(|n| format!(" (os error {n})"));
+        let text = match number.as_deref().and_then(|n| text.strip_suffix(n)) {
+            Some(stripped) => stripped.to_owned(),
+            None => text,
+        };
+        Self(lower_first(text))
+    }
+}
+
+impl From<rustix::io::Errno> for Cause {
+    fn from(errno: rustix::io::Errno) -> Self {
+        io::Error::from(errno).into()
+    }
+}
+
+impl From<serde_json::Error> for Cause {
+    fn from(error: serde_json::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<Error> for Cause {
+    fn from(error: Error) -> Self {
+        Self(error.message)
+    }
+}
+
+/// Error texts of the C library begin with a capital letter; in the middle of a line they should
+/// not. Abbreviations ("RPC ...") stay as they are.
+fn lower_first(text: String) -> String {
+    let mut letters = text.chars();
+    match (letters.next(), letters.next()) {
+        (Some(first), Some(second)) if first.is_uppercase() && second.is_lowercase() => {
+            first.to_lowercase().chain(std::iter::once(second)).chain(letters).collect()
+        }
+        _ => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_operating_system_error_reads_as_one_line() {
+        let missing: io::Result<()> = Err(io::Error::from_raw_os_error(2));
+        let error = missing.explain(|| "cannot open /x".into()).unwrap_err();
+        assert_eq!(error.to_string(), "cannot open /x: no such file or directory");
+        assert_eq!(error.exit_code(), 1);
+    }
+
+    #[test]
+    fn kinds_survive_json_and_decide_the_exit_code() {
+        for (kind, code) in [
+            (ErrorKind::Failed, 1),
+            (ErrorKind::ProgramNotFound, 127),
+            (ErrorKind::ProgramNotExecutable, 126),
+            (ErrorKind::VmLost, 255),
+        ] {
+            let error = Error::with_kind(kind, "x").details(vec!["y".into()]);
+            let json = serde_json::to_string(&error).unwrap();
+            let back: Error = serde_json::from_str(&json).unwrap();
+            assert_eq!(back, error);
+            assert_eq!(back.exit_code(), code);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Calls to the agent. What it answers comes from the guest and is treated so.
+
+use oci_spec::runtime::{Process, Spec};
+use ttrpc::{Code, r#async::transport::Socket, context::Context};
+
+use isopod_protocol::{
+    AGENT_PORT, SHARED_TAG,
+    agent::{
+        ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, ProcessRef,
+        ResizeTerminalRequest, SetupSandboxRequest, SignalProcessRequest, StreamTokens,
+        TerminalSize,
+    },
+    agent_ttrpc::AgentClient,
+};
+
+use super::{printable, random, vsock};
+use crate::{
+    clock,
+    error::{Error, ErrorKind, Explain, Result},
+    state::{Exit, Id, StateDir},
+    terminal::Size,
+};
+
+/// Random bytes that the guest's pool gets.
+const ENTROPY_LEN: usize = 64;
+
+/// A connection to the agent, and the process it is about. Clones share the connection.
+#[derive(Clone)]
+pub(super) struct Agent {
+    client: AgentClient,
+    container_id: String,
+    /// Empty for the container's first process.
+    exec_id: String,
+}
+
+impl Agent {
+    /// Connects to the agent of the sandbox whose state directory is `dir`.
+    ///
+    /// # Errors
+    ///
+    /// As [`vsock::connect`].
+    pub(super) async fn connect(dir: &StateDir, id: &Id, exec_id: String) -> Result<Self> {
+        let stream = vsock::connect(dir, AGENT_PORT).await?;
+        let client = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream)));
+        Ok(Self { client, container_id: id.to_string(), exec_id })
+    }
+
+    /// Prepares the guest: the share, the clock, randomness.
+    pub(super) async fn setup_sandbox(&self) -> Result<()> {
+        let mut entropy = vec![0; ENTROPY_LEN];
+        random(&mut entropy)?;
+        let request = SetupSandboxRequest {
+            shared_tag: SHARED_TAG.to_owned(),
+            realtime_ns: clock::realtime_ns(),
+            entropy,
+            ..Default::default()
+        };
+        self.client
+            .setup_sandbox(Context::default(), &request)
+            .await
+            .map(drop)
+            .map_err(|e| explain("cannot set up the guest", e))
+    }
+
+    /// Builds the container.
+    pub(super) async fn create_container(
+        &self,
+        spec: &Spec,
+        streams: StreamTokens,
+        size: Option<Size>,
+    ) -> Result<()> {
+        let request = CreateContainerRequest {
+            container_id: self.container_id.clone(),
+            spec_json: serde_json::to_vec(spec).explain(|| "cannot write config.json".into())?,
+            streams: Some(streams).into(),
+            terminal_size: size.map(terminal_size).into(),
+            ..Default::default()
+        };
+        self.client
+            .create_container(Context::default(), &request)
+            .await
+            .map(drop)
+            .map_err(|e| explain_program("cannot create the container", e))
+    }
+
+    /// Starts the container's process.
+    pub(super) async fn start_container(&self) -> Result<()> {
+        let request =
+            ContainerRef { container_id: self.container_id.clone(), ..Default::default() };
+        self.client
+            .start_container(Context::default(), &request)
+            .await
+            .map(drop)
+            .map_err(|e| explain_program("cannot start the container", e))
+    }
+
+    /// Runs another process in the container.
+    pub(super) async fn exec_process(
+        &self,
+        process: &Process,
+        streams: StreamTokens,
+        size: Option<Size>,
+    ) -> Result<()> {
+        let request = ExecProcessRequest {
+            container_id: self.container_id.clone(),
+            exec_id: self.exec_id.clone(),
+            process_json: serde_json::to_vec(process)
+                .explain(|| "cannot write the process".into())?,
+            streams: Some(streams).into(),
+            terminal_size: size.map(terminal_size).into(),
+            ..Default::default()
+        };
+        self.client
+            .exec_process(Context::default(), &request)
+            .await
+            .map(drop)
+            .map_err(|e| explain_program("cannot run the process", e))
+    }
+
+    /// Waits for the end of the process, however long that takes.
+    pub(super) async fn wait(&self) -> Result<Exit> {
+        let request = ProcessRef {
+            container_id: self.container_id.clone(),
+            exec_id: self.exec_id.clone(),
+            ..Default::default()
+        };
+        let exit = self
+            .client
+            .wait_process(Context::default(), &request)
+            .await
+            .map_err(|e| explain("cannot wait for the process", e))?;
+        let status = u8::try_from(exit.status).map_err(|_| {
+            Error::new(format!("the agent reported exit status {}, which none is", exit.status))
+        })?;
+        Ok(Exit { status, oom_killed: exit.oom_killed })
+    }
+
+    /// Sends a signal to the process, or to all of the container's.
+    pub(super) async fn signal(&self, signal: u32, all: bool) -> Result<()> {
+        let request = SignalProcessRequest {
+            container_id: self.container_id.clone(),
+            exec_id: if all { String::new() } else { self.exec_id.clone() },
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.client
+            .signal_process(Context::default(), &request)
+            .await
+            .map(drop)
+            .map_err(|e| explain("cannot send the signal", e))
+    }
+
+    /// Tells the process's terminal its size.
+    pub(super) async fn resize(&self, size: Size) -> Result<()> {
+        let request = ResizeTerminalRequest {
+            container_id: self.container_id.clone(),
+            exec_id: self.exec_id.clone(),
+            size: Some(terminal_size(size)).into(),
+            ..Default::default()
+        };
+        self.client
+            .resize_terminal(Context::default(), &request)
+            .await
+            .map(drop)
+            .map_err(|e| explain("cannot resize the terminal", e))
+    }
+
+    /// Asks the guest to flush its file systems and to end. The connection may close first.
+    pub(super) async fn shutdown(&self) -> Result<()> {
+        match self.client.shutdown(Context::default(), &Empty::default()).await {
+            Ok(_) => Ok(()),
+            Err(ttrpc::Error::RpcStatus(status)) => {
+                Err(explain("cannot shut the guest down", ttrpc::Error::RpcStatus(status)))
+            }
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+fn terminal_size(size: Size) -> TerminalSize {
+    TerminalSize { columns: size.columns.into(), rows: size.rows.into(), ..Default::default() }
+}
+
+/// A failed call. A broken connection means that the microVM is going or gone.
+fn explain(what: &str, error: ttrpc::Error) -> Error {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            Error::new(format!("{what}: {}", printable(&status.message)))
+        }
+        ttrpc::Error::Others(message) => Error::new(format!("{what}: {}", printable(&message))),
+        _ => Error::with_kind(
+            ErrorKind::VmLost,
+            format!("{what}: the connection to the microVM is broken"),
+        ),
+    }
+}
+
+/// As [`explain`], for calls whose status may say that there is no program to run.
+fn explain_program(what: &str, error: ttrpc::Error) -> Error {
+    let kind = match &error {
+        ttrpc::Error::RpcStatus(status) => match status.code.enum_value() {
+            Ok(Code::NOT_FOUND) => ErrorKind::ProgramNotFound,
+            Ok(Code::PERMISSION_DENIED) => ErrorKind::ProgramNotExecutable,
+            _ => return explain(what, error),
+        },
+        _ => return explain(what, error),
+    };
+    Error { kind, ..explain(what, error) }
+}

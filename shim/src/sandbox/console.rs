@@ -1,0 +1,105 @@
+//! The host side of a container's terminal when a caller wants to have it: a pseudo-terminal whose
+//! master goes to the caller over a unix socket, with runc's protocol (`--console-socket`).
+//!
+//! The guest has a pseudo-terminal of its own, which does all line editing and signals. The host's
+//! is raw and only carries bytes and the window size.
+
+use std::{
+    io::IoSlice,
+    mem::MaybeUninit,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+};
+
+use rustix::{
+    fs::{Mode, OFlags},
+    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
+    pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt},
+    termios::{Winsize, tcsetwinsize},
+};
+
+use crate::{
+    error::{Explain, Result},
+    terminal::{self, Size},
+};
+
+/// Makes a raw pseudo-terminal, has it as this process's controlling terminal, so that a change of
+/// its size arrives as `SIGWINCH`, and sends the master to whoever listens at `socket`.
+///
+/// # Errors
+///
+/// If there is no listener, or no pseudo-terminal can be made.
+pub(super) fn make(socket: &Path, size: Option<Size>) -> Result<OwnedFd> {
+    let what = || "cannot make a terminal".to_owned();
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags).explain(what)?;
+    grantpt(&master).explain(what)?;
+    unlockpt(&master).explain(what)?;
+    let slave = ioctl_tiocgptpeer(&master, flags).explain(what)?;
+    terminal::make_raw(&slave)?;
+    if let Some(size) = size {
+        let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
+        tcsetwinsize(&slave, size).explain(what)?;
+    }
+    rustix::process::ioctl_tiocsctty(&slave)
+        .explain(|| "cannot take the terminal as the controlling one".into())?;
+    let name = ptsname(&master, Vec::new()).explain(what)?;
+    send(socket, &master, name.as_bytes())
+        .explain(|| format!("cannot send the terminal to {}", socket.display()))?;
+    Ok(slave)
+}
+
+/// Sends a descriptor, with a name as the message's text.
+fn send(path: &Path, fd: &OwnedFd, name: &[u8]) -> std::io::Result<()> {
+    let socket = connect(path)?;
+    let fds = [fd.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+        return Err(std::io::Error::other("no space for the descriptor"));
+    }
+    rustix::net::sendmsg(&socket, &[IoSlice::new(name)], &mut control, SendFlags::NOSIGNAL)?;
+    Ok(())
+}
+
+/// Connects to a socket whose path may be longer than an address has room for.
+fn connect(path: &Path) -> std::io::Result<UnixStream> {
+    let socket = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn a_descriptor_arrives_with_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("console.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let file = OwnedFd::from(std::fs::File::open("/dev/zero").unwrap());
+        send(&path, &file, b"/dev/pts/7").unwrap();
+
+        let (stream, _) = listener.accept().unwrap();
+        let mut name = [0; 64];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut slices = [std::io::IoSliceMut::new(&mut name)];
+        let message =
+            rustix::net::recvmsg(&stream, &mut slices, &mut control, RecvFlags::empty()).unwrap();
+        assert_eq!(&name[..message.bytes], b"/dev/pts/7");
+        let received: Option<OwnedFd> = control.drain().find_map(|item| match item {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        let received = received.unwrap();
+        let link = format!("/proc/self/fd/{}", received.as_raw_fd());
+        assert_eq!(std::fs::read_link(link).unwrap(), Path::new("/dev/zero"));
+        assert!(send(&dir.path().join("none"), &file, b"x").is_err());
+    }
+}

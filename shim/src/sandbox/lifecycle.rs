@@ -1,0 +1,317 @@
+//! The state machine of a container. One task owns it; everything else asks that task.
+//!
+//! ```text
+//!             start ok                process ended
+//!   Created ───────────► Running ────────────────────► ending ──► Stopped
+//!      │ process ended, start failed ───────────────────▲ ▲
+//!      └──────────────────── microVM lost ──────────────┴─┘
+//! ```
+//!
+//! "Ending" is not visible: what the process wrote is still on its way, then the guest is shut down.
+//! Only when the VMM has ended is the state `stopped`.
+
+use std::{os::fd::OwnedFd, pin::pin, time::Duration};
+
+use tokio::{
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    agent::Agent,
+    boot::loss,
+    control::{Ended, Message, Request},
+    server::{Command, Server},
+    share::Share,
+    signals::{self, Signals, WINCH},
+    stdio::Relay,
+    timeline::Timeline,
+    vmm::Vmm,
+};
+use crate::{
+    clock,
+    error::{EXIT_VM_LOST, Error, ErrorKind, Result},
+    state::{CONTROL_SOCKET, Exit, Record, StateDir, Status, VSOCK_SOCKET},
+    terminal::{self, Size},
+};
+
+/// How long the start of a process may take in the guest, file systems included.
+pub(super) const START_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long a container may take to die of SIGKILL, and its output to be written, before the
+/// microVM is ended under it.
+const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the guest may take to flush its file systems and to shut down.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A container that has been created.
+pub(super) struct Lifecycle {
+    pub(super) dir: StateDir,
+    pub(super) record: Record,
+    pub(super) vmm: Vmm,
+    pub(super) share: Option<Share>,
+    pub(super) agent: Agent,
+    pub(super) relay: Relay,
+    /// The host's end of the terminal, if its size can change by itself.
+    pub(super) console: Option<OwnedFd>,
+    pub(super) timeline: Timeline,
+}
+
+/// How it came to an end.
+enum Outcome {
+    /// The process ended.
+    Exited(Exit),
+    /// The process could not be started.
+    NotStarted(Error),
+    /// The microVM is gone or does not answer.
+    Lost(Error),
+}
+
+impl Lifecycle {
+    /// Owns the container until it has ended and the microVM too. Returns the exit status of this
+    /// process.
+    pub(super) async fn run(mut self, mut server: Server, mut signals: Signals) -> u8 {
+        let outcome = self.live(&mut server, &mut signals).await;
+        let lost = matches!(outcome, Outcome::Lost(_));
+        self.shut_down(lost).await;
+        self.vmm.fill_timeline(&mut self.timeline);
+        self.timeline.ended = Some(clock::monotonic_us());
+        let (exit, error, code) = match outcome {
+            Outcome::Exited(exit) => (Some(exit), None, exit.status),
+            Outcome::NotStarted(error) => {
+                let code = error.exit_code();
+                (None, Some(error), code)
+            }
+            Outcome::Lost(error) => (None, Some(error), EXIT_VM_LOST),
+        };
+        if exit.is_some_and(|exit| exit.oom_killed) {
+            log::warn!(
+                "container {}: the kernel killed a process of it: it went over its memory limit",
+                self.record.id
+            );
+        }
+        // Unmounts what the VMM no longer needs.
+        self.share = None;
+        self.dir.remove_file(CONTROL_SOCKET);
+        self.dir.remove_file(VSOCK_SOCKET);
+        self.record.status = Status::Stopped;
+        self.record.exit = exit;
+        self.record.error = error.as_ref().map(|error| error.message.clone());
+        self.save();
+        let ended = Ended { exit, error: error.clone(), timeline: self.timeline };
+        let heard = server.close(&Message::Ended(Box::new(ended))).await;
+        if let Some(error) = error.filter(|_| !heard) {
+            log::error!("container {}: {error}", self.record.id);
+        }
+        code
+    }
+
+    /// From created to the end of the process.
+    async fn live(&mut self, server: &mut Server, signals: &mut Signals) -> Outcome {
+        let agent = self.agent.clone();
+        let mut waiting = pin!(async move { agent.wait().await });
+        let mut exit: Option<Exit> = None;
+        let mut starting: Option<Starting> = None;
+        let mut deadline: Option<Instant> = None;
+        // Its size may have been set while the container was created.
+        self.follow_console();
+        loop {
+            let give_up = async {
+                match deadline {
+                    Some(deadline) => sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                result = &mut waiting, if exit.is_none() => match result {
+                    Ok(ended) => {
+                        self.timeline.exited = Some(clock::monotonic_us());
+                        exit = Some(ended);
+                    }
+                    Err(error) => return Outcome::Lost(loss(&self.vmm, error).await),
+                },
+                result = finish(&mut starting) => {
+                    let (result, answer) = result;
+                    let failed = result.as_ref().err().cloned();
+                    if failed.is_none() {
+                        self.timeline.started = Some(clock::monotonic_us());
+                        self.record.status = Status::Running;
+                        self.save();
+                    }
+                    // Nobody waits for the answer any more, if this fails.
+                    let _ = answer.send(result);
+                    match failed {
+                        Some(error) if error.kind == ErrorKind::VmLost => {
+                            return Outcome::Lost(error);
+                        }
+                        Some(error) => return Outcome::NotStarted(error),
+                        None => {}
+                    }
+                }
+                () = self.relay.finished(), if exit.is_some() && starting.is_none() => {
+                    if let Some(exit) = exit {
+                        return Outcome::Exited(exit);
+                    }
+                }
+                end = self.vmm.ended() => return match exit {
+                    Some(exit) => {
+                        log::warn!("some of the output may be lost: {}", end.explain());
+                        Outcome::Exited(exit)
+                    }
+                    None => Outcome::Lost(end.explain()),
+                },
+                () = give_up => return match exit {
+                    Some(exit) => Outcome::Exited(exit),
+                    None => Outcome::Lost(Error::with_kind(
+                        ErrorKind::VmLost,
+                        "the container did not end when it was killed, so its microVM was ended",
+                    )),
+                },
+                command = server.next() => {
+                    let Command { request, answer } = command;
+                    match request {
+                        Request::Start if starting.is_none() && self.may_start(exit) => {
+                            starting = Some(Starting { task: self.start(), answer });
+                        }
+                        Request::Start => {
+                            let _ = answer.send(Err(self.wrong_state("start", exit)));
+                        }
+                        Request::Destroy => {
+                            deadline.get_or_insert(Instant::now() + DESTROY_TIMEOUT);
+                            self.forward(signals::KILL);
+                            let _ = answer.send(Ok(()));
+                        }
+                        Request::Kill { .. } if exit.is_some() => {
+                            let _ = answer.send(Err(self.wrong_state("kill", exit)));
+                        }
+                        Request::Kill { signal: 0, .. } => {
+                            let _ = answer.send(Ok(()));
+                        }
+                        Request::Kill { signal, all } => {
+                            let agent = self.agent.clone();
+                            tokio::spawn(async move {
+                                let _ = answer.send(agent.signal(signal, all).await);
+                            });
+                        }
+                        Request::Resize { size } => {
+                            let agent = self.agent.clone();
+                            tokio::spawn(async move {
+                                let _ = answer.send(agent.resize(size).await);
+                            });
+                        }
+                    }
+                }
+                number = signals.next() => match number {
+                    WINCH => self.follow_console(),
+                    number => self.forward(number),
+                },
+            }
+        }
+    }
+
+    fn may_start(&self, exit: Option<Exit>) -> bool {
+        exit.is_none() && self.record.status == Status::Created
+    }
+
+    fn wrong_state(&self, verb: &str, exit: Option<Exit>) -> Error {
+        let id = &self.record.id;
+        match (exit, self.record.status) {
+            (Some(_), _) => {
+                Error::new(format!("cannot {verb} container {id}: container not running"))
+            }
+            (None, Status::Created) => {
+                Error::new(format!("cannot {verb} container {id}: it is being started already"))
+            }
+            (None, status) => Error::new(format!("cannot {verb} container {id}: it is {status}")),
+        }
+    }
+
+    /// Has the agent start the process, beside the task that owns the state, so that a container
+    /// whose start hangs can still be killed.
+    fn start(&self) -> JoinHandle<Result<()>> {
+        let agent = self.agent.clone();
+        tokio::spawn(async move { agent.start_container().await })
+    }
+
+    /// Sends a signal that this process got, or decided on, to the container's process.
+    fn forward(&self, number: u32) {
+        let agent = self.agent.clone();
+        tokio::spawn(async move {
+            if let Err(error) = agent.signal(number, false).await {
+                log::debug!("{error}");
+            }
+        });
+    }
+
+    /// Gives the container's terminal the size of the host's.
+    fn follow_console(&self) {
+        let size = self.console.as_ref().and_then(terminal::size);
+        let Some(size) = size.filter(|size| *size != Size::default()) else { return };
+        let agent = self.agent.clone();
+        tokio::spawn(async move {
+            if let Err(error) = agent.resize(size).await {
+                log::debug!("{error}");
+            }
+        });
+    }
+
+    /// Ends the microVM: in order if it can be, and in any case.
+    async fn shut_down(&self, lost: bool) {
+        let shutdown = async {
+            tokio::select! {
+                end = self.vmm.ended() => end,
+                result = self.agent.shutdown() => {
+                    if let Err(error) = result {
+                        log::debug!("{error}");
+                        return self.vmm.stop().await;
+                    }
+                    self.vmm.ended().await
+                }
+            }
+        };
+        if lost {
+            self.vmm.stop().await;
+            return;
+        }
+        match timeout(SHUTDOWN_TIMEOUT, shutdown).await {
+            Ok(end) if end.is_shutdown() => {}
+            Ok(end) => log::debug!("the microVM did not shut down in order: {}", end.explain()),
+            Err(_) => {
+                log::warn!("the guest did not shut down, so its microVM was ended");
+                self.vmm.stop().await;
+            }
+        }
+    }
+
+    fn save(&self) {
+        if let Err(error) = self.dir.write_record(&self.record) {
+            log::error!("container {}: {error}", self.record.id);
+        }
+    }
+}
+
+/// A start that is under way, and where its answer goes.
+struct Starting {
+    task: JoinHandle<Result<()>>,
+    answer: tokio::sync::oneshot::Sender<Result<()>>,
+}
+
+/// Waits for the start that is under way. Never returns if there is none.
+async fn finish(
+    starting: &mut Option<Starting>,
+) -> (Result<()>, tokio::sync::oneshot::Sender<Result<()>>) {
+    let result = match starting.as_mut() {
+        Some(starting) => match timeout(START_TIMEOUT, &mut starting.task).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(Error::new("the start was given up")),
+            Err(_) => Err(Error::new("the process was not started in time by the guest")),
+        },
+        None => std::future::pending().await,
+    };
+    match starting.take() {
+        Some(Starting { answer, .. }) => (result, answer),
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,236 @@
+//! `main` of the sandbox process.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use tokio::net::UnixListener;
+
+use super::{
+    agent::Agent,
+    boot::{self, in_guest},
+    console,
+    control::Message,
+    launch::{Descriptors, Given, Launch, Terminal, read_document},
+    lifecycle::{Lifecycle, START_TIMEOUT},
+    server::{self, Launcher, Server},
+    share::{self, Share},
+    signals::Signals,
+    stdio::{Local, Relay},
+    timeline::{GuestBoot, Timeline},
+    vmm::Vmm,
+};
+use crate::{
+    bundle::guest_spec,
+    clock,
+    error::{Error, Explain, Result},
+    state::{PROCESS_FILE, ProcessId, Record, StateDir, Status},
+    terminal::Size,
+};
+
+/// Runs the sandbox process with what it was launched with, to its end. Returns its exit status:
+/// the container's, if there is one.
+///
+/// # Errors
+///
+/// If it cannot even begin; nothing has been made then, and the launching process is told by the
+/// end of the connection.
+pub fn main(descriptors: Descriptors) -> Result<u8> {
+    let began_us = clock::monotonic_us();
+    let Given { socket, state } = descriptors.take()?;
+    let launch: Launch = read_document(&socket)?;
+    let path = StateDir::path_of(state.as_fd())?;
+    // Before anything starts a thread: a namespace is entered by one thread at a time.
+    let namespace = share::enter_namespace();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .explain(|| "cannot start the event loop".into())?;
+    let status = runtime.block_on(async {
+        let launcher = Launcher::new(socket)?;
+        // Opened again, since the inherited descriptor is of the old namespace. That one stays open
+        // for its lock.
+        let dir = StateDir::adopt(&path, launch.made.clone())?;
+        let timeline = Timeline {
+            command: Some(launch.command_us),
+            sandbox: Some(began_us),
+            ..Timeline::default()
+        };
+        let sandbox = Sandbox { launch, dir, timeline, share: None, vmm: None };
+        Ok(sandbox.run(namespace, launcher).await)
+    });
+    drop(state);
+    status
+}
+
+/// What has been made so far, so that all of it can be taken down from any point.
+struct Sandbox {
+    launch: Launch,
+    dir: StateDir,
+    timeline: Timeline,
+    share: Option<Share>,
+    vmm: Option<Vmm>,
+}
+
+/// What creating a container yields.
+struct Created {
+    agent: Agent,
+    relay: Relay,
+    console: Option<OwnedFd>,
+    record: Record,
+}
+
+impl Sandbox {
+    async fn run(mut self, namespace: Result<()>, mut launcher: Launcher) -> u8 {
+        let prepared = namespace.and_then(|()| Signals::new());
+        let created = match prepared {
+            Ok(mut signals) => {
+                let created = tokio::select! {
+                    created = self.create() => created,
+                    () = launcher.gone() => Err(Error::new("the command that created it is gone")),
+                    number = signals.next_ending() => {
+                        Err(Error::new(format!("interrupted by signal {number}")))
+                    }
+                };
+                created.map(|created| (created, signals))
+            }
+            Err(error) => Err(error),
+        };
+        let (created, signals) = match created {
+            Ok(created) => created,
+            Err(error) => return self.give_up(error, &launcher).await,
+        };
+        match self.announce(&created, &launcher).await {
+            Ok(listener) => {
+                let server = Server::start(listener, launcher);
+                match self.hand_over(created) {
+                    Some(lifecycle) => lifecycle.run(server, signals).await,
+                    // Cannot be: what was created has a VMM.
+                    None => 1,
+                }
+            }
+            Err(error) => self.give_up(error, &launcher).await,
+        }
+    }
+
+    /// Builds everything, up to a container whose process waits to be started.
+    async fn create(&mut self) -> Result<Created> {
+        let mut record = self.record()?;
+        self.dir.write_record(&record)?;
+        let share = self.share.insert(Share::build(&self.launch, &self.dir)?);
+        self.timeline.shared = Some(clock::monotonic_us());
+        let (vmm, connections) = boot::start(&self.launch, &self.dir, share)?;
+        let vmm = self.vmm.insert(vmm);
+        record.vmm = Some(vmm.id());
+        self.dir.write_record(&record)?;
+        let hello = boot::wait_for_agent(vmm, connections, self.launch.boot_timeout).await?;
+        self.timeline.ready = Some(clock::monotonic_us());
+        self.timeline.guest = Some(GuestBoot {
+            kernel: hello.kernel,
+            init_us: hello.init_us,
+            ready_us: hello.ready_us,
+            memory_used_kib: hello.memory_used_kib,
+        });
+        let (launch, dir) = (&self.launch, &self.dir);
+        let limit = START_TIMEOUT.max(launch.boot_timeout);
+        let (agent, relay, console) =
+            in_guest(vmm, "creating the container", limit, create_container(launch, dir)).await?;
+        self.timeline.created = Some(clock::monotonic_us());
+        record.status = Status::Created;
+        Ok(Created { agent, relay, console, record })
+    }
+
+    /// Lets the world know that the container is created. Whoever hears it can talk to the socket
+    /// that is listened on by then.
+    async fn announce(&self, created: &Created, launcher: &Launcher) -> Result<UnixListener> {
+        let process = serde_json::to_vec(self.launch.spec.process())
+            .explain(|| "cannot write the process".into())?;
+        self.dir.write(PROCESS_FILE, &process)?;
+        let listener = server::listen(&self.dir)?;
+        self.dir.write_record(&created.record)?;
+        if launcher.send(&Message::Created).await {
+            return Ok(listener);
+        }
+        Err(Error::new("the command that created it is gone"))
+    }
+
+    /// The container, to the task that owns it from now on.
+    fn hand_over(self, created: Created) -> Option<Lifecycle> {
+        let Created { agent, relay, console, record } = created;
+        let Self { dir, timeline, share, vmm, .. } = self;
+        let vmm = vmm?;
+        Some(Lifecycle { dir, record, vmm, share, agent, relay, console, timeline })
+    }
+
+    /// What is known of the container at first.
+    fn record(&self) -> Result<Record> {
+        let launch = &self.launch;
+        let sandbox = ProcessId::own().ok_or_else(|| Error::new("cannot read /proc/self/stat"))?;
+        Ok(Record {
+            id: launch.id.clone(),
+            oci_version: launch.spec.version().clone(),
+            bundle: launch.bundle.clone(),
+            rootfs: launch.rootfs.clone(),
+            sandbox,
+            vmm: None,
+            status: Status::Creating,
+            created: clock::timestamp(),
+            owner_uid: launch.owner_uid,
+            annotations: launch
+                .spec
+                .annotations()
+                .iter()
+                .flatten()
+                .map(|(key, value)| (key.clone(), value.clone()))
+                .collect(),
+            exit: None,
+            error: None,
+        })
+    }
+
+    /// Takes everything down and says why.
+    async fn give_up(mut self, error: Error, launcher: &Launcher) -> u8 {
+        self.take_down().await;
+        let code = error.exit_code();
+        launcher.send(&Message::Failed { error }).await;
+        code
+    }
+
+    async fn take_down(&mut self) {
+        if let Some(vmm) = self.vmm.take() {
+            vmm.stop().await;
+        }
+        self.share = None;
+        if let Err(error) = self.dir.remove() {
+            log::error!("{error}");
+        }
+    }
+}
+
+/// Has the agent build the container, with its standard streams connected.
+async fn create_container(
+    launch: &Launch,
+    dir: &StateDir,
+) -> Result<(Agent, Relay, Option<OwnedFd>)> {
+    let agent = Agent::connect(dir, &launch.id, String::new()).await?;
+    agent.setup_sandbox().await?;
+    let (local, size, console) = match &launch.terminal {
+        None => (Local::inherited()?, None, None),
+        Some(Terminal::Inherited { size }) => (Local::inherited_terminal()?, Some(*size), None),
+        Some(Terminal::Socket { path }) => {
+            let size = console_size(launch);
+            let console = console::make(path, size)?;
+            (Local::terminal(console.as_fd())?, size, Some(console))
+        }
+    };
+    let (tokens, streams) = local.connect(dir).await?;
+    let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds);
+    agent.create_container(&spec, tokens, size).await?;
+    Ok((agent, streams.relay()?, console))
+}
+
+/// `process.consoleSize`, as far as a terminal can have it.
+fn console_size(launch: &Launch) -> Option<Size> {
+    let size = launch.spec.process().as_ref()?.console_size()?;
+    let columns = u16::try_from(size.width()).ok()?;
+    let rows = u16::try_from(size.height()).ok()?;
+    Some(Size { columns, rows }).filter(|size| *size != Size::default())
+}

@@ -1,0 +1,183 @@
+//! The sandbox process's side of [`super::control`]: connections in, requests out to the one task
+//! that owns the container's state.
+
+use std::{os::unix::net::UnixStream as StdUnixStream, sync::Arc, time::Duration};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::{
+        UnixListener, UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{Mutex, mpsc, oneshot, watch},
+    task::JoinSet,
+    time::timeout,
+};
+
+use super::control::{self, MAX_MESSAGE_LEN, Message, Request};
+use crate::{
+    error::{Error, Explain, Result},
+    state::{CONTROL_SOCKET, StateDir},
+};
+
+/// How long answers that are on their way out may take when the sandbox process ends.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Listens on the control socket in `dir`.
+///
+/// # Errors
+///
+/// If the socket cannot be made.
+pub(super) fn listen(dir: &StateDir) -> Result<UnixListener> {
+    UnixListener::bind(dir.short_path(CONTROL_SOCKET))
+        .explain(|| format!("cannot listen at {}", dir.path().join(CONTROL_SOCKET).display()))
+}
+
+/// A request, and where its answer goes. Dropping that closes the connection unanswered, which the
+/// client takes as the end of the sandbox.
+#[derive(Debug)]
+pub(super) struct Command {
+    pub(super) request: Request,
+    pub(super) answer: oneshot::Sender<Result<()>>,
+}
+
+/// The connection to the process that launched this one.
+#[derive(Debug)]
+pub(super) struct Launcher {
+    reader: OwnedReadHalf,
+    writer: Arc<Mutex<OwnedWriteHalf>>,
+}
+
+impl Launcher {
+    /// Takes over the connection.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be used.
+    pub(super) fn new(socket: StdUnixStream) -> Result<Self> {
+        let what = || "cannot use the connection to the command".to_owned();
+        socket.set_nonblocking(true).explain(what)?;
+        let (reader, writer) = UnixStream::from_std(socket).explain(what)?.into_split();
+        Ok(Self { reader, writer: Arc::new(Mutex::new(writer)) })
+    }
+
+    /// Waits until the launching process has gone away. It sends nothing before it has heard
+    /// [`Message::Created`], so anything to read is the end.
+    pub(super) async fn gone(&mut self) {
+        let _ = self.reader.read(&mut [0]).await;
+    }
+
+    /// Sends a message. False if nobody is there to get it.
+    pub(super) async fn send(&self, message: &Message) -> bool {
+        send(&self.writer, message).await
+    }
+}
+
+/// The control socket and its connections.
+#[derive(Debug)]
+pub(super) struct Server {
+    commands: mpsc::Receiver<Command>,
+    connections: JoinSet<()>,
+    closing: watch::Sender<bool>,
+    launcher: Arc<Mutex<OwnedWriteHalf>>,
+}
+
+impl Server {
+    /// Serves connections to `listener`, and the launching process.
+    pub(super) fn start(listener: UnixListener, launcher: Launcher) -> Self {
+        let (sender, commands) = mpsc::channel(16);
+        let (closing, closed) = watch::channel(false);
+        let mut connections = JoinSet::new();
+        let writer = Arc::clone(&launcher.writer);
+        connections.spawn(serve(launcher.reader, launcher.writer, sender.clone(), closed.clone()));
+        connections.spawn(accept(listener, sender, closed));
+        Self { commands, connections, closing, launcher: writer }
+    }
+
+    /// The next request. Never returns when there can be none any more.
+    pub(super) async fn next(&mut self) -> Command {
+        match self.commands.recv().await {
+            Some(command) => command,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Leaves all further requests unanswered, lets answers that are on their way out, and tells the
+    /// launching process `last`. False if that is gone.
+    pub(super) async fn close(mut self, last: &Message) -> bool {
+        drop(self.commands);
+        // Nobody listens, if all connections have ended.
+        let _ = self.closing.send(true);
+        let all = async { while self.connections.join_next().await.is_some() {} };
+        let _ = timeout(FLUSH_TIMEOUT, all).await;
+        timeout(FLUSH_TIMEOUT, send(&self.launcher, last)).await.unwrap_or(false)
+    }
+}
+
+async fn accept(
+    listener: UnixListener,
+    commands: mpsc::Sender<Command>,
+    mut closing: watch::Receiver<bool>,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else { continue };
+                let (reader, writer) = stream.into_split();
+                let writer = Arc::new(Mutex::new(writer));
+                connections.spawn(serve(reader, writer, commands.clone(), closing.clone()));
+            }
+            Some(_) = connections.join_next() => {}
+            _ = closing.changed() => break,
+        }
+    }
+    drop(commands);
+    while connections.join_next().await.is_some() {}
+}
+
+/// Carries out the requests of one connection, one at a time.
+async fn serve(
+    reader: OwnedReadHalf,
+    writer: Arc<Mutex<OwnedWriteHalf>>,
+    commands: mpsc::Sender<Command>,
+    mut closing: watch::Receiver<bool>,
+) {
+    let mut reader = BufReader::new(reader);
+    loop {
+        let mut line = Vec::new();
+        let mut limited = (&mut reader).take(MAX_MESSAGE_LEN as u64);
+        let length = tokio::select! {
+            read = limited.read_until(b'\n', &mut line) => read.unwrap_or(0),
+            _ = closing.changed() => return,
+        };
+        if length == 0 {
+            return;
+        }
+        let result = match serde_json::from_slice(&line) {
+            Ok(request) => {
+                let (answer, answered) = oneshot::channel();
+                if commands.send(Command { request, answer }).await.is_err() {
+                    return;
+                }
+                let Ok(result) = answered.await else { return };
+                result
+            }
+            Err(e) => Err(Error::new(format!("the sandbox process cannot read a request: {e}"))),
+        };
+        let message = match result {
+            Ok(()) => Message::Done,
+            Err(error) => Message::Failed { error },
+        };
+        if !send(&writer, &message).await {
+            return;
+        }
+    }
+}
+
+async fn send(writer: &Mutex<OwnedWriteHalf>, message: &Message) -> bool {
+    match control::line(message) {
+        Ok(line) => writer.lock().await.write_all(&line).await.is_ok(),
+        Err(_) => false,
+    }
+}

@@ -1,0 +1,182 @@
+//! The shared directory: all of the host that the guest, and the VMM, can see.
+//!
+//! ```text
+//! <state dir>/shared          a small tmpfs, read-only once built; root of the VMM and of virtio-fs
+//!   <container id>/rootfs     the bundle's root file system
+//!   <container id>/mounts/<n> source of the n-th mount of config.json, if that is a bind mount
+//! ```
+//!
+//! It exists in the sandbox process's mount namespace only, so the host's mount table is never
+//! touched, and everything is unmounted when the last process of the sandbox ends. The namespace
+//! receives the host's later mounts and sends none back. The share itself is a shared mount, so that
+//! what is mounted below it later appears in the VMM's namespace too.
+
+use std::{
+    fs::{self, File},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
+    },
+    path::Path,
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags},
+    mount::{
+        MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount,
+        mount_change, mount_remount, move_mount, open_tree, unmount,
+    },
+    thread::{UnshareFlags, unshare_unsafe},
+};
+
+use super::launch::Launch;
+use crate::{
+    bundle::shared_name,
+    error::{Error, Explain, Result},
+    state::{SHARED, StateDir},
+};
+
+/// Puts this process into a mount namespace of its own, which receives mounts from the host's and
+/// sends none.
+///
+/// # Errors
+///
+/// If that is not permitted.
+pub(super) fn enter_namespace() -> Result<()> {
+    // SAFETY: a new mount namespace leaves descriptors and memory as they are; the file system
+    // attributes are shared with no other thread, because none has been started.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(|e| match e {
+        rustix::io::Errno::PERM => {
+            Error::new("no permission to make a mount namespace: isopod has to run as root")
+        }
+        e => match Err::<(), _>(e).explain(|| "cannot make a mount namespace".into()) {
+            Err(error) => error,
+            Ok(()) => Error::new("cannot make a mount namespace"),
+        },
+    })?;
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
+        .explain(|| "cannot stop mounts from reaching the host".into())
+}
+
+/// The shared directory, until it is dropped.
+#[derive(Debug)]
+pub(super) struct Share {
+    path: std::path::PathBuf,
+    root: OwnedFd,
+}
+
+impl Share {
+    /// Builds the shared directory of the sandbox.
+    ///
+    /// # Errors
+    ///
+    /// If a source is gone or cannot be bound. Nothing is left mounted.
+    pub(super) fn build(launch: &Launch, dir: &StateDir) -> Result<Self> {
+        let path = dir.path().join(SHARED);
+        let what = || format!("cannot make the shared directory {}", path.display());
+        fs::DirBuilder::new().mode(0o755).create(&path).explain(what)?;
+        // Only directories and empty files to mount on; the limits are for what goes wrong.
+        mount("isopod", &path, "tmpfs", flags(), c"mode=0755,size=256k,nr_inodes=4k")
+            .explain(what)?;
+        mount_change(&path, MountPropagationFlags::SHARED).explain(what)?;
+        // From here on, dropping it unmounts.
+        let share = Self { root: open_path(&path, OFlags::DIRECTORY).explain(what)?, path };
+        let container = share.path.join(launch.id.as_str());
+        make_dir(&container)?;
+        make_dir(&container.join("mounts"))?;
+        let rootfs = container.join("rootfs");
+        make_dir(&rootfs)?;
+        // Writable even if the container's root is read-only: the agent makes missing mount points
+        // in it, as runc does, before it makes its own mount of it read-only.
+        bind(&launch.rootfs, &rootfs, true, false)?;
+        for volume in &launch.binds {
+            let target = container.join(shared_name(volume));
+            if volume.directory {
+                make_dir(&target)?;
+            } else {
+                make_file(&target)?;
+            }
+            bind(&volume.source, &target, volume.recursive, volume.read_only)?;
+        }
+        // Nothing but mounts belongs in it, so the guest cannot fill the host's memory through it.
+        mount_remount(&share.path, flags() | MountFlags::BIND | MountFlags::RDONLY, c"")
+            .explain(|| format!("cannot make {} read-only", share.path.display()))?;
+        Ok(share)
+    }
+
+    /// The root of the shared directory.
+    pub(super) fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        // If it fails, the end of the process does the same.
+        let _ = unmount(&self.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        let _ = fs::remove_dir(&self.path);
+    }
+}
+
+fn flags() -> MountFlags {
+    MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC
+}
+
+/// Binds `source` on `target`. The mount is complete, with its attributes, before it is attached.
+///
+/// Device nodes cannot be opened through it: a guest that makes one gets no device of the host. Its
+/// own devices work, since its kernel opens those itself.
+fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> Result<()> {
+    let what = || format!("cannot share {} with the microVM", source.display());
+    let mut clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if recursive {
+        clone |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree = open_tree(CWD, source, clone).explain(what)?;
+    set_attributes(tree.as_fd(), read_only).explain(what)?;
+    move_mount(tree.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).explain(what)
+}
+
+/// Sets nodev, nosuid and, if asked, read-only on a whole tree of mounts.
+fn set_attributes(tree: BorrowedFd<'_>, read_only: bool) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let mut attributes = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+    if read_only {
+        attributes |= libc::MOUNT_ATTR_RDONLY;
+    }
+    let attr = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    // SAFETY: the path is a NUL-terminated string, `attr` is a valid mount_attr that outlives the
+    // call, and its size is given; the kernel only reads both (mount_setattr(2)).
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .mode(0o755)
+        .create(path)
+        .explain(|| format!("cannot make {}", path.display()))
+}
+
+fn make_file(path: &Path) -> Result<()> {
+    File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(path)
+        .map(drop)
+        .explain(|| format!("cannot make {}", path.display()))
+}
+
+fn open_path(path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    rustix::fs::open(path, flags | OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+}

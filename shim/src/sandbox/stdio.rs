@@ -1,0 +1,281 @@
+//! Standard streams: relayed between this process's descriptors and streams to the guest.
+//!
+//! Each stream is a connection of its own with its own flow control, and a thread with blocking
+//! reads and writes: the descriptors are inherited and may be anything, files and terminals
+//! included, and their file status flags are shared with other processes, so they cannot be made
+//! non-blocking.
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::Shutdown,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    thread,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::Errno,
+};
+use tokio::{io::AsyncWriteExt, sync::oneshot};
+
+use isopod_protocol::{STREAM_PORT, agent::StreamTokens};
+
+use super::{random_u64, vsock};
+use crate::{
+    error::{Explain, Result},
+    state::StateDir,
+};
+
+/// How much is read at a time: what a socket's buffer holds by default is a little more.
+const BUFFER_LEN: usize = 128 * 1024;
+
+/// The local ends of a process's standard streams. A missing one is `/dev/null` in the guest.
+#[derive(Debug, Default)]
+pub struct Local {
+    stdin: Option<OwnedFd>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+}
+
+impl Local {
+    /// This process's own standard streams. Those that are `/dev/null` are left out.
+    ///
+    /// # Errors
+    ///
+    /// If descriptors have run out.
+    pub fn inherited() -> Result<Self> {
+        Ok(Self {
+            stdin: duplicate(rustix::stdio::stdin())?,
+            stdout: duplicate(rustix::stdio::stdout())?,
+            stderr: duplicate(rustix::stdio::stderr())?,
+        })
+    }
+
+    /// This process's standard input and output, as the terminal of a process in the guest.
+    ///
+    /// # Errors
+    ///
+    /// If descriptors have run out.
+    pub fn inherited_terminal() -> Result<Self> {
+        Ok(Self { stderr: None, ..Self::inherited()? })
+    }
+
+    /// A terminal for input and output.
+    ///
+    /// # Errors
+    ///
+    /// If descriptors have run out.
+    pub fn terminal(terminal: BorrowedFd<'_>) -> Result<Self> {
+        Ok(Self { stdin: duplicate(terminal)?, stdout: duplicate(terminal)?, stderr: None })
+    }
+
+    /// Opens the streams to the guest. The tokens are to be sent to the agent.
+    ///
+    /// # Errors
+    ///
+    /// If a connection cannot be made.
+    pub async fn connect(self, dir: &StateDir) -> Result<(StreamTokens, Streams)> {
+        let stdin = connect(dir, self.stdin).await?;
+        let stdout = connect(dir, self.stdout).await?;
+        let stderr = connect(dir, self.stderr).await?;
+        let token = |stream: &Option<Stream>| stream.as_ref().map_or(0, |stream| stream.token);
+        let tokens = StreamTokens {
+            stdin: token(&stdin),
+            stdout: token(&stdout),
+            stderr: token(&stderr),
+            ..Default::default()
+        };
+        Ok((tokens, Streams { stdin, outputs: [stdout, stderr] }))
+    }
+}
+
+/// A local descriptor and the connection to the guest that it belongs to.
+#[derive(Debug)]
+struct Stream {
+    local: OwnedFd,
+    remote: UnixStream,
+    token: u64,
+}
+
+/// Connected streams that are not relayed yet.
+#[derive(Debug)]
+pub struct Streams {
+    stdin: Option<Stream>,
+    outputs: [Option<Stream>; 2],
+}
+
+impl Streams {
+    /// Starts to relay.
+    ///
+    /// # Errors
+    ///
+    /// If a thread cannot be started.
+    pub fn relay(self) -> Result<Relay> {
+        if let Some(Stream { local, remote, .. }) = self.stdin {
+            // Not waited for: it may be blocked in a read that nobody will ever satisfy, and ends
+            // with the process.
+            start("stdin", move || relay_input(&local, &remote))?;
+        }
+        let mut outputs = Vec::new();
+        for stream in self.outputs.into_iter().flatten() {
+            let (done, finished) = oneshot::channel();
+            let Stream { local, remote, .. } = stream;
+            start("output", move || {
+                relay_output(&remote, &local);
+                // Nobody waits any more, if this fails.
+                let _ = done.send(());
+            })?;
+            outputs.push(finished);
+        }
+        Ok(Relay { outputs })
+    }
+}
+
+/// Running relays.
+#[derive(Debug, Default)]
+pub struct Relay {
+    outputs: Vec<oneshot::Receiver<()>>,
+}
+
+impl Relay {
+    /// Waits until all output of the guest has been written. Can be waited for again if cancelled.
+    pub async fn finished(&mut self) {
+        while let Some(output) = self.outputs.last_mut() {
+            // An error means that the thread is gone, which is as finished as can be.
+            let _ = output.await;
+            self.outputs.pop();
+        }
+    }
+}
+
+fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(64 * 1024)
+        .spawn(body)
+        .map(drop)
+        .explain(|| format!("cannot start the thread for {name}"))
+}
+
+async fn connect(dir: &StateDir, local: Option<OwnedFd>) -> Result<Option<Stream>> {
+    let Some(local) = local else { return Ok(None) };
+    // 0 means "not connected".
+    let token = random_u64()?.max(1);
+    let mut stream = vsock::connect(dir, STREAM_PORT).await?;
+    let what = || "cannot open a stream to the microVM".to_owned();
+    stream.write_all(&token.to_le_bytes()).await.explain(what)?;
+    let remote = stream.into_std().explain(what)?;
+    remote.set_nonblocking(false).explain(what)?;
+    Ok(Some(Stream { local, remote, token }))
+}
+
+fn duplicate(fd: BorrowedFd<'_>) -> Result<Option<OwnedFd>> {
+    if is_null(fd) {
+        return Ok(None);
+    }
+    fd.try_clone_to_owned().map(Some).explain(|| "cannot duplicate a descriptor".into())
+}
+
+/// It is `/dev/null`, or not open at all.
+fn is_null(fd: BorrowedFd<'_>) -> bool {
+    match rustix::fs::fstat(fd) {
+        Ok(stat) => {
+            rustix::fs::FileType::from_raw_mode(stat.st_mode)
+                == rustix::fs::FileType::CharacterDevice
+                && stat.st_rdev == rustix::fs::makedev(1, 3)
+        }
+        Err(_) => true,
+    }
+}
+
+/// Copies from `local` to `remote` until either ends, and passes the end of input on.
+fn relay_input(local: &OwnedFd, remote: &UnixStream) {
+    let mut buffer = vec![0; BUFFER_LEN];
+    let mut remote_out = remote;
+    loop {
+        match wait_for_input(local, remote) {
+            Ok(true) => {}
+            // Nobody reads there any more: leave the rest of the input to whoever else may.
+            Ok(false) => return,
+            Err(_) => break,
+        }
+        let length = match rustix::io::read(local, &mut buffer) {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(Errno::INTR | Errno::AGAIN) => continue,
+            // A terminal that has hung up, for one. There will be no more input.
+            Err(_) => break,
+        };
+        if remote_out.write_all(&buffer[..length]).is_err() {
+            return;
+        }
+    }
+    // The other side may be gone already.
+    let _ = remote.shutdown(Shutdown::Write);
+}
+
+/// Waits for something to read from `local`; false if `remote` was closed instead.
+fn wait_for_input(local: &OwnedFd, remote: &UnixStream) -> io::Result<bool> {
+    loop {
+        let mut fds = [PollFd::new(local, PollFlags::IN), PollFd::new(remote, PollFlags::RDHUP)];
+        match poll(&mut fds, None) {
+            Err(Errno::INTR) => continue,
+            result => result.map(drop)?,
+        }
+        let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
+        if fds[1].revents().intersects(closed) {
+            return Ok(false);
+        }
+        if !fds[0].revents().is_empty() {
+            return Ok(true);
+        }
+    }
+}
+
+/// Copies from `remote` to `local` until either ends.
+fn relay_output(remote: &UnixStream, local: &OwnedFd) {
+    let mut buffer = vec![0; BUFFER_LEN];
+    let mut remote_in = remote;
+    loop {
+        let length = match remote_in.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(length) => length,
+            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+            Err(_) => return,
+        };
+        if let Err(e) = write_all(local, &buffer[..length]) {
+            // Nobody reads any more, or the disk is full. The process gets the same from its next
+            // write when its agent sees the connection closed.
+            if e != Errno::PIPE {
+                log::debug!("output is lost: {e}");
+            }
+            let _ = remote.shutdown(Shutdown::Both);
+            return;
+        }
+    }
+}
+
+/// Writes all of `bytes`, also to a descriptor that somebody else has made non-blocking.
+fn write_all(local: &OwnedFd, mut bytes: &[u8]) -> std::result::Result<(), Errno> {
+    while !bytes.is_empty() {
+        match rustix::io::write(local, bytes) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(length) => bytes = &bytes[length..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => {
+                match poll(&mut [PollFd::new(&local.as_fd(), PollFlags::OUT)], None) {
+                    Ok(_) | Err(Errno::INTR) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

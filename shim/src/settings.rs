@@ -1,0 +1,207 @@
+//! Where the pieces of a microVM are found on this host.
+//!
+//! In order: the environment (`ISOPOD_VMM`, `ISOPOD_KERNEL`, `ISOPOD_INITRAMFS`), the keys `vmm`,
+//! `kernel` and `initramfs` of `/etc/isopod/config.toml`, beside the running `isopod`, and where
+//! an installation puts them.
+
+use std::{
+    env, fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Explain, Result};
+
+/// The operator's settings.
+pub const CONFIG_FILE: &str = "/etc/isopod/config.toml";
+
+/// How long a guest may take from the VMM's start to its agent's hello, unless
+/// `ISOPOD_BOOT_TIMEOUT` (in seconds) says otherwise.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The three files that a microVM is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Artifacts {
+    /// The `isopod-vmm` program.
+    pub vmm: PathBuf,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The guest image.
+    pub initramfs: PathBuf,
+}
+
+/// Keys of [`CONFIG_FILE`].
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ConfigFile {
+    vmm: Option<PathBuf>,
+    kernel: Option<PathBuf>,
+    initramfs: Option<PathBuf>,
+}
+
+/// One of the files, and how it is looked for.
+struct Search {
+    what: &'static str,
+    variable: &'static str,
+    key: &'static str,
+    file: &'static str,
+    installed: &'static str,
+}
+
+const VMM: Search = Search {
+    what: "the virtual machine monitor",
+    variable: "ISOPOD_VMM",
+    key: "vmm",
+    file: "isopod-vmm",
+    installed: "/usr/local/libexec/isopod",
+};
+const KERNEL: Search = Search {
+    what: "the guest kernel",
+    variable: "ISOPOD_KERNEL",
+    key: "kernel",
+    file: "vmlinux",
+    installed: "/usr/local/share/isopod",
+};
+const INITRAMFS: Search = Search {
+    what: "the guest image",
+    variable: "ISOPOD_INITRAMFS",
+    key: "initramfs",
+    file: "isopod.initramfs",
+    installed: "/usr/local/share/isopod",
+};
+
+impl Artifacts {
+    /// Finds all three files.
+    ///
+    /// # Errors
+    ///
+    /// If the settings file is not valid, or a file is in none of its places.
+    pub fn find() -> Result<Self> {
+        let [vmm, kernel, initramfs] = Self::find_each();
+        Ok(Self { vmm: vmm?, kernel: kernel?, initramfs: initramfs? })
+    }
+
+    /// Finds each file on its own: VMM, kernel, image.
+    pub fn find_each() -> [Result<PathBuf>; 3] {
+        let config = match ConfigFile::read(Path::new(CONFIG_FILE)) {
+            Ok(config) => config,
+            Err(e) => return [Err(e.clone()), Err(e.clone()), Err(e)],
+        };
+        [
+            VMM.find(config.vmm.as_deref()),
+            KERNEL.find(config.kernel.as_deref()),
+            INITRAMFS.find(config.initramfs.as_deref()),
+        ]
+    }
+}
+
+impl ConfigFile {
+    fn read(path: &Path) -> Result<Self> {
+        let text = match fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            Err(e) => return Err(e).explain(|| format!("cannot read {}", path.display())),
+        };
+        toml::from_str(&text).map_err(|e| {
+            let reason = e.message().lines().collect::<Vec<_>>().join(" ");
+            let start = e.span().map_or(0, |span| span.start);
+            let line = text.bytes().take(start).filter(|byte| *byte == b'\n').count() + 1;
+            Error::new(format!("{}, line {line}: {reason}", path.display()))
+        })
+    }
+}
+
+impl Search {
+    fn find(&self, configured: Option<&Path>) -> Result<PathBuf> {
+        if let Some(path) = env::var_os(self.variable).filter(|v| !v.is_empty()) {
+            return self.accept(PathBuf::from(path), &format!("${}", self.variable));
+        }
+        if let Some(path) = configured {
+            return self.accept(path.to_owned(), &format!("{:?} in {CONFIG_FILE}", self.key));
+        }
+        let beside = env::current_exe()
+            .explain(|| "cannot read /proc/self/exe".into())?
+            .parent()
+            .map(|dir| dir.join(self.file))
+            .unwrap_or_default();
+        let installed = Path::new(self.installed).join(self.file);
+        for path in [&beside, &installed] {
+            if path.is_file() {
+                return Ok(path.clone());
+            }
+        }
+        Err(Error::new(format!(
+            "{} is missing: neither {} nor {} exists; build it with `cargo xtask build`, or set {}",
+            self.what,
+            beside.display(),
+            installed.display(),
+            self.variable
+        )))
+    }
+
+    fn accept(&self, path: PathBuf, origin: &str) -> Result<PathBuf> {
+        let path = std::path::absolute(&path)
+            .explain(|| format!("cannot make {} absolute", path.display()))?;
+        let metadata = fs::metadata(&path)
+            .explain(|| format!("{} is missing: {} (from {origin})", self.what, path.display()))?;
+        if metadata.is_file() {
+            return Ok(path);
+        }
+        Err(Error::new(format!(
+            "{} {} (from {origin}) is not a regular file",
+            self.what,
+            path.display()
+        )))
+    }
+}
+
+/// How long a guest may take to boot.
+///
+/// # Errors
+///
+/// If `ISOPOD_BOOT_TIMEOUT` is set and is not a whole number of seconds from 1 to 3600.
+pub fn boot_timeout() -> Result<Duration> {
+    let Some(text) = env::var_os("ISOPOD_BOOT_TIMEOUT") else { return Ok(BOOT_TIMEOUT) };
+    text.to_str()
+        .and_then(|t| t.parse::<u64>().ok())
+        .filter(|seconds| (1..=3600).contains(seconds))
+        .map(Duration::from_secs)
+        .ok_or_else(|| {
+            Error::new(format!(
+                "ISOPOD_BOOT_TIMEOUT is {text:?}; it has to be a whole number of seconds from 1 to \
+                 3600"
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_settings_file_names_the_line_of_a_mistake() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        fs::write(&path, "vmm = \"/x\"\nkernal = \"/y\"\n").unwrap();
+        let error = ConfigFile::read(&path).unwrap_err();
+        assert!(error.message.contains("line 2"), "{error}");
+        assert!(error.message.contains("kernal"), "{error}");
+        assert!(!error.message.contains('\n'), "{error}");
+        fs::write(&path, "vmm = \"/x\"\n").unwrap();
+        assert_eq!(ConfigFile::read(&path).unwrap().vmm, Some("/x".into()));
+        assert!(ConfigFile::read(&dir.path().join("none")).unwrap().vmm.is_none());
+    }
+
+    #[test]
+    fn a_configured_file_has_to_exist() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = KERNEL.accept(dir.path().join("vmlinux"), "$ISOPOD_KERNEL").unwrap_err();
+        assert!(error.message.starts_with("the guest kernel is missing: "), "{error}");
+        assert!(error.message.ends_with("no such file or directory"), "{error}");
+        let error = KERNEL.accept(dir.path().to_owned(), "$ISOPOD_KERNEL").unwrap_err();
+        assert!(error.message.contains("not a regular file"), "{error}");
+    }
+}

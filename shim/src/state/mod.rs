@@ -1,0 +1,321 @@
+//! What a sandbox leaves on disk: one directory for each container below the root directory,
+//! enough for any later `state`, `list` or `delete`.
+//!
+//! `<root>/<id>/` (mode 0700) holds `state.json` (see [`Record`]), `process.json` (the container's
+//! process, which `exec` starts from), `control.sock`, `vsock.sock`, `shared/` (the mount point of
+//! the shared directory, empty on the host) and, with `--debug`, `console.log`. The process that
+//! owns it holds a lock on the directory: the creator at first, then the sandbox process for as
+//! long as it lives, then whoever deletes it.
+
+mod id;
+mod process;
+mod record;
+
+use std::{
+    ffi::OsStr,
+    fs::{self, DirBuilder, File},
+    io::{ErrorKind, Write},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::fs::{DirBuilderExt, OpenOptionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+
+pub use self::{
+    id::Id,
+    process::ProcessId,
+    record::{Exit, Record, Status},
+};
+use crate::error::{Error, Explain, Result};
+
+/// Where `--root` points by default.
+pub const DEFAULT_ROOT: &str = "/run/isopod/default";
+
+/// The sandbox process's socket for [`crate::sandbox::control`].
+pub const CONTROL_SOCKET: &str = "control.sock";
+
+/// The VMM's socket for connections to the guest.
+pub const VSOCK_SOCKET: &str = "vsock.sock";
+
+/// Mount point of the directory that the guest shares.
+pub const SHARED: &str = "shared";
+
+/// The guest kernel's console, written with `--debug`.
+pub const CONSOLE_LOG: &str = "console.log";
+
+/// The process of config.json, for `exec`.
+pub const PROCESS_FILE: &str = "process.json";
+
+const RECORD_FILE: &str = "state.json";
+
+/// The state directory of one container, open.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    fd: OwnedFd,
+    /// Parents that had to be made for it, outermost first.
+    made: Vec<PathBuf>,
+}
+
+impl StateDir {
+    /// Makes the directory of a new container and locks it. Of two callers with one id, one wins.
+    ///
+    /// # Errors
+    ///
+    /// If the id is in use, or the directory cannot be made.
+    pub fn create(root: &Path, id: &Id) -> Result<Self> {
+        let path = root.join(id.as_str());
+        let made = make_root(root)?;
+        let build = || {
+            DirBuilder::new().mode(0o700).create(&path).map_err(|e| match e.kind() {
+                ErrorKind::AlreadyExists => Error::new(format!(
+                    "container {id} exists already: delete it first, or choose another id"
+                )),
+                _ => match Err::<(), _>(e).explain(|| format!("cannot make {}", path.display())) {
+                    Err(error) => error,
+                    Ok(()) => Error::new(format!("cannot make {}", path.display())),
+                },
+            })?;
+            let dir = Self { fd: open_dir(&path)?, path: path.clone(), made: made.clone() };
+            // A `delete --force` between mkdir and here takes the directory away again.
+            if !dir.try_lock()? || rustix::fs::fstat(&dir.fd).is_ok_and(|stat| stat.st_nlink == 0) {
+                return Err(Error::new(format!("container {id} was deleted while it was created")));
+            }
+            Ok(dir)
+        };
+        build().inspect_err(|_| remove_made(&made))
+    }
+
+    /// Opens the directory of an existing container.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn open(root: &Path, id: &Id) -> Result<Self> {
+        let path = root.join(id.as_str());
+        match fs::metadata(&path) {
+            Ok(metadata) if metadata.is_dir() => Self::open_path(&path),
+            Ok(_) => Err(Error::new(format!("{} is not a directory", path.display()))),
+            Err(e) if e.kind() == ErrorKind::NotFound => {
+                let root = root.display();
+                Err(Error::new(format!("container does not exist: there is no {id} in {root}")))
+            }
+            Err(e) => Err(e).explain(|| format!("cannot open {}", path.display())),
+        }
+    }
+
+    /// Opens a state directory by its path.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn open_path(path: &Path) -> Result<Self> {
+        Ok(Self { path: path.to_owned(), fd: open_dir(path)?, made: Vec::new() })
+    }
+
+    /// Opens the state directory that another process has made, and `made` for it, to remove all of
+    /// that in its place.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn adopt(path: &Path, made: Vec<PathBuf>) -> Result<Self> {
+        Ok(Self { made, ..Self::open_path(path)? })
+    }
+
+    /// The path of a state directory that somebody else has opened.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be found.
+    pub fn path_of(lock: BorrowedFd<'_>) -> Result<PathBuf> {
+        fs::read_link(proc_path(lock)).explain(|| "cannot find the state directory".into())
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Parents that had to be made for it, outermost first.
+    pub fn made(&self) -> &[PathBuf] {
+        &self.made
+    }
+
+    /// A path to a file in it that is short enough for a socket's address, whatever the length of
+    /// the directory's own path. Good for this process, while this is open.
+    pub fn short_path(&self, name: &str) -> PathBuf {
+        proc_path(self.fd.as_fd()).join(name)
+    }
+
+    /// Locks the directory, unless somebody else has.
+    ///
+    /// # Errors
+    ///
+    /// If locking fails for another reason.
+    pub fn try_lock(&self) -> Result<bool> {
+        match rustix::fs::flock(&self.fd, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+            Err(e) => Err(e).explain(|| format!("cannot lock {}", self.path.display())),
+        }
+    }
+
+    /// Reads the record, or `None` while there is none.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be read or is not valid.
+    pub fn record(&self) -> Result<Option<Record>> {
+        let path = self.path.join(RECORD_FILE);
+        match fs::read(self.short_path(RECORD_FILE)) {
+            Ok(json) => {
+                serde_json::from_slice(&json).map(Some).explain(|| path.display().to_string())
+            }
+            Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).explain(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    /// Writes the record; a reader sees the old one or the new one, whole.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written.
+    pub fn write_record(&self, record: &Record) -> Result<()> {
+        let json = serde_json::to_vec(record).explain(|| "cannot write the state".into())?;
+        self.write(RECORD_FILE, &json)
+    }
+
+    /// Writes a file of the directory, all or nothing.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be written.
+    pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        write_whole(&self.short_path(name), content)
+            .explain(|| format!("cannot write {}", self.path.join(name).display()))
+    }
+
+    /// Removes one file of the directory, if it exists.
+    pub fn remove_file(&self, name: &str) {
+        let _ = rustix::fs::unlinkat(&self.fd, name, AtFlags::empty());
+    }
+
+    /// Removes the directory and what is in it. Only empty directories are removed below it, so
+    /// that nothing that might still be mounted is ever descended into.
+    ///
+    /// # Errors
+    ///
+    /// If something in it cannot be removed. That it is gone already is not an error.
+    pub fn remove(&self) -> Result<()> {
+        match self.remove_entries().and_then(|()| fs::remove_dir(&self.path)) {
+            Err(e) if e.kind() != ErrorKind::NotFound => {
+                Err(e).explain(|| format!("cannot remove {}", self.path.display()))
+            }
+            _ => {
+                remove_made(&self.made);
+                Ok(())
+            }
+        }
+    }
+
+    fn remove_entries(&self) -> std::io::Result<()> {
+        for entry in fs::read_dir(&self.path)? {
+            let entry = entry?;
+            let removed = if entry.file_type()?.is_dir() {
+                fs::remove_dir(entry.path())
+            } else {
+                fs::remove_file(entry.path())
+            };
+            match removed {
+                Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for StateDir {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// The ids of all containers below a root directory, sorted. None if there is no such directory.
+///
+/// # Errors
+///
+/// If the directory cannot be read.
+pub fn ids(root: &Path) -> Result<Vec<Id>> {
+    let entries = match fs::read_dir(root) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e).explain(|| format!("cannot read {}", root.display())),
+    };
+    let mut ids: Vec<Id> = entries
+        .flatten()
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .filter_map(|entry| Id::parse(entry.file_name().to_str()?).ok())
+        .collect();
+    ids.sort();
+    Ok(ids)
+}
+
+/// Writes a file through a temporary one beside it, so that nobody sees half of it.
+///
+/// # Errors
+///
+/// If it cannot be written; the temporary file is removed.
+pub fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut temporary = OsStr::new(".").to_owned();
+    temporary.push(path.file_name().unwrap_or_default());
+    temporary.push(format!(".{}", std::process::id()));
+    let temporary = path.with_file_name(temporary);
+    let write = || {
+        let mut file =
+            File::options().write(true).create(true).truncate(true).mode(0o644).open(&temporary)?;
+        file.write_all(content)?;
+        fs::rename(&temporary, path)
+    };
+    write().inspect_err(|_| {
+        let _ = fs::remove_file(&temporary);
+    })
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd> {
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .explain(|| format!("cannot open {}", path.display()))
+}
+
+fn proc_path(fd: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}
+
+/// Makes the root directory and its parents, and says which were missing.
+fn make_root(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut missing: Vec<PathBuf> =
+        root.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
+    missing.reverse();
+    missing.retain(|dir| !dir.as_os_str().is_empty());
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(root)
+        .explain(|| format!("cannot make the root directory {}", root.display()))?;
+    Ok(missing)
+}
+
+/// Removes directories that were made on the way, as far as they are empty.
+fn remove_made(made: &[PathBuf]) {
+    for dir in made.iter().rev() {
+        let _ = fs::remove_dir(dir);
+    }
+}
+
+#[cfg(test)]
+mod tests;

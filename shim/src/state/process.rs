@@ -1,0 +1,108 @@
+//! Processes by pid and start time, so that a reused pid is never taken for the one that was meant.
+
+use std::{fs, os::fd::OwnedFd, time::Duration};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal},
+};
+use serde::{Deserialize, Serialize};
+
+/// A process of this boot of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// Its pid in the namespace of the reader.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot (`/proc/<pid>/stat`, field 22).
+    pub start_time: u64,
+}
+
+impl ProcessId {
+    /// The process with this pid, if there is one now that has not ended.
+    pub fn of(pid: i32) -> Option<Self> {
+        let start_time = start_time(pid)?;
+        Some(Self { pid, start_time })
+    }
+
+    /// This process.
+    pub fn own() -> Option<Self> {
+        Self::of(i32::try_from(std::process::id()).ok()?)
+    }
+
+    /// It exists and has not ended. A zombie has ended.
+    pub fn is_alive(self) -> bool {
+        start_time(self.pid) == Some(self.start_time)
+    }
+
+    /// A descriptor of it, if it exists.
+    fn pidfd(self) -> Option<OwnedFd> {
+        let fd = rustix::process::pidfd_open(Pid::from_raw(self.pid)?, PidfdFlags::empty()).ok()?;
+        // Asked after opening: if it is alive now, then the descriptor is its.
+        self.is_alive().then_some(fd)
+    }
+
+    /// Waits until it has ended. False if it still runs after `timeout`.
+    pub fn wait(self, timeout: Duration) -> bool {
+        let Some(fd) = self.pidfd() else { return true };
+        let deadline = std::time::Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let left = Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::new(&fd, PollFlags::IN)], left.as_ref()) {
+                Ok(0) => return false,
+                Ok(_) => return true,
+                Err(Errno::INTR) => {}
+                Err(_) => return !self.is_alive(),
+            }
+        }
+    }
+
+    /// Kills it and waits until it has ended. False if it still runs after `timeout`.
+    pub fn kill(self, timeout: Duration) -> bool {
+        let Some(fd) = self.pidfd() else { return true };
+        // It may have ended in between, which is what was wanted.
+        let _ = rustix::process::pidfd_send_signal(fd, Signal::KILL);
+        self.wait(timeout)
+    }
+}
+
+/// When a process started, or `None` if there is none or it has ended.
+fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything, parentheses and spaces included.
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
+    let state = fields.next()?;
+    // The state is field 3, the start time field 22.
+    let start_time = fields.nth(18)?.parse().ok()?;
+    (!matches!(state, "Z" | "X" | "x")).then_some(start_time)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_process_is_alive_until_it_ends() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId::of(i32::try_from(child.id()).unwrap()).unwrap();
+        assert!(id.is_alive());
+        assert!(!id.wait(Duration::from_millis(10)));
+        assert!(id.kill(Duration::from_secs(10)));
+        // Not reaped yet: a zombie, which has ended.
+        assert!(!id.is_alive());
+        assert!(id.wait(Duration::ZERO));
+        child.wait().unwrap();
+        assert!(!id.is_alive());
+    }
+
+    #[test]
+    fn another_process_with_the_same_pid_is_not_it() {
+        let own = ProcessId::own().unwrap();
+        assert!(own.is_alive());
+        let other = ProcessId { start_time: own.start_time + 1, ..own };
+        assert!(!other.is_alive());
+        assert!(other.kill(Duration::ZERO), "nobody is killed");
+    }
+}

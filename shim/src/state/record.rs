@@ -1,0 +1,140 @@
+//! `state.json`: what is known of a container.
+
+use std::{collections::BTreeMap, fmt, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::{Id, ProcessId};
+
+/// Where a container is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Status {
+    /// The microVM boots and the container is built.
+    Creating,
+    /// Its process waits to be started.
+    Created,
+    /// Its process runs.
+    Running,
+    /// Its process has ended, or the microVM has.
+    Stopped,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Creating => "creating",
+            Self::Created => "created",
+            Self::Running => "running",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+/// How a container's process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Exit status, 128 + n after signal n.
+    pub status: u8,
+    /// The kernel killed a process of it because it went over its memory limit.
+    pub oom_killed: bool,
+}
+
+/// Everything known of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Its id.
+    pub id: Id,
+    /// `ociVersion` of its config.json.
+    pub oci_version: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its root file system on the host.
+    pub rootfs: PathBuf,
+    /// The sandbox process.
+    pub sandbox: ProcessId,
+    /// The VMM, once it runs.
+    pub vmm: Option<ProcessId>,
+    /// As last written by the sandbox process.
+    pub status: Status,
+    /// When it was created, RFC 3339.
+    pub created: String,
+    /// Who created it.
+    pub owner_uid: u32,
+    /// `annotations` of its config.json.
+    pub annotations: BTreeMap<String, String>,
+    /// How it ended, if that is known.
+    pub exit: Option<Exit>,
+    /// Why it ended without an exit status.
+    pub error: Option<String>,
+}
+
+impl Record {
+    /// The status now: a container whose sandbox process is gone is stopped, whatever was written.
+    pub fn current_status(&self) -> Status {
+        if self.sandbox.is_alive() { self.status } else { Status::Stopped }
+    }
+
+    /// The state as `state` prints it: the OCI runtime specification's object, with what runc adds
+    /// (rootfs, created, owner) and annotations of our own on how a stopped container ended.
+    pub fn to_oci(&self) -> Value {
+        let status = self.current_status();
+        let mut annotations = self.annotations.clone();
+        if status == Status::Stopped {
+            if let Some(exit) = self.exit {
+                annotations.insert("dev.isopod.exit_status".into(), exit.status.to_string());
+                if exit.oom_killed {
+                    annotations.insert("dev.isopod.oom_killed".into(), "true".into());
+                }
+            }
+            if let Some(error) = self.ending() {
+                annotations.insert("dev.isopod.error".into(), error);
+            }
+        }
+        json!({
+            "ociVersion": self.oci_version,
+            "id": self.id,
+            "pid": self.current_pid(),
+            "status": status,
+            "bundle": self.bundle,
+            "rootfs": self.rootfs,
+            "created": self.created,
+            "annotations": annotations,
+            "owner": self.owner(),
+        })
+    }
+
+    /// The pid that callers know, 0 once stopped.
+    pub fn current_pid(&self) -> i32 {
+        match self.current_status() {
+            Status::Stopped => 0,
+            _ => self.sandbox.pid,
+        }
+    }
+
+    /// The name of the user who created it, or the uid if it has none.
+    pub fn owner(&self) -> String {
+        let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let uid = self.owner_uid.to_string();
+        passwd
+            .lines()
+            .map(|line| line.split(':').collect::<Vec<_>>())
+            .find(|fields| fields.get(2) == Some(&uid.as_str()))
+            .and_then(|fields| fields.first().map(|name| (*name).to_owned()))
+            .unwrap_or(uid)
+    }
+
+    /// Why a stopped container has no exit status, if it has none.
+    fn ending(&self) -> Option<String> {
+        match (&self.error, self.exit) {
+            (Some(error), _) => Some(error.clone()),
+            (None, None) => Some(
+                "the sandbox process ended unexpectedly; the exit status of the container is \
+                 unknown"
+                    .into(),
+            ),
+            (None, Some(_)) => None,
+        }
+    }
+}

@@ -1,0 +1,120 @@
+use std::{collections::BTreeMap, time::Duration};
+
+use super::*;
+
+fn record(id: &Id, sandbox: ProcessId) -> Record {
+    Record {
+        id: id.clone(),
+        oci_version: "1.0.2".into(),
+        bundle: "/b".into(),
+        rootfs: "/b/rootfs".into(),
+        sandbox,
+        vmm: None,
+        status: Status::Running,
+        created: "2026-01-01T00:00:00Z".into(),
+        owner_uid: 0,
+        annotations: BTreeMap::from([("a".into(), "b".into())]),
+        exit: None,
+        error: None,
+    }
+}
+
+#[test]
+fn ids_follow_runcs_rules() {
+    for good in ["a", "A-b_c+d.e", "...", "0", &"x".repeat(255)] {
+        assert_eq!(Id::parse(good).unwrap().as_str(), good);
+    }
+    for bad in ["", ".", "..", "a/b", "/", "a b", "ä", "a\n", "a:b", &"x".repeat(256)] {
+        let error = Id::parse(bad).unwrap_err();
+        assert!(error.message.contains("invalid container id"), "{error}");
+    }
+}
+
+#[test]
+fn an_id_can_be_taken_once() {
+    let root = tempfile::tempdir().unwrap();
+    let id = Id::parse("one").unwrap();
+    let winners: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            (0..8).map(|_| scope.spawn(|| StateDir::create(root.path(), &id).ok())).collect();
+        threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(winners.len(), 1);
+    let error = StateDir::create(root.path(), &id).unwrap_err();
+    assert!(error.message.contains("exists already"), "{error}");
+    assert!(!StateDir::open(root.path(), &id).unwrap().try_lock().unwrap(), "its owner has it");
+    winners[0].remove().unwrap();
+    assert!(StateDir::open(root.path(), &id).unwrap_err().message.contains("does not exist"));
+    assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn what_had_to_be_made_is_removed_again() {
+    let outer = tempfile::tempdir().unwrap();
+    let root = outer.path().join("a/b");
+    let id = Id::parse("one").unwrap();
+    let dir = StateDir::create(&root, &id).unwrap();
+    dir.write(CONSOLE_LOG, b"x").unwrap();
+    fs::create_dir(dir.path().join(SHARED)).unwrap();
+    dir.remove().unwrap();
+    assert_eq!(fs::read_dir(outer.path()).unwrap().count(), 0);
+    // A root that was there stays.
+    fs::create_dir_all(&root).unwrap();
+    StateDir::create(&root, &id).unwrap().remove().unwrap();
+    assert!(root.is_dir());
+}
+
+#[test]
+fn only_empty_directories_are_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let id = Id::parse("one").unwrap();
+    let dir = StateDir::create(root.path(), &id).unwrap();
+    let precious = dir.path().join(SHARED).join("precious");
+    fs::create_dir_all(&precious).unwrap();
+    assert!(dir.remove().is_err());
+    assert!(precious.is_dir());
+}
+
+#[test]
+fn the_record_survives_and_knows_whether_its_owner_does() {
+    let root = tempfile::tempdir().unwrap();
+    let id = Id::parse("one").unwrap();
+    let dir = StateDir::create(root.path(), &id).unwrap();
+    assert_eq!(dir.record().unwrap(), None);
+    let own = ProcessId::own().unwrap();
+    let mut written = record(&id, own);
+    dir.write_record(&written).unwrap();
+    assert_eq!(dir.record().unwrap(), Some(written.clone()));
+
+    let state = written.to_oci();
+    assert_eq!(state["status"], "running");
+    assert_eq!(state["pid"], own.pid);
+    assert_eq!(state["annotations"], serde_json::json!({"a": "b"}));
+
+    written.sandbox.start_time += 1;
+    let state = written.to_oci();
+    assert_eq!(state["status"], "stopped");
+    assert_eq!(state["pid"], 0);
+    let error = state["annotations"]["dev.isopod.error"].as_str().unwrap();
+    assert!(error.contains("unknown"), "{error}");
+
+    written.exit = Some(Exit { status: 137, oom_killed: true });
+    let state = written.to_oci();
+    assert_eq!(state["annotations"]["dev.isopod.exit_status"], "137");
+    assert_eq!(state["annotations"]["dev.isopod.oom_killed"], "true");
+    assert_eq!(state["annotations"]["dev.isopod.error"], Value::Null);
+    assert!(own.wait(Duration::ZERO) || own.is_alive());
+    use serde_json::Value;
+}
+
+#[test]
+fn ids_lists_what_can_be_a_container() {
+    let root = tempfile::tempdir().unwrap();
+    assert!(ids(&root.path().join("none")).unwrap().is_empty());
+    fs::create_dir(root.path().join("b")).unwrap();
+    fs::create_dir(root.path().join("a")).unwrap();
+    fs::create_dir(root.path().join("not an id")).unwrap();
+    fs::write(root.path().join("file"), "").unwrap();
+    let names: Vec<_> = ids(root.path()).unwrap().iter().map(Id::to_string).collect();
+    assert_eq!(names, ["a", "b"]);
+}
