@@ -1,0 +1,60 @@
+//! Looks at a container from inside, for the end-to-end tests.
+//!
+//! Every sub-command that reports prints one JSON document on its standard output. What it looks at
+//! comes from system calls and /proc, never from the environment that the runtime describes itself by.
+#![allow(clippy::expect_used, clippy::panic, reason = "a probe that cannot look has failed")]
+
+mod access;
+mod keeper;
+mod memory;
+mod parallel;
+mod posix;
+mod report;
+mod stream;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
+    | mknod PATH MAJOR MINOR | duplex BYTES | window | fork-bomb | eat MIB | hole | parallel \
+    | posix DIR XATTR | xattr DIR XATTR | keeper";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args[..] {
+        ["report"] => print(&report::report()),
+        ["mounts"] => print(&report::mounts()),
+        ["files", ref paths @ ..] => print(&access::files(paths)),
+        ["open", mode, ref paths @ ..] => print(&access::open(mode, paths)),
+        ["mknod", path, major, minor] => print(&access::mknod(path, number(major), number(minor))),
+        ["duplex", bytes] => stream::duplex(number(bytes)),
+        ["window"] => stream::window(),
+        ["fork-bomb"] => memory::fork_bomb(),
+        ["eat", mib] => memory::eat(number(mib)),
+        ["hole"] => print(&memory::across_the_hole()),
+        ["parallel"] => print(&parallel::report()),
+        ["posix", dir, xattr] => print(&posix::report(dir, xattr)),
+        ["xattr", dir, name] => print(&posix::xattr(dir, name)),
+        ["posix-lock", kind, path] => print(&posix::try_lock(kind, path)),
+        ["posix-append", path, mark] => posix::append(path, mark),
+        ["keeper"] => {
+            if let Err(e) = keeper::keep() {
+                eprintln!("isopod-probe keeper: {e}");
+                return ExitCode::FAILURE;
+            }
+        }
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(64);
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn number(text: &str) -> u64 {
+    text.parse().unwrap_or_else(|_| panic!("{text} is not a number"))
+}
+
+fn print(value: &serde_json::Value) {
+    println!("{value}");
+}

@@ -1,0 +1,57 @@
+//! The harness of the end-to-end tests.
+//!
+//! Every test drives the built binaries as a user or a container engine would. A test makes a
+//! [`Scope`], gets containers from it, and asserts on what the commands print and return:
+//!
+//! ```no_run
+//! let scope = isopod_tests::Scope::new();
+//! let out = scope.container().args(["sh", "-c", "exit 7"]).run();
+//! assert_eq!(out.status, 7, "{out}");
+//! ```
+//!
+//! When the scope ends it deletes what is left and then takes a [`Census`]: a process, mount, socket,
+//! cgroup, directory or descriptor that was not there before fails the test. So each test is a leak
+//! test as well.
+//!
+//! `ISOPOD_BIN_DIR` names the directory with `isopod` and `isopod-probe`; `cargo xtask test` sets it.
+//! `ISOPOD_TEST_RUNTIME` names another OCI runtime to run the same tests against (to prove the tests
+//! with runc), and `ISOPOD_PROBE` another place of the probe.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a harness fails its test by a panic"
+)]
+
+mod bundle;
+mod census;
+mod command;
+mod container;
+pub mod keeper;
+pub mod pattern;
+mod reader;
+mod runtime;
+mod scope;
+pub mod terminal;
+
+pub use bundle::{Bundle, PROBE_PATH};
+pub use census::Census;
+pub use command::{Command, DEADLINE, Job, Output};
+pub use container::{Container, Created};
+pub use reader::Reader;
+pub use runtime::{Runtime, host_memory_mib, meminfo_kib, runtime};
+pub use scope::Scope;
+
+/// Ends a test that only a microVM can pass when another runtime is under test, saying so.
+#[macro_export]
+macro_rules! microvm_only {
+    () => {
+        if !$crate::runtime().is_isopod() {
+            println!(
+                "skipped: only for microVMs, and this is {}",
+                $crate::runtime().path.display()
+            );
+            return;
+        }
+    };
+}

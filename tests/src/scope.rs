@@ -1,0 +1,159 @@
+//! What one test may touch: its directories, its containers and all processes that come of them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::bundle::Bundle;
+use crate::census::{Census, View, children_of};
+use crate::command::Command;
+use crate::container::Container;
+use crate::keeper::Keeper;
+use crate::runtime::runtime;
+
+static NEXT: AtomicU32 = AtomicU32::new(1);
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// The world of one test. Dropping it deletes its containers and counts what is left.
+#[derive(Debug)]
+pub struct Scope {
+    /// In the path of everything that belongs to the scope.
+    name: String,
+    dir: PathBuf,
+    keeper: Keeper,
+    before: Census,
+    expected: Mutex<BTreeSet<String>>,
+    containers: AtomicU32,
+    /// Held by a scope that counts on the whole machine.
+    alone: Option<MutexGuard<'static, ()>>,
+}
+
+impl Scope {
+    /// A scope beside those of other tests: counts what bears its name or comes of its processes.
+    pub fn new() -> Self {
+        Self::build(None)
+    }
+
+    /// A scope that waits until no other such one exists, and counts on the whole machine. In a file
+    /// of tests all have to be alone, or none.
+    pub fn alone() -> Self {
+        Self::build(Some(ALONE.lock().unwrap_or_else(|e| e.into_inner())))
+    }
+
+    fn build(alone: Option<MutexGuard<'static, ()>>) -> Self {
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("it{}x{number}", std::process::id());
+        let base = std::env::var_os("ISOPOD_TEST_DIR").map_or_else(std::env::temp_dir, Into::into);
+        let dir = std::path::absolute(base).expect("a directory for tests").join(&name);
+        fs::create_dir_all(dir.join("state")).expect("cannot make the scope's directory");
+        let keeper = Keeper::new(&runtime().probe);
+        let view = View { name: &name, dir: &dir, keeper: keeper.pid(), all: alone.is_some() };
+        let before = Census::take(&view);
+        let expected = Mutex::default();
+        Self { name, dir, keeper, before, expected, containers: AtomicU32::new(1), alone }
+    }
+
+    /// A new container with the default bundle; every call another id.
+    pub fn container(&self) -> Container<'_> {
+        let number = self.containers.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{}-{number}", self.name);
+        let bundle = Bundle::new(self.dir.join(format!("bundle-{number}")));
+        Container::new(self, id, bundle)
+    }
+
+    /// The runtime with this scope's `--root`.
+    pub fn runtime(&self) -> Command<'_> {
+        let path = runtime().path.to_string_lossy();
+        // Long enough for a boot on an emulated machine that has other things to do.
+        self.program(&[&*path, "--root", &*self.root().to_string_lossy()])
+            .env("ISOPOD_BOOT_TIMEOUT", "120")
+    }
+
+    /// Any program.
+    pub fn program(&self, argv: &[&str]) -> Command<'_> {
+        Command::new(&self.keeper, argv.iter().map(|&a| a.to_owned()).collect())
+    }
+
+    /// The runtime's `--root`.
+    pub fn root(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    /// The scope's own directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A name that nothing outside the scope has in its own.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The parent of the scope's processes.
+    pub fn keeper(&self) -> &Keeper {
+        &self.keeper
+    }
+
+    /// The one child of process `pid` whose program bears this name.
+    #[track_caller]
+    pub fn child(&self, pid: i32, name: &str) -> i32 {
+        let children = children_of(pid);
+        let named: Vec<i32> =
+            children.iter().filter(|(_, n)| n == name).map(|&(child, _)| child).collect();
+        let [child] = named[..] else { panic!("children of {pid}, for {name}: {children:?}") };
+        child
+    }
+
+    /// What there is now.
+    pub fn census(&self) -> Census {
+        Census::take(&View {
+            name: &self.name,
+            dir: &self.dir,
+            keeper: self.keeper.pid(),
+            all: self.alone.is_some(),
+        })
+    }
+
+    /// Fails the test if anything is there that was not when the scope began.
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        let left = self.census().since(&self.before);
+        assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+    }
+
+    /// Makes sure that the container is deleted at the end, should the test not do so.
+    pub(crate) fn expect_container(&self, id: &str) {
+        self.expected.lock().expect("no test panics with it").insert(id.to_owned());
+    }
+
+    fn delete_all(&self) {
+        let expected = self.expected.lock().map(|mut ids| std::mem::take(&mut *ids));
+        for id in expected.unwrap_or_default() {
+            if self.root().join(&id).exists() {
+                self.runtime().args(["delete", "--force", &id]).output().ok();
+            }
+        }
+    }
+}
+
+impl Default for Scope {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // The test has its failure; only tidy up, and let nothing of that hide it.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.delete_all()));
+            eprintln!("the failed test's directory was {}", self.dir.display());
+        } else {
+            self.delete_all();
+            self.assert_nothing_left();
+        }
+        let _ = fs::remove_dir_all(&self.dir);
+    }
+}

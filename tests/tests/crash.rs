@@ -1,0 +1,175 @@
+//! `kill -9` of any process: it shows, no exit status is made up, and `delete --force` clears all.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use isopod_tests::keeper::End;
+use isopod_tests::{Container, Created, DEADLINE, Scope, microvm_only};
+use serde_json::Value;
+
+const VMM: &str = "isopod-vmm";
+
+/// A container that would run on and then end with 0.
+fn sleeper(scope: &Scope) -> Container<'_> {
+    scope.container().args(["sleep", "1000"])
+}
+
+fn kill_9(scope: &Scope, pid: i32) {
+    scope.program(&["kill", "-9", &pid.to_string()]).output().ok();
+}
+
+/// `state` and `list` show the container stopped, for a reason and without an exit status.
+#[track_caller]
+fn assert_lost(scope: &Scope, container: &Container<'_>, created: &Created<'_>) {
+    created.wait();
+    let state = container.state();
+    assert_eq!(state["status"], "stopped", "{state}");
+    let said = state["annotations"]["dev.isopod.error"].as_str();
+    assert!(said.is_some_and(|s| !s.is_empty()), "{state}");
+    assert_eq!(state["annotations"]["dev.isopod.exit_status"], Value::Null, "{state}");
+    let list = scope.runtime().args(["list"]).output().ok();
+    let line = list.stdout.lines().find(|l| l.starts_with(&container.id)).unwrap();
+    assert!(line.contains("stopped"), "{list}");
+    for (verb, args) in [("start", &[][..]), ("kill", &["TERM"]), ("exec", &["true"])] {
+        container.command(verb, &[]).args(args).output().one_line_error(&[&container.id]);
+    }
+    container.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn the_vmm_of_a_running_container() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let mut created = container.start_new();
+    kill_9(&scope, scope.child(created.pid, VMM));
+    let end = created.wait();
+    // Neither success nor what looks like a status or signal of the program.
+    assert_eq!(end, End::Exited(255));
+    let said = created.stderr.so_far();
+    assert!(said.contains("VMM") && said.contains("signal 9"), "{said:?}");
+    assert_lost(&scope, &container, &created);
+}
+
+#[test]
+fn the_vmm_of_a_created_container() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.create();
+    kill_9(&scope, scope.child(created.pid, VMM));
+    assert_eq!(created.wait(), End::Exited(255));
+    assert_lost(&scope, &container, &created);
+}
+
+#[test]
+fn the_sandbox_process_of_a_running_container() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    let vmm = scope.child(created.pid, VMM);
+    kill_9(&scope, created.pid);
+    assert_eq!(created.wait(), End::Killed(9));
+    // Without the process that owns it the microVM must not go on.
+    assert!(scope.keeper().wait(vmm, DEADLINE).is_some(), "the VMM lives on");
+    assert_lost(&scope, &container, &created);
+}
+
+#[test]
+fn the_sandbox_process_of_a_created_container() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.create();
+    kill_9(&scope, created.pid);
+    assert_lost(&scope, &container, &created);
+}
+
+#[test]
+fn both_at_once() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    let vmm = scope.child(created.pid, VMM).to_string();
+    scope.program(&["kill", "-9", &vmm, &created.pid.to_string()]).output().ok();
+    assert_lost(&scope, &container, &created);
+}
+
+/// `delete --force` of a sandbox whose processes do not answer: stopped ones.
+#[test]
+fn delete_force_needs_nobodys_help() {
+    microvm_only!();
+    let scope = Scope::alone();
+    for stop_vmm in [true, false] {
+        let container = sleeper(&scope);
+        let created = container.start_new();
+        let pid = if stop_vmm { scope.child(created.pid, VMM) } else { created.pid };
+        scope.program(&["kill", "-STOP", &pid.to_string()]).output().ok();
+        container.delete_force().ok();
+        scope.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_command_that_waits_is_told() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    let mut exec = container.command("exec", &[]).args(["sh", "-c", "echo up; sleep 1000"]).spawn();
+    exec.stdout.line_with("up");
+    kill_9(&scope, scope.child(created.pid, VMM));
+    let end = exec.wait();
+    let said = exec.stderr.so_far();
+    assert!(end == End::Exited(255) && said.contains("VMM"), "{end}: {said}");
+    assert_lost(&scope, &container, &created);
+}
+
+#[test]
+fn run_is_told_of_a_lost_vmm() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = scope.container().shell("echo up; sleep 1000");
+    let pid_file = container.pid_file();
+    let options = ["--pid-file", pid_file.to_str().unwrap()];
+    let mut run = container.command_with_bundle("run", &options).spawn();
+    run.stdout.line_with("up");
+    let sandbox: i32 = std::fs::read_to_string(&pid_file).unwrap().parse().unwrap();
+    kill_9(&scope, scope.child(sandbox, VMM));
+    let end = run.wait();
+    let said = run.stderr.so_far();
+    assert!(end == End::Exited(255) && said.contains("VMM"), "{end}: {said}");
+    container.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn the_run_command_itself() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = scope.container().shell("echo up; sleep 1000");
+    let mut run = container.command_with_bundle("run", &[]).spawn();
+    run.stdout.line_with("up");
+    kill_9(&scope, run.pid);
+    assert_eq!(run.wait(), End::Killed(9));
+    container.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+/// Whatever point the boot has come to, what is half made can be cleared.
+#[test]
+fn the_create_command_at_any_moment() {
+    microvm_only!();
+    let scope = Scope::alone();
+    for millis in [0, 20, 100, 300, 800, 1500] {
+        let container = sleeper(&scope);
+        let mut create = container.command_with_bundle("create", &[]).spawn();
+        // Not a wait for anything: a moment of no importance.
+        std::thread::sleep(std::time::Duration::from_millis(millis));
+        kill_9(&scope, create.pid);
+        create.wait();
+        container.delete_force().ok();
+        scope.assert_nothing_left();
+    }
+}

@@ -1,0 +1,252 @@
+//! Each way to fail: one line that names the cause, and nothing left behind.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::fs;
+
+use isopod_tests::{Command, Container, Output, Scope, microvm_only, runtime};
+use serde_json::{Value, json};
+
+/// The command fails in one line with these words, and leaves nothing.
+#[track_caller]
+fn refused(scope: &Scope, command: Command<'_>, words: &[&str]) -> Output {
+    let out = command.output();
+    assert_ne!(out.status, 0, "{out}");
+    // The words are Isopod's; that there is an error, and nothing left, holds for any runtime.
+    if runtime().is_isopod() {
+        out.one_line_error(words);
+    }
+    assert_eq!(out.stdout, "", "{out}");
+    scope.assert_nothing_left();
+    out
+}
+
+/// `run` and `create` both refuse this config.json.
+#[track_caller]
+fn config_refused(change: impl Fn(&mut Value), words: &[&str]) {
+    let scope = Scope::alone();
+    for verb in ["run", "create"] {
+        let container = scope.container().edit(&change);
+        refused(&scope, container.command_with_bundle(verb, &[]), words);
+    }
+}
+
+/// `run` of a good bundle with another guest kernel or image.
+fn run_with<'a>(container: &Container<'a>, variable: &str, path: &str) -> Command<'a> {
+    container.command_with_bundle("run", &[]).env(variable, path)
+}
+
+#[test]
+fn no_bundle() {
+    let scope = Scope::alone();
+    for verb in ["run", "create"] {
+        let command = || scope.runtime().args([verb, "--bundle"]);
+        refused(&scope, command().args(["/no/such/bundle", scope.name()]), &["/no/such/bundle"]);
+        let empty = scope.dir().to_str().unwrap();
+        refused(&scope, command().args([empty, scope.name()]), &[empty, "config.json"]);
+        refused(&scope, command().args(["/etc/passwd", scope.name()]), &["/etc/passwd"]);
+    }
+}
+
+#[test]
+fn broken_json_is_named_with_its_line() {
+    let scope = Scope::alone();
+    let container = scope.container();
+    let path = container.bundle.dir.join("config.json");
+    let bundle = container.bundle.dir.to_str().unwrap();
+    for (text, line) in [
+        ("{\n  \"ociVersion\": \"1.0.2\",\n  \"process\": {,}\n}\n", "line 3"),
+        ("{\n  \"ociVersion\": 7\n}\n", "line 2"),
+        ("", "line 1"),
+        ("[]", "line 1"),
+        ("\u{0}\u{1}garbage", "line 1"),
+    ] {
+        fs::write(&path, text).unwrap();
+        let command = scope.runtime().args(["run", "--bundle", bundle, &container.id]);
+        refused(&scope, command, &["config.json", line]);
+    }
+}
+
+#[test]
+fn missing_rootfs() {
+    config_refused(|c| c["root"]["path"] = json!("no-such-rootfs"), &["no-such-rootfs"]);
+    config_refused(|c| c["root"]["path"] = json!("/etc/passwd"), &["/etc/passwd"]);
+    config_refused(|c| drop(c.as_object_mut().unwrap().remove("root")), &["root"]);
+}
+
+#[test]
+fn unknown_namespace_type() {
+    let unknown = json!([{ "type": "pid" }, { "type": "mount" }, { "type": "moon" }]);
+    config_refused(|c| c["linux"]["namespaces"] = unknown.clone(), &["moon", "config.json"]);
+}
+
+/// Engines ask for the host's pid namespace or another container's: a microVM has neither.
+#[test]
+fn a_namespace_of_the_host() {
+    microvm_only!();
+    let without_pid = json!([{ "type": "mount" }, { "type": "network" }]);
+    config_refused(|c| c["linux"]["namespaces"] = without_pid.clone(), &["namespaces", "pid"]);
+    let joined = json!([{ "type": "pid" }, { "type": "mount" }, { "type": "ipc", "path": "/proc/1/ns/ipc" }]);
+    config_refused(|c| c["linux"]["namespaces"] = joined.clone(), &["ipc", "/proc/1/ns/ipc"]);
+}
+
+#[test]
+fn nothing_to_run() {
+    config_refused(|c| c["process"]["args"] = json!([]), &["args"]);
+    config_refused(|c| drop(c.as_object_mut().unwrap().remove("process")), &["process"]);
+    config_refused(|c| c["process"]["cwd"] = json!("relative"), &["cwd", "relative"]);
+}
+
+#[test]
+fn what_does_not_exist_in_the_kernel_is_named() {
+    config_refused(
+        |c| c["process"]["rlimits"] = json!([{ "type": "RLIMIT_MOON", "soft": 1, "hard": 1 }]),
+        &["RLIMIT_MOON"],
+    );
+    if !runtime().is_isopod() {
+        // runc warns of unknown capabilities and goes on.
+        return;
+    }
+    config_refused(
+        |c| c["process"]["capabilities"]["bounding"] = json!(["CAP_MOON"]),
+        &["CAP_MOON"],
+    );
+    config_refused(|c| c["ociVersion"] = json!("9.0.0"), &["ociVersion", "9.0.0"]);
+    let mount = json!({ "destination": "/data", "type": "moonfs", "source": "none" });
+    config_refused(|c| c["mounts"].as_array_mut().unwrap().push(mount.clone()), &["moonfs"]);
+}
+
+#[test]
+fn what_this_version_does_not_do_is_refused_by_name() {
+    microvm_only!();
+    let hook = json!({ "createRuntime": [{ "path": "/bin/true" }] });
+    config_refused(|c| c["hooks"] = hook.clone(), &["hooks"]);
+    let unified = json!({ "memory.high": "1000000" });
+    config_refused(|c| c["linux"]["resources"]["unified"] = unified.clone(), &["unified"]);
+}
+
+#[test]
+fn a_sysctl_that_fails_inside_is_named_and_the_microvm_is_gone() {
+    let bad = json!({ "kernel.shm_no_such_thing": "1" });
+    config_refused(|c| c["linux"]["sysctl"] = bad.clone(), &["kernel.shm_no_such_thing"]);
+}
+
+#[test]
+fn kernel_or_image_missing() {
+    microvm_only!();
+    let scope = Scope::alone();
+    for variable in ["ISOPOD_KERNEL", "ISOPOD_INITRAMFS", "ISOPOD_VMM"] {
+        let container = scope.container();
+        let command = run_with(&container, variable, "/no/such/file");
+        refused(&scope, command, &["/no/such/file", variable]);
+        refused(&scope, run_with(&container, variable, "/etc"), &["/etc", variable]);
+    }
+}
+
+#[test]
+fn kernel_corrupt() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let whole = fs::read(runtime().beside("vmlinux")).unwrap();
+    let mut other_machine = whole.clone();
+    // e_machine: AArch64.
+    other_machine[18] = 0xb7;
+    for (name, bytes) in [
+        ("empty", &[][..]),
+        ("text", b"this is no kernel\n"),
+        ("header-only", &whole[..64]),
+        ("truncated", &whole[..whole.len() / 2]),
+        ("other-machine", &other_machine),
+    ] {
+        let path = scope.dir().join(name);
+        fs::write(&path, bytes).unwrap();
+        let path = path.to_str().unwrap();
+        refused(&scope, run_with(&scope.container(), "ISOPOD_KERNEL", path), &[path]);
+    }
+}
+
+#[test]
+fn image_corrupt() {
+    microvm_only!();
+    let scope = Scope::alone();
+    for (name, bytes) in [("empty", &b""[..]), ("text", b"this is no image\n")] {
+        let path = scope.dir().join(name);
+        fs::write(&path, bytes).unwrap();
+        let path = path.to_str().unwrap();
+        refused(&scope, run_with(&scope.container(), "ISOPOD_INITRAMFS", path), &[path]);
+    }
+}
+
+#[test]
+fn memory_larger_than_the_host_has() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let mib = (isopod_tests::host_memory_mib() * 16).min(1 << 20).to_string();
+    let container = scope.container().annotation("dev.isopod.memory_mib", &mib);
+    refused(&scope, container.command_with_bundle("run", &[]), &["memory", &mib]);
+}
+
+#[test]
+fn the_hosts_memory_runs_out() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let group = std::path::Path::new("/sys/fs/cgroup").join(scope.name());
+    if !std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        println!("skipped: needs cgroup v2");
+        return;
+    }
+    fs::create_dir(&group).unwrap();
+    fs::write(group.join("memory.max"), (192 << 20).to_string()).unwrap();
+    let _ = fs::write(group.join("memory.swap.max"), "0");
+    let enter = format!("echo $$ > {}/cgroup.procs; exec \"$@\"", group.display());
+    let container = scope.container().probe(&["eat", "1000"]);
+    let command = container.command_with_bundle("run", &[]).through(&["sh", "-c", &enter, "sh"]);
+    let out = command.output();
+    out.one_line_error(&["memory"]);
+    assert!(!out.stdout.contains("ate"), "{out}");
+    fs::remove_dir(&group).expect("processes are left in the cgroup");
+    container.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn an_id_that_is_in_use() {
+    let scope = Scope::alone();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    let before = scope.census();
+    for verb in ["run", "create"] {
+        let out = container.command_with_bundle(verb, &[]).output();
+        assert_ne!(out.status, 0, "{out}");
+        if runtime().is_isopod() {
+            out.one_line_error(&[&container.id, "exists"]);
+        }
+        assert_eq!(scope.census().since(&before), [""; 0], "{verb}");
+    }
+    assert_eq!(container.status(), "running");
+}
+
+#[test]
+fn an_id_that_cannot_be_one() {
+    let scope = Scope::alone();
+    let container = scope.container();
+    container.bundle.write();
+    let bundle = container.bundle.dir.to_str().unwrap();
+    let long = "x".repeat(2000);
+    for id in ["a/b", "../up", "/abs", "..", ".", "", "new\nline", "a b", &long] {
+        let command = scope.runtime().args(["run", "--bundle", bundle, id]);
+        refused(&scope, command, &["id"]);
+        let out = scope.runtime().args(["delete", "--force", id]).output();
+        assert!(out.status != 0 || !runtime().is_isopod(), "{out}");
+    }
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn options_that_do_not_exist_are_named() {
+    let scope = Scope::alone();
+    let out = scope.runtime().args(["run", "--no-such-option", "x"]).output();
+    assert!(out.status != 0 && out.stderr.contains("no-such-option"), "{out}");
+    let out = scope.runtime().args(["no-such-verb"]).output();
+    assert!(out.status != 0 || !runtime().is_isopod(), "{out}");
+    scope.assert_nothing_left();
+}

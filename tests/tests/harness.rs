@@ -1,0 +1,63 @@
+//! The harness itself: a leak counter that counts nothing would let every test pass.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use isopod_tests::{Census, Scope};
+
+/// What is there now and was not in `before`.
+fn left(scope: &Scope, before: &Census) -> String {
+    scope.census().since(before).join("\n")
+}
+
+#[test]
+fn an_orphan_is_counted_and_dies_with_its_scope() {
+    let scope = Scope::alone();
+    let before = scope.census();
+    // Neither the parent, nor the session, nor the environment ties it to the scope.
+    let script = "setsid env -i sleep 4321 >/dev/null 2>&1 </dev/null & echo $!";
+    let out = scope.program(&["sh", "-c", script]).output().ok();
+    let pid = out.stdout.trim();
+    let found = left(&scope, &before);
+    assert!(found.contains(&format!("+ process {pid} ")) && found.lines().count() == 1, "{found}");
+    scope.program(&["kill", "-9", pid]).output().ok();
+    scope.keeper().wait(pid.parse().unwrap(), isopod_tests::DEADLINE).unwrap();
+    assert_eq!(left(&scope, &before), "");
+}
+
+#[test]
+fn mounts_sockets_files_and_descriptors_are_counted() {
+    let scope = Scope::alone();
+    let before = scope.census();
+    let directory = scope.root().join("left");
+    let path = directory.to_str().unwrap();
+    fs::create_dir(&directory).unwrap();
+    assert!(left(&scope, &before).contains(&format!("+ state {path}")));
+    let listener = UnixListener::bind(directory.join("socket")).unwrap();
+    assert!(left(&scope, &before).contains("+ socket "));
+    let file = fs::File::create(directory.join("file")).unwrap();
+    assert!(left(&scope, &before).contains("+ descriptor "));
+    scope.program(&["mount", "-t", "tmpfs", "none", path]).output().ok();
+    assert!(left(&scope, &before).contains("+ mount of 1: "));
+    scope.program(&["umount", path]).output().ok();
+    drop((listener, file));
+    fs::remove_dir_all(&directory).unwrap();
+    assert_eq!(left(&scope, &before), "");
+}
+
+#[test]
+fn a_cgroup_is_counted() {
+    let scope = Scope::alone();
+    let before = scope.census();
+    // On a machine with cgroup v1 the first directory is one controller's.
+    let controller =
+        ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"].iter().find(|p| Path::new(p).is_dir());
+    let group = Path::new(controller.unwrap()).join(scope.name());
+    fs::create_dir(&group).unwrap();
+    let found = left(&scope, &before);
+    fs::remove_dir(&group).unwrap();
+    assert_eq!(found, format!("+ cgroup {}", group.display()));
+    assert_eq!(left(&scope, &before), "");
+}

@@ -1,0 +1,259 @@
+//! What is inside stays inside: kernel, namespaces, limits, devices.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::fs;
+
+use isopod_tests::{Container, Scope, microvm_only, runtime};
+use serde_json::{Value, json};
+
+/// The first namespaces of a kernel have fixed inode numbers (include/linux/proc_ns.h).
+const FIRST: [(&str, &str); 4] = [
+    ("ipc", "ipc:[4026531839]"),
+    ("uts", "uts:[4026531838]"),
+    ("pid", "pid:[4026531836]"),
+    ("cgroup", "cgroup:[4026531835]"),
+];
+
+fn report(scope: &Scope, change: impl FnOnce(&mut Value)) -> Value {
+    scope.container().probe(&["report"]).edit(change).run_json()
+}
+
+#[test]
+fn the_kernel_is_not_the_hosts() {
+    microvm_only!();
+    let scope = Scope::new();
+    let seen = report(&scope, |_| {});
+    let host = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    assert_ne!(seen["boot_id"], json!(host.trim()));
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    println!("host {}, guest {}", release.trim(), seen["kernel"]);
+    // Two boots, two kernels.
+    assert_ne!(report(&scope, |_| {})["boot_id"], seen["boot_id"]);
+}
+
+#[test]
+fn every_namespace_asked_for_is_the_containers_own() {
+    let scope = Scope::new();
+    let seen = report(&scope, |_| {});
+    let host = |name: &str| fs::read_link(format!("/proc/self/ns/{name}")).unwrap();
+    for (name, first) in FIRST {
+        assert_ne!(seen["namespaces"][name], json!(first), "{name}");
+    }
+    for name in ["ipc", "uts", "pid", "net", "mnt"] {
+        if !runtime().is_isopod() {
+            assert_ne!(seen["namespaces"][name], json!(host(name)), "{name}");
+        }
+    }
+    assert_eq!(seen["interfaces"], json!(["lo"]));
+    assert_eq!(seen["pid"], json!(1));
+}
+
+#[test]
+fn a_namespace_not_asked_for_is_the_guests() {
+    microvm_only!();
+    let scope = Scope::new();
+    let without = |gone: &'static [&'static str]| {
+        report(&scope, |c| {
+            let all = c["linux"]["namespaces"].as_array_mut().unwrap();
+            all.retain(|n| !gone.contains(&n["type"].as_str().unwrap()));
+            // These belong to the uts namespace, so they may not be set without one.
+            c.as_object_mut().unwrap().remove("hostname");
+        })
+    };
+    let seen = without(&["ipc", "uts", "cgroup", "network"]);
+    for (name, first) in FIRST.iter().filter(|(name, _)| *name != "pid") {
+        assert_eq!(seen["namespaces"][name], json!(first), "{name}");
+    }
+    // The numbers of these two are given out in the order of making, the same in every boot.
+    assert_ne!(seen["namespaces"]["net"], without(&[])["namespaces"]["net"]);
+}
+
+#[test]
+fn the_containers_cgroup_is_the_root_of_its_cgroup_namespace() {
+    let scope = Scope::new();
+    let seen = report(&scope, |_| {});
+    let lines = seen["cgroup"].as_str().unwrap();
+    assert!(lines.lines().all(|l| l.ends_with(":/")), "{lines}");
+}
+
+/// The guest's own world is not to be seen: neither its mounts nor its agent.
+#[test]
+fn the_mount_table_is_the_containers_own() {
+    let scope = Scope::new();
+    let mounts = scope.container().probe(&["mounts"]).run_json();
+    let places: Vec<&String> = mounts.as_object().unwrap().keys().collect();
+    for place in &places {
+        let known = ["/", "/dev", "/proc", "/sys"];
+        let below = ["/dev/", "/proc/", "/sys/"];
+        assert!(
+            known.contains(&place.as_str()) || below.iter().any(|b| place.starts_with(b)),
+            "{place} of {places:?}"
+        );
+    }
+}
+
+#[test]
+fn a_process_over_the_memory_limit_is_killed_and_that_is_said() {
+    let scope = Scope::new();
+    let limit = json!({ "limit": 64 << 20, "swap": 64 << 20 });
+    let container = scope.container().probe(&["eat", "400"]);
+    let container = container.edit(|c| c["linux"]["resources"]["memory"] = limit);
+    let out = container.run();
+    assert_eq!(out.status, 128 + 9, "{out}");
+    assert!(out.stdout.contains("16\n") && !out.stdout.contains("ate"), "{out}");
+    if runtime().is_isopod() {
+        let error = out.stderr.to_lowercase();
+        assert!(error.contains("memory") && error.contains("limit"), "{out}");
+    }
+}
+
+#[test]
+fn memory_within_the_limit_is_there() {
+    let scope = Scope::new();
+    let limit = json!({ "limit": 128 << 20, "swap": 128 << 20 });
+    let container = scope.container().probe(&["eat", "100"]);
+    let out = container.edit(|c| c["linux"]["resources"]["memory"] = limit).run().ok();
+    assert!(out.stdout.ends_with("ate 100\n"), "{out}");
+}
+
+#[test]
+fn memory_over_the_limit_in_exec_spares_the_container() {
+    let scope = Scope::new();
+    let limit = json!({ "limit": 64 << 20, "swap": 64 << 20 });
+    let container = scope.container().args(["sleep", "1000"]);
+    let container = container.edit(|c| {
+        c["linux"]["resources"]["memory"] = limit;
+        // The kernel shall choose the eater, not the first process.
+        c["process"]["oomScoreAdj"] = json!(-1000);
+    });
+    if !runtime().is_isopod() {
+        println!("skipped: lowering a score needs CAP_SYS_RESOURCE on this machine");
+        return;
+    }
+    let _created = container.start_new();
+    let out =
+        container.exec(["sh", "-c", "echo 1000 > /proc/self/oom_score_adj; exec probe eat 400"]);
+    assert_eq!(out.status, 128 + 9, "{out}");
+    assert_eq!(container.status(), "running");
+    container.exec(["true"]).ok();
+}
+
+#[test]
+fn the_pids_limit_holds_against_a_fork_bomb() {
+    let scope = Scope::new();
+    let bomb = scope.container().probe(&["fork-bomb"]);
+    let bomb = bomb.edit(|c| c["linux"]["resources"]["pids"] = json!({ "limit": 50 }));
+    let other = scope.container().args(["sleep", "1000"]);
+    let _other_created = other.start_new();
+    let mut created = bomb.start_new();
+    let line = created.stdout.line_with("EAGAIN");
+    let forks: u32 = line.split_whitespace().nth(2).unwrap().parse().unwrap();
+    assert!(forks <= 50, "{line}");
+    other.exec(["true"]).ok();
+    assert_eq!(bomb.status(), "running");
+    bomb.kill("KILL").ok();
+    assert_eq!(created.wait().status(), 128 + 9);
+    bomb.delete().ok();
+    other.exec(["true"]).ok();
+}
+
+/// `CAP_MKNOD` so that the device node is no obstacle, only the device access rules are.
+fn device_test<'a>(scope: &'a Scope, rules: Value) -> Container<'a> {
+    scope
+        .container()
+        .capabilities(&["CAP_MKNOD", "CAP_SYSLOG"])
+        .probe(&["mknod", "/dev/made", "1", "11"])
+        .edit(|c| c["linux"]["resources"]["devices"] = rules)
+}
+
+#[test]
+fn a_device_outside_the_allow_list_is_refused() {
+    let scope = Scope::new();
+    let nothing = json!([{ "allow": false, "access": "rwm" }]);
+    assert_eq!(device_test(&scope, nothing).run_json()["open"], json!("EPERM"));
+}
+
+#[test]
+fn an_allowed_device_can_be_used_as_far_as_allowed() {
+    let scope = Scope::new();
+    let rules = |access: &str| {
+        json!([
+            { "allow": false, "access": "rwm" },
+            { "allow": true, "type": "c", "major": 1, "minor": 11, "access": access },
+        ])
+    };
+    let seen = device_test(&scope, rules("rwm")).run_json();
+    assert_eq!(seen, json!({ "mknod": "ok", "open": "ok" }));
+    assert_eq!(device_test(&scope, rules("wm")).run_json()["open"], json!("EPERM"));
+    // A later rule wins.
+    let mut later = rules("rwm");
+    later.as_array_mut().unwrap().push(json!(
+        { "allow": false, "type": "c", "major": 1, "minor": 11, "access": "r" }
+    ));
+    assert_eq!(device_test(&scope, later).run_json()["open"], json!("EPERM"));
+}
+
+#[test]
+fn making_a_device_node_can_be_refused() {
+    let scope = Scope::new();
+    let rules = json!([
+        { "allow": true, "access": "rwm" },
+        { "allow": false, "type": "c", "major": 1, "minor": 11, "access": "m" },
+    ]);
+    assert_eq!(device_test(&scope, rules).run_json()["mknod"], json!("EPERM"));
+}
+
+#[test]
+fn the_default_devices_work() {
+    let scope = Scope::new();
+    let paths = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/ptmx"];
+    let seen = scope.container().probe(&[&["open", "rw"], &paths[..]].concat()).run_json();
+    for path in paths {
+        assert_eq!(seen[path], json!("ok"), "{path}");
+    }
+    let script = "for link in fd stdin stdout stderr; do readlink /dev/$link; done";
+    let out = scope.container().shell(script).run().ok();
+    let links = "/proc/self/fd\n/proc/self/fd/0\n/proc/self/fd/1\n/proc/self/fd/2\n";
+    assert_eq!(out.stdout, links);
+}
+
+#[test]
+fn a_device_of_the_specification_is_made() {
+    let scope = Scope::new();
+    let container =
+        scope.container().shell("stat -c '%t %T %a %u %g %F' /dev/mine && cat /dev/mine");
+    let out = container
+        .capabilities(&["CAP_DAC_OVERRIDE"])
+        .edit(|c| {
+            c["linux"]["devices"] = json!([{
+                "path": "/dev/mine", "type": "c", "major": 1, "minor": 3,
+                "fileMode": 0o640, "uid": 1000, "gid": 1001,
+            }]);
+        })
+        .run()
+        .ok();
+    assert_eq!(out.stdout, "1 3 640 1000 1001 character special file\n");
+}
+
+#[test]
+fn sysctls_are_as_asked() {
+    let scope = Scope::new();
+    let paths = ["/proc/sys/kernel/shmmax", "/proc/sys/net/ipv4/ip_unprivileged_port_start"];
+    let container = scope.container().probe(&[&["files"], &paths[..]].concat()).edit(|c| {
+        c["linux"]["sysctl"] =
+            json!({ "kernel.shmmax": "123456", "net.ipv4.ip_unprivileged_port_start": "0" });
+    });
+    let seen = container.run_json();
+    assert_eq!(seen[paths[0]]["text"], json!("123456\n"));
+    assert_eq!(seen[paths[1]]["text"], json!("0\n"));
+}
+
+#[test]
+fn seccomp_is_never_dropped_in_silence() {
+    microvm_only!();
+    let scope = Scope::new();
+    let profile = json!({ "defaultAction": "SCMP_ACT_ALLOW" });
+    let container = scope.container().edit(|c| c["linux"]["seccomp"] = profile);
+    let out = container.run().ok();
+    assert!(out.stderr.to_lowercase().contains("seccomp"), "{out}");
+}

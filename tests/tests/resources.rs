@@ -1,0 +1,135 @@
+//! Limits as cgroup files, and the size of the microVM.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::path::Path;
+
+use isopod_tests::{Container, Scope, microvm_only, runtime};
+use serde_json::{Value, json};
+
+fn files(container: Container<'_>, paths: &[&str]) -> Value {
+    container.probe(&[&["files"], paths].concat()).run_json()
+}
+
+#[test]
+fn limits_are_in_the_containers_cgroup() {
+    if !runtime().is_isopod() && !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        println!("skipped: this machine has no cgroup v2 for {}", runtime().path.display());
+        return;
+    }
+    let scope = Scope::new();
+    let container = scope.container().edit(|c| {
+        let resources = &mut c["linux"]["resources"];
+        resources["cpu"] =
+            json!({ "quota": 150_000, "period": 100_000, "shares": 2048, "cpus": "0-1" });
+        resources["memory"] =
+            json!({ "limit": 128 << 20, "swap": 192 << 20, "reservation": 32 << 20 });
+        resources["pids"] = json!({ "limit": 77 });
+    });
+    let name = |file: &str| format!("/sys/fs/cgroup/{file}");
+    let should_be = [
+        ("cpu.max", "150000 100000"),
+        ("cpuset.cpus", "0-1"),
+        ("memory.max", "134217728"),
+        ("memory.low", "33554432"),
+        ("pids.max", "77"),
+    ];
+    let mut paths: Vec<String> = should_be.iter().map(|(file, _)| name(file)).collect();
+    paths.push(name("cpu.weight"));
+    paths.push(name("memory.swap.max"));
+    let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+    let seen = files(container, &paths);
+    for (file, value) in should_be {
+        assert_eq!(seen[name(file)]["text"], json!(format!("{value}\n")), "{file}");
+    }
+    // Shares of 2048 are twice the default: 79 by the older conversion, about 170 by the newer.
+    let weight: u32 = seen[name("cpu.weight")]["text"].as_str().unwrap().trim().parse().unwrap();
+    assert!((79..=200).contains(&weight), "cpu.weight is {weight}");
+    // A kernel without swap has no such file.
+    if let Some(swap) = seen[name("memory.swap.max")]["text"].as_str() {
+        assert_eq!(swap.trim(), "67108864");
+    }
+}
+
+#[test]
+fn the_microvm_has_a_cpu_for_each_of_the_quota() {
+    microvm_only!();
+    let scope = Scope::new();
+    for (quota, cpus) in [(100_000, 1), (150_000, 2)] {
+        let container = scope.container().args(["grep", "-c", "^processor", "/proc/cpuinfo"]);
+        let limit = json!({ "quota": quota, "period": 100_000 });
+        let out = container.edit(|c| c["linux"]["resources"]["cpu"] = limit).run().ok();
+        assert_eq!(out.stdout, format!("{cpus}\n"), "quota {quota}");
+    }
+}
+
+#[test]
+fn annotations_give_the_microvms_size() {
+    microvm_only!();
+    let scope = Scope::new();
+    let script = "grep -c ^processor /proc/cpuinfo; grep MemTotal /proc/meminfo";
+    let container = scope
+        .container()
+        .annotation("dev.isopod.vcpus", "3")
+        .annotation("dev.isopod.memory_mib", "300")
+        .shell(script);
+    let out = container.run().ok();
+    let (cpus, memory) = out.stdout.split_once('\n').unwrap();
+    let memory: u64 = memory.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert_eq!(cpus, "3");
+    // The kernel keeps some for itself.
+    assert!((240 << 10..=300 << 10).contains(&memory), "{memory} KiB");
+}
+
+#[test]
+fn annotations_that_make_no_sense_are_refused() {
+    microvm_only!();
+    let scope = Scope::new();
+    for (name, value) in [
+        ("dev.isopod.vcpus", "0"),
+        ("dev.isopod.vcpus", "33"),
+        ("dev.isopod.vcpus", "two"),
+        ("dev.isopod.memory_mib", "1"),
+        ("dev.isopod.memory_mib", "-5"),
+    ] {
+        let container = scope.container().annotation(name, value);
+        container.run().one_line_error(&[name, value]);
+        scope.assert_nothing_left();
+    }
+}
+
+#[test]
+fn two_vcpus_run_at_the_same_time() {
+    microvm_only!();
+    if std::thread::available_parallelism().is_ok_and(|n| n.get() < 2) {
+        println!("skipped: this machine has one CPU");
+        return;
+    }
+    let scope = Scope::new();
+    let container = scope.container().annotation("dev.isopod.vcpus", "2").probe(&["parallel"]);
+    let seen = container.run_json();
+    println!("{seen}");
+    assert_eq!(seen["cpus"], json!(2));
+    assert_eq!(seen["ran_on"], json!([0, 1]));
+    assert_eq!(seen["parallel"], json!(true), "{seen}");
+}
+
+#[test]
+fn four_gib_of_memory_work_across_the_32_bit_hole() {
+    microvm_only!();
+    let scope = Scope::new();
+    let container = scope
+        .container()
+        .annotation("dev.isopod.memory_mib", "4096")
+        .annotation("dev.isopod.vcpus", "2")
+        .capabilities(&["CAP_SYS_ADMIN"])
+        .probe(&["hole"]);
+    let seen = container.run_json();
+    println!("{seen}");
+    let number = |name: &str| seen[name].as_u64().unwrap();
+    assert!(number("total_kib") > 3800 << 10, "{seen}");
+    assert!(number("pages_below_4g") >= 16384, "{seen}");
+    assert!(number("pages_above_4g") >= 16384, "{seen}");
+    // There is a hole below 4 GiB, so 4 GiB of memory end above them.
+    assert!(number("highest_address") > 4 << 30, "{seen}");
+    assert_eq!(number("wrong_marks"), 0, "{seen}");
+}

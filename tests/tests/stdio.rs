@@ -1,0 +1,135 @@
+//! Streams: everything arrives, in order, both ways at once, up to the last byte.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::io::{Read, Write, copy};
+
+use isopod_tests::pattern::{Pattern, compare};
+use isopod_tests::{Command, PROBE_PATH, Scope, microvm_only};
+
+const LEN: u64 = 64 << 20;
+
+/// Sends pattern 2 to the probe's `duplex` while it sends pattern 1.
+fn both_ways(command: Command<'_>) {
+    let mut job = command.stdin_piped().spawn();
+    let mut stdin = job.take_stdin();
+    let feeder = std::thread::spawn(move || copy(&mut Pattern::new(2, LEN), &mut stdin));
+    compare(Pattern::new(1, LEN), &mut job.stdout).unwrap();
+    assert_eq!(feeder.join().unwrap().unwrap(), LEN);
+    let out = job.output().ok();
+    assert_eq!(out.stderr, format!("wrote {LEN}, read {LEN} as sent\n"));
+}
+
+#[test]
+fn run_carries_64_mib_each_way_at_once() {
+    let scope = Scope::new();
+    let container = scope.container().probe(&["duplex", &LEN.to_string()]);
+    both_ways(container.command_with_bundle("run", &[]));
+}
+
+#[test]
+fn exec_carries_64_mib_each_way_at_once() {
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    both_ways(container.command("exec", &[]).args([PROBE_PATH, "duplex", &LEN.to_string()]));
+}
+
+#[test]
+fn the_last_line_before_exit_is_never_lost() {
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    for run in 0..200 {
+        let script = format!("echo first; echo error >&2; echo last of {run}; exit 3");
+        let out = container.exec(["sh", "-c", &script]);
+        assert_eq!(out.status, 3, "run {run}: {out}");
+        assert_eq!(out.stdout, format!("first\nlast of {run}\n"), "run {run}: {out}");
+        assert_eq!(out.stderr, "error\n", "run {run}: {out}");
+    }
+}
+
+#[test]
+fn a_mebibyte_written_just_before_exit_arrives() {
+    let scope = Scope::new();
+    let container = scope.container().shell("head -c 1048576 /dev/zero; echo end >&2");
+    let out = container.run().ok();
+    assert_eq!((out.stdout.len(), &*out.stderr), (1 << 20, "end\n"));
+}
+
+#[test]
+fn the_end_of_input_arrives_and_output_still_comes_back() {
+    let scope = Scope::new();
+    let container = scope.container().args(["sort"]);
+    let out = container.command_with_bundle("run", &[]).stdin("b\nc\na").output().ok();
+    assert_eq!(out.stdout, "a\nb\nc\n");
+}
+
+#[test]
+fn a_program_need_not_read_its_input() {
+    let scope = Scope::new();
+    let container = scope.container().args(["echo", "done"]);
+    let mut job = container.command_with_bundle("run", &[]).stdin_piped().spawn();
+    let mut stdin = job.take_stdin();
+    // Held open, and full: neither may keep the command from ending.
+    let _ = stdin.write(&[b'x'; 4096]);
+    assert_eq!(job.wait().status(), 0);
+    drop(stdin);
+    assert_eq!(job.output().stdout, "done\n");
+}
+
+#[test]
+fn input_and_output_take_turns() {
+    let scope = Scope::new();
+    let container = scope.container().shell("while read line; do echo got $line; done; echo end");
+    let mut job = container.command_with_bundle("run", &[]).stdin_piped().spawn();
+    let mut stdin = job.take_stdin();
+    for number in 0..20 {
+        writeln!(stdin, "{number}").unwrap();
+        assert_eq!(job.stdout.line().unwrap(), format!("got {number}"));
+    }
+    drop(stdin);
+    assert_eq!(job.output().stdout, "end\n");
+}
+
+#[test]
+fn a_descendant_that_holds_the_output_does_not_hold_up_the_end() {
+    // runc waits for all holders of the pipe.
+    microvm_only!();
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    // The descendant inherits standard output and keeps it.
+    let mut job =
+        container.command("exec", &[]).args(["sh", "-c", "sleep 1000 & echo now"]).spawn();
+    assert_eq!(job.stdout.line().unwrap(), "now");
+    assert_eq!(job.wait().status(), 0);
+}
+
+#[test]
+fn a_reader_that_goes_away_does_not_hang_the_program() {
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    let mut job = container.command("exec", &[]).args(["yes"]).spawn();
+    assert_eq!(job.stdout.line().unwrap(), "y");
+    job.close_stdout();
+    assert_ne!(job.wait().status(), 0);
+    assert!(!container.exec(["ps"]).ok().stdout.contains("yes"), "`yes` still runs");
+}
+
+#[test]
+fn streams_of_several_processes_do_not_mix() {
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    let script =
+        |mark: &str| format!("i=0; while [ $i -lt 2000 ]; do echo {mark}; i=$((i+1)); done");
+    let run = |mark| container.command("exec", &[]).args(["sh", "-c", &script(mark)]).spawn();
+    let mut jobs = [("a", run("a")), ("b", run("b")), ("c", run("c"))];
+    for (mark, job) in &mut jobs {
+        let mut text = String::new();
+        job.stdout.read_to_string(&mut text).unwrap();
+        assert_eq!(text, format!("{mark}\n").repeat(2000));
+        assert_eq!(job.wait().status(), 0);
+    }
+}

@@ -1,0 +1,112 @@
+//! Terminals: by a console socket as container engines use it, and the caller's own.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use isopod_tests::terminal::{ConsoleSocket, Terminal};
+use isopod_tests::{Container, PROBE_PATH, Scope};
+use serde_json::json;
+
+fn with_terminal<'a>(scope: &'a Scope, args: &[&str]) -> Container<'a> {
+    scope.container().args(args).edit(|c| c["process"]["terminal"] = json!(true))
+}
+
+/// Reads the answers of the probe's `window` to resizing.
+fn assert_follows_resizing(terminal: &mut Terminal) {
+    for (columns, rows) in [(100, 40), (33, 7)] {
+        terminal.screen.line_with("size ");
+        terminal.resize(columns, rows);
+        terminal.screen.line_with(&format!("size {columns}x{rows}"));
+        // The next round waits for a line again.
+        terminal.resize(columns + 1, rows);
+    }
+    terminal.keys("\n");
+    terminal.screen.line_with("bye");
+}
+
+#[test]
+fn create_sends_the_terminal_over_the_console_socket() {
+    let scope = Scope::new();
+    let console = ConsoleSocket::bind(scope.dir());
+    let container =
+        with_terminal(&scope, &["sh", "-c", "tty; stty size; read x; echo got $x; exit 5"]);
+    let created = container.detach("create", &["--console-socket", console.path()]);
+    let mut terminal = console.terminal();
+    terminal.resize(90, 30);
+    container.start().ok();
+    assert_eq!(terminal.screen.line_with("/dev/"), "/dev/pts/0");
+    assert_eq!(terminal.screen.line().unwrap(), "30 90");
+    terminal.keys("word\n");
+    terminal.screen.line_with("got word");
+    assert_eq!(created.wait().status(), 5);
+    container.delete().ok();
+}
+
+#[test]
+fn run_detached_follows_the_terminals_size() {
+    let scope = Scope::new();
+    let console = ConsoleSocket::bind(scope.dir());
+    let container = with_terminal(&scope, &[PROBE_PATH, "window"]);
+    let created = container.detach("run", &["--detach", "--console-socket", console.path()]);
+    let mut terminal = console.terminal();
+    assert_follows_resizing(&mut terminal);
+    assert_eq!(created.wait().status(), 0);
+    container.delete().ok();
+}
+
+#[test]
+fn exec_sends_its_terminal_over_the_console_socket() {
+    let scope = Scope::new();
+    let console = ConsoleSocket::bind(scope.dir());
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    let pid_file = scope.dir().join("exec.pid");
+    let pid_file = pid_file.to_str().unwrap();
+    let options = ["--tty", "--detach", "--console-socket", console.path(), "--pid-file", pid_file];
+    let mut job = container.command("exec", &options).args([PROBE_PATH, "window"]).spawn();
+    assert_eq!(job.wait().status(), 0, "{}", job.output());
+    let mut terminal = console.terminal();
+    assert_follows_resizing(&mut terminal);
+}
+
+#[test]
+fn run_on_the_callers_terminal_follows_its_size() {
+    let scope = Scope::new();
+    let container = with_terminal(&scope, &[PROBE_PATH, "window"]);
+    let (mut terminal, slave) = Terminal::open(81, 25);
+    let mut job = container.command_with_bundle("run", &[]).terminal(slave).spawn();
+    terminal.screen.line_with("size 81x25");
+    terminal.resize(80, 24);
+    assert_follows_resizing(&mut terminal);
+    assert_eq!(job.wait().status(), 0);
+}
+
+#[test]
+fn exec_on_the_callers_terminal_passes_control_keys() {
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    let (mut terminal, slave) = Terminal::open(80, 24);
+    let script = "trap 'echo interrupted; exit 9' INT; tty; while :; do read line; done";
+    let command = container.command("exec", &["--tty"]).args(["sh", "-c", script]);
+    let mut job = command.terminal(slave).spawn();
+    terminal.screen.line_with("/dev/pts/");
+    // Control-C is for the program inside, not for the command.
+    terminal.keys("\x03");
+    terminal.screen.line_with("interrupted");
+    assert_eq!(job.wait().status(), 9);
+}
+
+#[test]
+fn without_a_terminal_there_is_none() {
+    let scope = Scope::new();
+    let report = scope.container().probe(&["report"]).run_json();
+    assert_eq!(report["terminal"], json!(false));
+}
+
+#[test]
+fn a_detached_terminal_needs_a_console_socket() {
+    let scope = Scope::new();
+    let container = with_terminal(&scope, &["true"]);
+    let out = container.command_with_bundle("create", &[]).output();
+    out.one_line_error(&["console"]);
+    scope.assert_nothing_left();
+}

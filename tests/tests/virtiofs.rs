@@ -1,0 +1,239 @@
+//! The share between host and guest: what one writes the other sees, as a file system should.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
+use std::path::Path;
+use std::time::Instant;
+
+use isopod_tests::{Container, DEADLINE, PROBE_PATH, Scope, runtime};
+use serde_json::json;
+
+/// All that Docker gives by default, so that files can belong to anyone.
+const FILE_CAPABILITIES: [&str; 7] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_MKNOD",
+    "CAP_SETGID",
+    "CAP_SETUID",
+];
+
+fn container(scope: &Scope) -> Container<'_> {
+    scope.container().capabilities(&FILE_CAPABILITIES)
+}
+
+/// Mode, owner and group as `stat` shows them.
+fn seen(path: &Path) -> (u32, u32, u32) {
+    let found = fs::symlink_metadata(path).unwrap();
+    (found.mode() & 0o7777, found.uid(), found.gid())
+}
+
+#[test]
+fn what_is_written_inside_is_on_the_host_with_owner_and_mode() {
+    let scope = Scope::new();
+    let script = "umask 022; cd /root; echo text > plain; mkdir -m 2750 dir; ln -s plain link; mkfifo fifo; \
+                  echo x > owned; chmod 4711 owned; chown 1000:1001 dir; ln plain hard";
+    let container = container(&scope).shell(script);
+    container.run().ok();
+    let host = |name: &str| container.bundle.rootfs("/root").join(name);
+    assert_eq!(fs::read_to_string(host("plain")).unwrap(), "text\n");
+    assert_eq!(seen(&host("plain")), (0o644, 0, 0));
+    assert_eq!(seen(&host("dir")), (0o2750, 1000, 1001));
+    assert_eq!(seen(&host("owned")), (0o4711, 0, 0));
+    assert_eq!(fs::read_link(host("link")).unwrap(), Path::new("plain"));
+    assert!(fs::metadata(host("fifo")).unwrap().file_type().is_fifo());
+    assert_eq!(
+        fs::metadata(host("hard")).unwrap().ino(),
+        fs::metadata(host("plain")).unwrap().ino()
+    );
+}
+
+#[test]
+fn what_another_user_writes_belongs_to_that_user() {
+    let scope = Scope::new();
+    let container = scope.container().shell("umask 027; echo x > /home/file; mkdir /home/dir");
+    let container = container.edit(|c| {
+        c["process"]["user"] = json!({ "uid": 1000, "gid": 1001, "additionalGids": [1002] });
+    });
+    chown(container.bundle.rootfs("/home"), Some(1000), Some(1001)).unwrap();
+    container.run().ok();
+    assert_eq!(seen(&container.bundle.rootfs("/home/file")), (0o640, 1000, 1001));
+    assert_eq!(seen(&container.bundle.rootfs("/home/dir")), (0o750, 1000, 1001));
+}
+
+#[test]
+fn a_user_may_not_do_what_the_mode_forbids() {
+    let scope = Scope::new();
+    let paths = ["/etc/secret", "/etc/group-only", "/etc/passwd"];
+    let container = scope.container().probe(&[&["open", "rw"], &paths[..]].concat()).edit(|c| {
+        c["process"]["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [1002] });
+    });
+    for (path, mode, group) in [("/etc/secret", 0o600, 0), ("/etc/group-only", 0o660, 1002)] {
+        let path = container.bundle.rootfs(path);
+        fs::write(&path, "x").unwrap();
+        chown(&path, Some(0), Some(group)).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+    }
+    let opened = container.run_json();
+    let should_be =
+        json!({ "/etc/secret": "EACCES", "/etc/group-only": "ok", "/etc/passwd": "EACCES" });
+    assert_eq!(opened, should_be);
+}
+
+#[test]
+fn what_the_host_has_is_seen_inside_with_owner_and_mode() {
+    let scope = Scope::new();
+    let stat = "stat -c '%n %a %u %g %s %F' /home/*; cat /home/b; readlink /home/d";
+    let container = container(&scope).shell(stat);
+    let host = |name: &str| container.bundle.rootfs("/home").join(name);
+    fs::create_dir(host("a")).unwrap();
+    fs::write(host("b"), "hello\n").unwrap();
+    fs::write(host("c"), "").unwrap();
+    symlink("b", host("d")).unwrap();
+    for (name, mode, uid, gid) in [("a", 0o1770, 5, 6), ("b", 0o604, 70000, 7), ("c", 0o6755, 0, 8)]
+    {
+        chown(host(name), Some(uid), Some(gid)).unwrap();
+        fs::set_permissions(host(name), Permissions::from_mode(mode)).unwrap();
+    }
+    let out = container.run().ok();
+    let lines: Vec<&str> = out.stdout.lines().collect();
+    assert!(lines[0].starts_with("/home/a 1770 5 6 ") && lines[0].ends_with(" directory"), "{out}");
+    assert_eq!(lines[1], "/home/b 604 70000 7 6 regular file");
+    assert_eq!(lines[2], "/home/c 6755 0 8 0 regular empty file");
+    assert!(lines[3].starts_with("/home/d 777 0 0 1 symbolic link"), "{out}");
+    assert_eq!(lines[4..], ["hello", "b"]);
+}
+
+#[test]
+fn what_the_host_changes_meanwhile_is_seen_inside() {
+    let scope = Scope::new();
+    let container = container(&scope).args(["sleep", "1000"]);
+    let _created = container.start_new();
+    let host = |name: &str| container.bundle.rootfs("/home").join(name);
+    let inside = |script: &str| container.exec(["sh", "-c", script]).ok().stdout;
+    for round in 0..5 {
+        // A name that was looked up in vain, then made; a file that was read, then replaced.
+        inside(&format!("test ! -e /home/new-{round}"));
+        fs::write(host(&format!("new-{round}")), format!("{round}")).unwrap();
+        let shown =
+            bounded(|| container.exec(["test", "-e", &format!("/home/new-{round}")]).status == 0);
+        assert!(shown, "a new file on the host never shows up inside");
+        assert_eq!(inside(&format!("cat /home/new-{round}")), format!("{round}"));
+    }
+    fs::remove_file(host("new-0")).unwrap();
+    let gone = bounded(|| container.exec(["test", "-e", "/home/new-0"]).status != 0);
+    assert!(gone, "a file that was removed on the host never goes away inside");
+}
+
+/// The guest may trust what it cached for a second, and nothing tells when that is over.
+fn bounded(mut holds: impl FnMut() -> bool) -> bool {
+    let until = Instant::now() + DEADLINE;
+    while Instant::now() < until {
+        if holds() {
+            return true;
+        }
+    }
+    false
+}
+
+#[test]
+fn what_is_written_inside_is_on_the_host_at_once() {
+    let scope = Scope::new();
+    let container = container(&scope).args(["sleep", "1000"]);
+    let _created = container.start_new();
+    for round in 0..5 {
+        container
+            .exec(["sh", "-c", &format!("echo {round} >> /home/log; echo {round} > /home/n")])
+            .ok();
+        let text = |name: &str| fs::read_to_string(container.bundle.rootfs(name)).unwrap();
+        assert_eq!(text("/home/log").lines().count(), round + 1);
+        assert_eq!(text("/home/n"), format!("{round}\n"));
+    }
+}
+
+/// An attribute that this machine's file systems take: tmpfs has those of users only since Linux 6.6.
+fn attribute(scope: &Scope) -> &'static str {
+    let probe = runtime().probe.to_str().unwrap();
+    let dir = scope.dir().join("xattr");
+    fs::create_dir(&dir).unwrap();
+    let out = scope.program(&[probe, "xattr", dir.to_str().unwrap(), "user.isopod"]).output().ok();
+    if out.stdout == "\"ok\"\n" { "user.isopod" } else { "trusted.isopod" }
+}
+
+/// Runs the probe's expectations in `dir` and fails with those that do not hold.
+#[track_caller]
+fn assert_posix(scope: &Scope, container: Container<'_>, dir: &str) {
+    let name = attribute(scope);
+    let capabilities = [&FILE_CAPABILITIES[..], &["CAP_SYS_ADMIN"]].concat();
+    let container = container.capabilities(&capabilities).probe(&["posix", dir, name]);
+    let outcome = container.run_json();
+    let all = outcome.as_object().unwrap();
+    let broken: Vec<_> = all.iter().filter(|(_, outcome)| **outcome != json!("ok")).collect();
+    assert!(broken.is_empty() && all.len() == 23, "{broken:#?}");
+}
+
+#[test]
+fn the_root_file_system_is_posix() {
+    let scope = Scope::new();
+    let container = scope.container();
+    assert_posix(&scope, container, "/home");
+    // What the probe's mapping wrote and its links, as the host sees them.
+    let made = scope.dir().join("bundle-1/rootfs/home");
+    let mapped = fs::read(made.join("mmap/file")).unwrap();
+    assert_eq!((mapped.len(), mapped[5000], mapped[6000]), (8192, b'm', b'w'));
+    assert_eq!(fs::read(made.join("append/log")).unwrap().len(), 64_000);
+    let sparse = fs::metadata(made.join("sparse/file")).unwrap();
+    assert!(sparse.len() > 1 << 30 && sparse.blocks() * 512 < 1 << 20);
+    assert!(made.join("long-names").join("n".repeat(255)).exists());
+}
+
+#[test]
+fn a_bind_mount_is_posix() {
+    let scope = Scope::new();
+    let dir = scope.dir().join("data");
+    fs::create_dir(&dir).unwrap();
+    let container = scope.container().mount("/data", "bind", dir.to_str().unwrap(), &["rbind"]);
+    assert_posix(&scope, container, "/data");
+    let owned = seen(&dir.join("mode-and-owner/file"));
+    assert_eq!(owned, (0o750, 1000, 1001));
+}
+
+#[test]
+fn links_and_dots_that_lead_outside_do_not() {
+    let scope = Scope::new();
+    let secret = scope.dir().join("secret");
+    fs::create_dir(&secret).unwrap();
+    fs::write(secret.join("file"), "secret").unwrap();
+    let absolute = secret.join("file");
+    let dots = format!("{}{}", "../".repeat(40), absolute.display());
+    let container = container(&scope);
+    for (name, target) in [("absolute", absolute.to_str().unwrap()), ("dots", &*dots)] {
+        symlink(target, container.bundle.rootfs("/home").join(name)).unwrap();
+    }
+    symlink(&secret, container.bundle.rootfs("/home/dir")).unwrap();
+    let paths =
+        ["/home/absolute", "/home/dots", "/home/dir/file", &*dots, absolute.to_str().unwrap()];
+    let container = container.args([&[PROBE_PATH, "files"], &paths[..]].concat());
+    for (path, outcome) in container.run_json().as_object().unwrap() {
+        assert_eq!(outcome["error"], json!("ENOENT"), "{path}");
+    }
+    let container =
+        container.shell("echo x > /home/absolute; echo x > /home/dir/new; ls -a /.. /../..");
+    let out = container.run();
+    assert!(!out.stdout.contains("bundle") && !out.stdout.contains("state"), "{out}");
+    assert_eq!(fs::read_to_string(&absolute).unwrap(), "secret");
+    assert!(!secret.join("new").exists());
+}
+
+/// The guest sees the containers' directories and nothing beside them.
+#[test]
+fn neither_the_bundle_nor_the_state_directory_can_be_reached() {
+    let scope = Scope::new();
+    let container = container(&scope);
+    fs::write(container.bundle.dir.join("beside-the-rootfs"), "secret").unwrap();
+    let out =
+        container.shell("find / -xdev -name beside-the-rootfs; find / -name config.json").run();
+    assert_eq!(out.stdout, "", "{out}");
+}
