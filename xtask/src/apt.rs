@@ -1,0 +1,232 @@
+//! Debian packages: those that have to be installed, and those that are only unpacked into the
+//! cache. The machine's apt configuration is used as it is and never changed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::process::{capture, command, run_logged};
+use crate::progress::{say, step};
+use crate::{cache, repository};
+
+/// A Debian package and what it is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Need {
+    /// Name of the package.
+    pub(crate) package: &'static str,
+    /// What for, in two or three words.
+    pub(crate) purpose: &'static str,
+}
+
+/// Installs those of `needs` that are missing, all in one go, and says which and what for.
+///
+/// # Errors
+///
+/// Not root while something is missing, or apt's own errors.
+pub(crate) fn ensure(needs: impl IntoIterator<Item = Need>) -> Result<()> {
+    let needs: Vec<Need> = needs.into_iter().collect();
+    let installed = installed(&needs)?;
+    let mut missing: Vec<Need> = needs
+        .into_iter()
+        .filter(|need| !installed.iter().any(|have| have == need.package))
+        .collect();
+    missing.sort_by_key(|need| need.package);
+    missing.dedup_by_key(|need| need.package);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    if !nix::unistd::geteuid().is_root() {
+        bail!(
+            "Debian packages are missing; install them as root: apt-get install {}",
+            names.join(" ")
+        );
+    }
+    say("Debian packages that are missing and will be installed:");
+    for need in &missing {
+        say(format!("    {:<20} {}", need.package, need.purpose));
+    }
+    step(&format!("install {} Debian packages", names.len()), || install(&names))
+}
+
+/// Which of `needs` the machine has.
+fn installed(needs: &[Need]) -> Result<Vec<String>> {
+    // It exits with 1 when it knows nothing of a package, which is an answer too.
+    let output = Command::new("dpkg-query")
+        .args(["--show", "--showformat", "${db:Status-Status} ${Package}\n"])
+        .args(needs.iter().map(|need| need.package))
+        .output()
+        .context("cannot run dpkg-query; these commands need a Debian machine")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().filter_map(|line| line.strip_prefix("installed ")).map(str::to_owned).collect())
+}
+
+fn install(names: &[&str]) -> Result<()> {
+    let plan = match simulate(names) {
+        Ok(plan) => plan,
+        Err(_) => {
+            // Lists that were never fetched, or that name versions gone by now.
+            update(&[])?;
+            simulate(names)?
+        }
+    };
+    for removed in plan.lines().filter_map(|line| line.strip_prefix("Remv ")) {
+        say(format!("    apt will remove a package that is in conflict: {removed}"));
+    }
+    if run_install(names).is_err() {
+        update(&[])?;
+        run_install(names)?;
+    }
+    Ok(())
+}
+
+fn simulate(names: &[&str]) -> Result<String> {
+    let mut apt = apt_get(&[]);
+    capture(apt.args(["--simulate", "--no-install-recommends", "install"]).args(names))
+}
+
+fn run_install(names: &[&str]) -> Result<()> {
+    let mut apt = apt_get(&[]);
+    apt.args(["--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", "install"]);
+    run_logged(apt.args(names), &repository::target().join("apt.log"))
+}
+
+fn update(options: &[String]) -> Result<()> {
+    say("    fetching apt's package lists");
+    run_logged(apt_get(options).arg("update"), &repository::target().join("apt.log"))
+}
+
+fn apt_get(options: &[String]) -> Command {
+    let mut apt = command("apt-get");
+    apt.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+    // Its unprivileged downloader could not write below root's home.
+    apt.args(["--quiet", "-o", "APT::Sandbox::User=root"]).args(options);
+    apt
+}
+
+/// A version of a package that can be downloaded.
+#[derive(Debug, Clone)]
+pub(crate) struct Offer {
+    /// Name of the package.
+    pub(crate) package: String,
+    /// Its full Debian version.
+    pub(crate) version: String,
+    /// Options by which apt finds it; empty with the machine's own configuration.
+    options: Vec<String>,
+}
+
+/// The newest version of `package` that begins with `prefix`, from the machine's own package
+/// sources or, when those have none, from the backports of the same archive.
+///
+/// # Errors
+///
+/// No such version anywhere, or apt's own errors.
+pub(crate) fn find(package: &str, prefix: &str) -> Result<Offer> {
+    let search = |options: &[String]| -> Result<Option<Offer>> {
+        let mut madison = command("apt-cache");
+        let list = capture(madison.args(options).args(["madison", package]))?;
+        // Newest first: `package | version | source`.
+        let versions = list.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim);
+        let version = versions.into_iter().find(|version| version.starts_with(prefix));
+        Ok(version.map(|version| Offer {
+            package: package.to_owned(),
+            version: version.to_owned(),
+            options: options.to_vec(),
+        }))
+    };
+    if let Some(offer) = search(&[])? {
+        return Ok(offer);
+    }
+    update(&[])?;
+    if let Some(offer) = search(&[])? {
+        return Ok(offer);
+    }
+    say(format!(
+        "    {package} {prefix}* is not in this machine's package sources; trying backports"
+    ));
+    let backports = backports()?;
+    update(&backports)?;
+    match search(&backports)? {
+        Some(offer) => Ok(offer),
+        None => {
+            bail!("no Debian package {package} {prefix}* in the package sources or in backports")
+        }
+    }
+}
+
+impl Offer {
+    /// Downloads the package into the folder `dir` and returns where it is.
+    pub(crate) fn download(&self, dir: &Path) -> Result<PathBuf> {
+        let mut apt = apt_get(&self.options);
+        apt.current_dir(dir).arg("download").arg(format!("{}={}", self.package, self.version));
+        capture(&mut apt)?;
+        let found = fs::read_dir(dir)
+            .with_context(|| format!("cannot list {}", dir.display()))?
+            .filter_map(Result::ok)
+            .map(|entry| entry.path())
+            .find(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.starts_with(&format!("{}_", self.package)) && name.ends_with(".deb")
+            });
+        found.with_context(|| format!("apt-get download left no {}_*.deb", self.package))
+    }
+
+    /// Downloads the package and unpacks its files below `dir`; nothing is installed.
+    pub(crate) fn unpack(&self, dir: &Path) -> Result<()> {
+        let archive = self.download(dir)?;
+        capture(command("dpkg-deb").arg("--extract").arg(&archive).arg(dir))?;
+        fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))
+    }
+
+    /// Names of the packages that this one depends on, without versions and alternatives.
+    pub(crate) fn depends(&self) -> Result<Vec<String>> {
+        let mut show = command("apt-cache");
+        show.args(&self.options).arg("show").arg(format!("{}={}", self.package, self.version));
+        let record = capture(&mut show)?;
+        let depends = record.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or("");
+        let first_word = |one: &str| one.split_whitespace().next().map(str::to_owned);
+        Ok(depends.split(',').filter_map(first_word).collect())
+    }
+}
+
+/// A private apt configuration, in the cache, that knows the backports of the archive that the
+/// machine itself uses, as options for apt.
+fn backports() -> Result<Vec<String>> {
+    let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
+    let codename = release
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .context("/etc/os-release names no VERSION_CODENAME; these commands need a Debian release")?
+        .trim_matches('"');
+    let format = "$(ORIGIN)|$(CODENAME)|$(COMPONENT)|$(REPO_URI)";
+    let targets = capture(command("apt-get").args([
+        "indextargets",
+        "--format",
+        format,
+        "Created-By: Packages",
+    ]))?;
+    let wanted = format!("Debian|{codename}|main|");
+    let archive = targets
+        .lines()
+        .find_map(|line| line.strip_prefix(&wanted))
+        .with_context(|| format!("apt has no package source for Debian {codename} main"))?;
+
+    let dir = cache::root()?.join("apt");
+    let lists = dir.join("lists");
+    fs::create_dir_all(&lists).with_context(|| format!("cannot create {}", lists.display()))?;
+    let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
+    let signed_by =
+        if Path::new(keys).exists() { format!("[signed-by={keys}] ") } else { String::new() };
+    let list = dir.join("sources.list");
+    fs::write(&list, format!("deb {signed_by}{archive} {codename}-backports main\n"))
+        .with_context(|| format!("cannot write {}", list.display()))?;
+    let settings = [
+        format!("Dir::Etc::SourceList={}", list.display()),
+        "Dir::Etc::SourceParts=/dev/null".to_owned(),
+        format!("Dir::State::Lists={}", lists.display()),
+        format!("Dir::Cache={}", dir.join("cache").display()),
+    ];
+    Ok(settings.into_iter().flat_map(|setting| ["-o".to_owned(), setting]).collect())
+}

@@ -1,0 +1,71 @@
+//! `cargo xtask bench`: the figures, in the lab's counting mode.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result, bail};
+use lexopt::prelude::*;
+
+use crate::lab::{self, Ended, Input, Options, Run, Show};
+use crate::place::Place;
+use crate::progress::step;
+use crate::{apt, build, bundle, repository};
+
+const HELP: &str = "\
+Usage: cargo xtask bench boot [--runs N] [--json FILE]
+
+  --runs N      runs of each measurement, the median counts [3]
+  --json FILE   also write the figures to FILE";
+
+/// Runs a benchmark and returns its exit status.
+pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
+    let mut benchmark: Option<String> = None;
+    let mut json: Option<PathBuf> = None;
+    let mut runs: u32 = 3;
+    while let Some(arg) = args.next()? {
+        match arg {
+            Long("help") | Short('h') => {
+                println!("{HELP}");
+                return Ok(0);
+            }
+            Long("json") => json = Some(args.value()?.into()),
+            Long("runs") => runs = args.value()?.parse()?,
+            Value(word) if benchmark.is_none() => benchmark = Some(word.string()?),
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    if benchmark.as_deref() != Some("boot") {
+        bail!("which benchmark?\n{HELP}");
+    }
+    apt::ensure(build::needs().chain(lab::NEEDS))?;
+    let product = build::build()?;
+    let compiled = step("compile the benchmarks", || build::compile(&["isopod-bench"]))?;
+    build::place(&compiled.join("isopod-bench"), &product.join("isopod-bench"))?;
+    let place = Place::open(&Options { count: true, ..Options::default() })?;
+    let programs = place.bring(&product)?;
+    let bundle = place.bring(&bundle::make("true", &["/bin/true".to_owned()])?)?;
+    let figures = repository::target().join("figures.json");
+    let argv = [
+        programs.join("isopod-bench").display().to_string(),
+        "boot".to_owned(),
+        "--programs".to_owned(),
+        programs.display().to_string(),
+        "--bundle".to_owned(),
+        bundle.display().to_string(),
+        "--runs".to_owned(),
+        runs.to_string(),
+        "--json".to_owned(),
+        figures.display().to_string(),
+    ];
+    let run = Run::here(argv.to_vec())?;
+    let ended = step("measure the boot", || place.run(&run, Input::Nothing, &mut Show::Through))?;
+    if let Ended::Refused(why) = &ended {
+        bail!("{why}");
+    }
+    if let Some(file) = json
+        && ended.status() == 0
+    {
+        fs::copy(&figures, &file).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    Ok(ended.status())
+}

@@ -1,0 +1,106 @@
+//! The product: static binaries, guest kernel and guest image, together in one folder.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use crate::apt::{self, Need};
+use crate::progress::{say, seconds, step};
+use crate::{image, kernel, process, repository};
+
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// What compiling the binaries needs from Debian.
+const NEEDS: [Need; 1] = [Need { package: "libc6-dev", purpose: "static binaries" }];
+
+/// Everything that a build needs from Debian.
+pub(crate) fn needs() -> impl Iterator<Item = Need> {
+    kernel::NEEDS.into_iter().chain(NEEDS)
+}
+
+/// A command that takes no options, builds something and says where it is.
+pub(crate) fn main(mut args: lexopt::Parser, build: fn() -> Result<PathBuf>) -> Result<i32> {
+    if let Some(arg) = args.next()? {
+        return Err(arg.unexpected().into());
+    }
+    println!("{}", build()?.display());
+    Ok(0)
+}
+
+/// Builds all five files of the product and returns their folder.
+pub(crate) fn build() -> Result<PathBuf> {
+    let began = std::time::Instant::now();
+    apt::ensure(needs())?;
+    kernel()?;
+    let binaries = binaries(&["isopod-agent", "isopod-vmm", "isopod-shim"])?;
+    let product = folder()?;
+    for name in ["isopod", "isopod-vmm"] {
+        place(&binaries.join(name), &product.join(name))?;
+    }
+    place_image(&binaries)?;
+    say(format!("built {} in {}", product.display(), seconds(began)));
+    Ok(product)
+}
+
+/// Builds the guest kernel and returns its image.
+pub(crate) fn kernel() -> Result<PathBuf> {
+    apt::ensure(needs())?;
+    let vmlinux = folder()?.join("vmlinux");
+    place(&kernel::vmlinux()?, &vmlinux)?;
+    Ok(vmlinux)
+}
+
+/// Builds the guest image with the agent in it and returns it.
+pub(crate) fn image() -> Result<PathBuf> {
+    apt::ensure(NEEDS)?;
+    place_image(&binaries(&["isopod-agent"])?)
+}
+
+fn binaries(packages: &[&str]) -> Result<PathBuf> {
+    step(&format!("compile {}", packages.join(", ")), || compile(packages))
+}
+
+fn place_image(binaries: &Path) -> Result<PathBuf> {
+    let product = folder()?;
+    let agent = product.join("isopod-agent");
+    place(&binaries.join("isopod-agent"), &agent)?;
+    let image = product.join("isopod.initramfs");
+    image::build(&agent, &image)?;
+    Ok(image)
+}
+
+fn folder() -> Result<PathBuf> {
+    let product = repository::product();
+    fs::create_dir_all(&product).with_context(|| format!("cannot create {}", product.display()))?;
+    Ok(product)
+}
+
+/// Compiles the static release binaries of `packages` and returns their folder.
+pub(crate) fn compile(packages: &[&str]) -> Result<PathBuf> {
+    // Apart from cargo's other builds, which have other flags.
+    let target = repository::target().join("static");
+    let mut cargo = cargo();
+    cargo.args(["build", "--release", "--target", TARGET, "--target-dir"]).arg(&target);
+    cargo.args(packages.iter().flat_map(|package| ["--package", package]));
+    cargo.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-C target-feature=+crt-static");
+    process::run_logged(&mut cargo, &repository::target().join("compile.log"))?;
+    Ok(target.join(TARGET).join("release"))
+}
+
+/// Cargo, at the root of the checkout.
+pub(crate) fn cargo() -> Command {
+    let mut cargo = process::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(repository::root());
+    cargo
+}
+
+/// Copies a file such that `to` is at any time the old one or the new one.
+pub(crate) fn place(from: &Path, to: &Path) -> Result<()> {
+    let name = to.file_name().unwrap_or_default().to_string_lossy();
+    let new = to.with_file_name(format!(".{name}.new"));
+    fs::copy(from, &new)
+        .and_then(|_| fs::rename(&new, to))
+        .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
+}

@@ -1,0 +1,121 @@
+//! Results that are costly to make, kept outside the checkout and found again by their content.
+//!
+//! An entry is a directory `<cache>/<kind>/<key>`, complete or absent: it is made under another name
+//! and renamed. One maker at a time works on a key; others wait for it and then use its result.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest as _, Sha256};
+
+use crate::progress::step;
+
+/// `$XDG_CACHE_HOME/isopod`, or `~/.cache/isopod`.
+pub(crate) fn root() -> Result<PathBuf> {
+    let absolute =
+        |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    if let Some(cache) = absolute("XDG_CACHE_HOME") {
+        return Ok(cache.join("isopod"));
+    }
+    match absolute("HOME") {
+        Some(home) => Ok(home.join(".cache/isopod")),
+        None => bail!("neither XDG_CACHE_HOME nor HOME says where the cache is; set one of them"),
+    }
+}
+
+/// A key over everything that decides what an entry contains: each part with its name.
+pub(crate) fn key<'a>(parts: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> String {
+    let mut hash = Sha256::new();
+    for (name, content) in parts {
+        // With lengths, so that no two lists of parts read the same.
+        hash.update((name.len() as u64).to_le_bytes());
+        hash.update(name);
+        hash.update((content.len() as u64).to_le_bytes());
+        hash.update(content);
+    }
+    hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The directory of entry `key` of `kind`; `make` fills it when it is not there yet.
+///
+/// # Errors
+///
+/// Those of `make`, after which nothing of the entry is left, and of the file system.
+pub(crate) fn entry(
+    kind: &str,
+    key: &str,
+    make: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
+    let shelf = root()?.join(kind);
+    let path = shelf.join(key);
+    if path.is_dir() {
+        return Ok(path);
+    }
+    fs::create_dir_all(&shelf).with_context(|| format!("cannot create {}", shelf.display()))?;
+    let _lock = lock(&shelf.join(format!(".{key}.lock")))?;
+    if path.is_dir() {
+        return Ok(path);
+    }
+    // Whatever has this name was left by a maker that died: the lock is ours.
+    let unfinished = shelf.join(format!(".{key}.unfinished"));
+    remove(&unfinished)?;
+    fs::create_dir(&unfinished)
+        .with_context(|| format!("cannot create {}", unfinished.display()))?;
+    let made = make(&unfinished).and_then(|()| {
+        fs::rename(&unfinished, &path).with_context(|| {
+            format!("cannot rename {} to {}", unfinished.display(), path.display())
+        })
+    });
+    if made.is_err() {
+        remove(&unfinished)?;
+    }
+    made.map(|()| path)
+}
+
+/// Takes the exclusive lock that `path` stands for, after the process that has it.
+pub(crate) fn lock(path: &Path) -> Result<Flock<File>> {
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .with_context(|| format!("cannot open the lock {}", path.display()))?;
+    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(held) => return Ok(held),
+        Err((file, nix::errno::Errno::EWOULDBLOCK)) => file,
+        Err((_, error)) => {
+            return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+        }
+    };
+    step(&format!("wait for another process that holds {}", path.display()), || {
+        Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, error)| error)
+            .with_context(|| format!("cannot lock {}", path.display()))
+    })
+}
+
+/// Removes a directory with all in it, if it is there.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::key;
+
+    #[test]
+    fn key_depends_on_the_borders_of_parts() {
+        let one = key([("a", b"bc".as_slice())]);
+        assert_eq!(one.len(), 32);
+        assert_ne!(one, key([("ab", b"c".as_slice())]));
+        assert_ne!(one, key([("a", b"b".as_slice()), ("", b"c".as_slice())]));
+        assert_eq!(one, key([("a", b"bc".as_slice())]));
+    }
+}

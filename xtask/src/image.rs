@@ -1,0 +1,20 @@
+//! The guest image.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::progress::{say, step};
+
+/// Builds the guest image `image` with the program file `agent` as its `/init`.
+///
+/// # Errors
+///
+/// An agent that the guest could not start, or an image that cannot be written.
+pub(crate) fn build(agent: &Path, image: &Path) -> Result<()> {
+    step("build the guest image", || {
+        let size = isopod_rootfs_builder::build(agent, image)?;
+        say(format!("    {} has {} KiB", image.display(), size / 1024));
+        Ok(())
+    })
+}

@@ -1,0 +1,77 @@
+//! The guest kernel: from Debian's kernel source and the options in `guest-kernel/config`.
+
+mod compile;
+mod elf;
+mod options;
+mod source;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::apt::Need;
+use crate::progress::{say, step};
+use crate::{cache, repository};
+
+use options::Options;
+use source::Pin;
+
+/// What has to be installed to build a kernel.
+pub(crate) const NEEDS: [Need; 8] = [
+    Need { package: "bc", purpose: "guest kernel build" },
+    Need { package: "binutils", purpose: "guest kernel build" },
+    Need { package: "bison", purpose: "guest kernel build" },
+    Need { package: "flex", purpose: "guest kernel build" },
+    Need { package: "gcc", purpose: "compiler and linker" },
+    Need { package: "libelf-dev", purpose: "guest kernel build" },
+    Need { package: "make", purpose: "guest kernel build" },
+    Need { package: "xz-utils", purpose: "unpacking the kernel" },
+];
+
+/// The guest kernel's image, from the cache or else built, which takes minutes.
+///
+/// # Errors
+///
+/// A source package that cannot be had, an option that the kernel does not take, or a failed build.
+pub(crate) fn vmlinux() -> Result<PathBuf> {
+    let folder = repository::root().join("guest-kernel");
+    let pin = Pin::read(&folder.join("version"))?;
+    let options = Options::read(&folder.join("config"))?;
+    let key = cache::key([
+        ("source", pin.to_string().as_bytes()),
+        ("options", options.text().as_bytes()),
+        ("recipe", compile::recipe()?.as_bytes()),
+    ]);
+    let entry = cache::entry("kernel", &key, |dir| build(&pin, &options, dir))?;
+    let version = entry.join("version");
+    let built = fs::read_to_string(&version)
+        .with_context(|| format!("cannot read {}", version.display()))?;
+    if built != pin.version {
+        say(format!("guest kernel is {built}: Debian no longer has {}", pin.version));
+    }
+    Ok(entry.join("vmlinux"))
+}
+
+/// Puts the image `vmlinux`, the configuration `config` that it was built with and the `version` of
+/// its source into `dir`.
+fn build(pin: &Pin, options: &Options, dir: &Path) -> Result<()> {
+    let work = dir.join("work");
+    let tree = work.join("source");
+    fs::create_dir_all(&tree).with_context(|| format!("cannot create {}", tree.display()))?;
+    let offer = source::offer(pin)?;
+    let package =
+        step(&format!("download {} {}", offer.package, offer.version), || offer.download(&work))?;
+    step("unpack the guest kernel's source", || source::unpack(&package, &offer.package, &tree))?;
+    let image = compile::compile(&tree, &work, options, &offer.version)?;
+    let vmlinux = dir.join("vmlinux");
+    compile::strip(&image, &vmlinux)?;
+    elf::check(&vmlinux)?;
+    let config = dir.join("config");
+    fs::copy(work.join(compile::CONFIG), &config)
+        .with_context(|| format!("cannot write {}", config.display()))?;
+    let version = dir.join("version");
+    fs::write(&version, &offer.version)
+        .with_context(|| format!("cannot write {}", version.display()))?;
+    fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))
+}

@@ -1,0 +1,144 @@
+//! Where the guest kernel's source comes from.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::apt::{self, Offer};
+use crate::process::command;
+use crate::progress::say;
+
+/// Much of the source that no kernel for this processor is built from.
+const UNUSED: [&str; 5] = [
+    "*/Documentation/*/*",
+    "*/arch/*/boot/dts/*",
+    "*/drivers/gpu/drm/amd/include/*",
+    "*/tools/perf/*",
+    "*/tools/testing/*",
+];
+
+/// The source package and the version of it that `guest-kernel/version` names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Pin {
+    /// Name of the Debian package.
+    pub(super) package: String,
+    /// Its full Debian version.
+    pub(super) version: String,
+}
+
+impl Pin {
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let text =
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Self::parse(&text).with_context(|| {
+            format!("{} has to have one line: a Debian package and its version", path.display())
+        })
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut lines =
+            text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
+        let mut words = lines.next()?.split_whitespace();
+        let pin = Self { package: words.next()?.to_owned(), version: words.next()?.to_owned() };
+        (words.next().is_none() && lines.next().is_none() && pin.series().is_some()).then_some(pin)
+    }
+
+    /// What the versions of the same stable kernel begin with: `6.12.` for `6.12.117-1`.
+    fn series(&self) -> Option<&str> {
+        let (second_dot, _) = self.version.match_indices('.').nth(1)?;
+        self.version.get(..=second_dot)
+    }
+}
+
+impl fmt::Display for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.package, self.version)
+    }
+}
+
+/// The pinned version if the archive has it, else the newest of the same series.
+pub(super) fn offer(pin: &Pin) -> Result<Offer> {
+    // Archives keep only the newest version of a package; why the exact one cannot be had is
+    // reported only if no other can be had either.
+    if let Ok(offer) = apt::find(&pin.package, &pin.version) {
+        return Ok(offer);
+    }
+    let offer = apt::find(&pin.package, pin.series().unwrap_or(&pin.version))?;
+    say(format!("    {pin} is not to be had; taking {} of the same series", offer.version));
+    Ok(offer)
+}
+
+/// Unpacks the kernel source that the package file `deb` contains into the folder `tree`.
+pub(super) fn unpack(deb: &Path, package: &str, tree: &Path) -> Result<()> {
+    let mut files = Stage::first(command("dpkg-deb").arg("--fsys-tarfile").arg(deb))?;
+    let mut archive = Stage::after(
+        &mut files,
+        command("tar")
+            .args(["--extract", "--to-stdout"])
+            .arg(format!("./usr/src/{package}.tar.xz")),
+    )?;
+    let mut tar = command("tar");
+    tar.args(["--extract", "--xz", "--strip-components=1", "--no-same-owner"]);
+    tar.args(UNUSED.map(|pattern| format!("--exclude={pattern}")));
+    tar.arg("--directory").arg(tree).env("XZ_OPT", "-T0");
+    let last = Stage::after(&mut archive, &mut tar)?;
+    // The last one first: it ends only when the others have, or when it has failed.
+    last.finish().and(archive.finish()).and(files.finish())
+}
+
+/// One process of a pipeline.
+struct Stage {
+    program: String,
+    child: Child,
+    output: Option<ChildStdout>,
+}
+
+impl Stage {
+    fn first(command: &mut Command) -> Result<Self> {
+        Self::start(command.stdin(Stdio::null()))
+    }
+
+    fn after(previous: &mut Self, command: &mut Command) -> Result<Self> {
+        let input = previous.output.take().map_or_else(Stdio::null, Stdio::from);
+        Self::start(command.stdin(input))
+    }
+
+    fn start(command: &mut Command) -> Result<Self> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let mut child = command
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot run {program}"))?;
+        let output = child.stdout.take();
+        Ok(Self { program, child, output })
+    }
+
+    fn finish(mut self) -> Result<()> {
+        // So that a process whose output nobody reads any more does not block.
+        drop(self.output.take());
+        let status =
+            self.child.wait().with_context(|| format!("cannot wait for {}", self.program))?;
+        if !status.success() {
+            bail!("{} failed ({status}) while unpacking the kernel's source", self.program);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pin_is_one_line() {
+        let pin = Pin::parse("# comment\n\nlinux-source-6.12  6.12.117-1~deb12u1\n").unwrap();
+        assert_eq!(pin.to_string(), "linux-source-6.12 6.12.117-1~deb12u1");
+        assert_eq!(pin.series(), Some("6.12."));
+        for wrong in ["", "linux-source-6.12", "a 6.12", "a 6.12.1 b", "a 6.12.1\nb 6.12.2\n"] {
+            assert_eq!(Pin::parse(wrong), None, "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! A lab that stays: `lab up` leaves a process that holds it until `lab down`.
+
+use std::fs::{self, File};
+use std::io::{BufRead as _, BufReader, Write as _, stdout};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::thread;
+
+use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::unistd::Pid;
+
+use super::{Ended, Input, Lab, Options, Run, Show, client, directory};
+use crate::progress::say;
+
+/// Name of the lab that stays.
+const NAME: &str = "up";
+
+/// What the process of a background lab prints when the lab has booted.
+const READY: &str = "ready";
+
+/// Where the process of the background lab writes its messages.
+fn log() -> PathBuf {
+    super::shelf().join("up.log")
+}
+
+/// Boots the background lab unless it runs.
+pub(crate) fn up(options: &Options) -> Result<()> {
+    if let Some(pid) = holder()? {
+        say(format!("the lab runs already (process {pid})"));
+        return Ok(());
+    }
+    fs::create_dir_all(super::shelf()).context("cannot create the lab's directory")?;
+    let messages = log();
+    let messages_file =
+        File::create(&messages).with_context(|| format!("cannot write {}", messages.display()))?;
+    let own = std::env::current_exe().context("cannot tell where this program is")?;
+    let mut command = Command::new(own);
+    command.args(["lab", "hold", "--cpus", &options.cpus.to_string()]);
+    command.args(["--memory", &options.memory_mib.to_string()]);
+    if options.count {
+        command.arg("--count");
+    }
+    // Of its own session, so that what ends this terminal does not end the lab.
+    let new_session = || nix::unistd::setsid().map(drop).map_err(std::io::Error::from);
+    // SAFETY: between fork and exec the closure makes one system call (setsid), which is
+    // async-signal-safe, and touches no memory.
+    unsafe { command.pre_exec(new_session) };
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(messages_file)
+        .spawn()
+        .context("cannot start the lab's process")?;
+    let pipe = child.stdout.take().context("the lab's process has no output")?;
+    let mut line = String::new();
+    crate::progress::step("boot the lab in the background", || {
+        BufReader::new(pipe).read_line(&mut line).context("cannot read from the lab's process")?;
+        if line.trim() == READY {
+            return Ok(());
+        }
+        let status = child.wait().context("cannot wait for the lab's process")?;
+        let said = fs::read_to_string(&messages).unwrap_or_default();
+        bail!("the lab did not come up ({status})\n{}", said.trim_end())
+    })?;
+    say("`cargo xtask lab run -- COMMAND` runs commands in it, `cargo xtask lab down` ends it");
+    Ok(())
+}
+
+/// Holds the background lab: what [`up`] starts.
+pub(crate) fn hold(options: &Options) -> Result<()> {
+    // Before any thread starts, so that all of them have it blocked.
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        signals.add(signal);
+    }
+    signals.thread_block().context("cannot block signals")?;
+    let mut lab = Lab::boot(NAME, options)?;
+    let own = std::process::id();
+    fs::write(lab.dir.join("pid"), own.to_string()).context("cannot write the lab's process id")?;
+    writeln!(stdout(), "{READY}").context("cannot report that the lab is up")?;
+    // Nobody reads it any more.
+    let null = File::options().write(true).open("/dev/null").context("cannot open /dev/null")?;
+    nix::unistd::dup2_stdout(&null).context("cannot let go of standard output")?;
+    let qemu = lab.machine.pid();
+    thread::spawn(move || {
+        if signals.wait().is_ok() {
+            // Not SIGTERM, which it has inherited blocked.
+            let _ = kill(qemu, Signal::SIGKILL);
+        }
+    });
+    lab.wait()?;
+    say("the lab has ended");
+    Ok(())
+}
+
+/// Ends the background lab and waits until nothing of it is left.
+pub(crate) fn down() -> Result<()> {
+    let Some(pid) = holder()? else {
+        say("no lab runs in the background");
+        return Ok(());
+    };
+    let lock = directory(NAME).join("lock");
+    let file = File::open(&lock).with_context(|| format!("cannot open {}", lock.display()))?;
+    // It fails only when the process has ended by itself.
+    let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    // Given up by the process when it ends, whatever way it ends.
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .context("cannot wait for the lab's end")?;
+    say("the lab is down");
+    Ok(())
+}
+
+/// Says whether the background lab runs; the exit status to give.
+pub(crate) fn status() -> Result<i32> {
+    match holder()? {
+        Some(pid) => {
+            let dir = directory(NAME);
+            println!("up: process {pid}, console {}", dir.join("console.log").display());
+            Ok(0)
+        }
+        None => {
+            println!("down");
+            Ok(1)
+        }
+    }
+}
+
+/// Runs a command in the background lab.
+pub(crate) fn run(run: &Run, input: Input) -> Result<Ended> {
+    if holder()?.is_none() {
+        bail!("no lab runs in the background; `cargo xtask lab up` boots one");
+    }
+    client::run(&directory(NAME), run, input, &mut Show::Through)
+}
+
+/// The process that holds the background lab, if it runs.
+fn holder() -> Result<Option<i32>> {
+    let dir = directory(NAME);
+    let Ok(lock) = File::open(dir.join("lock")) else { return Ok(None) };
+    match Flock::lock(lock, FlockArg::LockSharedNonblock) {
+        Ok(_) => return Ok(None),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => {}
+        Err((_, error)) => return Err(error).context("cannot ask for the lab's lock"),
+    }
+    let pid = fs::read_to_string(dir.join("pid"))
+        .context("the lab is still booting, or is going down; try again")?;
+    pid.trim().parse().map(Some).context("the lab's process id is not a number")
+}

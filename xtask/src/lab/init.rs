@@ -1,0 +1,152 @@
+//! PID 1 of the lab: sets up what a machine's init would, then keeps one server alive for each
+//! virtio-serial port and reaps orphans. Runs inside the lab only.
+
+use std::collections::HashMap;
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use nix::mount::{MsFlags, mount};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::wait::{WaitStatus, wait};
+use nix::unistd::{getpid, sethostname};
+
+use super::{PORT_PREFIX, port};
+
+/// Root of the cgroup v2 tree.
+pub(super) const CGROUP: &str = "/sys/fs/cgroup";
+
+/// Modules of the lab's kernel that sandboxes and their tests need.
+const MODULES: [&str; 4] = ["kvm_amd", "tun", "vhost_vsock", "vhost_net"];
+
+/// Soft and hard limit of open files: those of a systemd machine.
+const OPEN_FILES: (u64, u64) = (1024, 524_288);
+
+/// Runs as PID 1; comes back only with an error, on which the kernel panics and the lab ends.
+pub(crate) fn main() -> Result<()> {
+    if getpid().as_raw() != 1 {
+        bail!("lab-init is PID 1 of the lab and nothing else");
+    }
+    // The console is where the lab's boot messages are looked for.
+    set_up().inspect_err(|error| eprintln!("lab: {error:#}"))?;
+    let ports = ports().inspect_err(|error| eprintln!("lab: {error:#}"))?;
+    let mut servers = HashMap::new();
+    for device in ports {
+        servers.insert(start_server(&device)?, device);
+    }
+    loop {
+        let ended = match wait().context("cannot wait for a process")? {
+            WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _) => pid.as_raw(),
+            _ => continue,
+        };
+        if let Some(device) = servers.remove(&ended) {
+            eprintln!("lab: the server of {} ended; starting another", device.display());
+            servers.insert(start_server(&device)?, device);
+        }
+    }
+}
+
+/// Serves one port for ever: what PID 1 starts once for each of them.
+pub(crate) fn serve_port(device: &Path) -> Result<()> {
+    port::serve(device).inspect_err(|error| eprintln!("lab: {}: {error:#}", device.display()))
+}
+
+fn set_up() -> Result<()> {
+    let none = MsFlags::empty();
+    for (kind, target, data) in [
+        ("devpts", "/dev/pts", "mode=0620,gid=5,ptmxmode=0666"),
+        ("tmpfs", "/dev/shm", "mode=1777"),
+        ("mqueue", "/dev/mqueue", ""),
+        ("cgroup2", CGROUP, ""),
+        ("securityfs", "/sys/kernel/security", ""),
+        ("bpf", "/sys/fs/bpf", "mode=0700"),
+        ("debugfs", "/sys/kernel/debug", ""),
+        ("tracefs", "/sys/kernel/tracing", ""),
+    ] {
+        if !target.starts_with("/sys") {
+            fs::create_dir_all(target).with_context(|| format!("cannot create {target}"))?;
+        }
+        mount(Some(kind), target, Some(kind), none, Some(data))
+            .with_context(|| format!("cannot mount {kind} on {target}"))?;
+    }
+    delegate_cgroups()?;
+    for module in MODULES {
+        run("modprobe", &[module])?;
+    }
+    run("ip", &["link", "set", "lo", "up"])?;
+    write("/proc/sys/net/ipv4/ip_forward", "1")?;
+    write("/proc/sys/kernel/printk", "4")?;
+    sethostname("isopod-lab").context("cannot set the host name")?;
+    let (soft, hard) = OPEN_FILES;
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).context("cannot set the limit of open files")?;
+    for (link, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ] {
+        symlink(target, Path::new("/dev").join(link))
+            .with_context(|| format!("cannot link /dev/{link}"))?;
+    }
+    Ok(())
+}
+
+/// Moves this process out of the root cgroup and enables all controllers below it, so that a
+/// command may make cgroups of its own.
+fn delegate_cgroups() -> Result<()> {
+    let own = format!("{CGROUP}/init");
+    fs::create_dir(&own).with_context(|| format!("cannot create {own}"))?;
+    write(&format!("{own}/cgroup.procs"), "1")?;
+    let controllers = format!("{CGROUP}/cgroup.controllers");
+    let controllers =
+        fs::read_to_string(&controllers).with_context(|| format!("cannot read {controllers}"))?;
+    let all: Vec<String> = controllers.split_whitespace().map(|name| format!("+{name}")).collect();
+    write(&format!("{CGROUP}/cgroup.subtree_control"), &all.join(" "))
+}
+
+/// The devices of the lab's ports, after linking `/dev/virtio-ports/NAME` to them as udev would.
+fn ports() -> Result<Vec<PathBuf>> {
+    let class = Path::new("/sys/class/virtio-ports");
+    fs::create_dir_all("/dev/virtio-ports").context("cannot create /dev/virtio-ports")?;
+    let mut ports = Vec::new();
+    for entry in fs::read_dir(class).with_context(|| format!("cannot list {}", class.display()))? {
+        let entry = entry.with_context(|| format!("cannot list {}", class.display()))?;
+        // A port without a name has no such file.
+        let Ok(name) = fs::read_to_string(entry.path().join("name")) else { continue };
+        let name = name.trim();
+        let device = Path::new("/dev").join(entry.file_name());
+        symlink(&device, Path::new("/dev/virtio-ports").join(name))
+            .with_context(|| format!("cannot link /dev/virtio-ports/{name}"))?;
+        if name.starts_with(PORT_PREFIX) {
+            ports.push(device);
+        }
+    }
+    Ok(ports)
+}
+
+fn start_server(device: &Path) -> Result<i32> {
+    let server = Command::new("/proc/self/exe")
+        .arg("lab-port")
+        .arg(device)
+        .spawn()
+        .with_context(|| format!("cannot start the server of {}", device.display()))?;
+    i32::try_from(server.id()).context("a process id is out of range")
+}
+
+fn run(program: &str, args: &[&str]) -> Result<()> {
+    let status = Command::new(program)
+        .args(args)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .status()
+        .with_context(|| format!("cannot run {program}"))?;
+    if !status.success() {
+        bail!("{program} {} failed ({status})", args.join(" "));
+    }
+    Ok(())
+}
+
+fn write(path: &str, text: &str) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {text:?} to {path}"))
+}

@@ -1,0 +1,121 @@
+//! The lab's initramfs: busybox, the modules that a root file system over virtio-fs needs, and a
+//! script that mounts it.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Stdio;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::kernel::LabKernel;
+use crate::process::{capture, command};
+use crate::repository;
+
+const SCRIPT: &str = include_str!("initramfs.sh");
+
+/// Modules between the kernel and its root file system, commands and results.
+const MODULES: [&str; 4] = ["virtio_pci", "virtiofs", "overlay", "virtio_console"];
+
+/// Where the lab has a tmpfs of its own.
+const TMPFS: &str =
+    "/tmp /run /var/tmp /var/lib/containerd /var/lib/containers /var/lib/docker /var/lib/isopod";
+
+/// Writes the compressed-less cpio archive `dir/initramfs.cpio`, staged in `dir/initramfs`.
+///
+/// `init` is the program to run as PID 1, on the share that is writable in the lab, `work`.
+pub(super) fn write(dir: &Path, kernel: &LabKernel, init: &Path, work: &Path) -> Result<()> {
+    let stage = dir.join("initramfs");
+    for name in ["bin", "dev", "proc", "sys", "modules", "lower", "upper", "newroot"] {
+        let path = stage.join(name);
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    }
+    copy(Path::new("/bin/busybox"), &stage.join("bin/busybox"))?;
+    let mut order = String::new();
+    for module in kernel.load_order(&MODULES)? {
+        let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = stage.join("modules").join(&name);
+        copy(&module, &target)?;
+        // busybox cannot be relied on to know how modules are compressed.
+        let plain = match name.strip_suffix(".xz") {
+            Some(plain) => {
+                capture(command("xz").arg("--decompress").arg(&target))?;
+                plain
+            }
+            None => &name,
+        };
+        order.push_str(plain);
+        order.push('\n');
+    }
+    write_file(&stage.join("modules/order"), &order)?;
+
+    let mut script = String::from("#!/bin/busybox sh\n");
+    for (name, value) in [
+        ("LAB_TMPFS", TMPFS),
+        ("LAB_MODULES", text(&kernel.modules)?),
+        ("LAB_CHECKOUT", text(repository::root())?),
+        ("LAB_WORK", text(work)?),
+        ("LAB_INIT", text(init)?),
+    ] {
+        script.push_str(&format!("export {name}={}\n", quoted(value)));
+    }
+    script.push_str(SCRIPT);
+    let path = stage.join("init");
+    write_file(&path, &script)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+        .with_context(|| format!("cannot make {} executable", path.display()))?;
+    archive(&stage, &dir.join("initramfs.cpio"))?;
+    fs::remove_dir_all(&stage).with_context(|| format!("cannot remove {}", stage.display()))
+}
+
+fn archive(stage: &Path, output: &Path) -> Result<()> {
+    let names = capture(command("find").arg(".").current_dir(stage))?;
+    let file =
+        File::create(output).with_context(|| format!("cannot write {}", output.display()))?;
+    let mut cpio = command("cpio")
+        .args(["--create", "--format=newc", "--quiet"])
+        .current_dir(stage)
+        .stdin(Stdio::piped())
+        .stdout(file)
+        .spawn()
+        .context("cannot run cpio")?;
+    let mut input = cpio.stdin.take().context("cpio has no standard input")?;
+    let fed = input.write_all(names.as_bytes());
+    drop(input);
+    let status = cpio.wait().context("cannot wait for cpio")?;
+    if !status.success() {
+        bail!("cpio failed ({status})");
+    }
+    fed.context("cannot write to cpio")
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    fs::copy(from, to)
+        .map(drop)
+        .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))
+}
+
+fn write_file(path: &Path, content: &str) -> Result<()> {
+    fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("{} is not UTF-8, which the lab needs", path.display()))
+}
+
+/// `text` as one word of a shell.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::quoted;
+
+    #[test]
+    fn quoted_words_survive_a_shell() {
+        assert_eq!(quoted("/a b"), "'/a b'");
+        assert_eq!(quoted("it's"), r"'it'\''s'");
+    }
+}

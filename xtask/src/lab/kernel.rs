@@ -1,0 +1,123 @@
+//! The lab's own kernel: Debian's cloud kernel, unpacked into the cache.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::process::{capture, command};
+use crate::progress::step;
+use crate::{apt, cache};
+
+const KIND: &str = "lab-kernel";
+const PACKAGE: &str = "linux-image-cloud-amd64";
+
+/// An unpacked kernel package.
+#[derive(Debug, Clone)]
+pub(crate) struct LabKernel {
+    /// The compressed kernel image.
+    pub(crate) image: PathBuf,
+    /// Its `/lib/modules/<release>`.
+    pub(crate) modules: PathBuf,
+    /// What `uname -r` says in the lab.
+    pub(crate) release: String,
+}
+
+/// The lab's kernel, from the cache if any is there.
+pub(crate) fn ensure() -> Result<LabKernel> {
+    let shelf = cache::root()?.join(KIND);
+    let mut cached: Vec<PathBuf> = match fs::read_dir(&shelf) {
+        Ok(entries) => entries.filter_map(Result::ok).map(|entry| entry.path()).collect(),
+        Err(_) => Vec::new(),
+    };
+    // Names with a dot in front are locks and unfinished entries.
+    cached.retain(|path| {
+        path.is_dir() && !path.file_name().unwrap_or_default().to_string_lossy().starts_with('.')
+    });
+    cached.sort();
+    let entry = match cached.pop() {
+        Some(entry) => entry,
+        None => step("fetch the lab's kernel", fetch)?,
+    };
+    locate(&entry)
+}
+
+fn fetch() -> Result<PathBuf> {
+    let meta = apt::find(PACKAGE, "")?;
+    let image = meta
+        .depends()?
+        .into_iter()
+        .find(|name| name.starts_with("linux-image-"))
+        .with_context(|| format!("{PACKAGE} {} depends on no kernel image", meta.version))?;
+    let offer = apt::find(&image, &meta.version)?;
+    cache::entry(KIND, &format!("{image}_{}", offer.version), |dir| {
+        offer.unpack(dir)?;
+        let kernel = locate(dir)?;
+        capture(command("/sbin/depmod").arg("-b").arg(dir).arg(&kernel.release)).map(drop)
+    })
+}
+
+fn locate(entry: &Path) -> Result<LabKernel> {
+    let shelf = entry.join("lib/modules");
+    let mut releases =
+        fs::read_dir(&shelf).with_context(|| format!("cannot list {}", shelf.display()))?;
+    let modules = releases
+        .next()
+        .with_context(|| format!("{} is empty; remove {}", shelf.display(), entry.display()))?
+        .with_context(|| format!("cannot list {}", shelf.display()))?
+        .path();
+    let release = modules.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(LabKernel { image: entry.join(format!("boot/vmlinuz-{release}")), modules, release })
+}
+
+impl LabKernel {
+    /// The files of the modules `wanted` and of all they need, in the order to load them.
+    /// Modules that are built in need no file.
+    pub(crate) fn load_order(&self, wanted: &[&str]) -> Result<Vec<PathBuf>> {
+        let path = self.modules.join("modules.dep");
+        let dependencies =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let path = self.modules.join("modules.builtin");
+        let builtin =
+            fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut order = Vec::new();
+        let mut seen = HashSet::new();
+        for name in wanted {
+            if builtin.lines().any(|line| module_name(line) == *name) {
+                continue;
+            }
+            // `file: needed needed ...`, the one to load first at the end.
+            let (file, needed) = dependencies
+                .lines()
+                .filter_map(|line| line.split_once(':'))
+                .find(|(file, _)| module_name(file) == *name)
+                .with_context(|| {
+                    format!("the lab's kernel {} has no module {name}", self.release)
+                })?;
+            for file in needed.split_whitespace().rev().chain([file]) {
+                if seen.insert(file.to_owned()) {
+                    order.push(self.modules.join(file));
+                }
+            }
+        }
+        Ok(order)
+    }
+}
+
+/// `virtio_pci` for `kernel/drivers/virtio/virtio_pci.ko.xz`: dashes are underscores in names.
+pub(crate) fn module_name(file: &str) -> String {
+    let base = file.rsplit('/').next().unwrap_or(file);
+    base.split('.').next().unwrap_or(base).replace('-', "_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::module_name;
+
+    #[test]
+    fn module_names_are_those_of_the_kernel() {
+        assert_eq!(module_name("kernel/drivers/virtio/virtio_pci.ko"), "virtio_pci");
+        assert_eq!(module_name("kernel/arch/x86/kvm/kvm-amd.ko.xz"), "kvm_amd");
+    }
+}

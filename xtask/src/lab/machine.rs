@@ -1,0 +1,189 @@
+//! The lab's machine: QEMU and the two virtiofsd that serve its file systems.
+
+use std::fs::File;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use super::{Options, PORT_PREFIX, PORTS};
+use crate::process::{bound_to_us, tail};
+
+/// Where Debian has the virtiofsd of its QEMU package, and the one of its own.
+const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
+const VIRTIOFSD_RUST: &str = "/usr/libexec/virtiofsd";
+
+/// Kernel command line: a quick boot, and a console for what goes wrong.
+const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_timer_check \
+                       apparmor=0 random.trust_cpu=on quiet";
+
+/// How the guest may cache a share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cache {
+    /// The host changes nothing.
+    Always,
+    /// The host changes files; names and attributes are trusted for a second.
+    Auto,
+}
+
+/// QEMU and what serves it, all of them children of this process.
+#[derive(Debug)]
+pub(super) struct Machine {
+    qemu: Child,
+    virtiofsd: Vec<Child>,
+    dir: PathBuf,
+}
+
+impl Machine {
+    /// Starts the processes; sockets and logs are in `dir`.
+    pub(super) fn start(dir: &Path, kernel: &Path, work: &Path, options: &Options) -> Result<Self> {
+        let mut virtiofsd = Children(Vec::new());
+        virtiofsd.0.push(share(dir, "root", Path::new("/"), Cache::Always)?);
+        virtiofsd.0.push(share(dir, "work", work, Cache::Auto)?);
+        let log = dir.join("qemu.log");
+        let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+        // Callers can connect from the start, and wait for the lab.
+        let ports = (0..PORTS).map(|number| listen(dir, &format!("port{number}.sock")));
+        let ports: Vec<OwnedFd> = ports.collect::<Result<_>>()?;
+        let mut qemu = bound_to_us(Command::new("qemu-system-x86_64"), Signal::SIGKILL);
+        // Sockets are named relative to the directory: their paths may be 107 bytes at most.
+        qemu.current_dir(dir).args(arguments(kernel, &ports, options));
+        let qemu = qemu
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().context("cannot duplicate a descriptor")?)
+            .stderr(log)
+            .spawn()
+            .context("cannot run qemu-system-x86_64")?;
+        let virtiofsd = std::mem::take(&mut virtiofsd.0);
+        Ok(Self { qemu, virtiofsd, dir: dir.to_owned() })
+    }
+
+    /// QEMU's process id.
+    pub(super) fn pid(&self) -> Pid {
+        // Process ids are at most 2^22.
+        Pid::from_raw(self.qemu.id().cast_signed())
+    }
+
+    /// What the machine has said last, for an error message.
+    pub(super) fn last_words(&self) -> String {
+        let mut words = String::new();
+        for name in ["console.log", "qemu.log", "virtiofsd-root.log", "virtiofsd-work.log"] {
+            let said = tail(&self.dir.join(name), 20);
+            if !said.trim().is_empty() {
+                words.push_str(&format!("\n--- {name}\n{said}"));
+            }
+        }
+        words
+    }
+
+    /// QEMU's exit, if it has ended.
+    pub(super) fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
+        self.qemu.try_wait().context("cannot wait for QEMU")
+    }
+
+    /// Waits until QEMU has ended.
+    pub(super) fn wait(&mut self) -> Result<()> {
+        self.qemu.wait().map(drop).context("cannot wait for QEMU")
+    }
+
+    /// Ends QEMU, which nothing in the lab survives, and then its servers.
+    pub(super) fn stop(&mut self) {
+        end(&mut self.qemu);
+        for child in &mut self.virtiofsd {
+            end(child);
+        }
+    }
+}
+
+/// Children that end with this value unless they are taken out of it.
+struct Children(Vec<Child>);
+
+impl Drop for Children {
+    fn drop(&mut self) {
+        self.0.iter_mut().for_each(end);
+    }
+}
+
+fn end(child: &mut Child) {
+    // Both fail only when the child has been waited for already.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// Starts a virtiofsd for `source` that listens on `<name>.sock`.
+fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
+    let listener = listen(dir, &format!("{name}.sock"))?;
+    let fd = listener.as_raw_fd();
+    let log = dir.join(format!("virtiofsd-{name}.log"));
+    let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
+    let source = source.to_str().context("a shared directory's name is not UTF-8")?;
+
+    let mut command = if Path::new(VIRTIOFSD).exists() {
+        let mut command = Command::new(VIRTIOFSD);
+        let cache = if cache == Cache::Always { "always" } else { "auto" };
+        command.args(["-o", &format!("source={source}"), "-o", &format!("cache={cache}")]);
+        command.args(["-o", "xattr", "-o", "sandbox=chroot", "-o", "log_level=warn"]);
+        command
+    } else if Path::new(VIRTIOFSD_RUST).exists() {
+        let mut command = Command::new(VIRTIOFSD_RUST);
+        command.args(["--shared-dir", source, "--xattr", "--sandbox", "chroot"]);
+        command.args(["--cache", if cache == Cache::Always { "always" } else { "auto" }]);
+        command.args(["--inode-file-handles", "prefer"]);
+        command
+    } else {
+        bail!("there is no virtiofsd in {VIRTIOFSD} or {VIRTIOFSD_RUST}");
+    };
+    command.args([&format!("--fd={fd}"), "--thread-pool-size=0", "--rlimit-nofile=0"]);
+    bound_to_us(command, Signal::SIGKILL)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().context("cannot duplicate a descriptor")?)
+        .stderr(log)
+        .spawn()
+        .context("cannot run virtiofsd")
+}
+
+/// A socket that listens on `name` in `dir`, for a child to inherit.
+fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
+    let at = File::open(dir).with_context(|| format!("cannot open {}", dir.display()))?;
+    let path = format!("/proc/self/fd/{}/{name}", at.as_raw_fd());
+    let listener: OwnedFd = UnixListener::bind(path)
+        .with_context(|| format!("cannot listen on {}/{name}", dir.display()))?
+        .into();
+    fcntl(listener.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))
+        .context("cannot pass a socket on")?;
+    Ok(listener)
+}
+
+fn arguments(kernel: &Path, ports: &[OwnedFd], options: &Options) -> Vec<String> {
+    let mut args: Vec<String> = Vec::new();
+    let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
+    add("-nodefaults -no-user-config -no-reboot -display none -machine q35");
+    add("-cpu EPYC-Rome,+svm,+npt");
+    if options.count {
+        add("-accel tcg,thread=single -icount shift=0,sleep=off -smp 1");
+    } else {
+        add(&format!("-accel tcg,thread=multi,tb-size=512 -smp {}", options.cpus));
+    }
+    let memory = options.memory_mib;
+    add(&format!("-m {memory} -object memory-backend-memfd,id=memory,size={memory}M,share=on"));
+    add("-numa node,memdev=memory");
+    for name in ["root", "work"] {
+        add(&format!("-chardev socket,id={name},path={name}.sock"));
+        add(&format!("-device vhost-user-fs-pci,chardev={name},tag=lab-{name},queue-size=1024"));
+    }
+    add(&format!("-device virtio-serial-pci,max_ports={}", PORTS + 1));
+    for (number, port) in ports.iter().enumerate() {
+        let fd = port.as_raw_fd();
+        add(&format!("-chardev socket,id=port{number},fd={fd},server=on,wait=off"));
+        add(&format!("-device virtserialport,chardev=port{number},name={PORT_PREFIX}{number}"));
+    }
+    add("-device virtio-rng-pci -serial file:console.log -initrd initramfs.cpio");
+    args.extend(["-append".to_owned(), CMDLINE.to_owned()]);
+    args.extend(["-kernel".to_owned(), kernel.display().to_string()]);
+    args
+}

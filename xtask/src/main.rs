@@ -1,0 +1,79 @@
+//! Developer commands: `cargo xtask COMMAND`.
+
+mod apt;
+mod bench;
+mod build;
+mod bundle;
+mod cache;
+mod demo;
+mod image;
+mod install;
+mod kernel;
+mod lab;
+mod place;
+mod process;
+mod progress;
+mod repository;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result, bail};
+use lexopt::prelude::*;
+
+const HELP: &str = "\
+Usage: cargo xtask COMMAND [...]
+
+  demo      build everything and run an OCI bundle in a microVM
+  test      run the unit tests and the end-to-end tests
+  build     build binaries, guest kernel and guest image into target/isopod
+  kernel    build the guest kernel only
+  image     build the guest image only
+  install   build, and install below /usr/local
+  bench     measure, in a lab that counts instructions
+  lab       boot a machine with nested KVM and run commands in it
+
+`cargo xtask COMMAND --help` says more. What is missing of Debian's packages is installed.";
+
+fn main() -> ExitCode {
+    match run() {
+        // An exit status is a byte.
+        Ok(status) => ExitCode::from((status & 0xff) as u8),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the command that the arguments name and returns the exit status to give.
+fn run() -> Result<i32> {
+    let mut args = lexopt::Parser::from_env();
+    let command = match args.next()? {
+        Some(Value(word)) => word.string()?,
+        Some(Long("help") | Short('h')) => {
+            println!("{HELP}");
+            return Ok(0);
+        }
+        Some(other) => return Err(other.unexpected().into()),
+        None => bail!("which command?\n{HELP}"),
+    };
+    match command.as_str() {
+        "demo" => demo::main(args),
+        "test" => test::main(args),
+        "build" => build::main(args, build::build),
+        "kernel" => build::main(args, build::kernel),
+        "image" => build::main(args, build::image),
+        "install" => install::main(args),
+        "bench" => bench::main(args),
+        "lab" => lab::command::main(args),
+        // What runs inside the lab; see lab/init.rs.
+        "lab-init" => lab::init::main().map(|()| 0),
+        "lab-port" => {
+            let device = args.next()?.context("which port?")?;
+            let Value(device) = device else { return Err(device.unexpected().into()) };
+            lab::init::serve_port(device.as_ref()).map(|()| 0)
+        }
+        _ => bail!("there is no command `{command}`\n{HELP}"),
+    }
+}

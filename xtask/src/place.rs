@@ -1,0 +1,147 @@
+//! Where sandboxes run: on this machine when its KVM is real, in the lab when not.
+
+use std::fs;
+use std::io::{self, IsTerminal as _, Read as _, Write as _, stdin, stdout};
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::lab::{Ended, Input, Lab, Options, Run, Show};
+use crate::process;
+use crate::progress::say;
+
+/// Chooses the place: `force` for the lab, `off` for this machine.
+const CHOICE: &str = "ISOPOD_LAB";
+
+/// Where directories are copied to in the lab.
+const BROUGHT: &str = "/opt/isopod";
+
+/// A place where sandboxes run.
+#[derive(Debug)]
+pub(crate) enum Place {
+    /// This machine.
+    Here,
+    /// A lab that ends with this value.
+    Lab(Box<Lab>),
+}
+
+impl Place {
+    /// The place that this machine's KVM or `ISOPOD_LAB` asks for, and says which.
+    pub(crate) fn open(options: &Options) -> Result<Self> {
+        let choice = std::env::var(CHOICE).unwrap_or_default();
+        let here = match choice.as_str() {
+            "" if options.count => false,
+            "" => hardware_kvm(),
+            "off" => true,
+            "force" => false,
+            other => bail!("{CHOICE} is {other:?}; it has to be `force` or `off`, or not set"),
+        };
+        if here {
+            say("sandboxes run directly on this machine");
+            return Ok(Self::Here);
+        }
+        let why = match (choice.as_str(), options.count) {
+            ("force", _) => format!("{CHOICE}=force"),
+            (_, true) => "it counts instructions".to_owned(),
+            _ => "this machine has no hardware KVM".to_owned(),
+        };
+        say(format!("sandboxes run in the lab, an emulated machine with nested KVM ({why})"));
+        Ok(Self::Lab(Box::new(Lab::private(options)?)))
+    }
+
+    /// What to call it.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Here => "on this machine",
+            Self::Lab(_) => "in the lab",
+        }
+    }
+
+    /// A directory there with the contents of `from`: in the lab a copy in its memory, for what comes
+    /// from shared directories is slower, and waiting for it spoils counting.
+    pub(crate) fn bring(&self, from: &Path) -> Result<PathBuf> {
+        if let Self::Here = self {
+            return Ok(from.to_owned());
+        }
+        let name = from.file_name().context("a directory to copy has no name")?;
+        let to = Path::new(BROUGHT).join(name);
+        let path = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
+        self.must(&["mkdir", "-p", BROUGHT])?;
+        self.must(&["cp", "-a", "--", &path(from)?, &path(&to)?])?;
+        Ok(to)
+    }
+
+    /// Runs a command there that has no input and must succeed.
+    pub(crate) fn must(&self, argv: &[&str]) -> Result<()> {
+        let run = Run::here(argv.iter().map(|&word| word.to_owned()).collect())?;
+        match self.run(&run, Input::Nothing, &mut Show::Through)? {
+            Ended::Status(0) => Ok(()),
+            Ended::Status(status) => {
+                bail!("{} ended with status {status} {}", argv.join(" "), self.name())
+            }
+            Ended::Refused(why) => bail!("{why}"),
+        }
+    }
+
+    /// Runs a command there.
+    pub(crate) fn run(&self, run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
+        match self {
+            Self::Here => run_here(run, input, show),
+            Self::Lab(lab) => lab.run(run, input, show),
+        }
+    }
+}
+
+/// This process's input, unless that is a terminal, which a command in a lab cannot have.
+pub(crate) fn own_input() -> Input {
+    if stdin().is_terminal() { Input::Nothing } else { Input::Own }
+}
+
+fn run_here(run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
+    let (program, args) = run.argv.split_first().context("there is no command")?;
+    let mut command = process::command(program);
+    command.args(args).env_clear().envs(run.env.iter().map(|(name, value)| (name, value)));
+    command.current_dir(&run.cwd).stdout(Stdio::piped());
+    command.stdin(if input == Input::Own { Stdio::inherit() } else { Stdio::null() });
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => return Ok(Ended::Refused(format!("cannot run {program}: {error}"))),
+    };
+    let mut output = child.stdout.take().context("a command has no output")?;
+    let mut chunk = vec![0; 64 * 1024];
+    loop {
+        match output.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(length) => show.stdout(&chunk[..length]).context("cannot write output")?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error).context("cannot read a command's output"),
+        }
+    }
+    let status = child.wait().with_context(|| format!("cannot wait for {program}"))?;
+    Ok(Ended::Status(process::shell_status(status)))
+}
+
+/// Whether this machine's processor and kernel have KVM, and not only a `/dev/kvm` in software.
+pub(crate) fn hardware_kvm() -> bool {
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or("");
+    let flag = |name: &str| flags.split_whitespace().any(|flag| flag == name);
+    let module = |name: &str| Path::new("/sys/module").join(name).exists();
+    let processor = (flag("svm") && module("kvm_amd")) || (flag("vmx") && module("kvm_intel"));
+    processor && Path::new("/dev/kvm").exists()
+}
+
+impl Show<'_> {
+    /// Passes a piece of standard output on.
+    pub(crate) fn stdout(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if let Self::Also(kept) | Self::Only(kept) = self {
+            kept.extend_from_slice(bytes);
+        }
+        if matches!(self, Self::Only(_)) {
+            return Ok(());
+        }
+        stdout().write_all(bytes)?;
+        stdout().flush()
+    }
+}

@@ -1,0 +1,49 @@
+//! Saying what goes on: each long step has a line when it begins, one every ten seconds, and one
+//! with the time taken when it ends. All of it goes to standard error.
+
+use std::io::{IsTerminal as _, Write as _, stderr};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+const REMINDER: Duration = Duration::from_secs(10);
+
+/// Prints one line of progress.
+pub(crate) fn say(text: impl AsRef<str>) {
+    let (on, off) = if stderr().is_terminal() { ("\x1b[1;36m", "\x1b[0m") } else { ("", "") };
+    // Progress is a courtesy: a closed standard error is no reason to stop.
+    let _ = writeln!(stderr(), "{on}isopod:{off} {}", text.as_ref());
+}
+
+/// Runs one step under a heading, with a reminder every ten seconds and its time at the end.
+pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    say(format!("{what} ..."));
+    let began = Instant::now();
+    let (finished, waiting) = channel::<()>();
+    let result = thread::scope(|scope| {
+        scope.spawn(move || {
+            while waiting.recv_timeout(REMINDER) == Err(RecvTimeoutError::Timeout) {
+                say(format!("{what} ... {} so far", seconds(began)));
+            }
+        });
+        let result = work();
+        drop(finished);
+        result
+    });
+    match &result {
+        Ok(_) => say(format!("{what}: done in {}", seconds(began))),
+        Err(_) => say(format!("{what}: failed after {}", seconds(began))),
+    }
+    result
+}
+
+/// Time since `began` for people: `2.3 s`, or `4 min 10 s`.
+pub(crate) fn seconds(began: Instant) -> String {
+    let elapsed = began.elapsed();
+    match elapsed.as_secs() {
+        0..60 => format!("{:.1} s", elapsed.as_secs_f64()),
+        whole => format!("{} min {} s", whole / 60, whole % 60),
+    }
+}
