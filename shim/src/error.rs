@@ -52,6 +52,11 @@ impl Error {
         Self { kind, message: message.into(), details: Vec::new() }
     }
 
+    /// A lower layer's failure, as `what: why`.
+    pub fn because(what: impl fmt::Display, cause: impl Into<Cause>) -> Self {
+        Self::new(format!("{what}: {}", cause.into().0))
+    }
+
     /// Adds lines to show below the message.
     #[must_use]
     pub fn details(mut self, details: Vec<String>) -> Self {
@@ -95,7 +100,7 @@ pub trait Explain<T> {
 
 impl<T, E: Into<Cause>> Explain<T> for std::result::Result<T, E> {
     fn explain(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|e| Error::new(format!("{}: {}", what(), e.into().0)))
+        self.map_err(|e| Error::because(what(), e))
     }
 }
 

@@ -39,10 +39,7 @@ pub fn open_kvm() -> Result<File> {
                 "no permission to use /dev/kvm: run as root, or as a member of the group that owns \
                  it",
             ),
-            _ => match Err::<(), _>(e).explain(|| "cannot open /dev/kvm".into()) {
-                Err(error) => error,
-                Ok(()) => Error::new("cannot open /dev/kvm"),
-            },
+            _ => Error::because("cannot open /dev/kvm", e),
         })?;
     match kvm_kind(Path::new("/proc/cpuinfo"), Path::new("/sys/module"))? {
         Kvm::Hardware { module } => {

@@ -49,10 +49,7 @@ pub(super) fn enter_namespace() -> Result<()> {
         rustix::io::Errno::PERM => {
             Error::new("no permission to make a mount namespace: isopod has to run as root")
         }
-        e => match Err::<(), _>(e).explain(|| "cannot make a mount namespace".into()) {
-            Err(error) => error,
-            Ok(()) => Error::new("cannot make a mount namespace"),
-        },
+        e => Error::because("cannot make a mount namespace", e),
     })?;
     mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
         .explain(|| "cannot stop mounts from reaching the host".into())

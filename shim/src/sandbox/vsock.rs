@@ -30,12 +30,10 @@ pub async fn connect(dir: &StateDir, port: u32) -> Result<UnixStream> {
             ErrorKind::NotFound | ErrorKind::ConnectionRefused => Kind::VmLost,
             _ => Kind::Failed,
         };
-        let mut error = match Err::<(), _>(e).explain(|| {
-            format!("cannot connect to the microVM at {}", dir.path().join(VSOCK_SOCKET).display())
-        }) {
-            Err(error) => error,
-            Ok(()) => Error::new("cannot connect to the microVM"),
-        };
+        let mut error = Error::because(
+            format!("cannot connect to the microVM at {}", dir.path().join(VSOCK_SOCKET).display()),
+            e,
+        );
         error.kind = kind;
         error
     })?;

@@ -74,10 +74,7 @@ impl StateDir {
                 ErrorKind::AlreadyExists => Error::new(format!(
                     "container {id} exists already: delete it first, or choose another id"
                 )),
-                _ => match Err::<(), _>(e).explain(|| format!("cannot make {}", path.display())) {
-                    Err(error) => error,
-                    Ok(()) => Error::new(format!("cannot make {}", path.display())),
-                },
+                _ => Error::because(format!("cannot make {}", path.display()), e),
             })?;
             let dir = Self { fd: open_dir(&path)?, path: path.clone(), made: made.clone() };
             // A `delete --force` between mkdir and here takes the directory away again.
