@@ -140,8 +140,11 @@ impl<'a> Container<'a> {
     /// Creates and starts the container.
     #[track_caller]
     pub fn start_new(&self) -> Created<'a> {
-        let created = self.create();
-        self.start().ok();
+        let mut created = self.create();
+        let started = self.start();
+        if started.status != 0 {
+            panic!("{started}\nit said before: {}\n{}", created.stderr.so_far(), self.state());
+        }
         created
     }
 

@@ -122,7 +122,7 @@ fn a_command_that_waits_is_told() {
     kill_9(&scope, scope.child(created.pid, VMM));
     let end = exec.wait();
     let said = exec.stderr.so_far();
-    assert!(end == End::Exited(255) && said.contains("VMM"), "{end}: {said}");
+    assert!(end == End::Exited(255) && said.contains("microVM"), "{end}: {said}");
     assert_lost(&scope, &container, &created);
 }
 
@@ -139,7 +139,7 @@ fn run_is_told_of_a_lost_vmm() {
     kill_9(&scope, scope.child(sandbox, VMM));
     let end = run.wait();
     let said = run.stderr.so_far();
-    assert!(end == End::Exited(255) && said.contains("VMM"), "{end}: {said}");
+    assert!(end == End::Exited(255) && said.contains("microVM"), "{end}: {said}");
     container.delete_force().ok();
     scope.assert_nothing_left();
 }

@@ -57,7 +57,7 @@ fn broken_json_is_named_with_its_line() {
         ("{\n  \"ociVersion\": \"1.0.2\",\n  \"process\": {,}\n}\n", "line 3"),
         ("{\n  \"ociVersion\": 7\n}\n", "line 2"),
         ("", "line 1"),
-        ("[]", "line 1"),
+        ("[]", "config.json"),
         ("\u{0}\u{1}garbage", "line 1"),
     ] {
         fs::write(&path, text).unwrap();
@@ -79,14 +79,21 @@ fn unknown_namespace_type() {
     config_refused(|c| c["linux"]["namespaces"] = unknown.clone(), &["moon", "config.json"]);
 }
 
-/// Engines ask for the host's pid namespace or another container's: a microVM has neither.
+/// Engines can ask for the host's namespaces or another container's: a microVM has neither.
 #[test]
 fn a_namespace_of_the_host() {
     microvm_only!();
-    let without_pid = json!([{ "type": "mount" }, { "type": "network" }]);
-    config_refused(|c| c["linux"]["namespaces"] = without_pid.clone(), &["namespaces", "pid"]);
-    let joined = json!([{ "type": "pid" }, { "type": "mount" }, { "type": "ipc", "path": "/proc/1/ns/ipc" }]);
-    config_refused(|c| c["linux"]["namespaces"] = joined.clone(), &["ipc", "/proc/1/ns/ipc"]);
+    for kind in ["pid", "ipc", "network"] {
+        let without = |c: &mut Value| {
+            c["linux"]["namespaces"].as_array_mut().unwrap().retain(|n| n["type"] != kind);
+        };
+        config_refused(without, &["namespaces", kind]);
+        let joined = |c: &mut Value| {
+            let all = c["linux"]["namespaces"].as_array_mut().unwrap();
+            all.iter_mut().find(|n| n["type"] == kind).unwrap()["path"] = json!("/proc/1/ns/x");
+        };
+        config_refused(joined, &["namespace", kind, "/proc/1/ns/x"]);
+    }
 }
 
 #[test]

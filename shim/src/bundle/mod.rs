@@ -14,7 +14,7 @@ use std::{
 
 use oci_spec::runtime::{Process, Spec};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 pub(crate) use self::guest::shared_name;
 pub use self::{
@@ -125,9 +125,11 @@ pub fn check_process(process: &Process) -> Result<()> {
 }
 
 fn parse_spec(path: &Path, text: &[u8]) -> Result<Spec> {
-    // The types first: their messages name the line and what was expected there.
+    // As an object first: the types would take a list for one without fields.
+    let raw: Map<String, Value> =
+        serde_json::from_slice(text).explain(|| path.display().to_string())?;
     let spec: Spec = serde_json::from_slice(text).explain(|| path.display().to_string())?;
-    let raw: Value = serde_json::from_slice(text).explain(|| path.display().to_string())?;
+    let raw = Value::Object(raw);
     unsupported::refuse(&raw)?;
     let kept = serde_json::to_value(&spec).explain(|| path.display().to_string())?;
     unknown::warn("config.json", &raw, &kept);

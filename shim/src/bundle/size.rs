@@ -51,6 +51,12 @@ impl VmSize {
         };
         let memory_mib = match annotation(spec, MEMORY_ANNOTATION, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?
         {
+            Some(memory_mib) if memory_mib > host_memory_mib => {
+                return Err(Error::new(format!(
+                    "annotation {MEMORY_ANNOTATION} asks for {memory_mib} MiB of memory; this \
+                     host has {host_memory_mib} MiB, so ask for less"
+                )));
+            }
             Some(memory_mib) => memory_mib,
             None => memory_mib(spec).min(host_memory_mib).clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB),
         };

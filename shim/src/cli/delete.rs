@@ -69,6 +69,7 @@ impl Delete {
         }
         if !record.sandbox.wait(END_TIMEOUT) {
             log::warn!("the sandbox process of {} does not end, so it is killed", record.id);
+            record.sandbox.kill(END_TIMEOUT);
         }
         Ok(())
     }

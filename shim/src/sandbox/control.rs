@@ -8,11 +8,12 @@
 use std::{
     io::{BufRead, BufReader, Read, Write},
     os::unix::net::UnixStream,
+    time::Duration,
 };
 
 use serde::{Deserialize, Serialize};
 
-use super::timeline::Timeline;
+use super::{lifecycle::START_TIMEOUT, timeline::Timeline};
 use crate::{
     error::{Error, Explain, Result},
     state::{CONTROL_SOCKET, Exit, StateDir},
@@ -99,6 +100,8 @@ pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
         Err(e) if gone(&e) => return Ok(Answer::Gone),
         Err(e) => return Err(e).explain(what),
     };
+    // A sandbox process that is stopped takes the connection but never answers.
+    socket.set_read_timeout(Some(answer_timeout(request))).explain(what)?;
     match send(&mut socket, request) {
         Err(e) if gone(&e) => return Ok(Answer::Gone),
         result => result.explain(what)?,
@@ -115,6 +118,15 @@ pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
                 what()
             ))),
         },
+    }
+}
+
+/// How long an answer may take: a start has a bound of its own in the sandbox process, everything
+/// else is answered at once.
+fn answer_timeout(request: &Request) -> Duration {
+    match request {
+        Request::Start => START_TIMEOUT + Duration::from_secs(30),
+        _ => Duration::from_secs(30),
     }
 }
 

@@ -75,6 +75,8 @@ pub(super) struct VmmEnd {
     console_tail: Vec<String>,
     /// How the process ended.
     exit: String,
+    /// It was ended by SIGKILL.
+    killed: bool,
     /// The last lines it wrote to its standard error.
     stderr: Vec<String>,
 }
@@ -213,7 +215,7 @@ impl VmmEnd {
         let message = match (&self.failure, &self.reason) {
             (Some(failure), _) => format!("the microVM could not be started: {failure}"),
             (None, Some(reason)) => describe(reason),
-            (None, None) => format!("the VMM ended without a reason: {}", self.exit),
+            (None, None) => format!("the VMM ended without a reason: {}{}", self.exit, self.hint()),
         };
         let mut details = Vec::new();
         if !self.console_tail.is_empty() {
@@ -225,6 +227,15 @@ impl VmmEnd {
             details.extend(self.stderr.iter().map(|line| format!("| {line}")));
         }
         Error::with_kind(ErrorKind::VmLost, message).details(details)
+    }
+
+    /// What a person may look at when the kernel or somebody else killed the VMM.
+    fn hint(&self) -> &'static str {
+        if self.killed {
+            " (was the host, or the cgroup that this runs in, out of memory? the kernel's log says)"
+        } else {
+            ""
+        }
     }
 
     /// As [`Self::explain`], for a microVM that never became ready: a failure of our own, since no
@@ -300,6 +311,10 @@ async fn watch_process(
     let _ = pidfd.readable().await.map(|_| ());
     end.exit = match child.wait() {
         Ok(status) => match (status.code(), status.signal()) {
+            (None, Some(libc::SIGKILL)) => {
+                end.killed = true;
+                "killed by signal 9".to_owned()
+            }
             (Some(code), _) => format!("exit status {code}"),
             (None, Some(signal)) => format!("killed by signal {signal}"),
             (None, None) => "unknown exit".to_owned(),

@@ -1,6 +1,7 @@
 //! Puts kernel, initramfs and boot parameters into guest memory.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator};
@@ -27,6 +28,10 @@ const CPIO_MAGICS: [&[u8; 6]; 2] = [b"070701", b"070702"];
 
 const PAGE_SIZE: u64 = 4096;
 
+/// Offset of `e_machine` in an ELF header, and its value (System V ABI, AMD64 supplement, 4.1).
+const E_MACHINE: usize = 18;
+const EM_X86_64: u16 = 62;
+
 /// The guest cannot be given its kernel or image.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
@@ -40,6 +45,9 @@ pub enum BootError {
         /// What linux-loader found.
         source: linux_loader::loader::Error,
     },
+    /// The kernel is for another processor.
+    #[error("{0}: the kernel is not for x86-64; rebuild or reinstall the guest kernel")]
+    OtherMachine(String),
     /// The image file is no cpio archive.
     #[error("{0}: not a newc cpio archive; rebuild or reinstall the guest image")]
     NoArchive(String),
@@ -80,6 +88,12 @@ pub enum BootError {
 ///
 /// [`BootError::Kernel`].
 pub fn load_kernel(ram: &GuestRam, file: &mut File, path: &str) -> Result<Kernel, BootError> {
+    // The loader does not ask whose code it is.
+    let mut header = [0u8; 20];
+    let whole = file.read_exact_at(&mut header, 0).is_ok();
+    if whole && header[..4] == *b"\x7fELF" && header[E_MACHINE..] != EM_X86_64.to_le_bytes() {
+        return Err(BootError::OtherMachine(path.to_owned()));
+    }
     let loaded =
         Elf::load(ram.memory(), None, &mut Chunked(file), Some(GuestAddress(layout::HIMEM_START)))
             .map_err(|source| BootError::Kernel { path: path.to_owned(), source })?;
@@ -114,8 +128,7 @@ pub fn load_initramfs(
         return Err(no_room());
     }
     let mut magic = [0u8; 6];
-    std::os::unix::fs::FileExt::read_exact_at(file, &mut magic, 0)
-        .map_err(|_| BootError::NoArchive(path.to_owned()))?;
+    file.read_exact_at(&mut magic, 0).map_err(|_| BootError::NoArchive(path.to_owned()))?;
     if !CPIO_MAGICS.contains(&&magic) {
         return Err(BootError::NoArchive(path.to_owned()));
     }
