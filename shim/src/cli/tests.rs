@@ -113,3 +113,9 @@ fn mistakes_are_usage_errors() {
         assert!(result.unwrap_err().use_stderr(), "{arguments:?}");
     }
 }
+
+#[test]
+fn dashes_between_the_programs_arguments_are_the_programs() {
+    let text = format!("{:?}", parse(&["exec", "c", "--cwd", "/tmp", "ls", "-a", "--", "."]));
+    assert!(text.contains(r#"["ls", "-a", "--", "."]"#), "{text}");
+}
