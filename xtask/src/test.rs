@@ -88,6 +88,10 @@ fn end_to_end_tests(filter: Option<&str>) -> Result<Tally> {
         let name = binary.name.as_str();
         let mut run = Run::here(vec![binary.path.display().to_string()])?;
         run.argv.extend(filter.map(str::to_owned));
+        // An emulated processor is slow, and a test has bounds; some run several sandboxes anyway.
+        if matches!(place, Place::Lab(_)) {
+            run.argv.push("--test-threads=1".to_owned());
+        }
         run.cwd = "/".into();
         run.quiet_limit = Some(SILENCE);
         let run = run

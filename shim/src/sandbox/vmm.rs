@@ -439,7 +439,11 @@ mod tests {
     fn a_vmm_that_dies_is_reported_with_what_it_wrote() {
         let (_, end) = run_as_vmm("echo thread panicked >&2; kill -9 $$");
         let error = end.explain();
-        assert_eq!(error.message, "the VMM ended without a reason: killed by signal 9");
+        assert_eq!(
+            error.message,
+            "the VMM ended without a reason: killed by signal 9 (was the host, or the cgroup that \
+             this runs in, out of memory? the kernel's log says)"
+        );
         assert!(error.details.iter().any(|line| line.contains("thread panicked")), "{error}");
     }
 
