@@ -1,8 +1,8 @@
-//! Where the pieces of a microVM are found on this host.
+//! What the operator of this host has settled: where the pieces of a microVM are, and more.
 //!
-//! In order: the environment (`ISOPOD_VMM`, `ISOPOD_KERNEL`, `ISOPOD_INITRAMFS`), the keys `vmm`,
-//! `kernel` and `initramfs` of `/etc/isopod/config.toml`, beside the running `isopod`, and where
-//! an installation puts them.
+//! The pieces are looked for, in this order, in the environment (`ISOPOD_VMM`, `ISOPOD_KERNEL`,
+//! `ISOPOD_INITRAMFS`), the keys `vmm`, `kernel` and `initramfs` of `/etc/isopod/config.toml`, beside
+//! the running `isopod`, and where an installation puts them.
 
 use std::{
     env, fs,
@@ -40,6 +40,7 @@ struct ConfigFile {
     vmm: Option<PathBuf>,
     kernel: Option<PathBuf>,
     initramfs: Option<PathBuf>,
+    kernel_params: Option<String>,
 }
 
 /// One of the files, and how it is looked for.
@@ -158,6 +159,24 @@ impl Search {
     }
 }
 
+/// Parameters for the end of the guest kernel's command line: `ISOPOD_KERNEL_PARAMS`, or the key
+/// `kernel_params` of `/etc/isopod/config.toml`; none if neither is there.
+///
+/// # Errors
+///
+/// If the settings file is not valid, or the variable is not UTF-8.
+pub fn kernel_params() -> Result<String> {
+    match env::var("ISOPOD_KERNEL_PARAMS") {
+        Ok(params) => Ok(params),
+        Err(env::VarError::NotPresent) => {
+            Ok(ConfigFile::read(Path::new(CONFIG_FILE))?.kernel_params.unwrap_or_default())
+        }
+        Err(env::VarError::NotUnicode(_)) => {
+            Err(Error::new("ISOPOD_KERNEL_PARAMS is not valid UTF-8"))
+        }
+    }
+}
+
 /// How long a guest may take to boot.
 ///
 /// # Errors
@@ -192,6 +211,8 @@ mod tests {
         assert!(!error.message.contains('\n'), "{error}");
         fs::write(&path, "vmm = \"/x\"\n").unwrap();
         assert_eq!(ConfigFile::read(&path).unwrap().vmm, Some("/x".into()));
+        fs::write(&path, "kernel_params = \"nohz=off\"\n").unwrap();
+        assert_eq!(ConfigFile::read(&path).unwrap().kernel_params.unwrap(), "nohz=off");
         assert!(ConfigFile::read(&dir.path().join("none")).unwrap().vmm.is_none());
     }
 

@@ -98,22 +98,6 @@ fn annotations_that_make_no_sense_are_refused() {
 }
 
 #[test]
-fn two_vcpus_run_at_the_same_time() {
-    microvm_only!();
-    if std::thread::available_parallelism().is_ok_and(|n| n.get() < 2) {
-        println!("skipped: this machine has one CPU");
-        return;
-    }
-    let scope = Scope::new();
-    let container = scope.container().annotation("dev.isopod.vcpus", "2").probe(&["parallel"]);
-    let seen = container.run_json();
-    println!("{seen}");
-    assert_eq!(seen["cpus"], json!(2));
-    assert_eq!(seen["ran_on"], json!([0, 1]));
-    assert_eq!(seen["parallel"], json!(true), "{seen}");
-}
-
-#[test]
 fn four_gib_of_memory_work_across_the_32_bit_hole() {
     microvm_only!();
     let scope = Scope::new();

@@ -29,24 +29,9 @@ pub(crate) enum Place {
 impl Place {
     /// The place that this machine's KVM or `ISOPOD_LAB` asks for, and says which.
     pub(crate) fn open(options: &Options) -> Result<Self> {
-        let choice = std::env::var(CHOICE).unwrap_or_default();
-        let here = match choice.as_str() {
-            "" if options.count => false,
-            "" => hardware_kvm(),
-            "off" => true,
-            "force" => false,
-            other => bail!("{CHOICE} is {other:?}; it has to be `force` or `off`, or not set"),
-        };
-        if here {
-            say("sandboxes run directly on this machine");
+        if is_here(options.count)? {
             return Ok(Self::Here);
         }
-        let why = match (choice.as_str(), options.count) {
-            ("force", _) => format!("{CHOICE}=force"),
-            (_, true) => "it counts instructions".to_owned(),
-            _ => "this machine has no hardware KVM".to_owned(),
-        };
-        say(format!("sandboxes run in the lab, an emulated machine with nested KVM ({why})"));
         Ok(Self::Lab(Box::new(Lab::private(options)?)))
     }
 
@@ -91,6 +76,30 @@ impl Place {
             Self::Lab(lab) => lab.run(run, input, show),
         }
     }
+}
+
+/// Whether sandboxes run on this machine: its KVM or `ISOPOD_LAB` decides, and counting, which only
+/// a lab can do. Says where and why.
+pub(crate) fn is_here(counting: bool) -> Result<bool> {
+    let choice = std::env::var(CHOICE).unwrap_or_default();
+    let here = match choice.as_str() {
+        "" if counting => false,
+        "" => hardware_kvm(),
+        "off" => true,
+        "force" => false,
+        other => bail!("{CHOICE} is {other:?}; it has to be `force` or `off`, or not set"),
+    };
+    if here {
+        say("sandboxes run directly on this machine");
+        return Ok(true);
+    }
+    let why = match (choice.as_str(), counting) {
+        ("force", _) => format!("{CHOICE}=force"),
+        (_, true) => "it counts instructions".to_owned(),
+        _ => "this machine has no hardware KVM".to_owned(),
+    };
+    say(format!("sandboxes run in the lab, an emulated machine with nested KVM ({why})"));
+    Ok(false)
 }
 
 /// This process's input, unless that is a terminal, which a command in a lab cannot have.

@@ -143,6 +143,7 @@ impl CreateOptions {
         let terminal =
             find_terminal(wanted.unwrap_or(false), detached, self.console_socket.as_deref())?;
         let artifacts = settings::Artifacts::find()?;
+        let kernel_params = settings::kernel_params()?;
         let boot_timeout = settings::boot_timeout()?;
         // Opened again by the sandbox process; this is to fail before anything is made.
         drop(host::open_kvm()?);
@@ -158,6 +159,7 @@ impl CreateOptions {
             vm: bundle.vm,
             artifacts,
             terminal: terminal.clone(),
+            kernel_params,
             boot_timeout,
             made: dir.made().to_vec(),
             console_log: global.debug,

@@ -59,7 +59,7 @@ pub(super) fn start(
         kvm_fd: kvm.as_raw_fd(),
         kernel: file_ref(&kernel, &launch.artifacts.kernel),
         initramfs: file_ref(&initramfs, &launch.artifacts.initramfs),
-        cmdline: String::new(),
+        cmdline: launch.kernel_params.clone(),
         console_fd: console.as_ref().map(AsRawFd::as_raw_fd),
         // Filled in by whoever has the other end.
         control_fd: -1,

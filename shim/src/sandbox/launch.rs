@@ -47,6 +47,8 @@ pub struct Launch {
     pub artifacts: Artifacts,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
+    /// What the operator adds to the guest kernel's command line.
+    pub kernel_params: String,
     /// How long the guest may take to boot.
     pub boot_timeout: Duration,
     /// Parents of the state directory that were made for it, and go when it does.

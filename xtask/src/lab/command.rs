@@ -17,7 +17,7 @@ Usage: cargo xtask lab up [OPTIONS]             boot a lab and leave it in the b
 
 Options:
   --count          guest time is instructions executed (1 ms = a million), on one processor
-  --cpus N         processors [this machine's, 2 to 8]
+  --cpus N         processors [1]; QEMU is not exact when it emulates several
   --memory MIB     memory [half of this machine's, 8192 at most]
 
 The lab sees this machine's files as they are when it first looks, and cargo's target directory as

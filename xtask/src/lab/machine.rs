@@ -22,6 +22,9 @@ const VIRTIOFSD_RUST: &str = "/usr/libexec/virtiofsd";
 const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_timer_check \
                        apparmor=0 random.trust_cpu=on quiet";
 
+/// On the kernel command line of a lab that counts, for its PID 1.
+pub(super) const COUNTING: &str = "lab.counting";
+
 /// How the guest may cache a share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cache {
@@ -183,7 +186,8 @@ fn arguments(kernel: &Path, ports: &[OwnedFd], options: &Options) -> Vec<String>
         add(&format!("-device virtserialport,chardev=port{number},name={PORT_PREFIX}{number}"));
     }
     add("-device virtio-rng-pci -serial file:console.log -initrd initramfs.cpio");
-    args.extend(["-append".to_owned(), CMDLINE.to_owned()]);
+    let counting = if options.count { COUNTING } else { "" };
+    args.extend(["-append".to_owned(), format!("{CMDLINE} {counting}")]);
     args.extend(["-kernel".to_owned(), kernel.display().to_string()]);
     args
 }

@@ -16,6 +16,7 @@ pub(crate) mod background;
 mod child;
 mod client;
 pub(crate) mod command;
+mod idle_vm;
 pub(crate) mod init;
 mod initramfs;
 mod kernel;
@@ -25,6 +26,8 @@ mod wire;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -61,7 +64,8 @@ pub(crate) const NEEDS: [Need; 8] = [
 pub(crate) struct Options {
     /// Guest time advances with instructions executed, a million a millisecond, on one processor.
     pub(crate) count: bool,
-    /// Number of processors; one when counting.
+    /// Number of processors; one when counting. QEMU is not exact when it emulates several, which
+    /// shows once in some hundred microVMs: with more than one, be ready for that.
     pub(crate) cpus: usize,
     /// Memory in MiB.
     pub(crate) memory_mib: u64,
@@ -69,13 +73,19 @@ pub(crate) struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, 8);
-        Self { count: false, cpus, memory_mib: default_memory_mib() }
+        Self::for_one_of(1)
     }
 }
 
-/// 8 GiB, or half of what the machine has.
-fn default_memory_mib() -> u64 {
+impl Options {
+    /// For each of `labs` labs that run at the same time.
+    pub(crate) fn for_one_of(labs: usize) -> Self {
+        Self { count: false, cpus: 1, memory_mib: memory_mib(labs as u64) }
+    }
+}
+
+/// 8 GiB, or the share of a lab in half of what the machine has.
+fn memory_mib(labs: u64) -> u64 {
     let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total_kib = info
         .lines()
@@ -83,7 +93,7 @@ fn default_memory_mib() -> u64 {
         .and_then(|rest| rest.trim().strip_suffix("kB"))
         .and_then(|number| number.trim().parse::<u64>().ok());
     // The lab's memory is only taken as it is used.
-    total_kib.map_or(4096, |kib| (kib / 1024 / 2).clamp(2048, 8192))
+    total_kib.map_or(4096, |kib| (kib / 1024 / 2 / labs).clamp(2048, 8192))
 }
 
 /// A command to run in a lab.
@@ -160,10 +170,15 @@ impl Lab {
         }
         apt::ensure(NEEDS)?;
         let kernel = kernel::ensure()?;
-        sweep();
         let dir = directory(name);
-        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
-        let lock = claim(&dir)?;
+        let lock = {
+            // Between a lock's file and its lock, another thread would sweep it away.
+            static CLAIM: Mutex<()> = Mutex::new(());
+            let _one = CLAIM.lock().unwrap_or_else(PoisonError::into_inner);
+            sweep();
+            fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+            claim(&dir)?
+        };
         let what = if options.count { "boot the lab (counting)" } else { "boot the lab" };
         step(what, || {
             // PID 1 is this program, as it is now: a copy that no build replaces.
@@ -180,7 +195,9 @@ impl Lab {
 
     /// Boots a lab that nobody else knows of.
     pub(crate) fn private(options: &Options) -> Result<Self> {
-        Self::boot(&format!("private-{}", std::process::id()), options)
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Self::boot(&format!("private-{}-{number}", std::process::id()), options)
     }
 
     /// Runs a command with its standard error on this process's own, and returns how it ended.
@@ -200,6 +217,12 @@ impl Drop for Lab {
         // Nothing of it is needed again; the next boot sweeps up what cannot be removed now.
         let _ = fs::remove_dir_all(&self.dir);
     }
+}
+
+/// Fetches and unpacks what labs boot, for those that are about to boot side by side.
+pub(crate) fn prepare() -> Result<()> {
+    apt::ensure(NEEDS)?;
+    kernel::ensure().map(drop)
 }
 
 /// Where the files of the lab called `name` are while it runs.

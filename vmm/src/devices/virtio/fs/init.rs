@@ -1,14 +1,14 @@
 //! The first FUSE request, which settles what both sides can do. It is answered here, because the
 //! crate by itself agrees to nothing but reading directories: writes would come 4 KiB at a time.
 
-use std::io::{self, Write};
+use std::io;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    FsOptions, InHeader, InitIn, InitIn2, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION, OutHeader,
+    FsOptions, InitIn, InitIn2, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION,
 };
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::passthrough::PassthroughFs;
-use fuse_backend_rs::transport::{Reader, Writer};
+use fuse_backend_rs::transport::Reader;
 use vm_memory::ByteValued;
 
 /// `FUSE_INIT` (include/uapi/linux/fuse.h, enum fuse_opcode).
@@ -33,27 +33,13 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::MAX_PAGES)
     .union(FsOptions::INIT_EXT);
 
-/// Serves the request of which `header` has been read. Returns how many bytes of answer were
-/// written.
+/// The answer to a request of which all but the header is left.
 ///
 /// # Errors
 ///
-/// When there is no room for the answer.
-pub(super) fn answer(
-    files: &PassthroughFs,
-    header: &InHeader,
-    mut request: Reader<'_>,
-    mut answer: Writer<'_>,
-) -> io::Result<usize> {
-    let (error, body) = match negotiate(files, &mut request) {
-        Ok(out) => (0, out.as_slice().to_vec()),
-        Err(e) => (-e.raw_os_error().unwrap_or(libc::EINVAL), Vec::new()),
-    };
-    let len = size_of::<OutHeader>() + body.len();
-    let out = OutHeader { len: len as u32, error, unique: header.unique };
-    answer.write_all(out.as_slice())?;
-    answer.write_all(&body)?;
-    Ok(len)
+/// When the guest speaks no protocol that is spoken here.
+pub(super) fn answer(files: &PassthroughFs, mut request: Reader<'_>) -> io::Result<Vec<u8>> {
+    negotiate(files, &mut request).map(|out| out.as_slice().to_vec())
 }
 
 fn negotiate(files: &PassthroughFs, request: &mut Reader<'_>) -> io::Result<InitOut> {

@@ -4,17 +4,19 @@
 //! one lead, and serves what it took.
 
 mod init;
+mod readdir;
 
-use std::io;
+use std::io::{self, Write as _};
 use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::InHeader;
+use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
 use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue::DescriptorChain;
+use vm_memory::ByteValued as _;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::worker::{Stop, Workers, wait_for_work};
@@ -226,12 +228,33 @@ impl Service {
         let mut rest = reader.clone();
         let Ok(header) = rest.read_obj::<InHeader>() else { return 0 };
         let written = if header.opcode == init::OPCODE {
-            init::answer(&opened.files, &header, rest, writer).unwrap_or(0)
+            reply(writer, &header, init::answer(&opened.files, rest))
+        } else if readdir::OPCODES.contains(&header.opcode) {
+            let room = writer.available_bytes().saturating_sub(size_of::<OutHeader>());
+            reply(writer, &header, readdir::answer(&opened.files, &header, rest, room))
         } else {
-            opened.server.handle_message(reader, writer, None, None).unwrap_or(0)
+            opened.server.handle_message(reader, writer, None, None).map_err(io::Error::other)
         };
-        written as u32
+        // What has no room for an answer gets none.
+        written.unwrap_or(0) as u32
     }
+}
+
+/// Writes the answer to the request with `header`. Returns its length.
+fn reply(
+    mut writer: Writer<'_>,
+    header: &InHeader,
+    answer: io::Result<Vec<u8>>,
+) -> io::Result<usize> {
+    let (error, body) = match answer {
+        Ok(body) => (0, body),
+        Err(e) => (-e.raw_os_error().unwrap_or(libc::EINVAL), Vec::new()),
+    };
+    let len = size_of::<OutHeader>() + body.len();
+    let out = OutHeader { len: len as u32, error, unique: header.unique };
+    writer.write_all(out.as_slice())?;
+    writer.write_all(&body)?;
+    Ok(len)
 }
 
 fn lock(queue: &Mutex<ActiveQueue>) -> MutexGuard<'_, ActiveQueue> {

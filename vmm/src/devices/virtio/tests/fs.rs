@@ -34,6 +34,7 @@ const GETXATTR: u32 = 22;
 const INIT: u32 = 26;
 const OPENDIR: u32 = 27;
 const READDIR: u32 = 28;
+const READDIRPLUS: u32 = 44;
 const CREATE: u32 = 35;
 const IOCTL: u32 = 39;
 
@@ -135,6 +136,25 @@ impl Guest {
         self.ask(READ, node, &Self::body(handle, 0, 4096))
     }
 
+    /// Names and positions of the entries behind `offset` that fit in `size`.
+    fn list(&mut self, opcode: u32, dir: u64, offset: u64, size: u32) -> Vec<(String, u64)> {
+        let handle = self.open(OPENDIR, dir, libc::O_RDONLY).unwrap();
+        let (error, mut rest) = self.ask(opcode, dir, &Self::body(handle, offset, size));
+        assert_eq!(error, 0);
+        assert!(rest.len() <= size as usize);
+        let mut list = Vec::new();
+        while !rest.is_empty() {
+            if opcode == READDIRPLUS {
+                rest.drain(..128); // fuse_entry_out
+            }
+            let len = u32::from_le_bytes(rest[16..20].try_into().unwrap()) as usize;
+            let position = u64::from_le_bytes(rest[8..16].try_into().unwrap());
+            list.push((String::from_utf8(rest[24..24 + len].to_vec()).unwrap(), position));
+            rest.drain(..(24 + len).next_multiple_of(8));
+        }
+        list
+    }
+
     fn still_serves(&mut self) {
         let file = self.lookup(ROOT, "file").unwrap();
         let handle = self.open(OPEN, file, libc::O_RDONLY).unwrap();
@@ -161,6 +181,27 @@ fn files_are_read_and_written() {
     let dir = guest.lookup(ROOT, "dir").unwrap();
     assert!(guest.lookup(dir, "later").is_ok());
     assert_eq!(guest.lookup(dir, "never"), Err(libc::ENOENT));
+}
+
+#[test]
+fn listings_begin_with_the_dots_and_go_on_from_any_entry() {
+    let mut guest = Guest::new();
+    fs::write(guest.path("dir/one"), "").unwrap();
+    fs::write(guest.path("dir/two"), "").unwrap();
+    let dir = guest.lookup(ROOT, "dir").unwrap();
+    for opcode in [READDIR, READDIRPLUS] {
+        let all = guest.list(opcode, dir, 0, 4096);
+        let names: Vec<&str> = all.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names[..2], [".", ".."]);
+        assert!(names.len() == 4 && names.contains(&"one") && names.contains(&"two"), "{names:?}");
+        for (index, (_, position)) in all.iter().enumerate() {
+            assert_eq!(guest.list(opcode, dir, *position, 4096), all[index + 1..], "{index}");
+        }
+        // Room for one entry.
+        let size = if opcode == READDIR { 39 } else { 167 };
+        assert_eq!(guest.list(opcode, dir, 0, size), all[..1]);
+        assert_eq!(guest.list(opcode, dir, 0, size - 8), []);
+    }
 }
 
 #[test]

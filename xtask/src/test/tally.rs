@@ -1,0 +1,96 @@
+//! Results of test programs, added up.
+
+use std::fmt;
+
+use crate::lab::Ended;
+
+/// Results of test programs, in the words of their runner.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub(super) struct Tally {
+    passed: u64,
+    failed: u64,
+    ignored: u64,
+    filtered_out: u64,
+    /// Programs that failed, and how.
+    failures: Vec<String>,
+}
+
+impl Tally {
+    /// What a run called `name` that printed `output` amounts to.
+    pub(super) fn of(name: &str, output: &[u8], ended: &Ended) -> Self {
+        let mut tally = Self::default();
+        for line in String::from_utf8_lossy(output).lines() {
+            // `test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; ...`
+            let Some(counts) = line.strip_prefix("test result: ") else { continue };
+            for part in counts.split(['.', ';']) {
+                let Some((number, what)) = part.trim().split_once(' ') else { continue };
+                let Ok(number) = number.parse::<u64>() else { continue };
+                match what {
+                    "passed" => tally.passed += number,
+                    "failed" => tally.failed += number,
+                    "ignored" => tally.ignored += number,
+                    "filtered out" => tally.filtered_out += number,
+                    _ => {}
+                }
+            }
+        }
+        match ended {
+            Ended::Status(0) => {}
+            Ended::Status(status) => tally.failures.push(format!("{name} (exit status {status})")),
+            Ended::Refused(why) => tally.failures.push(format!("{name} ({why})")),
+        }
+        tally
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.ignored += other.ignored;
+        self.filtered_out += other.filtered_out;
+        self.failures.extend_from_slice(&other.failures);
+    }
+
+    pub(super) fn passed_all(&self) -> bool {
+        self.failed == 0 && self.failures.is_empty()
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for failure in &self.failures {
+            writeln!(f, "failed: {failure}")?;
+        }
+        let verdict = if self.passed_all() { "ok" } else { "FAILED" };
+        let Self { passed, failed, ignored, filtered_out, .. } = self;
+        write!(
+            f,
+            "test result: {verdict}. {passed} passed; {failed} failed; {ignored} ignored; \
+             0 measured; {filtered_out} filtered out"
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &[u8] = b"running 4 tests\n\
+        test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.5s\n\
+        test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s\n";
+
+    #[test]
+    fn results_of_several_programs_add_up() {
+        let tally = Tally::of("x", OUTPUT, &Ended::Status(101));
+        assert_eq!((tally.passed, tally.failed, tally.ignored, tally.filtered_out), (4, 2, 1, 2));
+        assert_eq!(tally.failures, ["x (exit status 101)"]);
+        assert!(tally.to_string().ends_with(
+            "test result: FAILED. 4 passed; 2 failed; 1 ignored; 0 measured; 2 filtered out"
+        ));
+    }
+
+    #[test]
+    fn a_program_that_dies_without_a_result_fails() {
+        assert!(!Tally::of("x", b"", &Ended::Status(139)).passed_all());
+        assert!(Tally::of("x", b"", &Ended::Status(0)).passed_all());
+    }
+}
