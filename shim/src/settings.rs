@@ -2,7 +2,8 @@
 //!
 //! The pieces are looked for, in this order, in the environment (`ISOPOD_VMM`, `ISOPOD_KERNEL`,
 //! `ISOPOD_INITRAMFS`), the keys `vmm`, `kernel` and `initramfs` of `/etc/isopod/config.toml`, beside
-//! the running `isopod`, and where an installation puts them.
+//! the running `isopod`, and where an installation puts them: in `libexec/isopod` and `share/isopod`
+//! next to the `bin` or `sbin` that `isopod` is in.
 
 use std::{
     env, fs,
@@ -57,21 +58,21 @@ const VMM: Search = Search {
     variable: "ISOPOD_VMM",
     key: "vmm",
     file: "isopod-vmm",
-    installed: "/usr/local/libexec/isopod",
+    installed: "libexec/isopod",
 };
 const KERNEL: Search = Search {
     what: "the guest kernel",
     variable: "ISOPOD_KERNEL",
     key: "kernel",
     file: "vmlinux",
-    installed: "/usr/local/share/isopod",
+    installed: "share/isopod",
 };
 const INITRAMFS: Search = Search {
     what: "the guest image",
     variable: "ISOPOD_INITRAMFS",
     key: "initramfs",
     file: "isopod.initramfs",
-    installed: "/usr/local/share/isopod",
+    installed: "share/isopod",
 };
 
 impl Artifacts {
@@ -123,12 +124,8 @@ impl Search {
         if let Some(path) = configured {
             return self.accept(path.to_owned(), &format!("{:?} in {CONFIG_FILE}", self.key));
         }
-        let beside = env::current_exe()
-            .explain(|| "cannot read /proc/self/exe".into())?
-            .parent()
-            .map(|dir| dir.join(self.file))
-            .unwrap_or_default();
-        let installed = Path::new(self.installed).join(self.file);
+        let program = env::current_exe().explain(|| "cannot read /proc/self/exe".into())?;
+        let [beside, installed] = self.places(&program);
         for path in [&beside, &installed] {
             if path.is_file() {
                 return Ok(path.clone());
@@ -141,6 +138,13 @@ impl Search {
             installed.display(),
             self.variable
         )))
+    }
+
+    /// Where it is looked for if nobody says where it is, when `program` runs.
+    fn places(&self, program: &Path) -> [PathBuf; 2] {
+        let dir = program.parent().unwrap_or(Path::new("/"));
+        let prefix = dir.parent().unwrap_or(Path::new("/"));
+        [dir.join(self.file), prefix.join(self.installed).join(self.file)]
     }
 
     fn accept(&self, path: PathBuf, origin: &str) -> Result<PathBuf> {
@@ -214,6 +218,17 @@ mod tests {
         fs::write(&path, "kernel_params = \"nohz=off\"\n").unwrap();
         assert_eq!(ConfigFile::read(&path).unwrap().kernel_params.unwrap(), "nohz=off");
         assert!(ConfigFile::read(&dir.path().join("none")).unwrap().vmm.is_none());
+    }
+
+    #[test]
+    fn an_installation_may_be_anywhere() {
+        assert_eq!(
+            VMM.places(Path::new("/opt/x/bin/isopod")),
+            [
+                PathBuf::from("/opt/x/bin/isopod-vmm"),
+                PathBuf::from("/opt/x/libexec/isopod/isopod-vmm")
+            ]
+        );
     }
 
     #[test]

@@ -73,9 +73,13 @@ fn start_time(pid: i32) -> Option<u64> {
     // The name in parentheses may hold anything, parentheses and spaces included.
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
     let state = fields.next()?;
-    // The state is field 3, the start time field 22.
-    let start_time = fields.nth(18)?.parse().ok()?;
-    (!matches!(state, "Z" | "X" | "x")).then_some(start_time)
+    // proc_pid_stat(5): the state is field 3, the number of threads 20, the start time 22.
+    let threads: u64 = fields.nth(16)?.parse().ok()?;
+    let start_time = fields.nth(1)?.parse().ok()?;
+    // A first thread that has ended is a zombie until the last one has, and what the process has
+    // open stays open.
+    let ended = matches!(state, "Z" | "X" | "x") && threads <= 1;
+    (!ended).then_some(start_time)
 }
 
 #[cfg(test)]
