@@ -11,7 +11,7 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use linux_loader::cmdline::Cmdline;
 
 use crate::arch::x86_64::{boot, cpuid, layout, mptable, regs};
-use crate::config::VmConfig;
+use crate::config::{self, ConfigError, VmConfig};
 use crate::devices::console::{SerialConsole, SharedLog};
 use crate::devices::reset::ResetPort;
 use crate::devices::virtio::VirtioDevice;
@@ -20,10 +20,12 @@ use crate::devices::virtio::block::Block;
 use crate::devices::virtio::fs::{Fs, Share};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
+use crate::end::EndSignal;
+use crate::inherited::{Descriptors, Inherited};
 use crate::jail::{self, JailError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::usage::{MemoryMeter, VcpuStats};
-use crate::vcpu::{EndSignal, Vcpus};
+use crate::vcpu::Vcpus;
 use crate::vm::{Vm, VmError};
 
 /// What the VMM has to say on every command line.
@@ -33,9 +35,17 @@ use crate::vm::{Vm, VmError};
 const CMDLINE: &str = "quiet earlyprintk=serial,ttyS0,115200,keep panic=-1 reboot=k \
                        random.trust_cpu=on rdinit=/init";
 
+// Sockets, files, entropy and balloon have a line each, and every disk.
+const _: () = assert!(
+    config::MAX_BLOCK_DEVICES + 4 <= (layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1) as usize
+);
+
 /// The microVM cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
+    /// A descriptor.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// Memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -94,44 +104,40 @@ pub struct Microvm {
     _vm: Vm,
 }
 
-/// The descriptors of a configuration, owned.
-struct Inherited;
-
-impl Inherited {
-    fn take(fd: i32) -> OwnedFd {
-        // SAFETY: the configuration was validated to name each descriptor once, the numbers were
-        // inherited for this process alone, and each is taken at one place only.
-        unsafe { OwnedFd::from_raw_fd(fd) }
-    }
-}
-
 /// Builds the microVM and enters the jail.
 ///
 /// # Errors
 ///
 /// The first thing that failed; the process is then to exit.
 pub fn build(
-    config: &VmConfig,
+    inherited: Inherited,
     reset: vmm_sys_util::eventfd::EventFd,
 ) -> Result<Microvm, BuildError> {
+    let Inherited { config, mut descriptors } = inherited;
+    let config = &config;
     let ram = GuestRam::new(config.memory_mib)?;
+    let kvm = descriptors.take(config.kvm_fd)?;
     // SAFETY: the descriptor is owned and given up to `Kvm`.
-    let kvm = unsafe { Kvm::from_raw_fd(Inherited::take(config.kvm_fd).into_raw_fd()) };
+    let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+    let mut kernel = File::from(descriptors.take(config.kernel.fd)?);
+    let mut image = File::from(descriptors.take(config.initramfs.fd)?);
+    let console = config.console_fd.map(|fd| descriptors.take(fd)).transpose()?;
     let (loaded, vm) = thread::scope(|scope| {
         // Making a machine waits for the host's cgroup and RCU locks, some ten milliseconds on an
         // idle host; meanwhile memory is filled.
         let vm = scope.spawn(|| Vm::new(&kvm, ram.clone()));
-        let loaded = load(&ram, config);
+        let loaded = load(&ram, config, &mut kernel, &mut image);
         (loaded, vm.join())
     });
-    let vm = vm.map_err(|_| host("making a virtual machine")(io::ErrorKind::Other.into()))?;
+    let vm =
+        vm.map_err(|_| host("making a virtual machine")(io::Error::other("its thread panicked")))?;
     let (mut vm, (entry, initramfs)) = (vm?, loaded?);
-    let console = SharedLog::new(config.console_fd.map(|fd| File::from(Inherited::take(fd))));
+    let console = SharedLog::new(console.map(File::from));
     add_ports(&mut vm, &console, reset);
 
     let mut cmdline = boot::new_cmdline()?;
     cmdline.insert_str(CMDLINE).map_err(boot::BootError::from)?;
-    let share = add_devices(&mut vm, config, &mut cmdline)?;
+    let share = add_devices(&mut vm, config, &mut descriptors, &mut cmdline)?;
     if !config.cmdline.is_empty() {
         cmdline.insert_str(&config.cmdline).map_err(boot::BootError::from)?;
     }
@@ -142,9 +148,9 @@ pub fn build(
 
     jail::raise_descriptor_limit().map_err(host("raising the descriptor limit"))?;
     jail::set_no_new_privs()?;
-    enter_jail(config, share)?;
+    enter_jail(config.jail_root_fd.map(|fd| descriptors.take(fd)).transpose()?, share)?;
 
-    let end = Arc::new(EndSignal::new().map_err(host("making an event descriptor"))?);
+    let end = Arc::clone(vm.end());
     let vcpus = Vcpus::spawn(vcpus, vm.mmio.clone(), vm.ports.clone(), Arc::clone(&end))
         .map_err(host("starting the vCPU threads"))?;
     Ok(Microvm { vcpus, end, console, memory_meter, stats, _vm: vm })
@@ -159,14 +165,14 @@ fn add_ports(vm: &mut Vm, console: &SharedLog, reset: vmm_sys_util::eventfd::Eve
 }
 
 /// Goes where only the share is to be seen, and opens it there.
-fn enter_jail(config: &VmConfig, share: Option<Share>) -> Result<(), BuildError> {
+fn enter_jail(root: Option<OwnedFd>, share: Option<Share>) -> Result<(), BuildError> {
     let open = |share: Share, root: &str, jail| {
         share.open(root, jail).map_err(host("opening the shared directory"))
     };
-    let Some(root) = config.jail_root_fd else {
+    let Some(root) = root else {
         return share.map_or(Ok(()), |share| open(share, "/", None));
     };
-    let antechamber = jail::enter(&Inherited::take(root))?;
+    let antechamber = jail::enter(&root)?;
     if let Some(share) = share {
         open(share, jail::SHARE, Some(antechamber.clone()))?;
     }
@@ -177,6 +183,7 @@ fn enter_jail(config: &VmConfig, share: Option<Share>) -> Result<(), BuildError>
 fn add_devices(
     vm: &mut Vm,
     config: &VmConfig,
+    descriptors: &mut Descriptors,
     cmdline: &mut Cmdline,
 ) -> Result<Option<Share>, BuildError> {
     let mut add = |device: Box<dyn VirtioDevice>| -> Result<(), BuildError> {
@@ -184,8 +191,8 @@ fn add_devices(
         let parameter = format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq);
         Ok(cmdline.insert_str(parameter).map_err(boot::BootError::from)?)
     };
-    let listener = UnixListener::from(Inherited::take(config.vsock.listen_fd));
-    let connector = UnixDatagram::from(Inherited::take(config.vsock.connect_fd));
+    let listener = UnixListener::from(descriptors.take(config.vsock.listen_fd)?);
+    let connector = UnixDatagram::from(descriptors.take(config.vsock.connect_fd)?);
     let vsock = Vsock::new(config.vsock.guest_cid, listener, connector)
         .map_err(host("the vsock device's sockets"))?;
     add(Box::new(vsock))?;
@@ -196,7 +203,7 @@ fn add_devices(
         add(Box::new(device))?;
     }
     for block in &config.block {
-        let file = File::from(Inherited::take(block.file.fd));
+        let file = File::from(descriptors.take(block.file.fd)?);
         let device = Block::new(file, block)
             .map_err(|source| BuildError::Block { path: block.file.path.clone(), source })?;
         add(Box::new(device))?;
@@ -207,11 +214,14 @@ fn add_devices(
 }
 
 /// Puts kernel and image into guest memory. Returns the kernel's entry point and where the image is.
-fn load(ram: &GuestRam, config: &VmConfig) -> Result<(u64, boot::Initramfs), BuildError> {
-    let mut kernel = File::from(Inherited::take(config.kernel.fd));
-    let mut initramfs = File::from(Inherited::take(config.initramfs.fd));
-    let kernel = boot::load_kernel(ram, &mut kernel, &config.kernel.path)?;
-    let initramfs = boot::load_initramfs(ram, &mut initramfs, &config.initramfs.path, kernel.end)?;
+fn load(
+    ram: &GuestRam,
+    config: &VmConfig,
+    kernel: &mut File,
+    image: &mut File,
+) -> Result<(u64, boot::Initramfs), BuildError> {
+    let kernel = boot::load_kernel(ram, kernel, &config.kernel.path)?;
+    let initramfs = boot::load_initramfs(ram, image, &config.initramfs.path, kernel.end)?;
     Ok((kernel.entry, initramfs))
 }
 
@@ -242,4 +252,87 @@ fn create_vcpus(vm: &Vm, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildErro
             Ok(vcpu)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{BlockConfig, FileRef, FsCache, FsConfig, MAX_BLOCK_DEVICES, VsockConfig};
+
+    fn number(owned: impl Into<OwnedFd>) -> i32 {
+        owned.into().into_raw_fd()
+    }
+
+    fn file() -> FileRef {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        FileRef { fd: number(file), path: "file".to_owned() }
+    }
+
+    /// As many devices and as long a command line as there can be, and no KVM.
+    fn largest() -> VmConfig {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("vsock.sock")).unwrap();
+        let (connector, control) = UnixDatagram::pair().unwrap();
+        let block = || BlockConfig { file: file(), serial: String::new(), read_only: false };
+        VmConfig {
+            id: "one".to_owned(),
+            vcpus: config::MAX_VCPUS,
+            memory_mib: config::MIN_MEMORY_MIB,
+            kvm_fd: file().fd,
+            kernel: file(),
+            initramfs: file(),
+            cmdline: "x".repeat(config::MAX_CMDLINE_LEN / 2),
+            console_fd: None,
+            control_fd: number(control),
+            vsock: VsockConfig {
+                guest_cid: 3,
+                listen_fd: number(listener),
+                connect_fd: number(connector),
+            },
+            fs: Some(FsConfig { tag: "share".to_owned(), workers: 1, cache: FsCache::Auto }),
+            block: (0..MAX_BLOCK_DEVICES).map(|_| block()).collect(),
+            jail_root_fd: None,
+        }
+    }
+
+    #[test]
+    fn the_most_devices_with_the_longest_command_line_can_be_built() {
+        let Ok(kvm) = Kvm::new() else { return eprintln!("left out: needs /dev/kvm") };
+        // SAFETY: the configuration's descriptors were given up to it.
+        let inherited = unsafe { Inherited::new(largest()) }.unwrap();
+        let Inherited { config, mut descriptors } = inherited;
+        let ram = GuestRam::new(config.memory_mib).unwrap();
+        let mut vm = Vm::new(&kvm, ram).unwrap();
+        let mut cmdline = boot::new_cmdline().unwrap();
+        cmdline.insert_str(CMDLINE).unwrap();
+        assert!(add_devices(&mut vm, &config, &mut descriptors, &mut cmdline).unwrap().is_some());
+        cmdline.insert_str(&config.cmdline).unwrap();
+        write_boot_tables(&vm, &config, &cmdline, boot::Initramfs { start: 0, len: 0 }).unwrap();
+        let one_more = vm.add_virtio(Box::<Rng>::default());
+        assert!(matches!(one_more, Err(VmError::TooManyDevices)));
+        // No descriptor can be taken twice.
+        let again = descriptors.take(config.block[0].file.fd);
+        assert!(matches!(again, Err(ConfigError::Closed(_))));
+    }
+
+    #[test]
+    fn descriptors_have_to_be_open_and_different() {
+        let valid = largest();
+        let mut closed = valid.clone();
+        closed.kernel.fd = i32::MAX;
+        let mut twice = valid.clone();
+        twice.kernel.fd = twice.kvm_fd;
+        let mut too_many = valid.clone();
+        too_many.block.push(BlockConfig { file: file(), ..valid.block[0].clone() });
+        for (config, message) in [
+            (closed, "descriptor 2147483647 is not open"),
+            (twice, "is given twice"),
+            (too_many, "number of block devices is 16; it has to be from 0 to 15"),
+        ] {
+            // SAFETY: it takes none of them, as the configuration is not valid.
+            let error = unsafe { Inherited::new(config) }.err().unwrap().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+    }
 }

@@ -16,8 +16,8 @@ pub const MIN_MEMORY_MIB: u64 = 64;
 /// Most guest memory in MiB (1 TiB).
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 
-/// Most block devices of a microVM.
-pub const MAX_BLOCK_DEVICES: usize = 16;
+/// Most block devices of a microVM: interrupt lines without those of the other devices.
+pub const MAX_BLOCK_DEVICES: usize = 15;
 
 /// Longest kernel command line in bytes that x86 Linux takes (`COMMAND_LINE_SIZE`, with its NUL).
 pub const MAX_CMDLINE_LEN: usize = 2048;
@@ -26,7 +26,7 @@ pub const MAX_CMDLINE_LEN: usize = 2048;
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Name of the sandbox, for messages and the process title.
+    /// Name of the sandbox. It tells whoever finds this document whose it is; nothing else uses it.
     pub id: String,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
@@ -155,6 +155,9 @@ pub enum ConfigError {
     /// Two fields name the same descriptor, or one names a standard stream.
     #[error("descriptor {0} is given twice or is a standard stream")]
     Descriptor(i32),
+    /// A descriptor that the configuration names is not there.
+    #[error("descriptor {0} is not open, or is in use already")]
+    Closed(i32),
 }
 
 impl VmConfig {

@@ -8,11 +8,16 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 /// Longest message in either direction, in bytes.
 pub const MAX_MESSAGE_LEN: usize = 32 * 1024;
+
+/// How long a sandbox process may leave its end unread before it counts as gone, so that the VMM
+/// always ends when it has to.
+pub const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// Everything that can be asked of a VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,8 +72,8 @@ pub enum VmmEvent {
     Ended {
         /// Why.
         reason: EndReason,
-        /// The last lines of the guest's console, oldest first. Guest-controlled text: control
-        /// characters are already escaped.
+        /// The last lines of the guest's console, oldest first. Guest-controlled text, in which each
+        /// control character has become a `.`.
         console_tail: Vec<String>,
     },
     /// The VMM could not start the microVM; it exits after this message.
@@ -119,7 +124,10 @@ pub struct ControlSocket(UnixDatagram);
 impl ControlSocket {
     /// Takes the descriptor of a connected `SOCK_SEQPACKET` socket.
     pub fn new(fd: OwnedFd) -> Self {
-        Self(UnixDatagram::from(fd))
+        let socket = UnixDatagram::from(fd);
+        // It fails on what is no socket, and so does all that follows.
+        let _ = socket.set_write_timeout(Some(SEND_LIMIT));
+        Self(socket)
     }
 
     /// Receives one action. `Ok(None)` when the sandbox process has closed its end.
@@ -140,7 +148,7 @@ impl ControlSocket {
     ///
     /// # Errors
     ///
-    /// When the sandbox process has closed its end.
+    /// When the sandbox process has closed its end, or reads nothing for [`SEND_LIMIT`].
     pub fn send(&self, message: &VmmMessage) -> io::Result<()> {
         let packet = serde_json::to_vec(message)?;
         self.0.send(&packet).map(drop)

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -13,6 +14,10 @@ use crate::control::{ControlSocket, EndReason, VmmAction, VmmEvent, VmmMessage, 
 const CONTROL: u64 = 0;
 const RESET: u64 = 1;
 const END: u64 = 2;
+
+/// How long to wait for the vCPUs to stop. One of them may be held up in a device, by whoever should
+/// read the console or by a host file system, and the main thread has to hear a stop all the same.
+const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Serves `vm` until it ends, and returns why.
 ///
@@ -71,8 +76,12 @@ fn serve(vm: &mut Microvm, control: &ControlSocket) -> Option<EndReason> {
     let reply = match control.receive() {
         Ok(Some(VmmAction::Stop)) | Ok(None) => return Some(EndReason::Stopped),
         Ok(Some(VmmAction::Pause)) => {
-            vm.vcpus.pause();
-            VmmReply::Done
+            if vm.vcpus.pause(PAUSE_LIMIT) {
+                VmmReply::Done
+            } else {
+                let limit = PAUSE_LIMIT.as_secs();
+                VmmReply::Failed { message: format!("a vCPU did not stop within {limit} seconds") }
+            }
         }
         Ok(Some(VmmAction::Resume)) => {
             vm.vcpus.let_run();

@@ -63,7 +63,9 @@ pub const SHARE: &str = "/share";
 /// `-- proc/self/{fd,mountinfo}
 /// ```
 ///
-/// `..` leads nowhere from any of them: the root of each mount is the end.
+/// Above the namespace's root there is nothing, and above the share there is nothing for threads that
+/// have it as their root. For those that stay, `..` of the share's root is the antechamber: it is up
+/// to them never to look it up for a guest.
 #[derive(Debug, Clone)]
 pub struct Antechamber(Arc<OwnedFd>);
 
@@ -144,6 +146,29 @@ impl Antechamber {
         fchdir(&self.0)?;
         chroot(".")
     }
+}
+
+/// Lets the calling thread keep its capabilities while it has another effective user. A file that it
+/// makes then belongs to that user, who may have been let into the directory by means that are not
+/// known here: a supplementary group, or a capability.
+///
+/// # Errors
+///
+/// Without `CAP_SETPCAP`.
+pub fn keep_capabilities() -> io::Result<()> {
+    // include/uapi/linux/securebits.h
+    const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
+    // SAFETY: it takes numbers only.
+    let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
+    if bits < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let bits = bits | SECBIT_NO_SETUID_FIXUP;
+    // SAFETY: it takes numbers only.
+    if unsafe { libc::prctl(libc::PR_SET_SECUREBITS, libc::c_long::from(bits)) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Neither this process nor a child of it can get rights by `execve` any more.

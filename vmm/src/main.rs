@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use isopod_vmm::builder;
 use isopod_vmm::config::VmConfig;
-use isopod_vmm::control::{ControlSocket, VmmEvent, VmmMessage};
+use isopod_vmm::control::{ControlSocket, EndReason, VmmEvent, VmmMessage};
+use isopod_vmm::inherited::Inherited;
 use isopod_vmm::{event_loop, jail};
 use nix::time::ClockId;
 use vmm_sys_util::eventfd::EventFd;
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
         }
         ["--config-fd", number] => match number.parse() {
             Ok(fd) if fd > 2 => match prepare(fd) {
-                Ok((config, control)) => run(&config, &control, exec_us),
+                Ok((inherited, control)) => run(inherited, &control, exec_us),
                 Err(message) => message,
             },
             _ => format!("--config-fd {number}: not a descriptor above 2"),
@@ -43,19 +44,20 @@ fn main() -> ExitCode {
 }
 
 /// Reads what to run. Until the control socket is there, failures go to standard error.
-fn prepare(config_fd: i32) -> Result<(VmConfig, ControlSocket), String> {
+fn prepare(config_fd: i32) -> Result<(Inherited, ControlSocket), String> {
     let config = read_config(config_fd)?;
     jail::close_other_descriptors(&config.descriptors())
         .map_err(|e| format!("closing inherited descriptors: {e}"))?;
-    // SAFETY: the descriptor was inherited for this process, is named once in the validated
-    // configuration, and is taken only here.
-    let control = ControlSocket::new(unsafe { OwnedFd::from_raw_fd(config.control_fd) });
-    Ok((config, control))
+    // SAFETY: all descriptors above 2 were inherited, and this process has made none of its own that
+    // is still open.
+    let mut inherited = unsafe { Inherited::new(config) }.map_err(|e| e.to_string())?;
+    let control = inherited.take_control().map_err(|e| e.to_string())?;
+    Ok((inherited, ControlSocket::new(control)))
 }
 
 /// Runs the microVM to its end. Failures are told to the control socket.
-fn run(config: &VmConfig, control: &ControlSocket, exec_us: u64) -> ! {
-    match run_microvm(config, control, exec_us) {
+fn run(inherited: Inherited, control: &ControlSocket, exec_us: u64) -> ! {
+    match run_microvm(inherited, control, exec_us) {
         Ok(never) => match never {},
         Err(message) => finish(control, VmmEvent::Failed { message }),
     }
@@ -83,18 +85,21 @@ fn read_config(fd: i32) -> Result<VmConfig, String> {
 }
 
 fn run_microvm(
-    config: &VmConfig,
+    inherited: Inherited,
     control: &ControlSocket,
     exec_us: u64,
 ) -> Result<Infallible, String> {
-    let event = |e: std::io::Error| format!("event descriptors: {e}");
+    let event = |e: std::io::Error| format!("making an event descriptor: {e}");
     let reset = EventFd::new(libc::EFD_NONBLOCK).map_err(event)?;
     let reset_port = reset.try_clone().map_err(event)?;
-    let mut vm = builder::build(config, reset_port).map_err(|e| e.to_string())?;
+    let mut vm = builder::build(inherited, reset_port).map_err(|e| e.to_string())?;
     let started = VmmEvent::Started { exec_us, running_us: now_us() };
     control.send(&VmmMessage::Event(started)).map_err(|e| format!("control socket: {e}"))?;
     vm.vcpus.let_run();
-    let reason = event_loop::run(&mut vm, control, &reset).map_err(event)?;
+    // Not an early return: the vCPUs run, and dropping them waits for each.
+    let reason = event_loop::run(&mut vm, control, &reset).unwrap_or_else(|e| {
+        EndReason::VmmFailed { message: format!("waiting for events: epoll: {e}") }
+    });
     finish(control, event_loop::ended(&vm, reason))
 }
 

@@ -71,7 +71,8 @@ fn sum(smaps: &str, ram: &[RamPart]) -> Resident {
     resident
 }
 
-/// KVM's own counters of one vCPU (KVM API, 4.133 `KVM_GET_STATS_FD`).
+/// KVM's own counts of the exits of one vCPU, all of them and by kind (KVM API, 4.133
+/// `KVM_GET_STATS_FD`). Its other counters are of what it did at an exit, or of time.
 pub struct VcpuStats {
     data: File,
     counters: Vec<(String, u64)>,
@@ -79,8 +80,8 @@ pub struct VcpuStats {
 
 const HEADER_LEN: usize = 24;
 const DESCRIPTOR_LEN: usize = 16;
-const TYPE_MASK: u32 = 0xf;
-const TYPE_CUMULATIVE: u32 = 0;
+/// Type and unit in the flags of a descriptor: 0 is a cumulative number of no unit.
+const TYPE_AND_UNIT: u32 = 0xff;
 /// More descriptors or longer names than any kernel has.
 const SANE: u32 = 4096;
 
@@ -111,12 +112,8 @@ impl VcpuStats {
         data.read_exact_at(&mut descriptors, descriptors_at)?;
         let counters = descriptors
             .chunks_exact(stride)
-            .filter(|d| word(d, 0) & TYPE_MASK == TYPE_CUMULATIVE && d[6..8] == [1, 0])
-            .map(|d| {
-                let name = d[DESCRIPTOR_LEN..].split(|b| *b == 0).next().unwrap_or_default();
-                let name = format!("kvm:{}", String::from_utf8_lossy(name));
-                (name, data_at + u64::from(word(d, 8)))
-            })
+            .filter_map(exit_counter)
+            .map(|(name, offset)| (name, data_at + u64::from(offset)))
             .collect();
         Ok(Self { data, counters })
     }
@@ -130,6 +127,16 @@ impl VcpuStats {
             }
         }
     }
+}
+
+/// Name and offset of the counter that `descriptor` (`struct kvm_stats_desc`) is of, if it counts exits.
+fn exit_counter(descriptor: &[u8]) -> Option<(String, u32)> {
+    let (head, name) = descriptor.split_at_checked(DESCRIPTOR_LEN)?;
+    let name = name.split(|b| *b == 0).next().unwrap_or_default();
+    let is_one_number = head[6..8] == [1, 0];
+    let counts_exits = name == b"exits" || name.ends_with(b"_exits");
+    (word(head, 0) & TYPE_AND_UNIT == 0 && is_one_number && counts_exits)
+        .then(|| (format!("kvm:{}", String::from_utf8_lossy(name)), word(head, 8)))
 }
 
 fn word(bytes: &[u8], at: usize) -> u32 {
@@ -148,5 +155,26 @@ mod tests {
 7f0040000000-7f0040001000 rw-p 00000000 00:00 0\nRss:      4 kB\n";
         let ram = [RamPart { guest_addr: 0, len: 0x4000_0000, host_addr: 0x7f00_0000_0000 }];
         assert_eq!(sum(smaps, &ram), Resident { guest_kib: 7000, overhead_kib: 304 });
+    }
+
+    #[test]
+    fn only_counts_of_exits_are_taken() {
+        let counter = |flags: u32, size: u16, name: &[u8]| {
+            let mut descriptor = flags.to_le_bytes().to_vec();
+            descriptor.extend([0, 0]);
+            descriptor.extend(size.to_le_bytes());
+            descriptor.extend(40u32.to_le_bytes());
+            descriptor.extend([0; 4]);
+            descriptor.extend(name);
+            exit_counter(&descriptor)
+        };
+        assert_eq!(counter(0, 1, b"exits\0\0"), Some(("kvm:exits".to_owned(), 40)));
+        assert_eq!(counter(0, 1, b"io_exits\0"), Some(("kvm:io_exits".to_owned(), 40)));
+        // KVM_STATS_TYPE_INSTANT, KVM_STATS_UNIT_SECONDS, a histogram, and one of something else.
+        assert_eq!(counter(0x01, 1, b"exits\0"), None);
+        assert_eq!(counter(0x20, 1, b"wait_exits\0"), None);
+        assert_eq!(counter(0, 20, b"exits\0"), None);
+        assert_eq!(counter(0, 1, b"fpu_reload\0"), None);
+        assert_eq!(exit_counter(b"short"), None);
     }
 }

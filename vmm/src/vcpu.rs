@@ -15,14 +15,15 @@ use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use kvm_bindings::kvm_run;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
 use crate::control::EndReason;
+use crate::end::EndSignal;
 
 /// What all vCPUs are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,40 +57,6 @@ impl ExitCounts {
                 *sums.entry(name.to_owned()).or_default() += count;
             }
         }
-    }
-}
-
-/// Why the machine ends, told once by whoever finds out first.
-pub struct EndSignal {
-    event: EventFd,
-    reason: Mutex<Option<EndReason>>,
-}
-
-impl EndSignal {
-    /// A signal not yet given.
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no descriptor.
-    pub fn new() -> io::Result<Self> {
-        Ok(Self { event: EventFd::new(libc::EFD_NONBLOCK)?, reason: Mutex::default() })
-    }
-
-    /// Becomes readable with the signal.
-    pub fn event(&self) -> &EventFd {
-        &self.event
-    }
-
-    /// Gives the signal; the first reason stays.
-    pub fn give(&self, reason: EndReason) {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
-        // A full counter is readable as well.
-        let _ = self.event.write(1);
-    }
-
-    /// The reason, once given.
-    pub fn reason(&self) -> Option<EndReason> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -152,14 +119,23 @@ impl Vcpus {
         self.shared.set_mode(Mode::Running);
     }
 
-    /// Stops all vCPUs before their next instruction, and returns when they have stopped.
-    pub fn pause(&self) {
+    /// Stops all vCPUs before their next instruction, and returns when they have stopped. False when
+    /// one of them took longer than `limit`; then they go on as before.
+    pub fn pause(&self, limit: Duration) -> bool {
+        let before = self.shared.mode();
         self.shared.set_mode(Mode::Paused);
         self.kick();
-        let mut count = self.shared.parked_count.lock().unwrap_or_else(PoisonError::into_inner);
-        while *count < self.threads.len() {
-            count = self.shared.parked.wait(count).unwrap_or_else(PoisonError::into_inner);
+        let count = self.shared.parked_count.lock().unwrap_or_else(PoisonError::into_inner);
+        let (count, waited) = self
+            .shared
+            .parked
+            .wait_timeout_while(count, limit, |count| *count < self.threads.len())
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(count);
+        if waited.timed_out() {
+            self.shared.set_mode(before);
         }
+        !waited.timed_out()
     }
 
     /// The vCPUs do not run.
@@ -326,4 +302,61 @@ fn internal_error(run: &kvm_run) -> String {
         _ => "",
     };
     format!("KVM_EXIT_INTERNAL_ERROR, suberror {suberror}{hint}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::{Receiver, Sender, channel};
+
+    use kvm_bindings::CpuId;
+    use kvm_ioctls::Kvm;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::arch::x86_64::{cpuid, regs};
+    use crate::bus::BusDevice;
+    use crate::memory::GuestRam;
+    use crate::vm::Vm;
+
+    /// Tells of each write, and holds it up until it may go on.
+    struct Slow(Sender<()>, Receiver<()>);
+
+    impl BusDevice for Slow {
+        fn read(&mut self, _: u64, _: &mut [u8]) {}
+
+        fn write(&mut self, _: u64, _: &[u8]) {
+            let _ = self.0.send(());
+            let _ = self.1.recv();
+        }
+    }
+
+    #[test]
+    fn a_vcpu_that_is_held_up_is_not_waited_for_without_end() {
+        let Ok(kvm) = Kvm::new() else { return eprintln!("left out: needs /dev/kvm") };
+        let mut vm = Vm::new(&kvm, GuestRam::new(64).unwrap()).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let entries = cpuid::for_vcpu(vm.supported_cpuid(), 0, 1);
+        vcpu.set_cpuid2(&CpuId::from_entries(&entries).unwrap()).unwrap();
+        regs::write_tables(vm.ram()).unwrap();
+        // out 0x10, al; jmp to it
+        let code = [0xe6, 0x10, 0xeb, 0xfc];
+        vm.ram().memory().write_slice(&code, GuestAddress(0x10_0000)).unwrap();
+        regs::VcpuRegs::at_boot(&vcpu, 0, 0x10_0000).unwrap().apply(&vcpu).unwrap();
+        let (begun, has_begun) = channel();
+        let (go_on, may_go_on) = channel();
+        vm.ports.insert(0x10, 1, Arc::new(Mutex::new(Slow(begun, may_go_on))));
+        let end = Arc::clone(vm.end());
+        let vcpus = Vcpus::spawn(vec![vcpu], vm.mmio.clone(), vm.ports.clone(), end).unwrap();
+        assert!(vcpus.is_paused());
+        vcpus.let_run();
+        has_begun.recv().unwrap();
+        assert!(!vcpus.pause(Duration::from_millis(50)));
+        assert!(!vcpus.is_paused());
+        go_on.send(()).unwrap();
+        has_begun.recv().unwrap();
+        // From here on no write is held up.
+        drop(go_on);
+        assert!(vcpus.pause(Duration::from_secs(60)));
+        assert!(vcpus.is_paused() && vm.end().reason().is_none());
+    }
 }

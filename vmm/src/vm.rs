@@ -8,9 +8,11 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
+use crate::arch::x86_64::state::{StateError, VmState};
 use crate::bus::{Bus, BusDevice};
 use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
-use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::devices::virtio::{self, Interrupt, VirtioDevice};
+use crate::end::EndSignal;
 use crate::memory::GuestRam;
 
 /// The version of the KVM API that all Linux since 2.6.22 has.
@@ -33,9 +35,17 @@ pub enum VmError {
         /// Why not.
         source: kvm_ioctls::Error,
     },
+    /// The host gives no event descriptor for the end of the machine.
+    #[error("making an event descriptor: {0}")]
+    Event(std::io::Error),
     /// The device needs a host resource that is not to be had.
-    #[error("virtio device: {0}")]
-    Device(#[from] std::io::Error),
+    #[error("the {device} device: making its event descriptors: {source}")]
+    Device {
+        /// Which.
+        device: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// All interrupt lines are taken.
     #[error("more virtio devices than the {} interrupt lines", layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1)]
     TooManyDevices,
@@ -55,6 +65,7 @@ pub struct Vm {
     /// Port devices.
     pub ports: Bus,
     devices: u32,
+    end: Arc<EndSignal>,
 }
 
 /// Where a virtio device was put, as the kernel command line wants it.
@@ -96,6 +107,7 @@ impl Vm {
             mmio: Bus::default(),
             ports: Bus::default(),
             devices: 0,
+            end: Arc::new(EndSignal::new().map_err(VmError::Event)?),
         };
         vm.register_ram()?;
         Ok(vm)
@@ -130,6 +142,11 @@ impl Vm {
         first..=(first + self.devices as u8 - 1)
     }
 
+    /// Given when the machine cannot go on.
+    pub fn end(&self) -> &Arc<EndSignal> {
+        &self.end
+    }
+
     /// What CPUID can say here.
     pub fn supported_cpuid(&self) -> &CpuId {
         &self.supported_cpuid
@@ -142,6 +159,24 @@ impl Vm {
     /// When KVM refuses.
     pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, VmError> {
         self.fd.create_vcpu(index.into()).map_err(ioctl("creating a vCPU"))
+    }
+
+    /// What KVM knows of the machine beside vCPUs and memory. The vCPUs have to be paused.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed.
+    pub fn state(&self) -> Result<VmState, StateError> {
+        VmState::capture(&self.fd)
+    }
+
+    /// Makes the machine what another was.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed; the machine is then not to be run.
+    pub fn restore(&self, state: &VmState) -> Result<(), StateError> {
+        state.restore(&self.fd)
     }
 
     /// Puts a virtio device into the next free window and line.
@@ -157,10 +192,17 @@ impl Vm {
         let address =
             layout::VIRTIO_MMIO_START + u64::from(self.devices) * layout::VIRTIO_MMIO_SIZE;
         self.devices += 1;
-        let line = EventFd::new(libc::EFD_NONBLOCK)?;
+        let name = virtio::name(device.device_type());
+        let failed = |source| VmError::Device { device: name, source };
+        let line = EventFd::new(libc::EFD_NONBLOCK).map_err(failed)?;
         self.fd.register_irqfd(&line, irq).map_err(ioctl("registering an interrupt"))?;
-        let transport =
-            MmioTransport::new(device, self.ram.memory().clone(), Interrupt::new(line))?;
+        let transport = MmioTransport::new(
+            device,
+            self.ram.memory().clone(),
+            Interrupt::new(line),
+            Arc::clone(&self.end),
+        )
+        .map_err(failed)?;
         let notify = IoEventAddress::Mmio(address + QUEUE_NOTIFY);
         for (queue, kick) in transport.worker_kicks() {
             self.fd

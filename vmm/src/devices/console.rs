@@ -7,8 +7,9 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 
 use crate::bus::BusDevice;
@@ -22,22 +23,15 @@ const LINE_LEN: usize = 240;
 /// Most bytes that go to the log file in the life of a microVM, so that a guest cannot fill a disk.
 const FILE_LEN: u64 = 16 << 20;
 
-/// The console output of one guest: its last lines, and a copy to a file if there is one.
-#[derive(Default)]
+/// The last lines of one guest's console output.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleLog {
     lines: VecDeque<String>,
     line: Vec<u8>,
-    file: Option<File>,
-    file_len: u64,
     panicked: bool,
 }
 
 impl ConsoleLog {
-    /// A log that also goes to `file`.
-    pub fn new(file: Option<File>) -> Self {
-        Self { file, ..Self::default() }
-    }
-
     /// The last lines, oldest first, without control characters.
     pub fn tail(&self) -> Vec<String> {
         let unfinished = (!self.line.is_empty()).then(|| printable(&self.line));
@@ -69,16 +63,58 @@ impl ConsoleLog {
     }
 }
 
-impl Write for ConsoleLog {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        bytes.iter().for_each(|b| self.push(*b));
+fn printable(line: &[u8]) -> String {
+    String::from_utf8_lossy(line).chars().map(|c| if c.is_control() { '.' } else { c }).collect()
+}
+
+/// A copy of the output in a file.
+#[derive(Default)]
+struct Copy {
+    file: Option<File>,
+    len: u64,
+}
+
+impl Copy {
+    fn write(&mut self, bytes: &[u8]) {
         if let Some(file) = &mut self.file
-            && self.file_len < FILE_LEN
+            && self.len < FILE_LEN
         {
-            self.file_len += bytes.len() as u64;
+            self.len += bytes.len() as u64;
             // The log is an aid; a full disk must not take the guest down.
             let _ = file.write_all(bytes);
         }
+    }
+}
+
+/// A [`ConsoleLog`] that the serial port writes and the main thread reads, and its copy in a file.
+///
+/// The two have locks of their own: whoever should read the file may hold up the port for as long as
+/// it likes, and the main thread has to see the last lines all the same.
+#[derive(Clone, Default)]
+pub struct SharedLog {
+    log: Arc<Mutex<ConsoleLog>>,
+    copy: Arc<Mutex<Copy>>,
+}
+
+impl SharedLog {
+    /// A log that also goes to `file`.
+    pub fn new(file: Option<File>) -> Self {
+        Self { log: Arc::default(), copy: Arc::new(Mutex::new(Copy { file, len: 0 })) }
+    }
+
+    /// See [`ConsoleLog::tail`] and [`ConsoleLog::panicked`].
+    pub fn snapshot(&self) -> (Vec<String>, bool) {
+        let log = lock(&self.log);
+        (log.tail(), log.panicked())
+    }
+}
+
+impl Write for SharedLog {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut log = lock(&self.log);
+        bytes.iter().for_each(|b| log.push(*b));
+        drop(log);
+        lock(&self.copy).write(bytes);
         Ok(bytes.len())
     }
 
@@ -87,35 +123,8 @@ impl Write for ConsoleLog {
     }
 }
 
-fn printable(line: &[u8]) -> String {
-    String::from_utf8_lossy(line).chars().map(|c| if c.is_control() { '.' } else { c }).collect()
-}
-
-/// A [`ConsoleLog`] that the serial port writes and the main thread reads.
-#[derive(Clone)]
-pub struct SharedLog(Arc<Mutex<ConsoleLog>>);
-
-impl SharedLog {
-    /// A log that also goes to `file`.
-    pub fn new(file: Option<File>) -> Self {
-        Self(Arc::new(Mutex::new(ConsoleLog::new(file))))
-    }
-
-    /// See [`ConsoleLog::tail`] and [`ConsoleLog::panicked`].
-    pub fn snapshot(&self) -> (Vec<String>, bool) {
-        let log = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (log.tail(), log.panicked())
-    }
-}
-
-impl Write for SharedLog {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The early console polls; nobody waits for its interrupt.
@@ -129,6 +138,33 @@ impl Trigger for NoInterrupt {
     }
 }
 
+/// The serial port's registers and what came out of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    /// Divisor latch, low and high byte.
+    pub baud_divisor: [u8; 2],
+    /// `IER`
+    pub interrupt_enable: u8,
+    /// `IIR`
+    pub interrupt_identification: u8,
+    /// `LCR`
+    pub line_control: u8,
+    /// `LSR`
+    pub line_status: u8,
+    /// `MCR`
+    pub modem_control: u8,
+    /// `MSR`
+    pub modem_status: u8,
+    /// `SCR`
+    pub scratch: u8,
+    /// Received and not yet read.
+    pub in_buffer: Vec<u8>,
+    /// The last lines.
+    pub log: ConsoleLog,
+    /// Bytes that went to the file.
+    pub file_len: u64,
+}
+
 /// The serial port itself.
 pub struct SerialConsole(Serial<NoInterrupt, NoEvents, SharedLog>);
 
@@ -136,6 +172,24 @@ impl SerialConsole {
     /// A port that writes to `log`.
     pub fn new(log: SharedLog) -> Self {
         Self(Serial::new(NoInterrupt, log))
+    }
+
+    /// Its state. The vCPUs have to be paused.
+    pub fn state(&self) -> ConsoleState {
+        let serial = self.0.state();
+        ConsoleState {
+            baud_divisor: [serial.baud_divisor_low, serial.baud_divisor_high],
+            interrupt_enable: serial.interrupt_enable,
+            interrupt_identification: serial.interrupt_identification,
+            line_control: serial.line_control,
+            line_status: serial.line_status,
+            modem_control: serial.modem_control,
+            modem_status: serial.modem_status,
+            scratch: serial.scratch,
+            in_buffer: serial.in_buffer,
+            log: lock(&self.0.writer().log).clone(),
+            file_len: lock(&self.0.writer().copy).len,
+        }
     }
 }
 
@@ -160,17 +214,49 @@ mod tests {
 
     #[test]
     fn the_tail_is_bounded_and_harmless() {
-        let mut log = ConsoleLog::default();
+        let mut log = SharedLog::default();
         for n in 0..1000 {
             writeln!(log, "line {n} \x1b[31m{}\r", "x".repeat(1000)).unwrap();
         }
         write!(log, "unfinished").unwrap();
-        let tail = log.tail();
+        let (tail, panicked) = log.snapshot();
         assert_eq!(tail.len(), TAIL_LINES + 1);
         assert!(tail[0].starts_with("line 960 .[31mxxx") && tail[0].len() <= LINE_LEN);
         assert_eq!(tail[TAIL_LINES], "unfinished");
-        assert!(!log.panicked());
+        assert!(!panicked);
         writeln!(log, "\n[    0.1] Kernel panic - not syncing: VFS").unwrap();
-        assert!(log.panicked());
+        assert!(log.snapshot().1);
+    }
+
+    #[test]
+    fn a_reader_that_sleeps_does_not_hide_the_last_lines() {
+        let (reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let log = SharedLog::new(Some(File::from(std::os::fd::OwnedFd::from(writer))));
+        let mut port = log.clone();
+        let vcpu = std::thread::spawn(move || {
+            writeln!(port, "last words").unwrap();
+            // More than any socket holds.
+            port.write_all(&vec![b'x'; 8 << 20]).unwrap();
+        });
+        while log.snapshot().0.len() < 2 {
+            std::thread::yield_now();
+        }
+        assert_eq!(log.snapshot().0[0], "last words");
+        drop(reader);
+        vcpu.join().unwrap();
+    }
+
+    #[test]
+    fn the_port_can_be_written_down() {
+        let mut port = SerialConsole::new(SharedLog::new(Some(tempfile::tempfile().unwrap())));
+        port.write(7, &[0x5a]);
+        for byte in b"first\nsec" {
+            port.write(0, &[*byte]);
+        }
+        let state = port.state();
+        let json = serde_json::to_string(&state).unwrap();
+        assert_eq!(serde_json::from_str::<ConsoleState>(&json).unwrap(), state);
+        assert_eq!((state.scratch, state.file_len), (0x5a, 9));
+        assert_eq!(state.log.tail(), ["first", "sec"]);
     }
 }

@@ -26,6 +26,13 @@ const E820_RESERVED: u32 = 2;
 /// First bytes of a newc cpio archive, with and without checksums.
 const CPIO_MAGICS: [&[u8; 6]; 2] = [b"070701", b"070702"];
 
+/// Name of the entry that ends a cpio archive.
+const CPIO_TRAILER: &[u8] = b"TRAILER!!!";
+
+/// Where that entry is looked for, in bytes from the end: `cpio` fills up blocks behind it, of 512
+/// bytes by itself and of 5120 with `-B`.
+const CPIO_TAIL_LEN: u64 = 8192;
+
 const PAGE_SIZE: u64 = 4096;
 
 /// Offset of `e_machine` in an ELF header, and its value (System V ABI, AMD64 supplement, 4.1).
@@ -51,8 +58,11 @@ pub enum BootError {
     /// The image file is no cpio archive.
     #[error("{0}: not a newc cpio archive; rebuild or reinstall the guest image")]
     NoArchive(String),
+    /// The image file ends too early.
+    #[error("{0}: cut short; rebuild or reinstall the guest image")]
+    CutShort(String),
     /// The image file could not be read.
-    #[error("{path}: {source}")]
+    #[error("reading {path}: {source}")]
     Read {
         /// The image file.
         path: String,
@@ -113,7 +123,7 @@ pub struct Kernel {
 ///
 /// # Errors
 ///
-/// When it is no cpio archive, or does not fit above the kernel.
+/// When it is no cpio archive, or none to its end, or does not fit above the kernel.
 pub fn load_initramfs(
     ram: &GuestRam,
     file: &mut File,
@@ -131,6 +141,13 @@ pub fn load_initramfs(
     file.read_exact_at(&mut magic, 0).map_err(|_| BootError::NoArchive(path.to_owned()))?;
     if !CPIO_MAGICS.contains(&&magic) {
         return Err(BootError::NoArchive(path.to_owned()));
+    }
+    // A kernel would unpack what there is, and miss files later or not at all.
+    let tail_len = len.min(CPIO_TAIL_LEN);
+    let mut tail = vec![0; tail_len as usize];
+    file.read_exact_at(&mut tail, len - tail_len).map_err(read)?;
+    if !tail.windows(CPIO_TRAILER.len()).any(|part| part == CPIO_TRAILER) {
+        return Err(BootError::CutShort(path.to_owned()));
     }
     ram.memory()
         .read_exact_volatile_from(GuestAddress(start), &mut Chunked(file), len as usize)
@@ -203,4 +220,37 @@ fn e820(ram: &GuestRam) -> Vec<boot_e820_entry> {
 /// Never with this capacity; the crate's constructor is fallible.
 pub fn new_cmdline() -> Result<Cmdline, BootError> {
     Ok(Cmdline::new(MAX_CMDLINE_LEN)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Seek, Write};
+
+    use super::*;
+
+    fn load(content: &[u8]) -> Result<Initramfs, BootError> {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        file.rewind().unwrap();
+        load_initramfs(&GuestRam::new(64).unwrap(), &mut file, "image", layout::HIMEM_START)
+    }
+
+    #[test]
+    fn an_image_that_ends_early_is_recognised() {
+        let mut image = b"070701".to_vec();
+        image.extend(vec![0; 100_000]);
+        image.extend(b"TRAILER!!!\0");
+        let whole = image.len();
+        assert_eq!(load(&image).unwrap().len, whole as u64);
+        // With the padding of `cpio -B`.
+        image.resize(whole + 5119, 0);
+        assert!(load(&image).is_ok());
+        for len in [6, 512, whole - 2, whole / 2] {
+            let error = load(&image[..len]).unwrap_err().to_string();
+            assert_eq!(error, "image: cut short; rebuild or reinstall the guest image");
+        }
+        for other in [&b""[..], b"07070", b"\x1f\x8b\x08 compressed TRAILER!!!"] {
+            assert!(matches!(load(other), Err(BootError::NoArchive(_))));
+        }
+    }
 }

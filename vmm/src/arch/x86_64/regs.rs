@@ -1,4 +1,4 @@
-//! The registers with which a vCPU starts, as plain data that can also be saved and restored.
+//! The registers with which a vCPU starts. What it has become later is [`super::state`]'s.
 
 use kvm_bindings::{
     Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,

@@ -5,6 +5,7 @@ use std::io;
 
 use vm_memory::VolatileSlice;
 
+use super::state::{DeviceState, OwnState};
 use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::memory::GuestMemoryMap;
 
@@ -91,6 +92,12 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn state(&self) -> Option<DeviceState> {
+        let (_, queues) = self.active.as_ref()?;
+        let queues = queues.iter().map(ActiveQueue::state).collect();
+        Some(DeviceState { queues, own: OwnState::Nothing })
     }
 }
 

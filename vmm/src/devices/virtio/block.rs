@@ -6,7 +6,8 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::chain::{Buffers, Chain, returned};
-use super::worker::{Stop, Workers, wait_for_work};
+use super::state::{DeviceState, OwnState};
+use super::worker::{Stop, Worker, wait_for_work};
 use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::BlockConfig;
 use crate::memory::GuestMemoryMap;
@@ -17,8 +18,15 @@ const QUEUE_SIZES: [u16; 1] = [256];
 /// Segments of a request beside its header and status; the queue has to hold them all.
 const MAX_SEGMENTS: u32 = 128;
 
+/// Longest segment in bytes.
+const MAX_SEGMENT_LEN: u32 = 128 * 1024;
+
+/// Most data in one request, in bytes, so that none keeps the worker from its stop for long.
+const MAX_DATA_LEN: usize = MAX_SEGMENTS as usize * MAX_SEGMENT_LEN as usize;
+
 const SECTOR_SIZE: u64 = 512;
 
+const FEATURE_SIZE_MAX: u64 = 1 << 1;
 const FEATURE_SEG_MAX: u64 = 1 << 2;
 const FEATURE_READ_ONLY: u64 = 1 << 5;
 const FEATURE_FLUSH: u64 = 1 << 9;
@@ -38,7 +46,14 @@ const ID_LEN: usize = 20;
 /// A disk of the guest.
 pub struct Block {
     disk: Arc<Disk>,
-    worker: Option<Workers>,
+    worker: Option<Worker<Work>>,
+}
+
+/// What the worker works on.
+struct Work {
+    disk: Arc<Disk>,
+    memory: GuestMemoryMap,
+    queue: ActiveQueue,
 }
 
 struct Disk {
@@ -79,13 +94,15 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        FEATURE_FLUSH | FEATURE_SEG_MAX | if self.disk.read_only { FEATURE_READ_ONLY } else { 0 }
+        let read_only = if self.disk.read_only { FEATURE_READ_ONLY } else { 0 };
+        FEATURE_FLUSH | FEATURE_SIZE_MAX | FEATURE_SEG_MAX | read_only
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         // capacity, size_max, seg_max (5.2.4).
         let mut config = [0u8; 16];
         config[..8].copy_from_slice(&self.disk.sectors.to_le_bytes());
+        config[8..12].copy_from_slice(&MAX_SEGMENT_LEN.to_le_bytes());
         config[12..].copy_from_slice(&MAX_SEGMENTS.to_le_bytes());
         read_from(&config, offset, data);
     }
@@ -97,20 +114,34 @@ impl VirtioDevice for Block {
     fn activate(&mut self, active: Activation) -> io::Result<()> {
         let [queue] = <[_; 1]>::try_from(active.queues)
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let disk = Arc::clone(&self.disk);
-        let memory = active.memory;
-        self.worker =
-            Some(Workers::spawn_one("block", move |stop| serve(&disk, &memory, queue, stop))?);
+        let work = Work { disk: Arc::clone(&self.disk), memory: active.memory, queue };
+        self.worker = Some(Worker::start("block", work, active.end, Work::serve)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.worker = None;
     }
+
+    fn hold(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.hold();
+        }
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    }
+
+    fn state(&self) -> Option<DeviceState> {
+        let work = self.worker.as_ref()?.held()?;
+        Some(DeviceState { queues: vec![work.queue.state()], own: OwnState::Nothing })
+    }
 }
 
-fn serve(disk: &Disk, memory: &GuestMemoryMap, mut queue: ActiveQueue, stop: &Stop) {
-    while wait_for_work(stop, &[queue.kick()]) {
+impl Work {
+    fn serve(&mut self, stop: &Stop) {
+        let Self { disk, memory, queue } = self;
         loop {
             queue.disable_kicks(memory);
             while !stop.is_given()
@@ -121,8 +152,10 @@ fn serve(disk: &Disk, memory: &GuestMemoryMap, mut queue: ActiveQueue, stop: &St
                 queue.push(memory, head, written);
                 queue.signal(memory);
             }
-            if stop.is_given() || !queue.enable_kicks(memory) {
-                break;
+            if stop.is_given()
+                || (!queue.enable_kicks(memory) && !wait_for_work(stop, &[queue.kick()]))
+            {
+                return;
             }
         }
     }
@@ -179,8 +212,12 @@ impl Disk {
         }
     }
 
-    /// The byte offset of `sector`, if `len` bytes from there are whole sectors of this disk.
+    /// The byte offset of `sector`, if `len` bytes from there are whole sectors of this disk and no
+    /// more than a request may have.
     fn check_range(&self, sector: u64, len: usize) -> Result<u64, u8> {
+        if len > MAX_DATA_LEN {
+            return Err(STATUS_IO_ERROR);
+        }
         let len = len as u64;
         let end = sector.checked_add(len / SECTOR_SIZE).ok_or(STATUS_IO_ERROR)?;
         if !len.is_multiple_of(SECTOR_SIZE) || end > self.sectors {

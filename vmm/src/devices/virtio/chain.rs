@@ -59,8 +59,8 @@ impl<'m> Chain<'m> {
     }
 }
 
-/// Buffers one after the other, consumed from the front.
-#[derive(Default)]
+/// Buffers one after the other, consumed from the front. A clone names the same memory.
+#[derive(Clone, Default)]
 pub struct Buffers<'m> {
     slices: Vec<VolatileSlice<'m>>,
     len: usize,

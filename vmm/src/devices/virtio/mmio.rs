@@ -7,6 +7,7 @@
 //!     +------------------------------- write 0 to Status ------------------------------+
 //! ```
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
@@ -14,8 +15,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::state::{MmioState, QueueState};
 use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
+use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
 
 /// "virt"
@@ -87,10 +90,12 @@ pub struct MmioTransport {
     queues: Vec<Queue>,
     kicks: Vec<EventFd>,
     interrupt: Interrupt,
+    end: Arc<EndSignal>,
 }
 
 impl MmioTransport {
-    /// Puts `device` behind a transport whose interrupts go to `interrupt`.
+    /// Puts `device` behind a transport whose interrupts go to `interrupt`. A device that cannot go
+    /// on says so by `end`.
     ///
     /// # Errors
     ///
@@ -99,6 +104,7 @@ impl MmioTransport {
         device: Box<dyn VirtioDevice>,
         memory: GuestMemoryMap,
         interrupt: Interrupt,
+        end: Arc<EndSignal>,
     ) -> std::io::Result<Self> {
         let kicks = device
             .queue_sizes()
@@ -106,7 +112,26 @@ impl MmioTransport {
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<std::io::Result<_>>()?;
         let queues = new_queues(device.as_ref());
-        Ok(Self { device, memory, state: TransportState::default(), queues, kicks, interrupt })
+        let state = TransportState::default();
+        Ok(Self { device, memory, state, queues, kicks, interrupt, end })
+    }
+
+    /// Everything that the driver has made of the device. Its workers are held meanwhile; the vCPUs
+    /// have to be paused.
+    ///
+    /// # Errors
+    ///
+    /// When the host gives no thread for the workers to go on.
+    pub fn state(&mut self) -> std::io::Result<MmioState> {
+        self.device.hold();
+        let state = MmioState {
+            transport: self.state,
+            interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
+            queues: self.queues.iter().map(|queue| QueueState::of(queue, false)).collect(),
+            device: self.device.state(),
+        };
+        self.device.resume()?;
+        Ok(state)
     }
 
     /// The eventfds for the queues that have a worker, by queue index.
@@ -244,11 +269,8 @@ impl MmioTransport {
             queue.set_ready(theirs.ready());
             active.push(ActiveQueue::new(theirs, kick, self.interrupt.clone()));
         }
-        let activation = Activation {
-            memory: self.memory.clone(),
-            queues: active,
-            features: self.state.driver_features,
-        };
+        let activation =
+            Activation { memory: self.memory.clone(), queues: active, end: Arc::clone(&self.end) };
         self.device.activate(activation).is_ok()
     }
 
@@ -282,7 +304,7 @@ impl MmioTransport {
 /// Whether the three parts of a queue lie in guest memory from end to end (2.7). The queue's own
 /// check looks at their ends only, and a ring that begins in the hole of the address space could
 /// never be drained.
-fn rings_are_in_memory(queue: &Queue, memory: &GuestMemoryMap) -> bool {
+pub(super) fn rings_are_in_memory(queue: &Queue, memory: &GuestMemoryMap) -> bool {
     let size = usize::from(queue.size());
     queue.is_valid(memory)
         && [
@@ -309,7 +331,8 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // No device here has a configuration field that a driver may write.
+        // The one configuration field that a driver may write is the balloon's `actual` (5.5.4), and
+        // nobody here asks how large the balloon is.
         if let Ok(value) = <[u8; 4]>::try_from(data)
             && offset < register::CONFIG
         {

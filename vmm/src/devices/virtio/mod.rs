@@ -6,6 +6,7 @@ pub mod chain;
 pub mod fs;
 pub mod mmio;
 pub mod rng;
+pub mod state;
 #[cfg(test)]
 mod tests;
 pub mod vsock;
@@ -18,6 +19,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::state::{DeviceState, QueueState};
+use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
 
 /// Bit of `InterruptStatus` that says that a used ring has changed (4.2.2).
@@ -53,6 +56,37 @@ pub trait VirtioDevice: Send {
 
     /// Stops serving. When it returns, nothing touches guest memory or the queues any more.
     fn reset(&mut self);
+
+    /// Ends the workers for a while, so that [`VirtioDevice::state`] can be read. The vCPUs are
+    /// paused meanwhile, so that a device without workers has nothing to do.
+    fn hold(&mut self) {}
+
+    /// Goes on after [`VirtioDevice::hold`], where it was.
+    ///
+    /// # Errors
+    ///
+    /// When its threads cannot be made; it then serves no more.
+    fn resume(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// What it is while held. `None` when it is not in service. The file system device has none yet:
+    /// nodes and handles that the guest knows live in fuse-backend-rs, which does not show them.
+    fn state(&self) -> Option<DeviceState> {
+        None
+    }
+}
+
+/// The name of a device type, for messages (5).
+pub fn name(device_type: u32) -> &'static str {
+    match device_type {
+        2 => "block",
+        4 => "entropy",
+        5 => "balloon",
+        19 => "socket",
+        26 => "file system",
+        _ => "virtio",
+    }
 }
 
 /// What a device gets when its driver is ready.
@@ -61,8 +95,8 @@ pub struct Activation {
     pub memory: GuestMemoryMap,
     /// The queues in their order. Those that the driver did not set up stay silent.
     pub queues: Vec<ActiveQueue>,
-    /// Features that both sides agreed on.
-    pub features: u64,
+    /// To be given when the device cannot go on.
+    pub end: Arc<EndSignal>,
 }
 
 /// A queue, its kick, and its interrupt.
@@ -80,6 +114,29 @@ impl ActiveQueue {
     fn new(queue: Queue, kick: EventFd, interrupt: Interrupt) -> Self {
         let dead = !queue.ready();
         Self { queue, kick, interrupt, dead }
+    }
+
+    /// A queue that goes on where one with this state stopped.
+    ///
+    /// # Errors
+    ///
+    /// When it could not have been set up in this memory.
+    pub fn from_state(
+        state: &QueueState,
+        memory: &GuestMemoryMap,
+        kick: EventFd,
+        interrupt: Interrupt,
+    ) -> io::Result<Self> {
+        let queue = state.to_queue().map_err(io::Error::other)?;
+        if queue.ready() && !mmio::rings_are_in_memory(&queue, memory) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "a ring lies outside memory"));
+        }
+        Ok(Self { queue, kick, interrupt, dead: state.dead || !state.ready })
+    }
+
+    /// Its state, to be read between requests.
+    pub fn state(&self) -> QueueState {
+        QueueState::of(&self.queue, self.dead)
     }
 
     /// The eventfd that the driver's kicks arrive on.

@@ -3,6 +3,7 @@
 use std::io;
 
 use super::chain::returned;
+use super::state::{DeviceState, OwnState};
 use super::{Activation, ActiveQueue, VirtioDevice};
 use crate::memory::GuestMemoryMap;
 
@@ -64,9 +65,11 @@ impl VirtioDevice for Rng {
                 let result = unsafe {
                     libc::getrandom(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), 0)
                 };
-                match returned(result) {
-                    Ok(len) => written += len as u32,
-                    Err(_) => break,
+                let len = returned(result).unwrap_or(0);
+                written += len as u32;
+                // What is written has to be without a gap (5.4.6.2).
+                if len < slice.len() {
+                    break;
                 }
             }
             queue.push(memory, chain.head, written);
@@ -76,5 +79,10 @@ impl VirtioDevice for Rng {
 
     fn reset(&mut self) {
         self.active = None;
+    }
+
+    fn state(&self) -> Option<DeviceState> {
+        let (_, queue) = self.active.as_ref()?;
+        Some(DeviceState { queues: vec![queue.state()], own: OwnState::Nothing })
     }
 }

@@ -10,16 +10,24 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::end::EndSignal;
+
 /// Stack of a worker thread. Most of it is never touched.
 const STACK_SIZE: usize = 256 * 1024;
 
-/// Tells workers to end.
+/// Tells workers to end, and takes their word when they cannot go on.
 pub struct Stop {
     event: EventFd,
     given: AtomicBool,
+    end: Arc<EndSignal>,
 }
 
 impl Stop {
+    fn new(end: Arc<EndSignal>) -> io::Result<Arc<Self>> {
+        let event = EventFd::new(EFD_NONBLOCK)?;
+        Ok(Arc::new(Self { event, given: AtomicBool::new(false), end }))
+    }
+
     /// It is time to end. To be asked before each request: a guest can keep a queue from ever
     /// being empty.
     pub fn is_given(&self) -> bool {
@@ -30,6 +38,19 @@ impl Stop {
     pub fn event(&self) -> &EventFd {
         &self.event
     }
+
+    /// The calling worker cannot go on. Stops it and its like, and ends the microVM with this
+    /// reason: a device that is silent for ever would look like a guest that hangs.
+    pub fn fail(&self, message: String) {
+        self.end.fail(message);
+        self.give();
+    }
+
+    fn give(&self) {
+        self.given.store(true, Ordering::Release);
+        // A full counter is readable as well.
+        let _ = self.event.write(1);
+    }
 }
 
 /// The running workers of a device. Dropping it stops and joins them.
@@ -39,25 +60,13 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts `run` on one thread of this name.
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no thread or descriptor.
-    pub fn spawn_one(name: &str, run: impl FnOnce(&Stop) + Send + 'static) -> io::Result<Self> {
-        let mut workers = Self::none()?;
-        workers.spawn(name, run)?;
-        Ok(workers)
-    }
-
-    /// No worker yet.
+    /// No worker yet. One that fails ends the microVM, with `end`.
     ///
     /// # Errors
     ///
     /// When the host gives no descriptor.
-    pub fn none() -> io::Result<Self> {
-        let stop = Stop { event: EventFd::new(EFD_NONBLOCK)?, given: AtomicBool::new(false) };
-        Ok(Self { stop: Arc::new(stop), threads: Vec::new() })
+    pub fn telling(end: Arc<EndSignal>) -> io::Result<Self> {
+        Ok(Self { stop: Stop::new(end)?, threads: Vec::new() })
     }
 
     /// Starts `run` on a thread of this name. It has to return soon after the stop is given.
@@ -71,16 +80,90 @@ impl Workers {
         run: impl FnOnce(&Stop) + Send + 'static,
     ) -> io::Result<()> {
         let stop = Arc::clone(&self.stop);
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn(move || run(&stop))?;
-        self.threads.push(thread);
+        self.threads.push(spawn(name, move || run(&stop))?);
         Ok(())
     }
 }
 
-/// Waits until one of `kicks` is readable, and reads those that are. Returns false on the stop.
+/// One thread that serves a device and can be held: then what it works on is here to be looked at,
+/// and it goes on later. Dropping it stops and joins the thread.
+pub struct Worker<T> {
+    name: &'static str,
+    run: fn(&mut T, &Stop),
+    end: Arc<EndSignal>,
+    /// What the thread works on, while there is no thread.
+    held: Option<T>,
+    thread: Option<(Arc<Stop>, JoinHandle<T>)>,
+}
+
+impl<T: Send + 'static> Worker<T> {
+    /// Starts `run` on a thread of this name. `run` has to return soon after the stop is given, and
+    /// to look for work before it first waits for some.
+    ///
+    /// # Errors
+    ///
+    /// When the host gives no thread or descriptor.
+    pub fn start(
+        name: &'static str,
+        work: T,
+        end: Arc<EndSignal>,
+        run: fn(&mut T, &Stop),
+    ) -> io::Result<Self> {
+        let mut worker = Self { name, run, end, held: Some(work), thread: None };
+        worker.resume()?;
+        Ok(worker)
+    }
+
+    /// Ends the thread, and returns when it has ended.
+    pub fn hold(&mut self) {
+        if let Some((stop, thread)) = self.thread.take() {
+            stop.give();
+            // What a worker that panicked worked on is gone with it.
+            self.held = thread.join().ok();
+        }
+    }
+
+    /// What the thread worked on, if it is held.
+    pub fn held(&self) -> Option<&T> {
+        self.held.as_ref()
+    }
+
+    /// Starts the thread again after [`Worker::hold`].
+    ///
+    /// # Errors
+    ///
+    /// When the host gives no thread or descriptor; then what it worked on is gone.
+    pub fn resume(&mut self) -> io::Result<()> {
+        let Some(mut work) = self.held.take() else { return Ok(()) };
+        let stop = Stop::new(Arc::clone(&self.end))?;
+        let (theirs, run) = (Arc::clone(&stop), self.run);
+        let thread = spawn(self.name, move || {
+            run(&mut work, &theirs);
+            work
+        })?;
+        self.thread = Some((stop, thread));
+        Ok(())
+    }
+}
+
+impl<T> Drop for Worker<T> {
+    fn drop(&mut self) {
+        if let Some((stop, thread)) = self.thread.take() {
+            stop.give();
+            let _ = thread.join();
+        }
+    }
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    thread::Builder::new().name(name.to_owned()).stack_size(STACK_SIZE).spawn(run)
+}
+
+/// Waits until one of `kicks` is readable, and reads those that are. Returns false on the stop, which
+/// a failure to wait gives as well.
 pub fn wait_for_work(stop: &Stop, kicks: &[&EventFd]) -> bool {
     let mut fds: Vec<PollFd<'_>> = std::iter::once(&stop.event)
         .chain(kicks.iter().copied())
@@ -90,7 +173,10 @@ pub fn wait_for_work(stop: &Stop, kicks: &[&EventFd]) -> bool {
         match poll(&mut fds, PollTimeout::NONE) {
             Ok(_) => break,
             Err(Errno::EINTR) => {}
-            Err(_) => return false,
+            Err(e) => {
+                stop.fail(format!("a device cannot wait for its queues: poll: {e}"));
+                return false;
+            }
         }
     }
     for (kick, fd) in kicks.iter().zip(&fds[1..]) {
@@ -109,9 +195,7 @@ pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.stop.given.store(true, Ordering::Release);
-        // A full counter is readable as well.
-        let _ = self.stop.event.write(1);
+        self.stop.give();
         for thread in self.threads.drain(..) {
             // A worker that panicked has ended, which is all that is wanted here.
             let _ = thread.join();

@@ -7,9 +7,10 @@ use fuse_backend_rs::abi::fuse_abi::{
     FsOptions, InitIn, InitIn2, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION,
 };
 use fuse_backend_rs::api::filesystem::FileSystem;
-use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::Reader;
 use vm_memory::ByteValued;
+
+use super::filter::Filter;
 
 /// `FUSE_INIT` (include/uapi/linux/fuse.h, enum fuse_opcode).
 pub(super) const OPCODE: u32 = 26;
@@ -38,11 +39,11 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
 /// # Errors
 ///
 /// When the guest speaks no protocol that is spoken here.
-pub(super) fn answer(files: &PassthroughFs, mut request: Reader<'_>) -> io::Result<Vec<u8>> {
+pub(super) fn answer(files: &Filter, mut request: Reader<'_>) -> io::Result<Vec<u8>> {
     negotiate(files, &mut request).map(|out| out.as_slice().to_vec())
 }
 
-fn negotiate(files: &PassthroughFs, request: &mut Reader<'_>) -> io::Result<InitOut> {
+fn negotiate(files: &Filter, request: &mut Reader<'_>) -> io::Result<InitOut> {
     let asked: InitIn = request.read_obj()?;
     let out = InitOut {
         major: KERNEL_VERSION,

@@ -3,26 +3,29 @@
 //! Several workers take turns at waiting for the queues: one leads, takes a request, lets the next
 //! one lead, and serves what it took.
 
+mod filter;
+mod held;
 mod init;
 mod readdir;
 
 use std::io::{self, Write as _};
-use std::sync::{Arc, Mutex, MutexGuard, Once, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
-use fuse_backend_rs::api::filesystem::FileSystem;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
+use nix::sys::resource::{Resource, getrlimit};
 use virtio_queue::DescriptorChain;
 use vm_memory::ByteValued as _;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::filter::Filter;
 use super::worker::{Stop, Workers, wait_for_work};
 use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::{FsCache, FsConfig};
-use crate::jail::Antechamber;
+use crate::jail::{Antechamber, keep_capabilities};
 use crate::memory::GuestMemoryMap;
 
 const DEVICE_TYPE: u32 = 26;
@@ -43,6 +46,10 @@ const AUTO_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The same with [`FsCache::Always`].
 const ALWAYS_TIMEOUT: Duration = Duration::from_secs(86_400);
+
+/// Descriptors of the process that the guest's files never take: a thousand connections of vsock, and
+/// what else it opens. Half of a limit that is smaller than twice of it.
+const RESERVED_DESCRIPTORS: u64 = 2048;
 
 /// The file system device.
 pub struct Fs {
@@ -76,8 +83,8 @@ pub struct Share {
 }
 
 struct Opened {
-    files: Arc<PassthroughFs>,
-    server: Server<Arc<PassthroughFs>>,
+    files: Arc<Filter>,
+    server: Server<Arc<Filter>>,
     jail: Option<Antechamber>,
 }
 
@@ -90,12 +97,24 @@ impl Share {
     ///
     /// When it cannot be opened, or `/proc/self` is not there.
     pub fn open(&self, root: &str, jail: Option<Antechamber>) -> io::Result<()> {
+        let (limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        let free = limit - RESERVED_DESCRIPTORS.min(limit / 2);
+        self.open_for(root, jail, usize::try_from(free).unwrap_or(usize::MAX))
+    }
+
+    /// The same for a guest whose nodes and handles may take `max_descriptors`.
+    pub(super) fn open_for(
+        &self,
+        root: &str,
+        jail: Option<Antechamber>,
+        max_descriptors: usize,
+    ) -> io::Result<()> {
         let (cache_policy, timeout) = match self.cache {
             FsCache::Never => (CachePolicy::Never, Duration::ZERO),
             FsCache::Auto => (CachePolicy::Auto, AUTO_TIMEOUT),
             FsCache::Always => (CachePolicy::Always, ALWAYS_TIMEOUT),
         };
-        let files = Arc::new(PassthroughFs::new(Config {
+        let files = PassthroughFs::new(Config {
             attr_timeout: timeout,
             entry_timeout: timeout,
             cache_policy,
@@ -106,8 +125,9 @@ impl Share {
             do_import: true,
             killpriv_v2: true,
             ..Config::default()
-        })?);
+        })?;
         files.import()?;
+        let files = Arc::new(Filter::new(files, max_descriptors));
         let server = Server::new(Arc::clone(&files));
         self.opened
             .set(Opened { files, server, jail })
@@ -146,11 +166,11 @@ impl VirtioDevice for Fs {
             share: Arc::clone(&self.share.opened),
             memory: active.memory,
             queues: active.queues.into_iter().map(Mutex::new).collect(),
-            begin: Once::new(),
+            begin: OnceLock::new(),
             lead: Mutex::new(()),
             kicks,
         });
-        let mut running = Workers::none()?;
+        let mut running = Workers::telling(active.end)?;
         for _ in 0..self.workers {
             let service = Arc::clone(&service);
             running.spawn("fs", move |stop| service.serve(stop))?;
@@ -169,20 +189,17 @@ struct Service {
     share: Arc<OnceLock<Opened>>,
     memory: GuestMemoryMap,
     queues: Vec<Mutex<ActiveQueue>>,
-    begin: Once,
+    begin: OnceLock<Result<(), io::ErrorKind>>,
     lead: Mutex<()>,
     kicks: Vec<EventFd>,
 }
 
 impl Service {
     fn serve(&self, stop: &Stop) {
-        let Some(opened) = self.share.get() else { return };
-        if opened.jail.as_ref().is_some_and(|jail| jail.stay().is_err()) {
-            return;
-        }
-        // A driver begins with no open file and no known inode but the root, whatever the one
-        // before it left. Done here, because the root is found by a path that holds in the jail.
-        self.begin.call_once(|| opened.files.destroy());
+        let opened = match self.opened() {
+            Ok(opened) => opened,
+            Err(e) => return stop.fail(format!("serving the shared directory: {e}")),
+        };
         while let Some((index, request)) = self.next_request(stop) {
             let head = request.head_index();
             let written = self.answer(opened, request);
@@ -190,6 +207,21 @@ impl Service {
             queue.push(&self.memory, head, written);
             queue.signal(&self.memory);
         }
+    }
+
+    /// Prepares the calling worker, and with the first one, the share.
+    fn opened(&self) -> io::Result<&Opened> {
+        let opened = self.share.get().ok_or(io::ErrorKind::NotFound)?;
+        if let Some(jail) = &opened.jail {
+            jail.stay()?;
+        }
+        // Without it, and without the right to have it, fewer files can be made.
+        let _ = keep_capabilities();
+        // A driver begins with no open file and no known inode but the root, whatever the one
+        // before it left. Done here, because the root is found by a path that holds in the jail.
+        let begun = self.begin.get_or_init(|| opened.files.begin().map_err(|e| e.kind()));
+        begun.map_err(io::Error::from)?;
+        Ok(opened)
     }
 
     /// Waits for the turn to lead, then for a request. `None` when it is time to stop.

@@ -5,9 +5,10 @@ use std::io;
 
 use fuse_backend_rs::abi::fuse_abi::{Dirent, EntryOut, InHeader, ReadIn};
 use fuse_backend_rs::api::filesystem::{Context, DirEntry, FileSystem};
-use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::Reader;
 use vm_memory::ByteValued;
+
+use super::filter::Filter;
 
 /// `FUSE_READDIR` and `FUSE_READDIRPLUS` (include/uapi/linux/fuse.h, enum fuse_opcode).
 pub(super) const OPCODES: [u32; 2] = [28, PLUS];
@@ -16,6 +17,12 @@ const PLUS: u32 = 44;
 /// Positions behind `.` and behind `..`. The positions of all other entries are the host's: these
 /// are two that no file system is likely to give, and not negative.
 const BEHIND: [u64; 2] = [0x7fd0_7fd0_7fd0_7fd1, 0x7fd0_7fd0_7fd0_7fd2];
+
+/// How often a listing is begun whose first file is gone.
+const ATTEMPTS: u32 = 8;
+
+/// Length of `struct linux_dirent64` with a name of 255 bytes.
+const LONGEST_ENTRY: usize = (19_usize + 255 + 1).next_multiple_of(8);
 
 /// What libfuse says where it does not know an inode's number.
 const UNKNOWN_INO: u64 = 0xffff_ffff;
@@ -26,7 +33,7 @@ const UNKNOWN_INO: u64 = 0xffff_ffff;
 ///
 /// What the share says, or that the answer may not have the length that is asked for.
 pub(super) fn answer(
-    files: &PassthroughFs,
+    files: &Filter,
     header: &InHeader,
     mut request: Reader<'_>,
     room: usize,
@@ -36,7 +43,6 @@ pub(super) fn answer(
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let context = Context::from(header);
-    let (node, handle) = (header.nodeid, asked.fh);
     let plus = header.opcode == PLUS;
     let mut list = Listing { max: asked.size as usize, plus, bytes: Vec::new() };
     let dots_seen = match asked.offset {
@@ -44,7 +50,7 @@ pub(super) fn answer(
         offset => BEHIND.iter().position(|behind| *behind == offset).map_or(2, |seen| seen + 1),
     };
     if dots_seen < 2 {
-        let own = files.getattr(&context, node, None)?.0.st_ino;
+        let own = files.getattr(&context, header.nodeid, None)?.0.st_ino;
         let dots = [(&b"."[..], own), (b"..", UNKNOWN_INO)];
         for ((name, ino), offset) in dots.into_iter().zip(BEHIND).skip(dots_seen) {
             let type_ = u32::from(libc::DT_DIR);
@@ -55,15 +61,19 @@ pub(super) fn answer(
     }
     let offset = if BEHIND.contains(&asked.offset) { 0 } else { asked.offset };
     let dots = list.bytes.len();
-    let listed = if plus {
-        files.readdirplus(&context, node, handle, asked.size, offset, &mut |entry, found| {
-            Ok(list.add(&entry, EntryOut::from(found)))
-        })
-    } else {
-        files.readdir(&context, node, handle, asked.size, offset, &mut |entry| {
-            Ok(list.add(&entry, EntryOut::default()))
-        })
-    };
+    let place = (header.nodeid, asked.fh);
+    let chunk = list.chunk();
+    let mut listed = Ok(());
+    for _ in 0..ATTEMPTS {
+        listed = files.list(&context, place, (chunk, offset), plus, &mut |entry, found| {
+            list.add(entry, found)
+        });
+        // The first file may be removed between its listing and its lookup.
+        let vanished = listed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+        if !vanished || list.bytes.len() > dots {
+            break;
+        }
+    }
     // What is in the list has been looked up for the guest, which has to hear of it.
     if list.bytes.len() == dots {
         listed?;
@@ -79,6 +89,16 @@ struct Listing {
 }
 
 impl Listing {
+    /// How much to read from the host so that all of it fits. What does not fit is read again from
+    /// its position, and not all file systems find that again while files come and go: tmpfs before
+    /// Linux 6.6 counts.
+    fn chunk(&self) -> u32 {
+        let room = self.max - self.bytes.len();
+        // Shortest names grow most: an entry of 24 bytes (getdents(2)) becomes 160, or 32.
+        let chunk = if self.plus { room * 24 / 160 } else { room * 24 / 32 };
+        chunk.max(LONGEST_ENTRY) as u32
+    }
+
     /// Returns the length of what was added: 0 when there is no room for it. An entry with node 0
     /// says nothing of the file.
     fn add(&mut self, entry: &DirEntry<'_>, found: EntryOut) -> usize {

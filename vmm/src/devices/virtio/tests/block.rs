@@ -96,6 +96,23 @@ fn requests_off_the_disk_fail_and_touch_nothing() {
 }
 
 #[test]
+fn a_request_for_too_much_is_refused() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(64 << 20).unwrap();
+    let config = BlockConfig {
+        file: FileRef { fd: 99, path: "disk".to_owned() },
+        serial: String::new(),
+        read_only: false,
+    };
+    let mut driver = Driver::started(Box::new(Block::new(file, &config).unwrap()));
+    assert_eq!(driver.config::<8>(8), [0, 0, 2, 0, 128, 0, 0, 0], "size_max and seg_max");
+    let segments = |count| vec![(DATA, 128 << 10, true); count];
+    assert_eq!(request(&mut driver, 0, 0, &segments(128)), (OK, (16 << 20) + 1));
+    assert_eq!(request(&mut driver, 0, 0, &segments(129)), (IO_ERROR, 1));
+    assert_eq!(request(&mut driver, 0, 0, &[(DATA, 17 << 20, true)]), (IO_ERROR, 1));
+}
+
+#[test]
 fn a_read_only_disk_is_read_only() {
     let (mut driver, file) = disk(true);
     assert_eq!(request(&mut driver, 1, 0, &[(DATA, 512, false)]), (IO_ERROR, 1));

@@ -1,6 +1,7 @@
 //! A driver for any device behind the transport.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,6 +12,7 @@ use crate::bus::BusDevice;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::worker::borrow;
 use crate::devices::virtio::{Interrupt, VirtioDevice};
+use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
 
 /// Longer than anything takes on the slowest machine.
@@ -36,6 +38,7 @@ pub(super) struct Driver {
     pub(super) transport: MmioTransport,
     pub(super) memory: GuestMemoryMap,
     pub(super) queues: Vec<Ring>,
+    pub(super) end: Arc<EndSignal>,
     line: EventFd,
     kicks: HashMap<u32, EventFd>,
     event_idx: bool,
@@ -47,10 +50,12 @@ impl Driver {
         let memory = memory();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt::new(line.try_clone().unwrap());
-        let transport = MmioTransport::new(device, memory.clone(), interrupt).unwrap();
+        let end = Arc::new(EndSignal::new().unwrap());
+        let transport =
+            MmioTransport::new(device, memory.clone(), interrupt, Arc::clone(&end)).unwrap();
         let kicks =
             transport.worker_kicks().map(|(n, kick)| (n, kick.try_clone().unwrap())).collect();
-        Self { transport, memory, queues: Vec::new(), line, kicks, event_idx: true }
+        Self { transport, memory, queues: Vec::new(), end, line, kicks, event_idx: true }
     }
 
     /// A device in service.
@@ -238,7 +243,7 @@ impl Ring {
     }
 
     /// Lays out a chain in the next descriptors; those of chains long done are used again.
-    fn add(&mut self, memory: &GuestMemoryMap, buffers: &[Buffer]) -> u16 {
+    pub(super) fn add(&mut self, memory: &GuestMemoryMap, buffers: &[Buffer]) -> u16 {
         let at = |n: usize| (usize::from(self.next_descriptor) + n) % usize::from(self.size);
         let head = at(0) as u16;
         for (n, (address, len, writable)) in buffers.iter().enumerate() {

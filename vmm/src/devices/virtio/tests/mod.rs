@@ -5,5 +5,6 @@ mod block;
 mod driver;
 mod fs;
 mod small;
+mod state;
 mod transport;
 mod vsock;

@@ -9,7 +9,7 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::rng::Rng;
 
-fn disk() -> Box<dyn VirtioDevice> {
+pub(super) fn disk() -> Box<dyn VirtioDevice> {
     let file: File = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
     let config = BlockConfig {

@@ -17,6 +17,8 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use super::packet::{MAX_DATA_LEN, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::state::ConnectionState;
+pub(super) use super::state::StreamState as State;
 use crate::devices::virtio::chain::{Buffers, returned};
 
 /// What the host side buffers of a guest's data, in bytes, when its reader is slow.
@@ -27,14 +29,6 @@ const CREDIT_STEP: u32 = BUF_ALLOC / 4;
 
 /// Longest `CONNECT <port>\n` line.
 const CONNECT_LINE_LEN: usize = 32;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
-    Handshake,
-    Requested,
-    Open,
-    Draining,
-}
 
 /// The stream broke a rule or its host end is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -282,15 +276,19 @@ impl Connection {
         self.told |= flags;
     }
 
-    /// Fills `room` from the host socket, as far as the guest's credit goes. `Ok(0)` when nothing is
-    /// there for now, or no more will come; the latter shows in [`Self::untold_shutdown`].
-    pub(super) fn read_for_guest(&mut self, room: &mut Buffers<'_>) -> Result<u32, Broken> {
-        room.truncate(self.credit().min(MAX_DATA_LEN) as usize);
-        if room.is_empty() || !self.readable || self.host_eof || self.guest_receive_closed {
+    /// Fills `room`, which is not empty, from the host socket, as far as the guest's credit goes.
+    /// `Ok(0)` when nothing is there for now, or no more will come; the latter shows in
+    /// [`Self::untold_shutdown`].
+    pub(super) fn read_for_guest(&mut self, room: &Buffers<'_>) -> Result<u32, Broken> {
+        let max = self.credit().min(MAX_DATA_LEN) as usize;
+        if max == 0 || !self.readable || self.host_eof || self.guest_receive_closed {
             return Ok(0);
         }
+        // The room itself stays whole: the next stream may have more credit.
+        let mut room = room.clone();
+        room.truncate(max);
         loop {
-            match read(&self.stream, room) {
+            match read(&self.stream, &room) {
                 Ok(0) => {
                     self.host_eof = true;
                     return Ok(0);
@@ -308,6 +306,32 @@ impl Connection {
                     None => return Err(Broken),
                 },
             }
+        }
+    }
+
+    /// All of it but the socket.
+    pub(super) fn state(&self) -> ConnectionState {
+        ConnectionState {
+            state: self.state,
+            host_port: self.ports.host,
+            guest_port: self.ports.guest,
+            opened_by_guest: self.opened_by_guest,
+            announce_request: self.announce.request,
+            announce_response: self.announce.response,
+            announce_credit: self.announce.credit,
+            backlog: self.backlog.iter().copied().collect(),
+            received: self.received.0,
+            forwarded: self.forwarded.0,
+            announced: self.announced.0,
+            guest_send_closed: self.guest_send_closed,
+            host_write_shut: self.host_write_shut,
+            sent: self.sent.0,
+            peer_buf_alloc: self.peer_buf_alloc,
+            peer_forwarded: self.peer_forwarded.0,
+            guest_receive_closed: self.guest_receive_closed,
+            host_eof: self.host_eof,
+            host_receive_closed: self.host_receive_closed,
+            told: self.told,
         }
     }
 

@@ -9,14 +9,17 @@
 mod connection;
 pub(in crate::devices::virtio) mod muxer;
 pub(in crate::devices::virtio) mod packet;
+mod state;
 
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use self::muxer::{HostSide, Muxer};
-use super::worker::Workers;
-use super::{Activation, VirtioDevice, read_from};
+pub use self::state::{ConnectionState, MuxerState, StreamState};
+use super::state::{DeviceState, OwnState};
+use super::worker::Worker;
+use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 
 const DEVICE_TYPE: u32 = 19;
 
@@ -31,7 +34,9 @@ const HOST_CID: u64 = 2;
 pub struct Vsock {
     guest_cid: u64,
     host: Arc<HostSide>,
-    worker: Option<Workers>,
+    worker: Option<Worker<Muxer>>,
+    /// The event queue, which nobody uses.
+    event: Option<ActiveQueue>,
 }
 
 impl Vsock {
@@ -50,7 +55,7 @@ impl Vsock {
         listener.set_nonblocking(true)?;
         connector.set_nonblocking(true)?;
         let host = Arc::new(HostSide { listener, connector });
-        Ok(Self { guest_cid: guest_cid.into(), host, worker: None })
+        Ok(Self { guest_cid: guest_cid.into(), host, worker: None, event: None })
     }
 }
 
@@ -77,15 +82,34 @@ impl VirtioDevice for Vsock {
     }
 
     fn activate(&mut self, active: Activation) -> io::Result<()> {
-        let [receive, transmit, _event] = <[_; 3]>::try_from(active.queues)
+        let [receive, transmit, event] = <[_; 3]>::try_from(active.queues)
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let host = Arc::clone(&self.host);
-        let mut muxer = Muxer::new(self.guest_cid, host, active.memory, receive, transmit)?;
-        self.worker = Some(Workers::spawn_one("vsock", move |stop| muxer.run(stop))?);
+        let muxer = Muxer::new(self.guest_cid, host, active.memory, receive, transmit)?;
+        self.event = Some(event);
+        self.worker = Some(Worker::start("vsock", muxer, active.end, Muxer::run)?);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.worker = None;
+        self.event = None;
+    }
+
+    fn hold(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.hold();
+        }
+    }
+
+    fn resume(&mut self) -> io::Result<()> {
+        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    }
+
+    fn state(&self) -> Option<DeviceState> {
+        let muxer = self.worker.as_ref()?.held()?;
+        let [receive, transmit] = muxer.queues();
+        let queues = vec![receive, transmit, self.event.as_ref()?.state()];
+        Some(DeviceState { queues, own: OwnState::Vsock(muxer.state()) })
     }
 }

@@ -15,7 +15,9 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Broken, Connection, State};
 use super::packet::Ports;
+use super::state::MuxerState;
 use crate::devices::virtio::ActiveQueue;
+use crate::devices::virtio::state::QueueState;
 use crate::devices::virtio::worker::Stop;
 use crate::memory::GuestMemoryMap;
 
@@ -25,7 +27,8 @@ pub(crate) const MAX_CONNECTIONS: usize = 1024;
 /// Most of them that the guest opened, so that no flood of its processes keeps the host out.
 pub(crate) const MAX_GUEST_CONNECTIONS: usize = MAX_CONNECTIONS / 2;
 
-/// Most resets that wait for room in the receive queue. Beyond it the guest's packets wait too.
+/// Most resets that wait for room in the receive queue before the guest's packets wait too. Streams
+/// that the host ends add at most one each.
 const MAX_RESETS: usize = 256;
 
 /// Host ports of streams that the host opens; above what services use.
@@ -98,19 +101,38 @@ impl Muxer {
         })
     }
 
+    /// Receive and transmit queue.
+    pub(super) fn queues(&self) -> [QueueState; 2] {
+        [self.receive.state(), self.transmit.state()]
+    }
+
+    /// All streams, without their sockets.
+    pub(super) fn state(&self) -> MuxerState {
+        let mut connections: Vec<_> = self.connections.iter().collect();
+        connections.sort_unstable_by_key(|(id, _)| **id);
+        MuxerState {
+            connections: connections.into_iter().map(|(_, stream)| stream.state()).collect(),
+            resets: self.resets.iter().map(|ports| (ports.host, ports.guest)).collect(),
+            next_host_port: self.next_host_port,
+        }
+    }
+
     /// Serves until the stop.
     pub(super) fn run(&mut self, stop: &Stop) {
-        if add(&self.epoll, stop.event().as_raw_fd(), EventSet::IN, STOP).is_err() {
-            return;
+        if let Err(e) = add(&self.epoll, stop.event().as_raw_fd(), EventSet::IN, STOP) {
+            return stop.fail(format!("the socket device cannot wait for its stop: epoll: {e}"));
         }
         let mut events = [EpollEvent::default(); 64];
-        let mut more = false;
+        // Whoever served before may have left some.
+        let mut more = true;
         while !stop.is_given() {
             // With packets left to move, sockets are only looked at in passing.
             let count = match self.epoll.wait(if more { 0 } else { -1 }, &mut events) {
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(_) => return,
+                Err(e) => {
+                    return stop.fail(format!("the socket device cannot wait: epoll: {e}"));
+                }
             };
             for event in &events[..count] {
                 match event.data() {
@@ -206,6 +228,9 @@ impl Muxer {
     fn remove(&mut self, id: u64) {
         if let Some(connection) = self.connections.remove(&id) {
             self.opened_by_guest -= usize::from(connection.opened_by_guest);
+            if connection.listed {
+                self.senders.retain(|listed| *listed != id);
+            }
         }
     }
 
@@ -271,12 +296,18 @@ impl Muxer {
         }
         if outcome.is_err() || connection.is_finished() {
             let ports = connection.ports;
+            // A guest that was not asked yet has nothing to forget. So host processes that come and
+            // go while the guest gives no buffers leave nothing behind.
+            let unasked = connection.state == State::Requested && connection.announce.request;
             self.by_ports.remove(&ports);
             match outcome {
                 Ok(()) => self.drain(id),
                 Err(Broken) => self.remove(id),
             }
-            return self.reset(ports);
+            if !unasked {
+                self.reset(ports);
+            }
+            return;
         }
         if !connection.listed && connection.wants_to_send() {
             connection.listed = true;

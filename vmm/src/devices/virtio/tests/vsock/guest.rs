@@ -7,8 +7,10 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::super::driver::{Driver, PATIENCE};
-use crate::devices::virtio::vsock::Vsock;
+use super::super::state::state;
+use crate::devices::virtio::state::OwnState;
 pub(super) use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, Op};
+use crate::devices::virtio::vsock::{MuxerState, Vsock};
 
 pub(super) const CID: u64 = 3;
 pub(super) const RECEIVE: usize = 0;
@@ -52,6 +54,14 @@ impl Guest {
         let driver = Driver::started(Box::new(vsock));
         let buffers = (0..64).map(|n| RECEIVED_AT + n * u64::from(BUFFER_LEN)).collect();
         Self { driver, path, connector: ours, buffers, buf_alloc: CREDIT, fwd_cnt: 0 }
+    }
+
+    /// What the device knows of its streams.
+    pub(super) fn streams(&mut self) -> MuxerState {
+        match state(&mut self.driver).device.map(|device| device.own) {
+            Some(OwnState::Vsock(streams)) => streams,
+            other => panic!("{other:?}"),
+        }
     }
 
     pub(super) fn give_buffer(&mut self) {

@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::thread;
 
 use super::guest::{CREDIT, Guest, Op};
+use crate::devices::virtio::vsock::StreamState;
 
 const SEND: u32 = 2;
 const BOTH: u32 = 3;
@@ -219,4 +220,66 @@ fn one_stream_that_stands_still_does_not_hold_up_another() {
     guest.fwd_cnt = 0;
     exchange(&mut guest, &client, (1025, port));
     drop(stalled);
+}
+
+#[test]
+fn streams_whose_credit_ends_at_different_times_wait_for_more() {
+    let mut guest = Guest::new();
+    let mut hosts = Vec::new();
+    for (port, credit) in [(1024, 5000), (1025, 60_000)] {
+        guest.buf_alloc = credit;
+        hosts.push(guest.open_from_host(port));
+    }
+    for (client, _) in &mut hosts {
+        client.set_nonblocking(true).unwrap();
+        while client.write(&vec![7; 65536]).is_ok() {}
+    }
+    let mut got = [0, 0];
+    while got != [5000, 60_000] {
+        let (header, data) = guest.receive();
+        assert_eq!(Op::from_raw(header.op), Some(Op::Data));
+        got[(header.dst_port - 1024) as usize] += data.len();
+    }
+    // More credit for each in turn.
+    for (n, port) in [(0, 1024), (1, 1025)] {
+        guest.buf_alloc = 20_000;
+        guest.fwd_cnt = got[n] as u32;
+        guest.send(port, hosts[n].1, Op::CreditUpdate);
+        let end = got[n] + 20_000;
+        while got[n] < end {
+            let (header, data) = guest.receive();
+            assert_eq!(header.dst_port, port);
+            got[n] += data.len();
+        }
+    }
+    guest.driver.reset();
+}
+
+#[test]
+fn streams_are_written_down_with_what_is_on_its_way() {
+    let mut guest = Guest::new();
+    let host = guest.open_from_guest(5000, 77);
+    for _ in 0..4 {
+        guest.send_packet(guest.header(5000, 77, Op::Data), &vec![3; 65536]);
+    }
+    let (mut client, port) = guest.open_from_host(1024);
+    client.write_all(&[4; 100]).unwrap();
+    guest.until(Op::Data, 1024);
+    let streams = guest.streams();
+    let [stalled, open] = &streams.connections[..] else { panic!("{streams:?}") };
+    assert_eq!((stalled.host_port, stalled.guest_port, stalled.opened_by_guest), (77, 5000, true));
+    assert_eq!((stalled.received, stalled.peer_buf_alloc), (4 * 65536, CREDIT));
+    let left = stalled.received - stalled.forwarded;
+    assert!(left > 0 && stalled.backlog == vec![3; left as usize]);
+    assert_eq!((open.host_port, open.guest_port, open.sent), (port, 1024, 100));
+    assert_eq!((streams.resets.len(), open.state), (0, StreamState::Open));
+    // Held time and again, all of them go on.
+    let mut got = vec![0; 4 * 65536];
+    for part in got.chunks_mut(65536) {
+        guest.streams();
+        (&host).read_exact(part).unwrap();
+        client.write_all(&[4; 100]).unwrap();
+        guest.until(Op::Data, 1024);
+    }
+    assert!(got.iter().all(|byte| *byte == 3));
 }

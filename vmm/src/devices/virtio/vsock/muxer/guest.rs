@@ -58,7 +58,9 @@ impl Muxer {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         connection.update_credit(header.buf_alloc, header.fwd_cnt);
         let outcome = match (op, connection.state) {
-            (Some(Op::Response), State::Requested) => connection.open(),
+            (Some(Op::Response), State::Requested) if !connection.announce.request => {
+                connection.open()
+            }
             (Some(Op::Reset), _) => return self.on_reset(id),
             (Some(Op::Data), State::Open) => connection.receive(data),
             (Some(Op::Shutdown), State::Open) => {
@@ -117,16 +119,17 @@ impl Muxer {
             }
             let Some(mut chain) = self.receive.pop(&memory) else { break };
             let head = chain.head;
-            // A buffer too small for a header goes back empty.
+            // A buffer too small for a header and some data goes back empty. With no room for data,
+            // a stream that has nothing else to say would be asked again and again.
             let len = match chain.writable.split_to(HEADER_LEN) {
-                Some(mut room) => {
-                    let Some(header) = self.next_packet(&mut chain.writable) else {
+                Some(mut room) if !chain.writable.is_empty() => {
+                    let Some(header) = self.next_packet(&chain.writable) else {
                         self.receive.unpop();
                         break;
                     };
                     room.put(&header.to_bytes()).map_or(0, |()| HEADER_LEN as u32 + header.len)
                 }
-                None => 0,
+                _ => 0,
             };
             self.receive.push(&memory, head, len);
             used = true;
@@ -137,12 +140,14 @@ impl Muxer {
     }
 
     /// Makes the next packet for the guest, with its data in `room`. `None` when nothing is left to
-    /// say.
-    fn next_packet(&mut self, room: &mut Buffers<'_>) -> Option<Header> {
+    /// say. Each listed stream is asked at most once.
+    fn next_packet(&mut self, room: &Buffers<'_>) -> Option<Header> {
+        let mut unasked = self.senders.len();
         loop {
             if let Some(ports) = self.resets.pop_front() {
                 return Some(self.header(ports, Op::Reset));
             }
+            unasked = unasked.checked_sub(1)?;
             let id = *self.senders.front()?;
             let Some(connection) = self.connections.get_mut(&id) else {
                 self.senders.pop_front();
@@ -184,7 +189,7 @@ impl Muxer {
 /// What a connection has to say next: operation, length of the data, flags.
 fn next_of(
     connection: &mut Connection,
-    room: &mut Buffers<'_>,
+    room: &Buffers<'_>,
 ) -> Result<Option<(Op, u32, u32)>, Broken> {
     let announce = &mut connection.announce;
     if std::mem::take(&mut announce.request) {

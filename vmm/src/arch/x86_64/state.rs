@@ -1,0 +1,296 @@
+//! What KVM knows of a machine, as plain data: its vCPUs, its interrupt controllers, its clock.
+//!
+//! Whoever captures has paused all vCPUs; whoever restores has made the same vCPUs anew, and none
+//! has run.
+
+use kvm_bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    kvm_xsave,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+
+/// `IA32_TSC_DEADLINE` (SDM 3, 11.5.4.1).
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
+
+/// A state cannot be captured or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// An ioctl failed.
+    #[error("KVM: {ioctl}: {source}")]
+    Ioctl {
+        /// Which.
+        ioctl: &'static str,
+        /// Why.
+        source: kvm_ioctls::Error,
+    },
+    /// A model-specific register does not take the value that it had.
+    #[error("KVM: model-specific register {index:#x} does not take {value:#x}")]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// The value.
+        value: u64,
+    },
+    /// There are more entries than KVM has.
+    #[error("more CPUID entries or model-specific registers than KVM has")]
+    TooMany,
+}
+
+fn failed(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
+    move |source| StateError::Ioctl { ioctl, source }
+}
+
+/// The model-specific registers that a state holds (`KVM_GET_MSR_INDEX_LIST`).
+///
+/// # Errors
+///
+/// When KVM does not tell.
+pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, StateError> {
+    let list = kvm.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
+    Ok(list.as_slice().to_vec())
+}
+
+/// One vCPU.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct VcpuState {
+    /// What CPUID says.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Whether it runs, halts, or waits to be started.
+    pub mp_state: kvm_mp_state,
+    /// General registers.
+    pub regs: kvm_regs,
+    /// Segments and control registers.
+    pub sregs: kvm_sregs,
+    /// Floating point and vector registers.
+    pub xsave: kvm_xsave,
+    /// Extended control registers.
+    pub xcrs: kvm_xcrs,
+    /// Debug registers.
+    pub debugregs: kvm_debugregs,
+    /// Local APIC page.
+    pub lapic: kvm_lapic_state,
+    /// Model-specific registers that can be read, the time stamp counter among them.
+    pub msrs: Vec<kvm_msr_entry>,
+    /// Frequency of the time stamp counter in kHz, where KVM tells it.
+    pub tsc_khz: Option<u32>,
+    /// Exceptions and interrupts on their way.
+    pub events: kvm_vcpu_events,
+}
+
+impl VcpuState {
+    /// Reads the state of `vcpu`, with those of the registers `msrs` that it has.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed.
+    pub fn capture(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self, StateError> {
+        Ok(Self {
+            // First, as it delivers a pending INIT or SIPI, which changes all that follows.
+            mp_state: vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?,
+            regs: vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?,
+            sregs: vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?,
+            xsave: vcpu.get_xsave().map_err(failed("KVM_GET_XSAVE"))?,
+            xcrs: vcpu.get_xcrs().map_err(failed("KVM_GET_XCRS"))?,
+            debugregs: vcpu.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
+            lapic: vcpu.get_lapic().map_err(failed("KVM_GET_LAPIC"))?,
+            tsc_khz: vcpu.get_tsc_khz().ok(),
+            cpuid: vcpu
+                .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+                .map_err(failed("KVM_GET_CPUID2"))?
+                .as_slice()
+                .to_vec(),
+            msrs: get_msrs(vcpu, msrs)?,
+            events: vcpu.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?,
+        })
+    }
+
+    /// Gives the state to `vcpu`, which has not run yet.
+    ///
+    /// The order is KVM's: CPUID decides which registers and bits exist; the special registers bring
+    /// the APIC's base and mode before its page; the page has the timer's mode before the deadline,
+    /// which is written last of the MSRs; events come last, as other calls clear them.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl or the register that failed; the vCPU is then not to be run.
+    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
+        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany)?;
+        vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        // The host's own frequency needs no scaling, which not every processor has.
+        if let Some(khz) = self.tsc_khz.filter(|khz| vcpu.get_tsc_khz().ok() != Some(*khz)) {
+            vcpu.set_tsc_khz(khz).map_err(failed("KVM_SET_TSC_KHZ"))?;
+        }
+        vcpu.set_mp_state(self.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
+        vcpu.set_regs(&self.regs).map_err(failed("KVM_SET_REGS"))?;
+        vcpu.set_sregs(&self.sregs).map_err(failed("KVM_SET_SREGS"))?;
+        // SAFETY: the structure is KVM's whole 4096 bytes, and this process asked the host for no
+        // register state (`ARCH_REQ_XCOMP_GUEST_PERM`) that would make KVM read beyond.
+        unsafe { vcpu.set_xsave(&self.xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
+        vcpu.set_xcrs(&self.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        vcpu.set_debug_regs(&self.debugregs).map_err(failed("KVM_SET_DEBUGREGS"))?;
+        vcpu.set_lapic(&self.lapic).map_err(failed("KVM_SET_LAPIC"))?;
+        set_msrs(vcpu, &self.msrs)?;
+        vcpu.set_vcpu_events(&self.events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+}
+
+/// Reads registers. KVM stops at the first that this vCPU has not; those are left out.
+fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateError> {
+    let entry = |index: &u32| kvm_msr_entry { index: *index, ..Default::default() };
+    let mut rest: Vec<_> = indices.iter().map(entry).collect();
+    rest.sort_by_key(|entry| entry.index == MSR_TSC_DEADLINE);
+    let mut read = Vec::with_capacity(rest.len());
+    while !rest.is_empty() {
+        let mut msrs = Msrs::from_entries(&rest).map_err(|_| StateError::TooMany)?;
+        let count = vcpu.get_msrs(&mut msrs).map_err(failed("KVM_GET_MSRS"))?.min(rest.len());
+        read.extend_from_slice(&msrs.as_slice()[..count]);
+        rest.drain(..(count + 1).min(rest.len()));
+    }
+    Ok(read)
+}
+
+fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> {
+    let msrs = Msrs::from_entries(entries).map_err(|_| StateError::TooMany)?;
+    let count = vcpu.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+    match entries.get(count) {
+        None => Ok(()),
+        Some(refused) => Err(StateError::Msr { index: refused.index, value: refused.data }),
+    }
+}
+
+/// What KVM has of a machine beside its vCPUs and its memory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmState {
+    /// The first interrupt controller of a PC.
+    pub pic_primary: kvm_irqchip,
+    /// The one behind it.
+    pub pic_secondary: kvm_irqchip,
+    /// The IO-APIC.
+    pub ioapic: kvm_irqchip,
+    /// kvmclock, in nanoseconds.
+    pub clock: kvm_clock_data,
+}
+
+impl VmState {
+    /// Reads the state of `vm`.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed.
+    pub fn capture(vm: &VmFd) -> Result<Self, StateError> {
+        let chip = |chip_id| -> Result<kvm_irqchip, StateError> {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            vm.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP"))?;
+            Ok(chip)
+        };
+        Ok(Self {
+            pic_primary: chip(KVM_IRQCHIP_PIC_MASTER)?,
+            pic_secondary: chip(KVM_IRQCHIP_PIC_SLAVE)?,
+            ioapic: chip(KVM_IRQCHIP_IOAPIC)?,
+            clock: vm.get_clock().map_err(failed("KVM_GET_CLOCK"))?,
+        })
+    }
+
+    /// Gives the state to `vm`, whose vCPUs do not run. The clock goes on from where it was, without
+    /// the time between.
+    ///
+    /// # Errors
+    ///
+    /// The ioctl that failed; the machine is then not to be run.
+    pub fn restore(&self, vm: &VmFd) -> Result<(), StateError> {
+        for chip in [&self.pic_primary, &self.pic_secondary, &self.ioapic] {
+            vm.set_irqchip(chip).map_err(failed("KVM_SET_IRQCHIP"))?;
+        }
+        // The flags say what KVM knows of its own time, and are not for setting.
+        let clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
+        vm.set_clock(&clock).map_err(failed("KVM_SET_CLOCK"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::arch::x86_64::{cpuid, regs};
+    use crate::memory::GuestRam;
+    use crate::vm::Vm;
+
+    const MSR_TSC: u32 = 0x10;
+
+    struct Machine {
+        vm: Vm,
+        vcpu: VcpuFd,
+        msrs: Vec<u32>,
+    }
+
+    /// A machine whose vCPU is as at power-on. `None` where there is no KVM.
+    fn machine() -> Option<Machine> {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("left out: needs /dev/kvm");
+            return None;
+        };
+        let vm = Vm::new(&kvm, GuestRam::new(64).unwrap()).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        let entries = cpuid::for_vcpu(vm.supported_cpuid(), 0, 1);
+        vcpu.set_cpuid2(&CpuId::from_entries(&entries).unwrap()).unwrap();
+        let msrs = msr_indices(&kvm).unwrap();
+        Some(Machine { vm, vcpu, msrs })
+    }
+
+    /// The state as JSON, without what goes on by itself.
+    fn still(mut state: VcpuState) -> Value {
+        state.msrs.retain(|msr| msr.index != MSR_TSC);
+        serde_json::to_value(state).unwrap()
+    }
+
+    #[test]
+    fn a_vcpu_is_the_same_in_another_machine() {
+        let (Some(mut from), Some(to)) = (machine(), machine()) else { return };
+        let ram = from.vm.ram();
+        regs::write_tables(ram).unwrap();
+        // mov rax, 0x1234567; out 0x10, al
+        let code = [0x48, 0xc7, 0xc0, 0x67, 0x45, 0x23, 1, 0xe6, 0x10];
+        ram.memory().write_slice(&code, GuestAddress(0x10_0000)).unwrap();
+        let mut at_boot = regs::VcpuRegs::at_boot(&from.vcpu, 0, 0x10_0000).unwrap();
+        at_boot.fpu.xmm[1] = [7; 16];
+        at_boot.apply(&from.vcpu).unwrap();
+        let exit = format!("{:?}", from.vcpu.run().unwrap());
+        assert!(exit.starts_with("IoOut(16"), "{exit}");
+        let state = VcpuState::capture(&from.vcpu, &from.msrs).unwrap();
+        assert_eq!(state.regs.rax, 0x0123_4567);
+        let written = serde_json::to_vec(&state).unwrap();
+        let state: VcpuState = serde_json::from_slice(&written).unwrap();
+        state.restore(&to.vcpu).unwrap();
+        let again = VcpuState::capture(&to.vcpu, &to.msrs).unwrap();
+        let tsc = |state: &VcpuState| {
+            state.msrs.iter().find(|msr| msr.index == MSR_TSC).map(|msr| msr.data)
+        };
+        assert!(tsc(&again) >= tsc(&state));
+        assert!(state.msrs.len() > 5, "{} registers", state.msrs.len());
+        assert_eq!(still(again), still(state));
+    }
+
+    #[test]
+    fn interrupt_controllers_and_clock_are_the_same_in_another_machine() {
+        let (Some(from), Some(to)) = (machine(), machine()) else { return };
+        let mut state = from.vm.state().unwrap();
+        // A redirection entry of the IO-APIC, as a guest's kernel would have written it.
+        // SAFETY: the chip's id says that this member of the union is the valid one; all its bit
+        // patterns are values.
+        let ioapic = unsafe { &mut state.ioapic.chip.ioapic };
+        ioapic.redirtbl[9].bits = 0x0100_0000_0000_0031;
+        state.clock.clock = 3_600_000_000_000;
+        let written = serde_json::to_vec(&state).unwrap();
+        let state: VmState = serde_json::from_slice(&written).unwrap();
+        to.vm.restore(&state).unwrap();
+        let mut again = to.vm.state().unwrap();
+        assert!((state.clock.clock..2 * state.clock.clock).contains(&again.clock.clock));
+        again.clock = state.clock;
+        assert_eq!(serde_json::to_value(again).unwrap(), serde_json::to_value(state).unwrap());
+    }
+}
