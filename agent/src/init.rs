@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd as _;
 
 use rustix::fs::{CWD, Mode, OFlags, mkdir, open};
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
+use rustix::mount::{
+    MountFlags, MoveMountFlags, OpenTreeFlags, mount, mount_remount, move_mount, open_tree,
+};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::container::cgroup::{self, CGROUP_ROOT};
@@ -23,7 +24,8 @@ const MOUNTS: [(&str, &str, MountFlags, &std::ffi::CStr); 5] = [
     ("/sys", "sysfs", NO_PROGRAMS, c""),
     ("/run", "tmpfs", NO_PROGRAMS, c"mode=755"),
     ("/dev/pts", "devpts", NOSUID, c"mode=620,gid=5,ptmxmode=666"),
-    (CGROUP_ROOT, "cgroup2", NO_PROGRAMS, c""),
+    // With `nsdelegate` the limits on the root of a cgroup namespace are not for those inside of it.
+    (CGROUP_ROOT, "cgroup2", NO_PROGRAMS, c"nsdelegate"),
 ];
 
 /// Sets the guest up.
@@ -50,26 +52,27 @@ pub(crate) fn boot() -> Result<()> {
 
 /// Puts the root directory on top of itself as a mount of its own. The kernel's first root can
 /// never be exchanged, and containers have to exchange theirs.
+///
+/// The kernel has started this program from the first root, below, and the containers' processes
+/// start from `/proc/self/exe`, which is there as well. That mount is therefore sealed at once.
 fn own_root() -> Result<()> {
     let what = || "make the root a mount of its own";
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let root = open_tree(CWD, "/", flags | OpenTreeFlags::AT_RECURSIVE).context(what)?;
+    // After the copy, which has to be written to a little longer.
+    seal_root()?;
     move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).context(what)?;
     rustix::process::fchdir(&root).context(what)?;
     rustix::process::chroot(".").context(what)
 }
 
-/// The program of PID 1 also starts the containers' processes, which can reach it through /proc. A
-/// read-only mount keeps it as it is.
+/// Makes the mount that is the root now read-only. Processes of containers can reach the agent's
+/// program through `/proc/self/exe`, and could change what the next one starts as. That a program
+/// cannot be written while it runs is no protection: there are kernels without this rule.
+///
+/// By the old call: some kernels refuse the new one for their first root.
 fn seal_root() -> Result<()> {
-    let root = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context(|| "open /")?;
-    let attr = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    crate::syscall::mount_setattr(root.as_fd(), false, &attr)
+    mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")
         .context(|| "make the guest's root read-only")
 }
 

@@ -3,7 +3,7 @@
 //! The RPC that starts the process names the tokens. The host sends it after it has opened the
 //! connections, but they may be accepted in any order, so both sides meet in a table: connections
 //! that nobody has asked for yet, and callers whose connection has not arrived yet. Both halves are
-//! bounded.
+//! bounded in number and in time.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -15,6 +15,7 @@ use rustix::net::SocketFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::time::Instant;
 
 use crate::error::{Context as _, Error, Result};
 use crate::log::{log_error, log_warn};
@@ -25,6 +26,9 @@ pub(crate) type Connection = AsyncFd<OwnedFd>;
 
 /// Most connections that have arrived and that no call has named yet. The oldest goes first.
 const MAX_UNCLAIMED: usize = 256;
+
+/// How long a connection waits to be named. Calls name theirs as soon as they have been opened.
+const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Most connections whose token is still being read.
 const MAX_HEADERLESS: usize = 64;
@@ -40,8 +44,17 @@ pub(crate) struct Streams {
 
 #[derive(Default)]
 struct Table {
-    arrived: VecDeque<(u64, Connection)>,
+    /// In the order of arrival.
+    arrived: VecDeque<Unclaimed>,
     awaited: HashMap<u64, oneshot::Sender<Connection>>,
+    /// Whether [`Streams::expire`] is running.
+    expiring: bool,
+}
+
+struct Unclaimed {
+    token: u64,
+    connection: Connection,
+    at: Instant,
 }
 
 impl Streams {
@@ -90,7 +103,7 @@ impl Streams {
         }
     }
 
-    fn arrive(&self, token: u64, connection: Connection) {
+    fn arrive(self: &Arc<Self>, token: u64, connection: Connection) {
         let mut table = self.lock();
         let connection = match table.awaited.remove(&token) {
             Some(caller) => match caller.send(connection) {
@@ -104,7 +117,34 @@ impl Streams {
             table.arrived.pop_front();
             log_warn!("dropped a stdio stream that no call named");
         }
-        table.arrived.push_back((token, connection));
+        table.arrived.push_back(Unclaimed { token, connection, at: Instant::now() });
+        if !table.expiring {
+            table.expiring = true;
+            tokio::spawn(Arc::clone(self).expire());
+        }
+    }
+
+    /// Drops connections that no call names in time, until there are none left.
+    async fn expire(self: Arc<Self>) {
+        while let Some(next) = self.drop_expired() {
+            tokio::time::sleep_until(next).await;
+        }
+    }
+
+    /// When the next one expires.
+    fn drop_expired(&self) -> Option<Instant> {
+        let mut table = self.lock();
+        let now = Instant::now();
+        while let Some(oldest) = table.arrived.front() {
+            let end = oldest.at + UNCLAIMED_TIMEOUT;
+            if end > now {
+                return Some(end);
+            }
+            table.arrived.pop_front();
+            log_warn!("dropped a stdio stream that no call named");
+        }
+        table.expiring = false;
+        None
     }
 
     /// The connection with this token, or `None` for token 0.
@@ -118,8 +158,8 @@ impl Streams {
         }
         let receiver = {
             let mut table = self.lock();
-            if let Some(at) = table.arrived.iter().position(|(t, _)| *t == token) {
-                return Ok(table.arrived.remove(at).map(|(_, connection)| connection));
+            if let Some(at) = table.arrived.iter().position(|unclaimed| unclaimed.token == token) {
+                return Ok(table.arrived.remove(at).map(|unclaimed| unclaimed.connection));
             }
             if table.awaited.contains_key(&token) {
                 return Err(Error::internal(format!("stdio stream {token:#x} is named twice")));
@@ -223,12 +263,26 @@ mod tests {
         let mut rest = Vec::new();
         for token in 2..=(MAX_UNCLAIMED as u64 + 1) {
             rest.push(connect(&path, token));
-            while streams.lock().arrived.back().is_none_or(|(t, _)| *t != token) {
+            while streams.lock().arrived.back().is_none_or(|last| last.token != token) {
                 tokio::task::yield_now().await;
             }
         }
         assert_eq!(streams.lock().arrived.len(), MAX_UNCLAIMED);
         assert_eq!(first.read(&mut [0]).unwrap(), 0);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn unclaimed_connections_expire() {
+        let (streams, path) = served().await;
+        let mut late = connect(&path, 1);
+        while streams.lock().arrived.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert!(streams.drop_expired().is_some());
+        streams.lock().arrived[0].at -= UNCLAIMED_TIMEOUT;
+        assert!(streams.drop_expired().is_none());
+        assert_eq!(late.read(&mut [0]).unwrap(), 0);
         std::fs::remove_file(path).unwrap();
     }
 }

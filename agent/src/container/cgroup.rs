@@ -49,11 +49,17 @@ pub(crate) fn prepare() -> Result<()> {
     let total = (total.totalram as u64).saturating_mul(u64::from(total.mem_unit));
     let memory = total - MEMORY_RESERVE.min(total / 8);
     let pids = pid_space().saturating_sub(PIDS_RESERVE);
-    for (file, value) in [("memory.max", memory), ("pids.max", pids)] {
+    let limits = [
+        ("memory.max", memory.to_string()),
+        ("pids.max", pids.to_string()),
+        // What a container reserves counts only as far as its parent reserves it.
+        ("memory.low", "max".to_owned()),
+    ];
+    for (file, value) in limits {
         let path = containers.join(file);
         // Absent where the kernel has no such controller.
         if path.exists() {
-            write_file(&path, &value.to_string())?;
+            write_file(&path, &value)?;
         }
     }
     Ok(())

@@ -8,7 +8,9 @@ use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
+use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -79,13 +81,15 @@ impl AsFd for Channel {
 }
 
 impl Channel {
-    /// A connected pair.
+    /// A connected pair. On the first end nothing waits longer than `patience` for the other.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub(crate) fn pair() -> io::Result<(Self, OwnedFd)> {
+    pub(crate) fn pair(patience: Duration) -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(patience))?;
+        ours.set_write_timeout(Some(patience))?;
         Ok((Self(ours), theirs.into()))
     }
 
@@ -97,7 +101,7 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// The other end is gone.
+    /// The other end is gone, or does not read; see [`timed_out`].
     pub(crate) fn send(&self, tag: Tag, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
         let mut header = [tag as u8; 5];
@@ -107,8 +111,11 @@ impl Channel {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(io::Error::other("too many descriptors for one message"));
         }
-        // Five bytes always go in one piece, and the descriptors with them.
-        sendmsg(&self.0, &[IoSlice::new(&header)], &mut control, SendFlags::NOSIGNAL)?;
+        // Five bytes always go in one piece, and the descriptors with them. A wait that is bounded
+        // is not resumed after a signal, and children of the agent end all the time.
+        retry_on_intr(|| {
+            sendmsg(&self.0, &[IoSlice::new(&header)], &mut control, SendFlags::NOSIGNAL)
+        })?;
         (&self.0).write_all(payload)
     }
 
@@ -116,14 +123,15 @@ impl Channel {
     ///
     /// # Errors
     ///
-    /// The other end went away in the middle of a message, or it makes no sense.
+    /// The other end went away in the middle of a message, or it makes no sense, or nothing came;
+    /// see [`timed_out`].
     pub(crate) fn receive(&self) -> io::Result<Option<Message>> {
         let mut header = [0; 5];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = {
             let mut parts = [IoSliceMut::new(&mut header)];
-            recvmsg(&self.0, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+            retry_on_intr(|| recvmsg(&self.0, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC))
         };
         let n = match received {
             Ok(received) => received.bytes,
@@ -152,6 +160,11 @@ impl Channel {
     }
 }
 
+/// Whether the other end has let the patience of a [`Channel::pair`] run out.
+pub(crate) fn timed_out(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::WouldBlock
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsFd as _;
@@ -160,7 +173,7 @@ mod tests {
 
     #[test]
     fn messages_and_descriptors_arrive() {
-        let (ours, theirs) = Channel::pair().unwrap();
+        let (ours, theirs) = Channel::pair(Duration::from_secs(60)).unwrap();
         let theirs = Channel::new(theirs);
         let (read, write) = rustix::pipe::pipe().unwrap();
         ours.send(Tag::Document, b"{}", &[write.as_fd()]).unwrap();
@@ -172,5 +185,15 @@ mod tests {
         assert_eq!(rustix::io::read(&read, &mut [0_u8; 2]).unwrap(), 1);
         assert_eq!(theirs.receive().unwrap().unwrap().tag, Tag::Start);
         assert!(theirs.receive().unwrap().is_none());
+    }
+
+    #[test]
+    fn patience_is_bounded() {
+        let (ours, theirs) = Channel::pair(Duration::from_millis(20)).unwrap();
+        assert!(timed_out(&ours.receive().unwrap_err()));
+        // More than the socket holds, and nobody reads.
+        assert!(timed_out(&ours.send(Tag::Document, &vec![0; 4 << 20], &[]).unwrap_err()));
+        drop(theirs);
+        assert!(!timed_out(&ours.send(Tag::Start, &[], &[]).unwrap_err()));
     }
 }

@@ -14,8 +14,8 @@ const MAX_DEPTH: usize = 128;
 
 const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-/// Copies the contents of one directory into another, with owners and modes. The mode and owner of
-/// the directory itself are taken over as well.
+/// Copies the contents of one directory into another, with owners and modes. Those of the directory
+/// itself are the new file system's options.
 ///
 /// # Errors
 ///
@@ -28,7 +28,6 @@ pub(crate) fn copy(from: &OwnedFd, to: &OwnedFd) -> Result<(), Errno> {
     // The descriptors are O_PATH ones.
     let from = openat(from, c".", DIRECTORY, Mode::empty())?;
     let to = openat(to, c".", DIRECTORY, Mode::empty())?;
-    rustix::fs::fchown(&to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
     copy_entries(&from, &to, 0)
 }
 

@@ -1,12 +1,11 @@
 //! Who the process is: user, groups and capabilities.
 
-use std::path::Path;
-
 use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-use crate::error::{Context as _, Error, Result};
+use crate::error::{Context as _, Result};
+use crate::log::log_warn;
 use crate::oci::{Capabilities, Process};
 
 /// Gives up the agent's identity for the one that the specification asks for. The order matters:
@@ -56,14 +55,14 @@ fn drop_bounding(keep: u64) -> Result<()> {
     Ok(())
 }
 
-/// The kernel refuses ambient capabilities that are not permitted and inheritable as well. Common
-/// specifications ask for such, and other runtimes leave them out.
+/// The kernel refuses ambient capabilities that are not permitted and inheritable as well, and those
+/// that it does not know. [`warn`] has told.
 fn raise_ambient(wanted: u64) -> Result<()> {
     rustix::thread::clear_ambient_capability_set().context(|| "clear the ambient capabilities")?;
     for number in (0..64).filter(|number| wanted & (1 << number) != 0) {
         let one = CapabilitySet::from_bits_retain(1 << number);
         match rustix::thread::configure_capability_in_ambient_set(one, true) {
-            Ok(()) | Err(Errno::PERM) => {}
+            Ok(()) | Err(Errno::PERM | Errno::INVAL) => {}
             Err(e) => return Err(e).context(|| format!("raise ambient capability {number}")),
         }
     }
@@ -75,19 +74,35 @@ fn bits(names: &[String]) -> u64 {
     names.iter().filter_map(|name| number(name)).fold(0, |bits, number| bits | 1 << number)
 }
 
-/// Refuses names that are no capability's.
-///
-/// # Errors
-///
-/// The first such name.
-pub(crate) fn check(capabilities: &Capabilities) -> Result<()> {
-    let Capabilities { bounding, effective, inheritable, permitted, ambient } = capabilities;
-    for name in [bounding, effective, inheritable, permitted, ambient].into_iter().flatten() {
-        if number(name).is_none() {
-            return Err(Error::invalid("process.capabilities", format!("{name:?} is unknown")));
-        }
+/// Tells which capabilities the process will not get although they are asked for: common
+/// specifications have some that nothing else in them allows, and newer ones may have new names.
+pub(crate) fn warn(capabilities: &Capabilities) {
+    let unknown = unknown(capabilities);
+    if !unknown.is_empty() {
+        log_warn!("process.capabilities: {} unknown and left out", unknown.join(" "));
     }
-    Ok(())
+    let beyond = beyond_ambient(capabilities);
+    if !beyond.is_empty() {
+        let names = beyond.join(" ");
+        log_warn!("process.capabilities.ambient: {names} not permitted and inheritable, left out");
+    }
+}
+
+fn unknown(capabilities: &Capabilities) -> Vec<&str> {
+    let Capabilities { bounding, effective, inheritable, permitted, ambient } = capabilities;
+    let all = [bounding, effective, inheritable, permitted, ambient].into_iter().flatten();
+    let mut unknown: Vec<&str> =
+        all.map(String::as_str).filter(|name| number(name).is_none()).collect();
+    unknown.sort_unstable();
+    unknown.dedup();
+    unknown
+}
+
+/// Ambient capabilities that cannot be.
+fn beyond_ambient(capabilities: &Capabilities) -> Vec<&str> {
+    let possible = bits(&capabilities.permitted) & bits(&capabilities.inheritable);
+    let known = |name: &&str| number(name).is_some_and(|number| possible & (1 << number) == 0);
+    capabilities.ambient.iter().map(String::as_str).filter(known).collect()
 }
 
 /// Names in the order of their numbers (linux/capability.h), without `CAP_`.
@@ -140,18 +155,6 @@ fn number(name: &str) -> Option<usize> {
     NAMES.iter().position(|known| *known == name)
 }
 
-/// The home directory of a user by the image's own /etc/passwd, or `/`.
-pub(crate) fn home_of(uid: u32, passwd: &Path) -> String {
-    let text = std::fs::read(passwd).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let home = text.lines().find_map(|line| {
-        let fields: Vec<&str> = line.split(':').collect();
-        let found = fields.len() >= 6 && fields[2].parse() == Ok(uid) && !fields[5].is_empty();
-        found.then(|| fields[5].to_owned())
-    });
-    home.unwrap_or_else(|| "/".into())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,17 +163,19 @@ mod tests {
     fn numbers_are_the_kernels() {
         let set = ["CAP_CHOWN", "CAP_KILL", "CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE"];
         assert_eq!(bits(&set.map(String::from)), 1 | 1 << 5 | 1 << 21 | 1 << 40);
-        let wrong = Capabilities { ambient: vec!["CAP_FLY".into()], ..Capabilities::default() };
-        assert!(check(&wrong).unwrap_err().message.contains("CAP_FLY"));
+        assert_eq!(bits(&["CAP_FLY".into(), "CAP_CHOWN".into()]), 1);
     }
 
     #[test]
-    fn home_is_found_by_uid() {
-        let path = std::env::temp_dir().join(format!("isopod-passwd-{}", std::process::id()));
-        std::fs::write(&path, "root:x:0:0::/root:/bin/sh\nbad\nu:x:7:7:U:/home/u:/bin/sh\n")
-            .unwrap();
-        assert_eq!(home_of(7, &path), "/home/u");
-        assert_eq!(home_of(8, &path), "/");
-        std::fs::remove_file(path).unwrap();
+    fn what_is_left_out_is_known() {
+        let of = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>();
+        let asked = Capabilities {
+            ambient: of(&["CAP_KILL", "CAP_CHOWN", "CAP_FLY"]),
+            permitted: of(&["CAP_KILL", "CAP_CHOWN", "CAP_DIVE", "CAP_FLY"]),
+            inheritable: of(&["CAP_KILL"]),
+            ..Capabilities::default()
+        };
+        assert_eq!(unknown(&asked), ["CAP_DIVE", "CAP_FLY"]);
+        assert_eq!(beyond_ambient(&asked), ["CAP_CHOWN"]);
     }
 }

@@ -46,7 +46,7 @@ pub(crate) fn find(program: &str, env: &[String]) -> Result<CString> {
 }
 
 fn search_path(env: &[String]) -> &str {
-    env.iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
+    env.iter().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH)
 }
 
 fn check(path: &Path) -> std::result::Result<(), Errno> {

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use rustix::fs::{Mode, Uid};
+use rustix::fs::{Mode, OFlags, Uid};
 use rustix::io::{Errno, FdFlags};
 use rustix::process::{DumpableBehavior, ioctl_tiocsctty, set_dumpable_behavior, setsid, umask};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
@@ -18,7 +18,7 @@ use super::channel::{Channel, Message, Request, Tag};
 use super::namespaces::{self, Namespaces};
 use super::spec::ContainerSpec;
 use super::terminal::{self, Size, Terminal};
-use super::{credentials, executable, rlimits, rootfs, signals};
+use super::{credentials, environment, executable, rlimits, rootfs, signals};
 use crate::error::{Context as _, Error, Result};
 use crate::oci::{NamespaceKind, Process};
 
@@ -109,8 +109,7 @@ fn enter_container(json: &[u8], container: &OwnedFd, namespaces: Namespaces) -> 
         become_root()?;
     }
     let terminal = if process.terminal {
-        let root =
-            super::path::open_in_guest("/", rustix::fs::OFlags::PATH).context(|| "open /")?;
+        let root = super::path::open_in_guest("/", OFlags::PATH).context(|| "open /")?;
         Some(Terminal::open(root.as_fd())?)
     } else {
         None
@@ -161,8 +160,10 @@ fn connect_stdio(terminal: Option<&OwnedFd>, stdio: &[OwnedFd], uid: u32) -> Res
             (None, Some(fd)) => fd,
             (None, None) => return Err(Error::internal("a standard stream was not sent")),
         };
+        let own = if is_null(source) { own_null() } else { None };
+        let source = own.as_ref().unwrap_or(source);
         // Programs open /proc/self/fd/1 anew, which needs them to own it. A stream that cannot
-        // change its owner, such as /dev/null of the guest, everybody may open.
+        // change its owner, and /dev/null, everybody may open.
         if !is_null(source) {
             match rustix::fs::fchown(source, Some(Uid::from_raw(uid)), None) {
                 Ok(()) | Err(Errno::INVAL | Errno::PERM | Errno::ROFS) => {}
@@ -177,6 +178,13 @@ fn connect_stdio(terminal: Option<&OwnedFd>, stdio: &[OwnedFd], uid: u32) -> Res
         }
     }
     Ok(())
+}
+
+/// The container's own /dev/null, if it has one: through the guest's it could change the mode and
+/// owner of the guest's file.
+fn own_null() -> Option<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NOCTTY;
+    super::path::open_in_guest("/dev/null", flags).ok().filter(is_null)
 }
 
 fn is_null(fd: &OwnedFd) -> bool {
@@ -196,12 +204,8 @@ impl Program {
     /// Takes on the identity of the process and finds its program.
     fn prepare(process: &Process, namespaces: Namespaces) -> Result<Self> {
         let args = &process.args;
-        let mut env = process.env.clone();
-        if !env.iter().any(|entry| entry.starts_with("HOME=") && entry.len() > 5) {
-            env.retain(|entry| entry != "HOME=");
-            let home = credentials::home_of(process.user.uid, Path::new("/etc/passwd"));
-            env.push(format!("HOME={home}"));
-        }
+        let passwd = Path::new("/etc/passwd");
+        let env = environment::complete(&process.env, process.user.uid, passwd);
         join_session_keyring();
         let limits = process.rlimits.as_deref().unwrap_or_default();
         rlimits::set_defaults(limits)?;

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -12,7 +13,7 @@ use rustix::process::Pid;
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::cgroup::{CGROUP_ROOT, Cgroup};
-use super::channel::{Channel, Request, Tag};
+use super::channel::{self, Channel, Request, Tag};
 use super::init::{CHANNEL_FD, INIT_NAME};
 use super::namespaces::{self, Namespaces};
 use super::{path, rlimits};
@@ -23,6 +24,10 @@ use crate::reaper::{ExitReceiver, Reaper};
 /// Flags of `clone3` that do not fit the C library's type for them (linux/sched.h).
 const CLONE_CLEAR_SIGHAND: u64 = 1 << 32;
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// How long a process may take for one step towards `execve`. It is among the container's processes
+/// by then, and a signal of theirs or a file system that they serve can stop it for ever.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the process is born.
 pub(crate) enum Birth<'a> {
@@ -69,7 +74,7 @@ pub(crate) struct Launched {
 ///
 /// What went wrong, in the process's own words where it has any. The process is then dead.
 pub(crate) fn launch(reaper: &Reaper, launch: Launch<'_>) -> Result<Launched> {
-    let (channel, theirs) = Channel::pair().context(|| "make a socket pair")?;
+    let (channel, theirs) = Channel::pair(PATIENCE).context(|| "make a socket pair")?;
     let (pid, pidfd, exit) = born(reaper, &launch, &theirs)?;
     drop(theirs);
     let mut launched = Launched { pid, pidfd, channel, exit, terminal: None };
@@ -77,16 +82,26 @@ pub(crate) fn launch(reaper: &Reaper, launch: Launch<'_>) -> Result<Launched> {
         Ok(()) => Ok(launched),
         Err(e) => {
             // It may still be running; the reaper collects it in either case.
-            let _ = crate::syscall::pidfd_send_signal(launched.pidfd.as_fd(), libc::SIGKILL);
+            kill(&launched.pidfd);
             Err(e)
         }
     }
 }
 
+fn kill(pidfd: &OwnedFd) {
+    // One that has ended already is what is wanted.
+    let _ = crate::syscall::pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+}
+
 fn see_through(launched: &mut Launched, launch: Launch<'_>) -> Result<()> {
     let adj = format!("/proc/{}/oom_score_adj", launched.pid);
-    fs::write(&adj, launch.oom_score_adj.to_string())
-        .context(|| format!("set process.oomScoreAdj {}", launch.oom_score_adj))?;
+    match fs::write(&adj, launch.oom_score_adj.to_string()) {
+        // It has ended, and why comes out below.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
+        written => {
+            written.context(|| format!("set process.oomScoreAdj {}", launch.oom_score_adj))?;
+        }
+    }
     let request =
         serde_json::to_vec(&launch.request).map_err(|e| Error::internal(e.to_string()))?;
     let mut fds = Vec::with_capacity(4);
@@ -102,7 +117,7 @@ fn see_through(launched: &mut Launched, launch: Launch<'_>) -> Result<()> {
     if let Err(e) = sent
         && !is_gone(&e)
     {
-        return Err(e).context(|| "send the specification to the new process");
+        return Err(unheard(e, "send the specification to the new process"));
     }
     drop(launch.stdio);
     launched.terminal = wait_until_ready(channel)?;
@@ -117,19 +132,31 @@ fn see_through(launched: &mut Launched, launch: Launch<'_>) -> Result<()> {
 fn wait_until_ready(channel: &Channel) -> Result<Option<OwnedFd>> {
     let mut terminal = None;
     loop {
-        let message = channel.receive().context(|| "hear from the new process")?;
+        let message = channel.receive().map_err(|e| unheard(e, "hear from the new process"))?;
         let Some(message) = message else {
             let why = "the process was killed while it was being set up (is the memory limit large \
                        enough?)";
             return Err(Error::internal(why));
         };
         match message.tag {
-            Tag::Terminal => terminal = message.fds.into_iter().next(),
+            Tag::Terminal if terminal.is_none() => terminal = message.fds.into_iter().next(),
             Tag::Ready => return Ok(terminal),
             Tag::Failed => return Err(failure(&message.payload)),
             tag => return Err(Error::internal(format!("{tag:?} came from the new process"))),
         }
     }
+}
+
+/// The error of a channel to a process, with what there is to do when it does not answer.
+fn unheard(e: io::Error, what: &str) -> Error {
+    if !channel::timed_out(&e) {
+        return Error::internal(format!("{what}: {}", crate::error::reason(&e)));
+    }
+    Error::internal(format!(
+        "{what}: no answer within {} s (has a process of the container stopped it, or does a file \
+         system of the container not answer?)",
+        PATIENCE.as_secs()
+    ))
 }
 
 /// The error that a process reported before it ended.
@@ -141,19 +168,19 @@ fn failure(json: &[u8]) -> Error {
 ///
 /// # Errors
 ///
-/// Why `execve` failed.
-pub(crate) fn start(channel: &Channel) -> Result<()> {
+/// Why `execve` failed. The process is then dead, or about to exit by itself.
+pub(crate) fn start(channel: &Channel, pidfd: &OwnedFd) -> Result<()> {
     match channel.send(Tag::Start, &[], &[]) {
-        Ok(()) => {}
-        Err(e) if is_gone(&e) => {
-            return Err(Error::state("the process has ended before it was started"));
-        }
-        Err(e) => return Err(e).context(|| "start the process"),
-    }
-    match channel.receive().context(|| "hear from the process")? {
-        // Closed by execve, or by a signal that came first and that the exit status will tell.
-        None => Ok(()),
-        Some(message) => Err(failure(&message.payload)),
+        Err(e) if is_gone(&e) => Err(Error::state("the process has ended before it was started")),
+        sent => match sent.and_then(|()| channel.receive()) {
+            // Closed by execve, or by a signal that came first and that the exit status will tell.
+            Ok(None) => Ok(()),
+            Ok(Some(message)) => Err(failure(&message.payload)),
+            Err(e) => {
+                kill(pidfd);
+                Err(unheard(e, "start the process"))
+            }
+        },
     }
 }
 
@@ -162,26 +189,42 @@ fn is_gone(e: &io::Error) -> bool {
     matches!(e.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
 }
 
+const BIRTH: &str = "start the process of the container";
+
+/// The error of a failed birth.
+fn unborn(e: io::Error) -> Error {
+    let hint = match e.raw_os_error() {
+        Some(libc::EAGAIN) => " (the container's linux.resources.pids limit is reached)",
+        _ => "",
+    };
+    Error::internal(format!("{BIRTH}: {}{hint}", crate::error::reason(&e)))
+}
+
 fn born(
     reaper: &Reaper,
     launch: &Launch<'_>,
     channel: &OwnedFd,
 ) -> Result<(i32, OwnedFd, ExitReceiver)> {
-    let context = || "start the process of the container";
+    let context = || BIRTH;
     let cgroup = launch.cgroup.dir();
     match &launch.birth {
         Birth::New { namespaces, linux } => {
             let user = namespaces.has(NamespaceKind::User);
             let gate =
                 if user { Some(pipe_with(PipeFlags::CLOEXEC).context(context)?) } else { None };
-            let gate_fd = gate.as_ref().map(|(read, _)| read.as_raw_fd());
+            let gate_fds = gate.as_ref().map(|(read, write)| (read.as_raw_fd(), write.as_raw_fd()));
             let flags = namespaces.clone_flags();
-            let clone = || clone_init(flags, cgroup, channel, gate_fd);
-            let (pid, pidfd, exit) = reaper.spawn(clone).context(context)?;
+            let clone = || clone_init(flags, cgroup, channel, gate_fds);
+            let (pid, pidfd, exit) = reaper.spawn(clone).map_err(unborn)?;
             if let Some((_, open)) = gate {
-                // Dropping the gate on an error ends the process.
-                namespaces::map_ids(pid, linux)?;
-                rustix::io::write(&open, &[1]).context(context)?;
+                let opened = namespaces::map_ids(pid, linux)
+                    .and_then(|()| rustix::io::write(&open, &[1]).context(context));
+                if let Err(e) = opened {
+                    // Another process that is just being born may hold the gate as well, so closing
+                    // it would not do.
+                    kill(&pidfd);
+                    return Err(e);
+                }
             }
             Ok((pid, pidfd, exit))
         }
@@ -191,9 +234,9 @@ fn born(
             match born(cgroup) {
                 // The container has groups of its own below, so its top one takes no processes.
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
-                    born(&cgroup_of(*init_pid)?).context(context)
+                    born(&cgroup_of(*init_pid)?).map_err(unborn)
                 }
-                result => result.context(context),
+                result => result.map_err(unborn),
             }
         }
     }
@@ -231,7 +274,7 @@ fn clone_init(
     namespaces: u64,
     cgroup: &OwnedFd,
     channel: &OwnedFd,
-    gate: Option<RawFd>,
+    gate: Option<(RawFd, RawFd)>,
 ) -> io::Result<(i32, OwnedFd)> {
     let name = std::ffi::CString::new(INIT_NAME)?;
     let args = [name.as_ptr(), std::ptr::null()];
@@ -262,14 +305,17 @@ fn clone_init(
 /// Runs in the child of a process with threads: system calls only, no allocation, no lock.
 fn exec_init(
     channel: RawFd,
-    gate: Option<RawFd>,
+    gate: Option<(RawFd, RawFd)>,
     args: &[*const libc::c_char; 2],
     env: &[*const libc::c_char; 1],
 ) -> ! {
-    if let Some(gate) = gate {
+    if let Some((read, write)) = gate {
+        // Or the end of the agent would not end the wait.
+        // SAFETY: this table is a copy, and nothing in this process uses the descriptor.
+        unsafe { libc::close(write) };
         let mut byte = 0_u8;
         // SAFETY: one byte is read into a live variable.
-        let n = unsafe { libc::read(gate, (&raw mut byte).cast(), 1) };
+        let n = unsafe { libc::read(read, (&raw mut byte).cast(), 1) };
         if n != 1 {
             // SAFETY: ends this process and runs nothing else of it.
             unsafe { libc::_exit(126) };

@@ -16,6 +16,8 @@ mod copy_up;
 mod credentials;
 mod device_nodes;
 mod devices;
+mod environment;
+mod execs;
 mod executable;
 pub(crate) mod init;
 mod launch;
@@ -32,25 +34,22 @@ mod spec;
 pub(crate) mod stdio;
 pub(crate) mod terminal;
 
-use std::collections::HashMap;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::cgroup::Cgroup;
 use self::channel::Request;
+use self::execs::Execs;
 use self::launch::{Birth, Launch, Launched};
 use self::namespaces::Namespaces;
 use self::process::Process;
 use self::spec::ContainerSpec;
 use self::stdio::{Connections, Pipes};
 use self::terminal::Size;
-use crate::error::{Code, Error, Result};
+use crate::error::{Error, Result};
 use crate::log::log_warn;
 use crate::oci::{Capabilities, NamespaceKind, PosixRlimit};
 use crate::reaper::Reaper;
-
-/// Further processes that have ended and can still be asked for their exit. The oldest go first.
-const MAX_ENDED_EXECS: usize = 256;
 
 /// A container whose first process exists.
 pub(crate) struct Container {
@@ -68,14 +67,6 @@ struct ExecDefaults {
     no_new_privileges: Option<bool>,
     oom_score_adj: i32,
     rlimits: Vec<PosixRlimit>,
-}
-
-#[derive(Default)]
-struct Execs {
-    /// `None` while the process is being set up.
-    processes: HashMap<String, Option<Arc<Process>>>,
-    /// In the order of their start.
-    order: Vec<String>,
 }
 
 impl Container {
@@ -142,18 +133,15 @@ impl Container {
         connections: Connections,
         size: Option<Size>,
     ) -> Result<i32> {
-        self.reserve(&exec_id)?;
-        let started = self.start_exec(reaper, process_json, connections, size).await;
-        let mut execs = self.execs();
-        match started {
+        self.execs().reserve(&exec_id)?;
+        match self.start_exec(reaper, process_json, connections, size).await {
             Ok(process) => {
                 let pid = process.pid();
-                execs.processes.insert(exec_id, Some(process));
+                self.execs().put(exec_id, process);
                 Ok(pid)
             }
             Err(e) => {
-                execs.processes.remove(&exec_id);
-                execs.order.retain(|id| *id != exec_id);
+                self.execs().forget(&exec_id);
                 Err(e)
             }
         }
@@ -176,9 +164,9 @@ impl Container {
             blocking(move || container.launch_exec(&reaper, &process_json, stdio, size)).await?;
         let pipes = (!terminal).then_some(pipes);
         let cgroup = Arc::clone(&self.cgroup);
-        let process = Process::new(launched, cgroup, oom_kills, pipes, connections)?;
+        let process = Arc::new(Process::new(launched, cgroup, oom_kills, pipes, connections)?);
         process.start().await?;
-        Ok(Arc::new(process))
+        Ok(process)
     }
 
     /// Runs on a thread that may block. True with the process if it has a terminal.
@@ -220,24 +208,6 @@ impl Container {
         Ok((launched, terminal))
     }
 
-    fn reserve(&self, exec_id: &str) -> Result<()> {
-        let mut execs = self.execs();
-        match execs.processes.get(exec_id) {
-            None => {}
-            Some(Some(process)) if process.has_ended() => {
-                execs.order.retain(|id| id != exec_id);
-            }
-            Some(_) => {
-                let why = format!("process {exec_id:?} exists in container {:?}", self.id);
-                return Err(Error::state(why));
-            }
-        }
-        execs.forget_ended();
-        execs.order.push(exec_id.to_owned());
-        execs.processes.insert(exec_id.to_owned(), None);
-        Ok(())
-    }
-
     /// The first process, or the one with this id.
     ///
     /// # Errors
@@ -247,14 +217,7 @@ impl Container {
         if exec_id.is_empty() {
             return Ok(Arc::clone(&self.init));
         }
-        match self.execs().processes.get(exec_id) {
-            Some(Some(process)) => Ok(Arc::clone(process)),
-            Some(None) => Err(Error::state(format!("process {exec_id:?} is being started"))),
-            None => {
-                let why = format!("no process {exec_id:?} in container {:?}", self.id);
-                Err(Error::new(Code::NotFound, why))
-            }
-        }
+        self.execs().get(exec_id)
     }
 
     /// Sends a signal to every process of the container.
@@ -302,28 +265,6 @@ impl Container {
 
     fn execs(&self) -> MutexGuard<'_, Execs> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Execs {
-    fn forget_ended(&mut self) {
-        let ended =
-            |process: &Option<Arc<Process>>| process.as_ref().is_some_and(|p| p.has_ended());
-        let mut excess = self
-            .processes
-            .values()
-            .filter(|process| ended(process))
-            .count()
-            .saturating_sub(MAX_ENDED_EXECS - 1);
-        let Self { processes, order } = self;
-        order.retain(|id| {
-            let forget = excess > 0 && processes.get(id).is_some_and(ended);
-            if forget {
-                excess -= 1;
-                processes.remove(id);
-            }
-            !forget
-        });
     }
 }
 

@@ -90,16 +90,44 @@ fn new(
     options: &MountOptions,
 ) -> Result<(OwnedFd, OwnedFd)> {
     let destination = &mount.destination;
-    let target = path::open_or_make(context.root, destination, Missing::Directory)
-        .context(|| format!("mount {kind} on {}", destination.display()))?;
+    let at = || format!("mount {kind} on {}", destination.display());
+    let (target, data) = match path::open(context.root, destination, OFlags::PATH) {
+        Ok(target) if kind == "tmpfs" => {
+            let data = tmpfs_data(&target, options).context(at)?;
+            (target, data)
+        }
+        _ => {
+            let target = path::open_or_make(context.root, destination, Missing::Directory);
+            (target.context(at)?, options.data.clone())
+        }
+    };
     if matches!(kind, "proc" | "sysfs") {
         refuse_link(context, destination)?;
     }
     let source = mount.source.as_deref().filter(|source| !source.as_os_str().is_empty());
-    let tree = new_file_system(kind, source, options).map_err(|why| {
+    let tree = new_file_system(kind, source, &data, options.set).map_err(|why| {
         Error::internal(format!("mount {kind} on {}: {why}", destination.display()))
     })?;
     Ok((tree, target))
+}
+
+/// A tmpfs over a directory of the image has its mode, and with `tmpcopyup` its owner as well,
+/// unless its options say otherwise.
+fn tmpfs_data(target: &OwnedFd, options: &MountOptions) -> rustix::io::Result<Vec<String>> {
+    let stat = rustix::fs::fstat(target)?;
+    let mut data = options.data.clone();
+    let mut take_over = |key: &str, value: String| {
+        let given = |option: &String| option.split_once('=').is_some_and(|(name, _)| name == key);
+        if !data.iter().any(given) {
+            data.push(format!("{key}={value}"));
+        }
+    };
+    take_over("mode", format!("{:04o}", stat.st_mode & 0o7777));
+    if options.copy_up {
+        take_over("uid", stat.st_uid.to_string());
+        take_over("gid", stat.st_gid.to_string());
+    }
+    Ok(data)
 }
 
 /// Masked and read-only paths are meant for a /proc at /proc: an image must not send it elsewhere.
@@ -119,7 +147,8 @@ fn refuse_link(context: &MountContext<'_>, destination: &Path) -> Result<()> {
 fn new_file_system(
     kind: &str,
     source: Option<&Path>,
-    options: &MountOptions,
+    data: &[String],
+    attr: MountAttr,
 ) -> std::result::Result<OwnedFd, String> {
     let fs = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).map_err(|e| match e {
         Errno::NODEV => "this guest kernel has no such file system".to_owned(),
@@ -131,7 +160,7 @@ fn new_file_system(
     if let Some(source) = source {
         told("source", fsconfig_set_string(&fs, "source", source))?;
     }
-    for option in &options.data {
+    for option in data {
         told(
             option,
             match option.split_once('=') {
@@ -140,7 +169,7 @@ fn new_file_system(
             },
         )?;
     }
-    if options.set.read_only() && !PSEUDO.contains(&kind) {
+    if attr.read_only() && !PSEUDO.contains(&kind) {
         told("ro", fsconfig_set_flag(&fs, "ro"))?;
     }
     told("cannot be set up", fsconfig_create(&fs))?;
@@ -164,7 +193,7 @@ fn complaint(fs: &OwnedFd, e: Errno) -> String {
 
 /// An empty read-only tmpfs, to hide a directory behind.
 pub(crate) fn empty_directory() -> std::result::Result<OwnedFd, String> {
-    let tree = new_file_system("tmpfs", Some(Path::new("tmpfs")), &MountOptions::default())?;
+    let tree = new_file_system("tmpfs", Some(Path::new("tmpfs")), &[], MountAttr::default())?;
     set_attributes(&tree, MountAttr::READ_ONLY, false).map_err(|e| e.to_string())?;
     Ok(tree)
 }

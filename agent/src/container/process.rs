@@ -79,10 +79,11 @@ impl Process {
     /// # Errors
     ///
     /// Why `execve` failed, or that it has been started before.
-    pub(crate) async fn start(&self) -> Result<()> {
+    pub(crate) async fn start(self: &Arc<Self>) -> Result<()> {
         let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).take();
         let channel = channel.ok_or_else(|| Error::state("already started"))?;
-        tokio::task::spawn_blocking(move || launch::start(&channel))
+        let process = Arc::clone(self);
+        tokio::task::spawn_blocking(move || launch::start(&channel, &process.pidfd))
             .await
             .map_err(|e| Error::internal(e.to_string()))?
     }

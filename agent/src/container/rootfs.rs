@@ -107,7 +107,10 @@ fn mask(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
     let cover = if path::is_dir(&target).context(what)? {
         mounts::empty_directory().map_err(|why| Error::internal(format!("{}: {why}", what())))?
     } else {
-        mounts::clone_tree(CWD, Path::new("/dev/null"), false).context(what)?
+        let null = mounts::clone_tree(CWD, Path::new("/dev/null"), false).context(what)?;
+        // It is the guest's, whose mode and owner are not the container's to change.
+        mounts::set_attributes(&null, MountAttr::READ_ONLY, false).context(what)?;
+        null
     };
     mounts::attach(cover, target).context(what)
 }

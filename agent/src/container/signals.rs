@@ -37,9 +37,21 @@ pub(crate) fn end_on_signals() {
 /// What a program expects to start with: nothing handled, ignored or blocked.
 pub(crate) fn reset() {
     for signal in 1..=MAX_SIGNAL {
-        set(signal, libc::SIG_DFL);
+        default(signal);
     }
     unblock_all();
+}
+
+/// By the system call: the C library keeps two signals for itself, which must not stay ignored
+/// either.
+fn default(signal: i32) {
+    /// Bytes of the kernel's `sigset_t`.
+    const SET_SIZE: usize = 8;
+    let action = [0_u64; 4];
+    let old: *mut u64 = std::ptr::null_mut();
+    // SAFETY: zeros are the kernel's `struct sigaction` for the default action, whose size on
+    // x86-64 and arm64 this is; it lives across the call. SIGKILL and SIGSTOP are refused.
+    unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &action, old, SET_SIZE) };
 }
 
 fn set(signal: i32, disposition: libc::sighandler_t) {

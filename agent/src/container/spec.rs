@@ -105,6 +105,7 @@ fn check_process(process: &Process, field: &str) -> Result<()> {
             return Err(Error::invalid(format!("{field}.{name}"), "contains a NUL character"));
         }
     }
+    super::environment::check(env, &format!("{field}.env"))?;
     if !process.cwd.is_absolute() {
         let why = format!("{:?} is not an absolute path", process.cwd);
         return Err(Error::invalid(format!("{field}.cwd"), why));
@@ -125,7 +126,7 @@ fn check_process(process: &Process, field: &str) -> Result<()> {
     }
     check_rlimits(process, field)?;
     if let Some(capabilities) = &process.capabilities {
-        super::credentials::check(capabilities)?;
+        super::credentials::warn(capabilities);
     }
     for (name, present) in [
         ("commandLine", process.command_line.is_some()),

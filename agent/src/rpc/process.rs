@@ -33,16 +33,25 @@ pub(super) async fn wait(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<P
 }
 
 pub(super) async fn signal(sandbox: Arc<Sandbox>, request: SignalProcessRequest) -> Result<Empty> {
-    let container = sandbox.container(&request.container_id)?;
+    let container = sandbox.container(&request.container_id).map_err(not_yet)?;
     if request.all {
         if !request.exec_id.is_empty() {
             return Err(Error::new(Code::InvalidArgument, "exec_id is given together with all"));
         }
         container.signal_all(request.signal).await?;
     } else {
-        container.process(&request.exec_id)?.signal(request.signal)?;
+        container.process(&request.exec_id).map_err(not_yet)?.signal(request.signal)?;
     }
     Ok(Empty::default())
+}
+
+/// What is still being made does not exist for a signal: to its sender, the wrong state means that
+/// the process has ended, and nothing else.
+fn not_yet(e: Error) -> Error {
+    match e.code {
+        Code::FailedPrecondition => Error::new(Code::NotFound, e.message),
+        _ => e,
+    }
 }
 
 pub(super) fn resize(sandbox: &Sandbox, request: &ResizeTerminalRequest) -> Result<Empty> {

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use isopod_protocol::agent::{Empty, SetupSandboxRequest};
+use tokio::sync::oneshot;
 
-use crate::error::{Error, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::sandbox::{Sandbox, power_off};
 
 pub(super) async fn set_up(sandbox: Arc<Sandbox>, request: SetupSandboxRequest) -> Result<Empty> {
@@ -17,6 +18,15 @@ pub(super) async fn set_up(sandbox: Arc<Sandbox>, request: SetupSandboxRequest) 
 }
 
 pub(super) async fn shut_down() -> Result<Empty> {
-    tokio::task::spawn_blocking(power_off).await.map_err(|e| Error::internal(e.to_string()))?;
+    let (sender, ended) = oneshot::channel();
+    // Those of the runtime may all be waiting for processes of containers.
+    let thread = std::thread::Builder::new().spawn(move || {
+        power_off();
+        // The call may have been given up.
+        let _ = sender.send(());
+    });
+    thread.context(|| "start a thread to shut down")?;
+    // A thread that fails drops its end.
+    let _ = ended.await;
     Err(Error::internal("the guest is still running"))
 }

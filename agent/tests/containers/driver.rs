@@ -7,7 +7,6 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use isopod_protocol::agent::{
@@ -19,6 +18,8 @@ use protobuf::MessageField;
 use serde_json::{Value, json};
 use ttrpc::Code;
 use ttrpc::context::Context;
+
+use super::io::{Io, Outcome};
 
 pub(crate) use isopod_agent::INIT_NAME;
 
@@ -75,22 +76,6 @@ pub(crate) struct Driver {
     next: AtomicU64,
 }
 
-/// A started process's streams, each read to its end by a thread.
-pub(crate) struct Io {
-    pub(crate) tokens: StreamTokens,
-    pub(crate) stdin: UnixStream,
-    out: JoinHandle<Vec<u8>>,
-    err: JoinHandle<Vec<u8>>,
-}
-
-/// What a process did.
-#[derive(Debug)]
-pub(crate) struct Outcome {
-    pub(crate) exit: ProcessExit,
-    pub(crate) out: String,
-    pub(crate) err: String,
-}
-
 impl Driver {
     pub(crate) async fn start() -> Self {
         let dir = std::env::temp_dir().join(format!("isopod-agent-{}", std::process::id()));
@@ -108,9 +93,14 @@ impl Driver {
                     return Err(std::io::Error::last_os_error());
                 }
             }
+            // What the agent inherits must not get into the containers.
+            for signal in [libc::SIGQUIT, libc::SIGHUP, libc::SIGRTMAX()] {
+                // SAFETY: no handler is installed.
+                unsafe { libc::signal(signal, libc::SIG_IGN) };
+            }
             Ok(())
         };
-        // SAFETY: `install` only duplicates descriptors.
+        // SAFETY: `install` only duplicates descriptors and ignores signals.
         unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, install) };
         let unshare = command.spawn().expect("unshare(1) starts the agent");
         let address = format!("unix://{}", dir.join("agent").display());
@@ -124,7 +114,7 @@ impl Driver {
     }
 
     /// Pid of the agent here.
-    fn agent_pid(&self) -> u32 {
+    pub(crate) fn agent_pid(&self) -> u32 {
         let pid = self.unshare.id();
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
         children.trim().parse().unwrap()
@@ -345,10 +335,14 @@ impl Driver {
 
     /// Runs a shell command in an existing container.
     pub(crate) async fn exec_sh(&self, id: &str, script: &str) -> Outcome {
+        self.exec_process(id, &self.spec(script)["process"]).await
+    }
+
+    /// Runs a process in an existing container.
+    pub(crate) async fn exec_process(&self, id: &str, process: &Value) -> Outcome {
         let exec_id = self.name();
         let io = self.io();
-        let process = self.spec(script)["process"].clone();
-        self.exec(id, &exec_id, &process, Some(io.tokens.clone())).await.unwrap();
+        self.exec(id, &exec_id, process, Some(io.tokens.clone())).await.unwrap();
         let exit = self.wait(id, &exec_id).await;
         io.finish(exit).await
     }
@@ -367,24 +361,6 @@ impl Drop for Driver {
             }
             let _ = fs::remove_dir(containers);
         }
-    }
-}
-
-impl Io {
-    /// Everything that was written, once both outputs have ended.
-    pub(crate) async fn finish(self, exit: ProcessExit) -> Outcome {
-        drop(self.stdin);
-        let read = move || {
-            let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-            (text(self.out.join().unwrap()), text(self.err.join().unwrap()))
-        };
-        let (out, err) = tokio::task::spawn_blocking(read).await.unwrap();
-        Outcome { exit, out, err }
-    }
-
-    pub(crate) async fn bytes(self) -> Vec<u8> {
-        drop(self.stdin);
-        tokio::task::spawn_blocking(move || self.out.join().unwrap()).await.unwrap()
     }
 }
 

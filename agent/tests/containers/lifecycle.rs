@@ -95,13 +95,18 @@ pub(crate) async fn a_slow_call_holds_up_no_other(d: &Driver) {
 pub(crate) async fn signals_to_all(d: &Driver) {
     let id = d.sleeping(|_| ()).await;
     let io = d.io();
-    let process = d.spec("trap 'echo got; exit 3' USR1; echo up; while :; do sleep 0.05; done");
+    let script =
+        "trap 'echo got; exit 3' USR1; echo up; touch /tmp/up; while :; do sleep 0.05; done";
+    let process = d.spec(script);
     d.exec(&id, "x", &process["process"], Some(io.tokens.clone())).await.unwrap();
     let r = ContainerRef { container_id: id.clone(), ..Default::default() };
-    let pids = d.client.list_processes(context(), &r).await.unwrap().pids;
-    assert!(pids.len() >= 3, "{pids:?}");
-    // The handler is not there before the first output; a sleep of the shell may die instead.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The first shell, its sleep, and the second shell, once it has its handler.
+    while d.client.list_processes(context(), &r).await.unwrap().pids.len() < 3
+        || !d.file("/tmp/up").exists()
+    {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    std::fs::remove_file(d.file("/tmp/up")).unwrap();
     d.signal(&id, libc::SIGUSR1, true).await.unwrap();
     let exit = d.wait(&id, "x").await;
     assert_eq!(exit.status, 3);
@@ -139,4 +144,29 @@ pub(crate) async fn exec_joins_the_container(d: &Driver) {
     missing["args"] = json!(["nope"]);
     assert_eq!(d.exec(&id, "m", &missing, None).await.unwrap_err().0, Code::NOT_FOUND);
     d.end(&id).await;
+}
+
+pub(crate) async fn signals_are_as_new(d: &Driver) {
+    let mut spec = d.spec("");
+    spec["process"]["args"] = json!(["grep", "-E", "Sig(Blk|Ign|Cgt)", "/proc/self/status"]);
+    let check = |out: &str| {
+        let none = "0000000000000000";
+        assert_eq!(out, format!("SigBlk:\t{none}\nSigIgn:\t{none}\nSigCgt:\t{none}\n"));
+    };
+    check(&d.run(&spec).await.out);
+    let id = d.sleeping(|_| ()).await;
+    check(&d.exec_process(&id, &spec["process"]).await.out);
+    d.end(&id).await;
+}
+
+pub(crate) async fn files_that_do_not_end_hold_nothing_up(d: &Driver) {
+    let (passwd, away) = (d.file("/etc/passwd"), d.file("/etc/passwd.away"));
+    std::fs::rename(&passwd, &away).unwrap();
+    let mode = rustix::fs::Mode::from_raw_mode(0o644);
+    rustix::fs::mkfifoat(rustix::fs::CWD, &passwd, mode).unwrap();
+    let id = d.sleeping(|_| ()).await;
+    let done = d.exec_sh(&id, "echo $HOME").await;
+    d.end(&id).await;
+    std::fs::rename(&away, &passwd).unwrap();
+    assert_eq!(done.out, "/\n", "{done:?}");
 }

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod driver;
+mod io;
 mod lifecycle;
 mod rootfs;
 mod settings;
@@ -60,12 +61,16 @@ fn run_all(filter: &str) -> ExitCode {
             lifecycle::signals_to_all,
             lifecycle::without_a_pid_namespace_all_end_with_the_first,
             lifecycle::exec_joins_the_container,
+            lifecycle::signals_are_as_new,
+            lifecycle::files_that_do_not_end_hold_nothing_up,
             settings::identity_and_limits,
+            settings::environment,
             settings::capabilities,
             settings::namespaces_are_own,
             settings::user_namespace,
             settings::devices_outside_the_rules,
             settings::refused_by_name,
+            settings::limits_are_not_the_containers_to_change,
             settings::memory_and_pids_limits,
             rootfs::mount_options,
             rootfs::bind_mounts,
@@ -73,6 +78,8 @@ fn run_all(filter: &str) -> ExitCode {
             rootfs::links_do_not_lead_out,
             rootfs::default_devices,
             rootfs::tmpfs_copies_up,
+            rootfs::tmpfs_takes_over_the_mode,
+            rootfs::files_of_the_guest_are_sealed,
             streams::both_ways_at_once,
             streams::last_line_is_never_lost,
             streams::background_processes_do_not_hold_output,

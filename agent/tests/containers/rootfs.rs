@@ -1,10 +1,13 @@
 //! The container's file system, looked at from inside.
 
 use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::PermissionsExt as _;
 
 use serde_json::{Value, json};
 
-use super::driver::{Driver, Outcome};
+use super::driver::Driver;
+use super::io::Outcome;
 
 async fn with_mounts(d: &Driver, script: &str, mounts: Value) -> Outcome {
     let mut spec = d.spec(script);
@@ -132,4 +135,57 @@ pub(crate) async fn tmpfs_copies_up(d: &Driver) {
     let done = with_mounts(d, script, mounts).await;
     assert!(done.out.starts_with("not a program\n755\n"), "{done:?}");
     assert!(done.out.ends_with("busybox\n"), "{done:?}");
+}
+
+pub(crate) async fn tmpfs_takes_over_the_mode(d: &Driver) {
+    for (dir, mode) in [("/src/sticky", 0o1770), ("/src/owned", 0o2750)] {
+        fs::create_dir(d.file(dir)).unwrap();
+        fs::set_permissions(d.file(dir), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    std::os::unix::fs::chown(d.file("/src/owned"), Some(7), Some(8)).unwrap();
+    let tmpfs = |destination: &str, options: &[&str]| json!({"destination": destination, "type": "tmpfs", "options": options});
+    let script = "stat -c %a:%u:%g /src/sticky /src/owned /src/new";
+    let of = async |options: &[&str]| {
+        let places = ["/src/sticky", "/src/owned", "/src/new"];
+        let mounts: Vec<_> = places.iter().map(|place| tmpfs(place, options)).collect();
+        let _ = fs::remove_dir(d.file("/src/new"));
+        with_mounts(d, script, json!(mounts)).await.out
+    };
+    assert_eq!(of(&[]).await, "1770:0:0\n2750:0:0\n1777:0:0\n");
+    assert_eq!(of(&["mode=700"]).await, "700:0:0\n700:0:0\n700:0:0\n");
+    assert_eq!(of(&["uid=9"]).await, "1770:9:0\n2750:9:0\n1777:9:0\n");
+    let copied = of(&["tmpcopyup", "gid=9"]).await;
+    assert!(copied.starts_with("1770:0:9\n2750:7:9\n"), "{copied}");
+}
+
+/// What a container can reach of the guest's own files it cannot change.
+pub(crate) async fn files_of_the_guest_are_sealed(d: &Driver) {
+    let id = d.name();
+    let pid = d.create(&id, &d.spec("true"), None).await.unwrap();
+    // The program of the agent, and of a container's process until it calls execve.
+    for pid in [1, pid] {
+        let exe = format!("/proc/{}/root/proc/{pid}/exe", d.agent_pid());
+        let mode = fs::metadata(&exe).unwrap().permissions();
+        let e = fs::set_permissions(&exe, mode).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::ReadOnlyFilesystem, "{exe}");
+    }
+    d.end(&id).await;
+    // /dev/null as standard input, and in front of a masked file.
+    fs::write(d.file("/src/masked"), "text").unwrap();
+    let id = d.name();
+    let mut spec = d.spec(
+        "exec > /src/told; chmod 667 /proc/self/fd/0; stat -c %a /dev/null; \
+         stat -c %a:%t:%T /src/masked; chmod 667 /src/masked 2>&1; echo x > /src/masked && echo taken",
+    );
+    spec["linux"]["maskedPaths"] = json!(["/src/masked"]);
+    d.create(&id, &spec, None).await.unwrap();
+    d.start_container(&id).await.unwrap();
+    d.wait(&id, "").await;
+    d.delete(&id).await.unwrap();
+    let told = fs::read_to_string(d.file("/src/told")).unwrap();
+    assert!(told.starts_with("667\n666:1:3\n"), "{told}");
+    assert!(told.contains("Read-only file system"), "{told}");
+    assert!(told.ends_with("taken\n"), "{told}");
+    let guests = fs::metadata(format!("/proc/{}/root/dev/null", d.agent_pid())).unwrap();
+    assert_eq!(guests.permissions().mode() & 0o777, 0o666);
 }

@@ -25,6 +25,22 @@ pub(crate) async fn identity_and_limits(d: &Driver) {
     assert_eq!(done.out, expected, "{}", done.err);
 }
 
+pub(crate) async fn environment(d: &Driver) {
+    let env = json!(["TERM=a", "PATH=/nowhere", "HOME=", "TERM=b", "PATH=/bin"]);
+    let mut spec = d.spec("");
+    spec["process"]["args"] = json!(["cat", "/proc/self/environ"]);
+    spec["process"]["env"] = env;
+    let expected = "TERM=b\0PATH=/bin\0HOME=/root\0";
+    assert_eq!(d.run(&spec).await.out, expected);
+    let id = d.sleeping(|_| ()).await;
+    assert_eq!(d.exec_process(&id, &spec["process"]).await.out, expected);
+    d.end(&id).await;
+    // The last one is where programs are looked for as well.
+    spec["process"]["env"] = json!(["PATH=/bin", "PATH=/nowhere"]);
+    let e = d.create(&d.name(), &spec, None).await.unwrap_err();
+    assert_eq!(e.0, Code::NOT_FOUND, "{e:?}");
+}
+
 pub(crate) async fn capabilities(d: &Driver) {
     let script = "grep Cap /proc/self/status";
     let of = |out: &str| -> Vec<u64> {
@@ -44,6 +60,11 @@ pub(crate) async fn capabilities(d: &Driver) {
     spec["process"]["capabilities"] = json!({"bounding": caps, "effective": caps, "permitted": caps,
         "ambient": caps});
     assert_eq!(of(&d.run(&spec).await.out), [0, 0, 0, 0x21, 0]);
+    // Names that this kernel or agent does not know are no reason to fail.
+    let new = json!(["CAP_KILL", "CAP_FROM_THE_FUTURE"]);
+    spec["process"]["capabilities"] = json!({"bounding": new, "effective": new, "permitted": new,
+        "inheritable": new, "ambient": new});
+    assert_eq!(of(&d.run(&spec).await.out), [0x20, 0x20, 0x20, 0x20, 0x20]);
     spec["process"].as_object_mut().unwrap().remove("capabilities");
     assert_eq!(of(&d.run(&spec).await.out), [0, 0, 0, 0, 0]);
 }
@@ -81,6 +102,11 @@ pub(crate) async fn user_namespace(d: &Driver) {
     let words: Vec<&str> = done.out.split_whitespace().collect();
     assert_eq!(words, ["0", "0", "100000", "1000", "1"], "{done:?}");
     d.end(&id).await;
+    // The kernel refuses mappings that overlap, and the process that waits for them goes away.
+    let one = json!({"containerID": 0, "hostID": 100_000, "size": 1000});
+    spec["linux"]["uidMappings"] = json!([one, one]);
+    let e = d.create(&d.name(), &spec, None).await.unwrap_err();
+    assert!(e.1.starts_with("apply linux.uidMappings: "), "{e:?}");
 }
 
 pub(crate) async fn devices_outside_the_rules(d: &Driver) {
@@ -107,6 +133,7 @@ pub(crate) async fn refused_by_name(d: &Driver) {
         ("/linux/namespaces/0/path", json!("/proc/1/ns/pid"), "linux.namespaces[pid].path"),
         ("/linux/sysctl", json!({"kernel.panic": "1"}), "kernel.panic"),
         ("/process/scheduler", json!({"policy": "SCHED_FIFO"}), "process.scheduler"),
+        ("/process/env", json!(["A=b", "PLAIN"]), "process.env[1]"),
         ("/mounts/0/options", json!(["idmap"]), "mounts[0].options"),
     ];
     for (at, value, name) in refusals {
@@ -117,6 +144,17 @@ pub(crate) async fn refused_by_name(d: &Driver) {
         assert_eq!(e.0, Code::INVALID_ARGUMENT, "{e:?}");
         assert!(e.1.contains(name), "{e:?}");
     }
+}
+
+pub(crate) async fn limits_are_not_the_containers_to_change(d: &Driver) {
+    let mut spec = d.spec(
+        "cd /sys/fs/cgroup; echo 5 > cgroup.max.depth && echo lifted; mkdir below && \
+         echo 5 > below/cgroup.max.depth && cat below/cgroup.max.depth",
+    );
+    spec["mounts"][6]["options"] = json!(["rw"]);
+    let done = d.run(&spec).await;
+    assert_eq!(done.out, "5\n", "{done:?}");
+    assert!(done.err.contains("Operation not permitted"), "{done:?}");
 }
 
 /// Needs a machine whose cgroup v2 tree has the controllers.
