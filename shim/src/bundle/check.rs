@@ -9,7 +9,7 @@ use std::{
 
 use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
 
-use super::Bind;
+use super::{Bind, kernel, mount_options};
 use crate::error::{Error, Explain, Result};
 
 /// Types of mounts that the guest makes itself.
@@ -56,6 +56,7 @@ pub(super) fn spec(spec: &Spec) -> Result<()> {
             }
         }
         propagation(linux.rootfs_propagation().as_deref())?;
+        kernel::check(linux)?;
     }
     Ok(())
 }
@@ -63,7 +64,7 @@ pub(super) fn spec(spec: &Spec) -> Result<()> {
 /// Checks a `process` object.
 pub(super) fn process(process: &Process) -> Result<()> {
     let args = process.args().as_deref().unwrap_or_default();
-    if args.is_empty() {
+    if args.first().is_none_or(String::is_empty) {
         return Err(Error::new("process.args is empty: there is no program to run"));
     }
     if process.cwd().as_os_str().is_empty() {
@@ -75,6 +76,11 @@ pub(super) fn process(process: &Process) -> Result<()> {
         if texts.iter().any(|text| text.contains('\0')) {
             return Err(Error::new(format!("{field} contains a NUL byte")));
         }
+    }
+    if let Some(umask) = process.user().umask().filter(|umask| *umask > 0o777) {
+        return Err(Error::new(format!(
+            "process.user.umask is {umask:#o}; it has to be from 0 to 0o777 (511)"
+        )));
     }
     let mut limits = HashSet::new();
     for limit in process.rlimits().iter().flatten() {
@@ -165,6 +171,7 @@ fn mounts(mounts: &[Mount]) -> Result<()> {
                 )));
             }
         }
+        mount_options::check(&name, mount, is_bind(mount))?;
         if is_bind(mount) {
             if has_option(mount, "shared") || has_option(mount, "rshared") {
                 return Err(Error::new(format!(

@@ -6,11 +6,13 @@ use oci_spec::runtime::Spec;
 
 use isopod_protocol::SHARED_DIR;
 
-use super::Bind;
+use super::{Bind, cpu_list_len};
 
 /// `spec` with the root file system and the sources of bind mounts where the guest finds them:
-/// below the shared directory, in the folder of the container.
-pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind]) -> Spec {
+/// below the shared directory, in the folder of the container. Processors become those of the guest:
+/// as many as the container may use, from the first of `vcpus` on, whatever their numbers on the
+/// host.
+pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
     let mut spec = spec.clone();
     let shared = Path::new(SHARED_DIR).join(id);
     if let Some(root) = spec.root_mut().as_mut() {
@@ -22,6 +24,15 @@ pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind]) -> Spec {
                 mount.set_source(Some(shared.join(shared_name(bind))));
             }
         }
+    }
+    let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
+    if let Some(cpu) = resources.and_then(|resources| resources.cpu_mut().as_mut()) {
+        if let Some(wanted) = cpu.cpus().as_deref().and_then(cpu_list_len) {
+            let last = wanted.min(vcpus.into()).saturating_sub(1);
+            cpu.set_cpus(Some(format!("0-{last}")));
+        }
+        // The one memory node that a guest has needs no list.
+        cpu.set_mems(None);
     }
     spec
 }
@@ -50,7 +61,7 @@ mod tests {
             recursive: true,
             read_only: false,
         };
-        let guest = guest_spec(&spec, "web", &[bind]);
+        let guest = guest_spec(&spec, "web", &[bind], 1);
         let root = guest.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("/run/isopod/shared/web/rootfs"));
         assert_eq!(root.readonly(), Some(true));
@@ -60,5 +71,25 @@ mod tests {
             mounts[1].source().as_deref(),
             Some(Path::new("/run/isopod/shared/web/mounts/1"))
         );
+    }
+
+    #[test]
+    fn processors_are_those_of_the_guest() {
+        let cpus = |list: &str, vcpus: u8| {
+            let spec = format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"resources":{{"cpu":
+                    {{"cpus":"{list}","mems":"0"}}}}}}}}"#
+            );
+            let guest = guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], vcpus);
+            let resources = guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
+            let cpu = resources.cpu().as_ref().unwrap();
+            assert_eq!(cpu.mems(), &None);
+            cpu.cpus().clone().unwrap()
+        };
+        assert_eq!(cpus("2-3", 2), "0-1");
+        assert_eq!(cpus("3", 1), "0-0");
+        assert_eq!(cpus("0-3", 1), "0-0");
+        assert_eq!(cpus("0,5", 4), "0-1");
+        assert_eq!(cpus("", 4), "");
     }
 }

@@ -2,6 +2,8 @@
 
 mod check;
 mod guest;
+mod kernel;
+mod mount_options;
 mod size;
 mod unknown;
 mod unsupported;
@@ -62,13 +64,14 @@ impl Bundle {
     ///
     /// The first thing found that is missing, malformed or not supported, by name.
     pub fn load(dir: &Path, command: Option<Vec<String>>) -> Result<Self> {
-        let dir = canonical_dir(dir, "the bundle")?;
+        let dir = canonical_dir(dir, "the bundle")
+            .map_err(|e| Error::new(format!("{} ({WHAT_A_BUNDLE_IS})", e.message)))?;
         let path = dir.join("config.json");
         let text = match fs::read(&path) {
             Ok(text) => text,
             Err(e) if e.kind() == ErrorKind::NotFound => {
                 return Err(Error::new(format!(
-                    "{} is not a bundle: it has no config.json",
+                    "{} is not a bundle: it has no config.json ({WHAT_A_BUNDLE_IS})",
                     dir.display()
                 )));
             }
@@ -98,6 +101,10 @@ impl Bundle {
         Ok(Self { dir, spec, rootfs, binds, vm })
     }
 }
+
+/// The way out for somebody who has named something else, or nothing.
+const WHAT_A_BUNDLE_IS: &str = "name a directory with a config.json and a root file system by \
+                                --bundle; without it, it is the working directory";
 
 /// Reads the OCI `process` object that `exec --process` names.
 ///

@@ -16,8 +16,13 @@ const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
 /// Annotation that sets the guest's memory in MiB.
 const MEMORY_ANNOTATION: &str = "dev.isopod.memory_mib";
 
-/// What the guest's kernel and agent get on top of the container's memory limit, in MiB.
+/// What the guest's kernel and agent get on top of the container's memory limit, in MiB: what they
+/// use, and what the kernel keeps back for itself.
 const OVERHEAD_MIB: u64 = 64;
+
+/// One part in so many of the limit comes on top too. The kernel describes each page of 4096 bytes in
+/// 64, one part in 64 of all memory, and divides the rest into zones of which it keeps some back.
+const OVERHEAD_DIVISOR: u64 = 48;
 
 /// Guest memory without a limit, in MiB. Memory is allocated as it is touched.
 const DEFAULT_MEMORY_MIB: u64 = 2048;
@@ -91,7 +96,12 @@ fn memory_mib(spec: &Spec) -> u64 {
         .and_then(|memory| memory.limit())
         .and_then(|limit| u64::try_from(limit).ok())
         .filter(|limit| *limit > 0)
-        .map_or(DEFAULT_MEMORY_MIB, |limit| limit.div_ceil(1 << 20).saturating_add(OVERHEAD_MIB))
+        .map_or(DEFAULT_MEMORY_MIB, |limit| with_overhead(limit.div_ceil(1 << 20)))
+}
+
+/// Guest memory with which a container can use `limit_mib`.
+fn with_overhead(limit_mib: u64) -> u64 {
+    limit_mib.saturating_add(OVERHEAD_MIB).saturating_add(limit_mib.div_ceil(OVERHEAD_DIVISOR))
 }
 
 fn annotation(spec: &Spec, key: &str, min: u64, max: u64) -> Result<Option<u64>> {
@@ -142,10 +152,19 @@ mod tests {
         assert_eq!(limits(r#"{"quota":-1,"cpus":"0-2,5"}"#, "{}").vcpus, 4);
         assert_eq!(limits(r#"{"quota":999999999}"#, "{}").vcpus, MAX_VCPUS);
         assert_eq!(limits(r#"{"cpus":"3"}"#, "{}").vcpus, 1);
-        assert_eq!(limits("{}", r#"{"limit":104857600}"#).memory_mib, 164);
-        assert_eq!(limits("{}", r#"{"limit":104857601}"#).memory_mib, 165);
+        assert_eq!(limits("{}", r#"{"limit":104857600}"#).memory_mib, 167);
+        assert_eq!(limits("{}", r#"{"limit":104857601}"#).memory_mib, 168);
         assert_eq!(limits("{}", r#"{"limit":-1}"#).memory_mib, 2048);
         assert_eq!(limits("{}", r#"{"limit":9223372036854775807}"#).memory_mib, 16_000);
+    }
+
+    #[test]
+    fn a_limit_can_be_reached() {
+        for limit in [1, 100, 750, 1024, 4096, 65_536, MAX_MEMORY_MIB] {
+            let memory = with_overhead(limit);
+            let pages = memory.div_ceil(64);
+            assert!(memory - pages >= limit + 56, "{limit} of {memory}");
+        }
     }
 
     #[test]

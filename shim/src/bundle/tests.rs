@@ -53,6 +53,17 @@ fn each_mistake_is_named() {
         (failure(|c| c["root"] = Value::Null), "config.json has no root"),
         (failure(|c| c["process"] = Value::Null), "config.json has no process"),
         (failure(|c| c["process"]["args"] = json!([])), "process.args is empty"),
+        (failure(|c| c["process"]["args"] = json!([""])), "process.args is empty"),
+        (
+            failure(|c| c["process"]["user"]["umask"] = json!(0o1000)),
+            "process.user.umask is 0o1000",
+        ),
+        (failure(|c| c["linux"]["sysctl"] = json!({"vm.swappiness": "1"})), "vm.swappiness"),
+        (
+            failure(|c| c["linux"]["resources"]["memory"] = json!({"limit": 2, "swap": 1})),
+            "linux.resources.memory.swap is 1",
+        ),
+        (failure(|c| c["mounts"][0]["options"] = json!(["remount"])), "option \"remount\""),
         (failure(|c| c["process"]["cwd"] = json!("tmp")), "process.cwd is \"tmp\""),
         (failure(|c| c["ociVersion"] = json!("2.0")), "ociVersion \"2.0\""),
         (

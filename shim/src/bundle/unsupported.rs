@@ -28,7 +28,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("/linux/resources/memory/disableOOMKiller", "cgroup v2, which the guest uses, cannot do it"),
     ("/linux/resources/cpu/realtimeRuntime", "cgroup v2, which the guest uses, cannot do it"),
     ("/linux/resources/cpu/realtimePeriod", "cgroup v2, which the guest uses, cannot do it"),
-    ("/linux/resources/cpu/mems", "a microVM has one memory node"),
     ("/linux/resources/cpu/idle", "it is not honoured by this version"),
     ("/linux/resources/cpu/burst", "it is not honoured by this version"),
 ];
@@ -59,6 +58,13 @@ pub(super) fn refuse(config: &Value) -> Result<()> {
     refuse_from(config, "", REFUSED)?;
     if let Some(process) = config.get("process") {
         refuse_from(process, "process", REFUSED_IN_PROCESS)?;
+    }
+    match config.pointer("/linux/resources/cpu/mems").and_then(Value::as_str) {
+        None | Some("" | "0") => {}
+        Some(_) => {
+            let reason = "a microVM has one memory node, which is 0";
+            return Err(refusal("linux.resources.cpu.mems", reason));
+        }
     }
     match config.pointer("/linux/personality/domain").and_then(Value::as_str) {
         None | Some("LINUX") => {}
@@ -135,6 +141,7 @@ mod tests {
             (json!({"linux": {"intelRdt": {"closID": "x"}}}), "linux.intelRdt"),
             (json!({"linux": {"resources": {"unified": {"a": "b"}}}}), "linux.resources.unified"),
             (json!({"process": {"scheduler": {"policy": "SCHED_FIFO"}}}), "process.scheduler"),
+            (json!({"linux": {"resources": {"cpu": {"mems": "0-1"}}}}), "linux.resources.cpu.mems"),
             (json!({"linux": {"personality": {"domain": "LINUX32"}}}), "linux.personality"),
         ] {
             let error = refuse(&config).unwrap_err();
@@ -152,7 +159,7 @@ mod tests {
                 "resources": {
                     "blockIO": {"weight": 0},
                     "memory": {"kernel": -1, "disableOOMKiller": false, "swappiness": null},
-                    "cpu": {"shares": 0, "realtimePeriod": 0, "mems": ""}
+                    "cpu": {"shares": 0, "realtimePeriod": 0, "mems": "0"}
                 }
             }
         }))

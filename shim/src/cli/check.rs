@@ -25,7 +25,11 @@ struct Finding {
 }
 
 /// Prints the table. 0 if a sandbox can run on this host, else 1.
-pub(super) fn run() -> u8 {
+///
+/// # Errors
+///
+/// If it cannot be printed.
+pub(super) fn run() -> Result<u8> {
     let findings = findings();
     let rows: Vec<[String; 3]> = findings
         .iter()
@@ -39,9 +43,9 @@ pub(super) fn run() -> u8 {
         })
         .collect();
     let able = findings.iter().all(|finding| finding.good != Some(false));
-    print(&columns(&rows));
-    print(if able { "a sandbox can run here\n" } else { "a sandbox cannot run here\n" });
-    u8::from(!able)
+    print(&columns(&rows))?;
+    print(if able { "a sandbox can run here\n" } else { "a sandbox cannot run here\n" })?;
+    Ok(u8::from(!able))
 }
 
 fn findings() -> Vec<Finding> {

@@ -27,7 +27,7 @@ use crate::{
         signals::Signals,
     },
     settings,
-    state::{Id, StateDir, write_whole},
+    state::{Id, Record, StateDir, write_whole},
     terminal,
 };
 
@@ -174,7 +174,9 @@ impl CreateOptions {
             }
         };
         // From here on the sandbox process has the lock, and must be the only one.
-        let dir = StateDir::adopt(dir.path(), launch.made)?;
+        let adopted = StateDir::adopt(dir.path(), launch.made)?;
+        drop(dir);
+        let dir = adopted;
         let mut container = NewContainer::new(dir, terminal, signals, launched)?;
         let created = match container.wait_created().await {
             Ok(()) => self.write_pid_file(&container),
@@ -183,7 +185,7 @@ impl CreateOptions {
         match created {
             Ok(()) => Ok(container),
             Err(error) => {
-                container.abandon()?;
+                container.abandon();
                 Err(error)
             }
         }
@@ -261,8 +263,9 @@ impl NewContainer {
         }
     }
 
-    /// Ends a container that is not wanted any more, and removes it.
-    fn abandon(self) -> Result<()> {
+    /// Ends a container that is not wanted any more because of an error, which is what the caller
+    /// reports, and removes it.
+    pub(super) fn abandon(self) {
         let Self { dir, mut child, reader, writer, .. } = self;
         // The end of the connection tells a sandbox process that still creates; one that has created
         // the container has to be told, by the signal that it cannot miss.
@@ -270,8 +273,10 @@ impl NewContainer {
         if dir.record().ok().flatten().is_some_and(|r| r.status != crate::state::Status::Creating) {
             let _ = child.kill();
         }
-        child.wait().explain(|| "cannot wait for the sandbox process".into())?;
-        remove(&dir)
+        let ended = child.wait().explain(|| "cannot wait for the sandbox process".into());
+        if let Err(left) = ended.and_then(|_| dir.record()).and_then(|r| remove(&dir, r.as_ref())) {
+            log::warn!("{left}");
+        }
     }
 
     /// Waits for the end of the sandbox process.
@@ -317,13 +322,14 @@ pub(super) fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// Removes what is left of a container whose sandbox process has ended or is to be killed.
+/// Removes what is left of a container whose sandbox process has ended or is to be killed, and whose
+/// record this is.
 ///
 /// # Errors
 ///
 /// If a process cannot be killed or the directory cannot be removed.
-pub(super) fn remove(dir: &StateDir) -> Result<()> {
-    if let Some(record) = dir.record()? {
+pub(super) fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()> {
+    if let Some(record) = record {
         for process in [Some(record.sandbox), record.vmm].into_iter().flatten() {
             if !process.kill(KILL_TIMEOUT) {
                 return Err(Error::new(format!(
@@ -333,5 +339,6 @@ pub(super) fn remove(dir: &StateDir) -> Result<()> {
             }
         }
     }
-    dir.remove()
+    // Whoever else has the lock now is about to remove it too.
+    if dir.try_lock()? { dir.remove() } else { Ok(()) }
 }

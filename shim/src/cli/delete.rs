@@ -30,16 +30,30 @@ impl Delete {
             Err(_) if self.force && !global.root.join(id.as_str()).exists() => return Ok(0),
             dir => dir?,
         };
-        if let Some(record) = dir.record()? {
+        if let Some(record) = self.record(&dir)? {
             self.end(&dir, &record)?;
         }
         if !dir.try_lock()? {
+            // Whose it is cannot be said if the record cannot be read.
+            dir.record()?;
             return Err(Error::new(format!(
                 "container {id} is being created or deleted by somebody else"
             )));
         }
-        remove(&dir)?;
+        remove(&dir, self.record(&dir)?.as_ref())?;
         Ok(0)
+    }
+
+    /// What is known of the container. With `--force`, what cannot be read is not known: its sandbox
+    /// process is gone if its lock is free, and the VMM with it.
+    fn record(&self, dir: &StateDir) -> Result<Option<Record>> {
+        match dir.record() {
+            Err(error) if self.force => {
+                log::debug!("{error}");
+                Ok(None)
+            }
+            record => record,
+        }
     }
 
     /// Sees to it that the sandbox process ends, if it may.

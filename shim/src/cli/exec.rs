@@ -12,7 +12,10 @@ use super::{
 use crate::{
     bundle,
     error::{Error, Explain, Result},
-    sandbox::{self, launch},
+    sandbox::{
+        self,
+        launch::{self, Launched},
+    },
     state::{Id, PROCESS_FILE, StateDir, Status},
     terminal::{self, RawMode},
 };
@@ -62,6 +65,12 @@ pub(super) struct Exec {
     /// Only 0: descriptors cannot be passed into a microVM.
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
+    /// Accepted for callers of runc, and without effect: containers cannot be paused.
+    #[arg(long)]
+    ignore_paused: bool,
+    /// Refused: a container has one cgroup, in its microVM.
+    #[arg(long, value_name = "PATH")]
+    cgroup: Vec<String>,
     /// The container.
     id: String,
     /// The program and its arguments.
@@ -73,6 +82,11 @@ impl Exec {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
         let id = Id::parse(&self.id)?;
         refuse_preserved(self.preserve_fds)?;
+        if let Some(cgroup) = self.cgroup.first() {
+            return Err(Error::new(format!(
+                "--cgroup {cgroup} is not possible: a container has one cgroup, in its microVM"
+            )));
+        }
         let dir = StateDir::open(&global.root, &id)?;
         let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
         if !matches!(status, Status::Created | Status::Running) {
@@ -90,16 +104,17 @@ impl Exec {
 
     /// Leaves a process behind that relays the streams.
     fn detach(&self, dir: &StateDir, exec: &sandbox::exec::Exec) -> Result<u8> {
-        let mut launched = launch::spawn("exec-relay", &exec.id, dir, exec)?;
-        let started =
-            sandbox::exec::wait_started(&launched.socket).and_then(|()| match &self.pid_file {
-                Some(path) => write_pid(path, launched.child.id()),
+        let Launched { mut child, mut socket } = launch::spawn("exec-relay", &exec.id, dir, exec)?;
+        let started = sandbox::exec::wait_started(&socket)
+            .and_then(|()| match &self.pid_file {
+                Some(path) => write_pid(path, child.id()),
                 None => Ok(()),
-            });
+            })
+            .and_then(|()| sandbox::exec::let_go(&mut socket));
         if let Err(error) = started {
-            // It has failed too, or is to end the process that nobody will hear of.
-            let _ = launched.child.kill();
-            launched.child.wait().explain(|| "cannot wait for the exec relay".into())?;
+            // It has failed too, or ends the process that nobody will hear of.
+            drop(socket);
+            child.wait().explain(|| "cannot wait for the exec relay".into())?;
             return Err(error);
         }
         Ok(0)
@@ -157,7 +172,7 @@ impl Exec {
             process.set_no_new_privileges(Some(true));
         }
         if !self.cap.is_empty() {
-            let capabilities = process.capabilities().clone().unwrap_or_default();
+            let capabilities = process.capabilities().clone().unwrap_or_else(no_capabilities);
             process.set_capabilities(Some(add_capabilities(capabilities, &self.cap)?));
         }
         if self.apparmor.is_some() || self.process_label.is_some() {
@@ -183,7 +198,21 @@ fn parse_user(text: &str, before: &User) -> Result<User> {
     Ok(user)
 }
 
-/// Adds capabilities to every set, as runc does.
+/// Empty sets. The types' own default has some.
+fn no_capabilities() -> LinuxCapabilities {
+    let mut capabilities = LinuxCapabilities::default();
+    capabilities
+        .set_bounding(None)
+        .set_effective(None)
+        .set_permitted(None)
+        .set_inheritable(None)
+        .set_ambient(None);
+    capabilities
+}
+
+/// Adds capabilities to what the process has and may get, as runc does. The inheritable set stays as
+/// it is, so that no file can make more of them, and the ambient set follows it, which the kernel
+/// demands.
 fn add_capabilities(
     mut capabilities: LinuxCapabilities,
     names: &[String],
@@ -200,14 +229,11 @@ fn add_capabilities(
         let bounding = add(capabilities.bounding());
         let effective = add(capabilities.effective());
         let permitted = add(capabilities.permitted());
-        let inheritable = add(capabilities.inheritable());
-        let ambient = add(capabilities.ambient());
-        capabilities
-            .set_bounding(bounding)
-            .set_effective(effective)
-            .set_permitted(permitted)
-            .set_inheritable(inheritable)
-            .set_ambient(ambient);
+        capabilities.set_bounding(bounding).set_effective(effective).set_permitted(permitted);
+        if capabilities.inheritable().as_ref().is_some_and(|set| set.contains(&capability)) {
+            let ambient = add(capabilities.ambient());
+            capabilities.set_ambient(ambient);
+        }
     }
     Ok(capabilities)
 }
@@ -230,12 +256,19 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_go_into_every_set() {
-        let added =
-            add_capabilities(LinuxCapabilities::default(), &["cap_sys_ptrace".into()]).unwrap();
-        for set in [added.bounding(), added.effective(), added.permitted(), added.ambient()] {
-            assert!(set.as_ref().unwrap().contains(&Capability::SysPtrace));
+    fn capabilities_are_added_and_no_others() {
+        let names = ["cap_sys_ptrace".to_owned()];
+        let only: oci_spec::runtime::Capabilities = [Capability::SysPtrace].into();
+        let added = add_capabilities(no_capabilities(), &names).unwrap();
+        for set in [added.bounding(), added.effective(), added.permitted()] {
+            assert_eq!(set.as_ref(), Some(&only));
         }
-        assert!(add_capabilities(LinuxCapabilities::default(), &["CAP_NOPE".into()]).is_err());
+        assert_eq!((added.inheritable(), added.ambient()), (&None, &None));
+
+        let mut inheriting = no_capabilities();
+        inheriting.set_inheritable(Some(only.clone()));
+        let added = add_capabilities(inheriting, &names).unwrap();
+        assert_eq!(added.ambient().as_ref(), Some(&only));
+        assert!(add_capabilities(no_capabilities(), &["CAP_NOPE".into()]).is_err());
     }
 }

@@ -44,7 +44,7 @@ impl List {
             }
             (false, Format::Table) => table(&records),
         };
-        print(&text);
+        print(&text)?;
         Ok(0)
     }
 }
@@ -56,13 +56,19 @@ fn table(records: &[Record]) -> String {
         [
             record.id.to_string(),
             record.current_pid().to_string(),
-            record.current_status().to_string(),
+            status(record),
             record.bundle.display().to_string(),
             record.created.clone(),
             record.owner(),
         ]
     }));
     columns(&rows)
+}
+
+/// The status in one word, since scripts take the columns apart. `state` tells how it was lost.
+fn status(record: &Record) -> String {
+    let status = record.current_status();
+    if record.is_lost() { format!("{status}(lost)") } else { status.to_string() }
 }
 
 /// Rows of cells, padded so that they line up.

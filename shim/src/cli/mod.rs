@@ -11,13 +11,17 @@ mod run;
 mod start;
 mod state;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{ErrorKind, Write},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
     clock,
-    error::{Error, Result},
+    error::{Error, Explain, Result},
     logger,
     sandbox::{self, launch::Descriptors},
     state::DEFAULT_ROOT,
@@ -58,6 +62,13 @@ struct Global {
     /// microVM, not by cgroups of the host.
     #[arg(long, global = true)]
     systemd_cgroup: bool,
+    /// Accepted for callers of runc, and without effect: there are no cgroups of the host to be
+    /// denied.
+    #[arg(long, global = true, value_name = "true|false|auto")]
+    rootless: Option<String>,
+    /// Accepted for callers of runc, and without effect: CRIU is not used.
+    #[arg(long, global = true, value_name = "PATH")]
+    criu: Option<PathBuf>,
     /// When the command began, for the timeline.
     #[arg(skip = clock::monotonic_us())]
     began_us: u64,
@@ -112,11 +123,13 @@ pub fn main() -> ExitCode {
         }
     };
     if cli.version {
-        println!("isopod version {}\nspec: {SPEC_VERSION}", env!("CARGO_PKG_VERSION"));
-        return ExitCode::SUCCESS;
+        let version = env!("CARGO_PKG_VERSION");
+        let printed = print(&format!("isopod version {version}\nspec: {SPEC_VERSION}\n"));
+        return if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let Some(verb) = cli.verb else {
-        eprintln!("isopod: a verb is missing; see isopod --help");
+        // There is nowhere to say that it cannot be said.
+        let _ = std::io::stderr().write_all(b"isopod: a verb is missing; see isopod --help\n");
         return ExitCode::FAILURE;
     };
     // Only these two have the exit status of a process in a container.
@@ -162,15 +175,20 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         Verb::Delete(delete) => delete.run(&global),
         Verb::Exec(exec) => exec.run(&global),
         Verb::List(list) => list.run(&global),
-        Verb::Check => Ok(check::run()),
+        Verb::Check => check::run(),
         Verb::Sandbox(_) | Verb::ExecRelay(_) => Ok(1),
     }
 }
 
 /// Prints to standard output. A reader that has gone away is not an error.
-fn print(text: &str) {
-    use std::io::Write;
-    let _ = std::io::stdout().write_all(text.as_bytes());
+fn print(text: &str) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(e) if e.kind() != ErrorKind::BrokenPipe => {
+            Err(e).explain(|| "cannot write to standard output".into())
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]

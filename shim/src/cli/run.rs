@@ -1,9 +1,12 @@
 //! `run`: create, start, and wait for the end of a container.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+};
 
 use clap::Args;
-use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::AsyncWriteExt;
 
 use super::{
@@ -16,6 +19,7 @@ use crate::{
         control::{self, Ended, Message, Request},
         launch::Terminal,
         signals::WINCH,
+        stdio,
     },
     state::Id,
     terminal::{self, RawMode},
@@ -101,21 +105,19 @@ impl Run {
 
     /// Starts the container and stays until its end.
     async fn attend(&self, mut container: NewContainer, id: &Id) -> Result<u8> {
-        let raw = match container.terminal {
-            Some(Terminal::Inherited { .. }) => {
-                terminal::of_this_process().map(RawMode::enter).transpose()?
+        let (heard, status) = match follow_to_end(&mut container).await {
+            Ok(end) => end,
+            Err(error) => {
+                container.abandon();
+                return Err(error);
             }
-            _ => None,
         };
-        let heard = follow(&mut container).await;
-        let status = container.wait()?;
-        drop(raw);
-        let heard = heard?;
         if !self.keep {
-            remove(&container.dir)?;
+            remove(&container.dir, container.dir.record()?.as_ref())?;
         }
         if let (true, Some(ended)) = (self.timeline, &heard) {
-            eprint!("{}", ended.timeline.table());
+            // There is nowhere to say that it cannot be said.
+            let _ = std::io::stderr().write_all(ended.timeline.table().as_bytes());
         }
         match (heard.and_then(|ended| ended.error), status.code()) {
             (Some(error), _) => Err(error),
@@ -134,24 +136,51 @@ impl Run {
 
 /// Starts the container and leaves.
 async fn detach(mut container: NewContainer, id: &Id) -> Result<u8> {
-    ask(&mut container, &Request::Start).await?;
-    let failed = loop {
+    let error = match start(&mut container, id).await {
+        Ok(()) => return Ok(0),
+        Err(error) => error,
+    };
+    // Nothing of the container is to be left.
+    container.abandon();
+    Err(error)
+}
+
+/// Starts the container.
+async fn start(container: &mut NewContainer, id: &Id) -> Result<()> {
+    ask(container, &Request::Start).await?;
+    loop {
         match container.next().await? {
-            Next::Message(Some(Message::Done)) => return Ok(0),
-            Next::Message(Some(Message::Failed { error })) => break Some(error),
-            Next::Message(_) => break None,
-            Next::Signal(number) => pass_on(&container, number),
+            Next::Message(Some(Message::Done)) => return Ok(()),
+            Next::Message(Some(Message::Failed { error })) => return Err(error),
+            Next::Message(_) => {
+                return Err(Error::new(format!(
+                    "the sandbox process of container {id} ended while the container was started: \
+                     {}",
+                    describe(container.wait()?)
+                )));
+            }
+            Next::Signal(number) => pass_on(container, number),
+        }
+    }
+}
+
+/// Starts the container and waits until the sandbox process has ended. Returns what that said, if it
+/// did, and how it ended.
+async fn follow_to_end(container: &mut NewContainer) -> Result<(Option<Ended>, ExitStatus)> {
+    let raw = match container.terminal {
+        Some(Terminal::Inherited { .. }) => {
+            terminal::of_this_process().map(RawMode::enter).transpose()?
+        }
+        _ => {
+            // A reader of the container's output waits for its end, not for that of this process.
+            stdio::release(stdio::Release::InputAndOutput)?;
+            None
         }
     };
-    // The sandbox process ends by itself; nothing of the container is to be left.
+    let heard = follow(container).await?;
     let status = container.wait()?;
-    remove(&container.dir)?;
-    Err(failed.unwrap_or_else(|| {
-        Error::new(format!(
-            "the sandbox process of container {id} ended while the container was started: {}",
-            describe(status)
-        ))
-    }))
+    drop(raw);
+    Ok((heard, status))
 }
 
 /// Starts the container and passes signals and window sizes on, until the sandbox process has said
@@ -177,11 +206,10 @@ async fn follow(container: &mut NewContainer) -> Result<Option<Ended>> {
 
 /// Sends a signal to the sandbox process, which passes it on to the container's.
 fn pass_on(container: &NewContainer, number: u32) {
-    let pid = i32::try_from(container.pid()).ok().and_then(Pid::from_raw);
-    let signal = i32::try_from(number).ok().and_then(Signal::from_named_raw);
-    if let (Some(pid), Some(signal)) = (pid, signal) {
-        // A child that nobody has waited for, so the pid is its own. If it has ended, so be it.
-        let _ = kill_process(pid, signal);
+    if let (Ok(pid), Ok(signal)) = (i32::try_from(container.pid()), i32::try_from(number)) {
+        // SAFETY: plain numbers are passed. The pid is that of a child that nobody has waited for,
+        // so it is its own. If the child has ended, so be it.
+        unsafe { libc::kill(pid, signal) };
     }
 }
 

@@ -22,7 +22,7 @@ impl State {
                 "container does not exist: {id} is being created or was left behind"
             ))
         })?;
-        print(&format!("{:#}\n", record.to_oci()));
+        print(&format!("{:#}\n", record.to_oci()))?;
         Ok(0)
     }
 }

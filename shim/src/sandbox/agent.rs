@@ -144,11 +144,19 @@ impl Agent {
             all,
             ..Default::default()
         };
-        self.client
-            .signal_process(Context::default(), &request)
-            .await
-            .map(drop)
-            .map_err(|e| explain("cannot send the signal", e))
+        self.client.signal_process(Context::default(), &request).await.map(drop).map_err(|e| {
+            match &e {
+                // The process has just ended. The wording is what callers of runc look for.
+                ttrpc::Error::RpcStatus(status)
+                    if self.exec_id.is_empty()
+                        && status.code.enum_value() == Ok(Code::FAILED_PRECONDITION) =>
+                {
+                    let id = &self.container_id;
+                    Error::new(format!("cannot kill container {id}: container not running"))
+                }
+                _ => explain("cannot send the signal", e),
+            }
+        })
     }
 
     /// Tells the process's terminal its size.

@@ -95,20 +95,36 @@ pub(super) async fn wait_for_agent(
     let hello = tokio::select! {
         biased;
         hello = timeout(limit, connections.hello()) => hello,
-        end = vmm.ended() => return Err(end.explain_boot()),
+        end = vmm.ended() => {
+            let error = end.explain_boot();
+            return Err(if end.is_of_the_guest() { hint(error) } else { error });
+        }
     };
     match hello {
         Ok(result) => {
             tokio::spawn(connections.refuse());
             result
         }
-        Err(_) => Err(Error::new(format!(
-            "the guest did not become ready within {} seconds (set ISOPOD_BOOT_TIMEOUT to wait \
-             longer)",
-            limit.as_secs()
-        ))
-        .details(vmm.stop().await.explain().details)),
+        Err(_) => Err(hint(
+            Error::new(format!(
+                "the guest did not become ready within {} seconds (set ISOPOD_BOOT_TIMEOUT to wait \
+                 longer)",
+                limit.as_secs()
+            ))
+            .details(vmm.stop().await.explain().details),
+        )),
     }
+}
+
+/// Names the way to more where the guest's console has not said anything. The log that
+/// `--debug` keeps is no such way: it goes with the state directory.
+fn hint(mut error: Error) -> Error {
+    if error.details.is_empty() {
+        error.message.push_str(
+            "; its console is empty: set ISOPOD_KERNEL_PARAMS=loglevel=7 to see the log of its kernel",
+        );
+    }
+    error
 }
 
 /// Does something that needs the guest, within `limit`. If the microVM ends meanwhile, the failure

@@ -1,7 +1,7 @@
 //! What other invocations of `isopod` ask of a sandbox process, over its control socket.
 //!
 //! Each message is a line of JSON. A connection carries requests one at a time, each answered by
-//! [`Message::Done`] or [`Message::Failed`]. The connection that `create` or `run` started the
+//! [`Message::Done`] or [`Message::Failed`] ([`Request::Wait`] by [`Message::Ended`]). The connection that `create` or `run` started the
 //! sandbox process with carries the same, after [`Message::Created`] (or [`Message::Failed`]) said
 //! how the start went, and gets [`Message::Ended`] at the end.
 
@@ -39,6 +39,9 @@ pub enum Request {
     /// End the container and the microVM, whatever the state. Answered at once; done when the
     /// sandbox process ends.
     Destroy,
+    /// Wait for the end of the container. Answered by [`Message::Ended`] when the microVM is gone and
+    /// the sandbox process is about to be.
+    Wait,
     /// The terminal has a new size.
     Resize {
         /// The new size.
@@ -89,7 +92,9 @@ pub enum Answer {
 ///
 /// If the request was refused or failed, or the connection broke in an unexpected way.
 pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
-    use std::io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound};
+    use std::io::ErrorKind::{
+        BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, WouldBlock,
+    };
     let gone = |e: &std::io::Error| {
         matches!(e.kind(), NotFound | ConnectionRefused | ConnectionReset | BrokenPipe)
     };
@@ -109,6 +114,12 @@ pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
     match read_line(&mut BufReader::new(socket)) {
         Ok(None) => Ok(Answer::Gone),
         Err(e) if gone(&e) => Ok(Answer::Gone),
+        Err(e) if matches!(e.kind(), WouldBlock | TimedOut) => Err(Error::new(format!(
+            "the sandbox process of container {id} does not answer within {} seconds: `isopod \
+             delete --force {id}` ends it",
+            answer_timeout(request).as_secs(),
+            id = dir.path().file_name().unwrap_or_default().display()
+        ))),
         Err(e) => Err(e).explain(what),
         Ok(Some(line)) => match serde_json::from_str(&line).explain(what)? {
             Message::Done => Ok(Answer::Done),

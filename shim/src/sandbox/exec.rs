@@ -13,26 +13,34 @@ use std::{
 
 use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream as TokioUnixStream,
+    task::JoinHandle,
+    time::timeout,
+};
 
 use super::{
     agent::Agent,
     console,
-    control::{self, Message},
+    control::{self, Ended, MAX_MESSAGE_LEN, Message, Request},
     launch::{Descriptors, Given, Terminal, read_document},
     lifecycle::START_TIMEOUT,
     random_u64,
     signals::{KILL, Signals, WINCH},
-    stdio::Local,
+    stdio::{self, Local, Relay},
 };
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
-    state::{Exit, Id, StateDir},
+    state::{CONTROL_SOCKET, Exit, Id, StateDir},
     terminal::{self, Size},
 };
 
-/// How long the sandbox process may take to write down how its container ended.
+/// How long the sandbox process may take to say how its container ended.
 const END_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long the guest may take to kill a process that nobody wants any more.
+const PUT_DOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What to run, and where. All paths are absolute.
 #[derive(Debug, Serialize, Deserialize)]
@@ -45,6 +53,17 @@ pub struct Exec {
     pub process: Process,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
+}
+
+/// Where the call that starts the process is.
+enum Call {
+    /// Not made, or it failed: there is no process.
+    NotMade,
+    /// Not answered yet. A task has it, so that the answer is still heard when nobody waits for the
+    /// process any more.
+    Made(JoinHandle<Result<()>>),
+    /// Answered: the process runs.
+    Answered,
 }
 
 /// `main` of the relay that a detached `exec` leaves behind. Returns its exit status: the process's.
@@ -60,7 +79,11 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let mut started = false;
     let result = exec.run(|| {
         started = true;
-        if told(&Message::Created) { Ok(()) } else { Err(Error::new("exec was given up")) }
+        let go = || control::read_line(&mut std::io::BufReader::new(&socket)).ok().flatten();
+        match told(&Message::Created).then(go).flatten() {
+            Some(_) => Ok(()),
+            None => Err(Error::new("the command that started the process has given it up")),
+        }
     });
     match result {
         Ok(exit) => Ok(exit.status),
@@ -90,6 +113,15 @@ pub fn wait_started(socket: &UnixStream) -> Result<()> {
     }
 }
 
+/// Lets the relay go on. Until then, the end of the connection has it end the process.
+///
+/// # Errors
+///
+/// If the relay is gone.
+pub fn let_go(socket: &mut UnixStream) -> Result<()> {
+    control::send(socket, &Message::Done).explain(|| "cannot talk to the exec relay".into())
+}
+
 impl Exec {
     /// Runs the process to its end in the foreground of this process. Calls `started` once it runs;
     /// if that fails, the process is killed.
@@ -108,53 +140,45 @@ impl Exec {
     async fn run_process(&self, started: impl FnOnce() -> Result<()>) -> Result<Exit> {
         let dir = StateDir::open_path(&self.state_dir)?;
         let mut signals = Signals::new()?;
-        let (agent, mut relay, console) = tokio::select! {
-            begun = timeout(START_TIMEOUT, self.begin(&dir)) => begun.unwrap_or_else(|_| {
-                Err(Error::new("the process was not started in time by the guest"))
-            })?,
-            number = signals.next_ending() => {
-                return Err(Error::new(format!("interrupted by signal {number}")));
+        let (end, agent) = bounded(&mut signals, self.connect(&dir)).await?;
+        let mut call = Call::NotMade;
+        let begun = bounded(&mut signals, self.begin(&dir, &agent, &mut call)).await;
+        let exit = match begun.and_then(|begun| started().map(|()| begun)) {
+            Ok((relay, console)) => {
+                self.attend(&dir, &agent, end, &mut signals, relay, console).await
             }
+            Err(error) => Err(error),
         };
-        if let Err(error) = started() {
-            agent.signal(KILL, false).await?;
-            return Err(error);
+        if exit.is_err() {
+            put_down(&agent, call).await;
         }
-        let forward = |number| forward(agent.clone(), console.as_ref(), number);
-        // The terminal's size may have been set while the process was started.
-        forward(WINCH);
-        let mut waiting = pin!(agent.wait());
-        let exit = loop {
-            tokio::select! {
-                biased;
-                exit = &mut waiting => break exit,
-                number = signals.next() => forward(number),
-            }
-        };
-        match exit {
-            Ok(exit) => {
-                relay.finished().await;
-                Ok(exit)
-            }
-            Err(error) => {
-                let exit = self.exit_with_container(&dir, error).await?;
-                relay.finished().await;
-                Ok(exit)
-            }
-        }
+        exit
     }
 
-    /// Has the agent start the process, with its standard streams connected.
-    async fn begin(&self, dir: &StateDir) -> Result<(Agent, super::stdio::Relay, Option<OwnedFd>)> {
+    /// Connects to the sandbox process, to hear of the container's end, and to the agent. Both serve
+    /// for as long as there is a container to exec in.
+    async fn connect(&self, dir: &StateDir) -> Result<(ContainerEnd, Agent)> {
         let exec_id = format!("exec-{:016x}", random_u64()?);
-        let agent = Agent::connect(dir, &self.id, exec_id).await.map_err(|error| {
+        let connected = async {
+            let end = ContainerEnd::watch(dir).await?;
+            Ok((end, Agent::connect(dir, &self.id, exec_id).await?))
+        };
+        connected.await.map_err(|error: Error| {
             log::debug!("{error}");
-            // The agent serves for as long as there is a container to exec in.
             Error::new(format!(
                 "cannot exec in container {}: container not running (its microVM is ending or gone)",
                 self.id
             ))
-        })?;
+        })
+    }
+
+    /// Has the agent start the process, with its standard streams connected.
+    async fn begin(
+        &self,
+        dir: &StateDir,
+        agent: &Agent,
+        call: &mut Call,
+    ) -> Result<(Relay, Option<OwnedFd>)> {
         let (local, size, console) = match &self.terminal {
             None => (Local::inherited()?, None, None),
             Some(Terminal::Inherited { size }) => {
@@ -167,32 +191,136 @@ impl Exec {
                 (Local::terminal(console.as_fd())?, None, Some(console))
             }
         };
+        if !matches!(self.terminal, Some(Terminal::Inherited { .. })) {
+            stdio::release(stdio::Release::InputAndOutput)?;
+        }
         let (tokens, streams) = local.connect(dir).await?;
-        agent.exec_process(&self.process, tokens, size).await?;
-        Ok((agent, streams.relay()?, console))
+        let (caller, process) = (agent.clone(), self.process.clone());
+        let task = async move { caller.exec_process(&process, tokens, size).await };
+        *call = Call::Made(tokio::spawn(task));
+        if let Call::Made(task) = call {
+            let answer = task.await;
+            *call = Call::NotMade;
+            answer.map_err(|_| Error::new("the start was given up"))??;
+            *call = Call::Answered;
+        }
+        Ok((streams.relay()?, console))
+    }
+
+    /// Passes signals on to the process until it ends, and its output until that does.
+    async fn attend(
+        &self,
+        dir: &StateDir,
+        agent: &Agent,
+        end: ContainerEnd,
+        signals: &mut Signals,
+        mut relay: Relay,
+        console: Option<OwnedFd>,
+    ) -> Result<Exit> {
+        let forward = |number| forward(agent.clone(), console.as_ref(), number);
+        // The terminal's size may have been set while the process was started.
+        forward(WINCH);
+        let mut waiting = pin!(agent.wait());
+        let exit = loop {
+            tokio::select! {
+                biased;
+                exit = &mut waiting => break exit,
+                number = signals.next() => forward(number),
+            }
+        };
+        let exit = match exit {
+            Ok(exit) => exit,
+            Err(error) => self.exit_with_container(dir, end, error).await?,
+        };
+        relay.finished().await;
+        Ok(exit)
     }
 
     /// How the process ended when the connection to its agent broke. If its container ended as it
     /// should, all of the container's processes were killed with it; otherwise nobody knows.
-    async fn exit_with_container(&self, dir: &StateDir, error: Error) -> Result<Exit> {
-        let sandbox = dir.record()?.map(|record| record.sandbox);
-        let ended = tokio::task::spawn_blocking(move || {
-            sandbox.is_none_or(|sandbox| sandbox.wait(END_TIMEOUT))
-        });
-        // Cannot be waited for any other way, if this fails.
-        let ended = ended.await.unwrap_or(false);
-        let container_exit = dir.record()?.and_then(|record| record.exit);
-        match container_exit.filter(|_| ended) {
+    async fn exit_with_container(
+        &self,
+        dir: &StateDir,
+        end: ContainerEnd,
+        error: Error,
+    ) -> Result<Exit> {
+        let (exit, cause) = match timeout(END_TIMEOUT, end.heard()).await.ok().flatten() {
+            Some(ended) => (ended.exit, ended.error),
+            // It may have written it down and then have been killed.
+            None => (dir.record().ok().flatten().and_then(|record| record.exit), None),
+        };
+        match exit {
             Some(_) => Ok(Exit { status: 128 + 9, oom_killed: false }),
             None => Err(Error::with_kind(
                 ErrorKind::VmLost,
                 format!(
                     "the microVM of container {} is lost, and the exit status of the process is \
                      unknown: {}",
-                    self.id, error.message
+                    self.id,
+                    cause.unwrap_or(error).message
                 ),
             )),
         }
+    }
+}
+
+/// A question to the sandbox process that it answers when its container has ended. Asked before
+/// anything is started: at the end nobody can ask any more, and nothing may be left to read.
+struct ContainerEnd(BufReader<TokioUnixStream>);
+
+impl ContainerEnd {
+    async fn watch(dir: &StateDir) -> Result<Self> {
+        let what = || "cannot talk to the sandbox process".to_owned();
+        let mut socket =
+            TokioUnixStream::connect(dir.short_path(CONTROL_SOCKET)).await.explain(what)?;
+        let line = control::line(&Request::Wait).explain(what)?;
+        socket.write_all(&line).await.explain(what)?;
+        Ok(Self(BufReader::new(socket)))
+    }
+
+    /// Waits for the answer; `None` if the sandbox process ends without one.
+    async fn heard(mut self) -> Option<Ended> {
+        let mut line = Vec::new();
+        let mut limited = (&mut self.0).take(MAX_MESSAGE_LEN as u64);
+        limited.read_until(b'\n', &mut line).await.ok()?;
+        match serde_json::from_slice(&line).ok()? {
+            Message::Ended(ended) => Some(*ended),
+            _ => None,
+        }
+    }
+}
+
+/// Does something that needs the guest, unless it takes too long or a signal interrupts it.
+async fn bounded<T>(signals: &mut Signals, action: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::select! {
+        done = timeout(START_TIMEOUT, action) => done.unwrap_or_else(|_| {
+            Err(Error::new("the process was not started in time by the guest"))
+        }),
+        number = signals.next_ending() => {
+            Err(Error::new(format!("interrupted by signal {number}")))
+        }
+    }
+}
+
+/// Kills the process of a failed exec, if there is one or soon will be.
+async fn put_down(agent: &Agent, call: Call) {
+    let killed = timeout(PUT_DOWN_TIMEOUT, async {
+        match call {
+            Call::NotMade => return Ok(()),
+            // It cannot be killed before it has been started.
+            Call::Made(task) => match task.await {
+                Ok(Ok(())) => {}
+                _ => return Ok(()),
+            },
+            Call::Answered => {}
+        }
+        agent.signal(KILL, false).await
+    });
+    match killed.await {
+        Ok(Ok(())) => {}
+        // It has ended, or its microVM has.
+        Ok(Err(error)) => log::debug!("{error}"),
+        Err(_) => log::warn!("the guest does not answer, so the process may be left in it"),
     }
 }
 

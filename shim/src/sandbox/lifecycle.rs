@@ -14,13 +14,13 @@ use std::{os::fd::OwnedFd, pin::pin, time::Duration};
 
 use tokio::{
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 
 use super::{
     agent::Agent,
     boot::loss,
-    control::{Ended, Message, Request},
+    control::{Ended, Request},
     server::{Command, Server},
     share::Share,
     signals::{self, Signals, WINCH},
@@ -97,10 +97,11 @@ impl Lifecycle {
         self.dir.remove_file(VSOCK_SOCKET);
         self.record.status = Status::Stopped;
         self.record.exit = exit;
+        self.record.lost = lost;
         self.record.error = error.as_ref().map(|error| error.message.clone());
         self.save();
         let ended = Ended { exit, error: error.clone(), timeline: self.timeline };
-        let heard = server.close(&Message::Ended(Box::new(ended))).await;
+        let heard = server.close(ended).await;
         if let Some(error) = error.filter(|_| !heard) {
             log::error!("container {}: {error}", self.record.id);
         }
@@ -173,7 +174,8 @@ impl Lifecycle {
                     let Command { request, answer } = command;
                     match request {
                         Request::Start if starting.is_none() && self.may_start(exit) => {
-                            starting = Some(Starting { task: self.start(), answer });
+                            let deadline = Instant::now() + START_TIMEOUT;
+                            starting = Some(Starting { task: self.start(), answer, deadline });
                         }
                         Request::Start => {
                             let _ = answer.send(Err(self.wrong_state("start", exit)));
@@ -183,6 +185,8 @@ impl Lifecycle {
                             self.forward(signals::KILL);
                             let _ = answer.send(Ok(()));
                         }
+                        // Answered by the server when it closes.
+                        Request::Wait => {}
                         Request::Kill { .. } if exit.is_some() => {
                             let _ = answer.send(Err(self.wrong_state("kill", exit)));
                         }
@@ -296,6 +300,7 @@ impl Lifecycle {
 struct Starting {
     task: JoinHandle<Result<()>>,
     answer: tokio::sync::oneshot::Sender<Result<()>>,
+    deadline: Instant,
 }
 
 /// Waits for the start that is under way. Never returns if there is none.
@@ -303,7 +308,7 @@ async fn finish(
     starting: &mut Option<Starting>,
 ) -> (Result<()>, tokio::sync::oneshot::Sender<Result<()>>) {
     let result = match starting.as_mut() {
-        Some(starting) => match timeout(START_TIMEOUT, &mut starting.task).await {
+        Some(starting) => match timeout_at(starting.deadline, &mut starting.task).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(Error::new("the start was given up")),
             Err(_) => Err(Error::new("the process was not started in time by the guest")),

@@ -14,7 +14,7 @@ use super::{
     server::{self, Launcher, Server},
     share::{self, Share},
     signals::Signals,
-    stdio::{Local, Relay},
+    stdio::{self, Local, Relay, Release},
     timeline::{GuestBoot, Timeline},
     vmm::Vmm,
 };
@@ -183,6 +183,7 @@ impl Sandbox {
                 .collect(),
             exit: None,
             error: None,
+            lost: false,
         })
     }
 
@@ -221,8 +222,13 @@ async fn create_container(
             (Local::terminal(console.as_fd())?, size, Some(console))
         }
     };
+    // What goes to a log file can do without standard error.
+    stdio::release(match crate::logger::file() {
+        Some(_) => Release::All,
+        None => Release::InputAndOutput,
+    })?;
     let (tokens, streams) = local.connect(dir).await?;
-    let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds);
+    let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds, launch.vm.vcpus);
     agent.create_container(&spec, tokens, size).await?;
     Ok((agent, streams.relay()?, console))
 }

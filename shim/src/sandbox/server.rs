@@ -11,10 +11,10 @@ use tokio::{
     },
     sync::{Mutex, mpsc, oneshot, watch},
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
-use super::control::{self, MAX_MESSAGE_LEN, Message, Request};
+use super::control::{self, Ended, MAX_MESSAGE_LEN, Message, Request};
 use crate::{
     error::{Error, Explain, Result},
     state::{CONTROL_SOCKET, StateDir},
@@ -22,6 +22,10 @@ use crate::{
 
 /// How long answers that are on their way out may take when the sandbox process ends.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long to wait before the next try when a connection cannot be accepted: descriptors have run
+/// out, and the connection that is next stays the next.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens on the control socket in `dir`.
 ///
@@ -78,7 +82,8 @@ impl Launcher {
 pub(super) struct Server {
     commands: mpsc::Receiver<Command>,
     connections: JoinSet<()>,
-    closing: watch::Sender<bool>,
+    /// How the container ended, once it has.
+    closing: watch::Sender<Option<Ended>>,
     launcher: Arc<Mutex<OwnedWriteHalf>>,
 }
 
@@ -86,7 +91,7 @@ impl Server {
     /// Serves connections to `listener`, and the launching process.
     pub(super) fn start(listener: UnixListener, launcher: Launcher) -> Self {
         let (sender, commands) = mpsc::channel(16);
-        let (closing, closed) = watch::channel(false);
+        let (closing, closed) = watch::channel(None);
         let mut connections = JoinSet::new();
         let writer = Arc::clone(&launcher.writer);
         connections.spawn(serve(launcher.reader, launcher.writer, sender.clone(), closed.clone()));
@@ -102,32 +107,43 @@ impl Server {
         }
     }
 
-    /// Leaves all further requests unanswered, lets answers that are on their way out, and tells the
-    /// launching process `last`. False if that is gone.
-    pub(super) async fn close(mut self, last: &Message) -> bool {
+    /// Leaves all further requests unanswered, lets answers that are on their way out, and tells those
+    /// who wait for it and the launching process how the container ended. False if that process is
+    /// gone.
+    pub(super) async fn close(mut self, ended: Ended) -> bool {
         drop(self.commands);
-        // Nobody listens, if all connections have ended.
-        let _ = self.closing.send(true);
+        self.closing.send_replace(Some(ended.clone()));
         let all = async { while self.connections.join_next().await.is_some() {} };
         let _ = timeout(FLUSH_TIMEOUT, all).await;
-        timeout(FLUSH_TIMEOUT, send(&self.launcher, last)).await.unwrap_or(false)
+        let last = Message::Ended(Box::new(ended));
+        timeout(FLUSH_TIMEOUT, send(&self.launcher, &last)).await.unwrap_or(false)
     }
 }
 
 async fn accept(
     listener: UnixListener,
     commands: mpsc::Sender<Command>,
-    mut closing: watch::Receiver<bool>,
+    mut closing: watch::Receiver<Option<Ended>>,
 ) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            accepted = listener.accept() => {
-                let Ok((stream, _)) = accepted else { continue };
-                let (reader, writer) = stream.into_split();
-                let writer = Arc::new(Mutex::new(writer));
-                connections.spawn(serve(reader, writer, commands.clone(), closing.clone()));
-            }
+            // Who has connected before the end is to hear of it.
+            biased;
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    let (reader, writer) = stream.into_split();
+                    let writer = Arc::new(Mutex::new(writer));
+                    connections.spawn(serve(reader, writer, commands.clone(), closing.clone()));
+                }
+                Err(error) => {
+                    log::warn!("cannot accept a connection to {CONTROL_SOCKET}: {error}");
+                    tokio::select! {
+                        () = sleep(ACCEPT_PAUSE) => {}
+                        _ = closing.changed() => break,
+                    }
+                }
+            },
             Some(_) = connections.join_next() => {}
             _ = closing.changed() => break,
         }
@@ -141,13 +157,14 @@ async fn serve(
     reader: OwnedReadHalf,
     writer: Arc<Mutex<OwnedWriteHalf>>,
     commands: mpsc::Sender<Command>,
-    mut closing: watch::Receiver<bool>,
+    mut closing: watch::Receiver<Option<Ended>>,
 ) {
     let mut reader = BufReader::new(reader);
     loop {
         let mut line = Vec::new();
         let mut limited = (&mut reader).take(MAX_MESSAGE_LEN as u64);
         let length = tokio::select! {
+            biased;
             read = limited.read_until(b'\n', &mut line) => read.unwrap_or(0),
             _ = closing.changed() => return,
         };
@@ -155,6 +172,13 @@ async fn serve(
             return;
         }
         let result = match serde_json::from_slice(&line) {
+            Ok(Request::Wait) => {
+                let ended = closing.wait_for(Option::is_some).await.ok().and_then(|e| e.clone());
+                if let Some(ended) = ended {
+                    send(&writer, &Message::Ended(Box::new(ended))).await;
+                }
+                return;
+            }
             Ok(request) => {
                 let (answer, answered) = oneshot::channel();
                 if commands.send(Command { request, answer }).await.is_err() {
@@ -179,5 +203,53 @@ async fn send(writer: &Mutex<OwnedWriteHalf>, message: &Message) -> bool {
     match control::line(message) {
         Ok(line) => writer.lock().await.write_all(&line).await.is_ok(),
         Err(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{sandbox::timeline::Timeline, state::Exit};
+
+    /// What arrives on a connection until its end.
+    async fn read_all(stream: &mut UnixStream) -> Vec<Message> {
+        let mut all = String::new();
+        stream.read_to_string(&mut all).await.unwrap();
+        all.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    #[test]
+    fn those_who_wait_hear_of_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = UnixListener::bind(&path).unwrap();
+            let (launcher, theirs) = StdUnixStream::pair().unwrap();
+            theirs.set_nonblocking(true).unwrap();
+            let mut command = UnixStream::from_std(theirs).unwrap();
+            let mut server = Server::start(listener, Launcher::new(launcher).unwrap());
+
+            let mut waiting = UnixStream::connect(&path).await.unwrap();
+            waiting.write_all(&control::line(&Request::Wait).unwrap()).await.unwrap();
+            let mut asking = UnixStream::connect(&path).await.unwrap();
+            asking.write_all(&control::line(&Request::Start).unwrap()).await.unwrap();
+            // Connections are taken in their order, so that the other one is served by now.
+            let asked = server.next().await;
+            assert_eq!(asked.request, Request::Start);
+            drop(asked);
+
+            let exit = Some(Exit { status: 7, oom_killed: false });
+            let ended = Ended { exit, error: None, timeline: Timeline::default() };
+            assert!(server.close(ended).await);
+            for stream in [&mut waiting, &mut command] {
+                let heard = read_all(stream).await;
+                assert!(
+                    matches!(&heard[..], [Message::Ended(ended)] if ended.exit == exit),
+                    "{heard:?}"
+                );
+            }
+            assert!(read_all(&mut asking).await.is_empty(), "closed without an answer");
+        });
     }
 }

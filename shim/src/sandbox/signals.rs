@@ -5,8 +5,26 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::error::{Explain, Result};
 
-const USR1: u32 = 10;
-const USR2: u32 = 12;
+/// Signals that are not passed on, beside those that cannot be handled: ends of children, what the
+/// kernel sends because of this process's own writes, memory accesses and instructions, and stops of
+/// this process by the terminal that it shares with other commands.
+const OWN: [i32; 12] = [
+    libc::SIGCHLD,
+    libc::SIGPIPE,
+    libc::SIGURG,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGILL,
+    libc::SIGTRAP,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGSEGV,
+    libc::SIGSYS,
+];
+
+/// Signals that ask a process to end. Only these interrupt what is being made when they come.
+const ENDING: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
 
 /// `SIGWINCH`: the terminal has a new size.
 pub(crate) const WINCH: u32 = 28;
@@ -25,18 +43,8 @@ impl Signals {
     ///
     /// If that is not possible.
     pub fn new() -> Result<Self> {
-        let kinds = [
-            SignalKind::hangup(),
-            SignalKind::interrupt(),
-            SignalKind::quit(),
-            SignalKind::terminate(),
-            SignalKind::user_defined1(),
-            SignalKind::user_defined2(),
-            SignalKind::from_raw(WINCH.cast_signed()),
-        ];
-        kinds
-            .into_iter()
-            .map(|kind| Ok((kind.as_raw_value().cast_unsigned(), signal(kind)?)))
+        passed_on()
+            .map(|number| Ok((number.cast_unsigned(), signal(SignalKind::from_raw(number))?)))
             .collect::<std::io::Result<_>>()
             .map(Self)
             .explain(|| "cannot handle signals".into())
@@ -59,9 +67,41 @@ impl Signals {
     pub async fn next_ending(&mut self) -> u32 {
         loop {
             let number = self.next().await;
-            if !matches!(number, WINCH | USR1 | USR2) {
+            if ENDING.contains(&number.cast_signed()) {
                 return number;
             }
         }
+    }
+}
+
+/// The numbers of all signals that are passed on. The C library keeps those between the last standard
+/// signal and the first real-time one.
+fn passed_on() -> impl Iterator<Item = i32> {
+    let standard = (1..=libc::SIGSYS).filter(|number| {
+        !OWN.contains(number) && !matches!(*number, libc::SIGKILL | libc::SIGSTOP)
+    });
+    standard.chain(libc::SIGRTMIN()..=libc::SIGRTMAX())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_signal_that_is_not_this_processs_own_arrives() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut signals = Signals::new().unwrap();
+            for number in [libc::SIGALRM, libc::SIGPWR, libc::SIGABRT, libc::SIGRTMIN(), 64] {
+                // SAFETY: the signal is handled.
+                assert_eq!(unsafe { libc::raise(number) }, 0);
+                assert_eq!(signals.next().await, number.cast_unsigned());
+            }
+            for number in [libc::SIGUSR1, libc::SIGHUP] {
+                // SAFETY: as above.
+                assert_eq!(unsafe { libc::raise(number) }, 0);
+            }
+            assert_eq!(signals.next_ending().await, libc::SIGHUP.cast_unsigned());
+        });
     }
 }

@@ -6,6 +6,7 @@
 //! non-blocking.
 
 use std::{
+    fs::File,
     io::{self, ErrorKind, Read, Write},
     net::Shutdown,
     os::{
@@ -90,6 +91,32 @@ impl Local {
         };
         Ok((tokens, Streams { stdin, outputs: [stdout, stderr] }))
     }
+}
+
+/// Which of its standard streams this process gives up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// Not standard error, which is for messages to a person.
+    InputAndOutput,
+    /// All three.
+    All,
+}
+
+/// Points this process's standard streams at `/dev/null`. Copies of them stay as they are: when the
+/// relays close theirs, whoever is at the other end hears of it, and not only when this process ends.
+///
+/// # Errors
+///
+/// If there is no `/dev/null`, or descriptors have run out.
+pub fn release(streams: Release) -> Result<()> {
+    let what = || "cannot use /dev/null".to_owned();
+    let null = File::options().read(true).write(true).open("/dev/null").explain(what)?;
+    rustix::stdio::dup2_stdin(&null).explain(what)?;
+    rustix::stdio::dup2_stdout(&null).explain(what)?;
+    if streams == Release::All {
+        rustix::stdio::dup2_stderr(&null).explain(what)?;
+    }
+    Ok(())
 }
 
 /// A local descriptor and the connection to the guest that it belongs to.

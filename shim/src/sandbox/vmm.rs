@@ -210,6 +210,15 @@ impl VmmEnd {
         self.reason == Some(EndReason::GuestShutdown)
     }
 
+    /// The guest ended by itself, in order or not.
+    pub(super) fn is_of_the_guest(&self) -> bool {
+        let reason = self.reason.as_ref().filter(|_| self.failure.is_none());
+        matches!(
+            reason,
+            Some(EndReason::GuestShutdown | EndReason::GuestPanic | EndReason::TripleFault)
+        )
+    }
+
     /// Why the microVM ended, for a person, with the last lines of console or VMM.
     pub(super) fn explain(&self) -> Error {
         let message = match (&self.failure, &self.reason) {

@@ -49,6 +49,9 @@ pub const CONSOLE_LOG: &str = "console.log";
 /// The process of config.json, for `exec`.
 pub const PROCESS_FILE: &str = "process.json";
 
+/// How often to make the root directory anew when it is taken away before it is used.
+const MAKE_ATTEMPTS: u32 = 8;
+
 const RECORD_FILE: &str = "state.json";
 
 /// The state directory of one container, open.
@@ -68,22 +71,41 @@ impl StateDir {
     /// If the id is in use, or the directory cannot be made.
     pub fn create(root: &Path, id: &Id) -> Result<Self> {
         let path = root.join(id.as_str());
-        let made = make_root(root)?;
-        let build = || {
-            DirBuilder::new().mode(0o700).create(&path).map_err(|e| match e.kind() {
+        let mut made = Vec::new();
+        let mut built = make(root, &path, &mut made);
+        for _ in 1..MAKE_ATTEMPTS {
+            // The end of another container has taken the empty root directory away meanwhile.
+            if !built.as_ref().is_err_and(|e| e.kind() == ErrorKind::NotFound) {
+                break;
+            }
+            built = make(root, &path, &mut made);
+        }
+        let lock = || {
+            built.map_err(|e| match e.kind() {
                 ErrorKind::AlreadyExists => Error::new(format!(
                     "container {id} exists already: delete it first, or choose another id"
                 )),
+                ErrorKind::PermissionDenied => Error::new(format!(
+                    "cannot make {}: permission denied (run isopod as root, or choose another \
+                     directory with --root)",
+                    path.display()
+                )),
                 _ => Error::because(format!("cannot make {}", path.display()), e),
             })?;
-            let dir = Self { fd: open_dir(&path)?, path: path.clone(), made: made.clone() };
-            // A `delete --force` between mkdir and here takes the directory away again.
-            if !dir.try_lock()? || rustix::fs::fstat(&dir.fd).is_ok_and(|stat| stat.st_nlink == 0) {
-                return Err(Error::new(format!("container {id} was deleted while it was created")));
+            let locked = Self::open_path(&path).and_then(|dir| Ok((dir.try_lock()?, dir)));
+            match locked {
+                Ok((true, dir)) if dir.is_linked() => Ok(Self { made: made.clone(), ..dir }),
+                // A `delete --force` after mkdir takes the directory away again.
+                Ok(_) => {
+                    Err(Error::new(format!("container {id} was deleted while it was created")))
+                }
+                Err(error) => {
+                    let _ = fs::remove_dir(&path);
+                    Err(error)
+                }
             }
-            Ok(dir)
         };
-        build().inspect_err(|_| remove_made(&made))
+        lock().inspect_err(|_| remove_made(&made))
     }
 
     /// Opens the directory of an existing container.
@@ -202,26 +224,40 @@ impl StateDir {
         let _ = rustix::fs::unlinkat(&self.fd, name, AtFlags::empty());
     }
 
+    /// The directory is still at its path. If not, it has been removed, and what is at the path may
+    /// be another container's of the same name.
+    fn is_linked(&self) -> bool {
+        match (rustix::fs::fstat(&self.fd), rustix::fs::lstat(&self.path)) {
+            (Ok(ours), Ok(there)) => {
+                ours.st_nlink > 0 && (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+            }
+            _ => false,
+        }
+    }
+
     /// Removes the directory and what is in it. Only empty directories are removed below it, so
-    /// that nothing that might still be mounted is ever descended into.
+    /// that nothing that might still be mounted is ever descended into. For who has the lock, which
+    /// keeps the path from becoming another container's between the check and the end.
     ///
     /// # Errors
     ///
     /// If something in it cannot be removed. That it is gone already is not an error.
     pub fn remove(&self) -> Result<()> {
-        match self.remove_entries().and_then(|()| fs::remove_dir(&self.path)) {
-            Err(e) if e.kind() != ErrorKind::NotFound => {
-                Err(e).explain(|| format!("cannot remove {}", self.path.display()))
-            }
-            _ => {
-                remove_made(&self.made);
-                Ok(())
+        if self.is_linked() {
+            match self.remove_entries().and_then(|()| fs::remove_dir(&self.path)) {
+                Err(e) if e.kind() != ErrorKind::NotFound => {
+                    return Err(e).explain(|| format!("cannot remove {}", self.path.display()));
+                }
+                _ => {}
             }
         }
+        remove_made(&self.made);
+        Ok(())
     }
 
     fn remove_entries(&self) -> std::io::Result<()> {
-        for entry in fs::read_dir(&self.path)? {
+        // By the descriptor: what is at the path may change, what is open does not.
+        for entry in fs::read_dir(proc_path(self.fd.as_fd()))? {
             let entry = entry?;
             let removed = if entry.file_type()?.is_dir() {
                 fs::remove_dir(entry.path())
@@ -293,18 +329,16 @@ fn proc_path(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// Makes the root directory and its parents, and says which were missing.
-fn make_root(root: &Path) -> Result<Vec<PathBuf>> {
-    let mut missing: Vec<PathBuf> =
-        root.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
-    missing.reverse();
-    missing.retain(|dir| !dir.as_os_str().is_empty());
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o711)
-        .create(root)
-        .explain(|| format!("cannot make the root directory {}", root.display()))?;
-    Ok(missing)
+/// Makes a container's directory in the root directory, that and its parents first, and adds those
+/// that were missing to `made`.
+fn make(root: &Path, path: &Path, made: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    let missing = root.ancestors().take_while(|dir| !dir.exists());
+    made.extend(missing.filter(|dir| !dir.as_os_str().is_empty()).map(Path::to_owned));
+    // Parents first.
+    made.sort();
+    made.dedup();
+    DirBuilder::new().recursive(true).mode(0o711).create(root)?;
+    DirBuilder::new().mode(0o700).create(path)
 }
 
 /// Removes directories that were made on the way, as far as they are empty.

@@ -68,6 +68,8 @@ pub struct Record {
     pub exit: Option<Exit>,
     /// Why it ended without an exit status.
     pub error: Option<String>,
+    /// The microVM was gone before its process had ended.
+    pub lost: bool,
 }
 
 impl Record {
@@ -81,16 +83,14 @@ impl Record {
     pub fn to_oci(&self) -> Value {
         let status = self.current_status();
         let mut annotations = self.annotations.clone();
-        if status == Status::Stopped {
-            if let Some(exit) = self.exit {
-                annotations.insert("dev.isopod.exit_status".into(), exit.status.to_string());
-                if exit.oom_killed {
-                    annotations.insert("dev.isopod.oom_killed".into(), "true".into());
-                }
+        if let Some(exit) = self.exit.filter(|_| status == Status::Stopped) {
+            annotations.insert("dev.isopod.exit_status".into(), exit.status.to_string());
+            if exit.oom_killed {
+                annotations.insert("dev.isopod.oom_killed".into(), "true".into());
             }
-            if let Some(error) = self.ending() {
-                annotations.insert("dev.isopod.error".into(), error);
-            }
+        }
+        if let Some(error) = self.ending() {
+            annotations.insert("dev.isopod.error".into(), error);
         }
         json!({
             "ociVersion": self.oci_version,
@@ -125,8 +125,17 @@ impl Record {
             .unwrap_or(uid)
     }
 
-    /// Why a stopped container has no exit status, if it has none.
+    /// It has stopped because its microVM or its sandbox process is gone.
+    pub fn is_lost(&self) -> bool {
+        let unsaid = self.exit.is_none() && self.error.is_none();
+        self.current_status() == Status::Stopped && (self.lost || unsaid)
+    }
+
+    /// Why a container that has stopped has no exit status, if it has none.
     fn ending(&self) -> Option<String> {
+        if self.current_status() != Status::Stopped {
+            return None;
+        }
         match (&self.error, self.exit) {
             (Some(error), _) => Some(error.clone()),
             (None, None) => Some(

@@ -16,6 +16,7 @@ fn record(id: &Id, sandbox: ProcessId) -> Record {
         annotations: BTreeMap::from([("a".into(), "b".into())]),
         exit: None,
         error: None,
+        lost: false,
     }
 }
 
@@ -65,6 +66,41 @@ fn what_had_to_be_made_is_removed_again() {
 }
 
 #[test]
+fn a_new_container_of_the_same_name_is_left_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let id = Id::parse("one").unwrap();
+    let first = StateDir::create(root.path(), &id).unwrap();
+    let late = StateDir::open(root.path(), &id).unwrap();
+    first.remove().unwrap();
+    drop(first);
+    let second = StateDir::create(root.path(), &id).unwrap();
+    second.write_record(&record(&id, ProcessId::own().unwrap())).unwrap();
+
+    assert!(late.try_lock().unwrap(), "what it has open is nobody's any more");
+    assert_eq!(late.record().unwrap(), None);
+    late.remove().unwrap();
+    assert!(second.is_linked());
+    assert!(StateDir::open(root.path(), &id).unwrap().record().unwrap().is_some());
+}
+
+#[test]
+fn containers_come_and_go_below_a_root_that_comes_and_goes() {
+    let outer = tempfile::tempdir().unwrap();
+    let root = outer.path().join("a");
+    std::thread::scope(|scope| {
+        for name in ["one", "two"] {
+            let root = &root;
+            scope.spawn(move || {
+                let id = Id::parse(name).unwrap();
+                for _ in 0..100 {
+                    StateDir::create(root, &id).unwrap().remove().unwrap();
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn only_empty_directories_are_removed() {
     let root = tempfile::tempdir().unwrap();
     let id = Id::parse("one").unwrap();
@@ -90,6 +126,7 @@ fn the_record_survives_and_knows_whether_its_owner_does() {
     assert_eq!(state["status"], "running");
     assert_eq!(state["pid"], own.pid);
     assert_eq!(state["annotations"], serde_json::json!({"a": "b"}));
+    assert!(!written.is_lost());
 
     written.sandbox.start_time += 1;
     let state = written.to_oci();
@@ -97,6 +134,10 @@ fn the_record_survives_and_knows_whether_its_owner_does() {
     assert_eq!(state["pid"], 0);
     let error = state["annotations"]["dev.isopod.error"].as_str().unwrap();
     assert!(error.contains("unknown"), "{error}");
+    assert!(written.is_lost());
+    written.error = Some("no such program".into());
+    assert!(!written.is_lost(), "what was never started");
+    written.error = None;
 
     written.exit = Some(Exit { status: 137, oom_killed: true });
     let state = written.to_oci();
