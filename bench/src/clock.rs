@@ -1,4 +1,8 @@
 //! The clock of all figures.
+//!
+//! No wait of a benchmark has a limit in time: the clock of a machine that counts jumps to the next
+//! timer whenever all are idle, so a limit would be over while a file is being read. Waits watch the
+//! process that they wait for.
 
 use std::time::Duration;
 

@@ -1,11 +1,13 @@
 //! QEMU's microvm machine with the same kernel and image, as the peer of a boot.
 
 use std::io::{BufRead as _, BufReader};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use isopod_protocol::{Hello, READY_PORT};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vsock::{VMADDR_CID_ANY, VsockListener};
 
 use crate::clock;
@@ -18,6 +20,8 @@ const GUEST_CID: u32 = 4242;
 pub(crate) struct Boot {
     /// From exec of QEMU to the agent's ready message.
     pub(crate) units: f64,
+    /// The agent's message.
+    pub(crate) hello: Hello,
     /// Resident memory of QEMU without guest memory.
     pub(crate) overhead_kib: u64,
 }
@@ -30,7 +34,7 @@ pub(crate) fn boot(programs: &Path) -> Result<Boot> {
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, READY_PORT)
         .context("listening on vsock (is vhost_vsock loaded?)")?;
     let start = clock::now()?;
-    let child = Command::new("qemu-system-x86_64")
+    let mut child = Command::new("qemu-system-x86_64")
         .args(["-M", "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=off,x-option-roms=off"])
         .args(["-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &format!("{MEMORY_MIB}M")])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
@@ -42,23 +46,40 @@ pub(crate) fn boot(programs: &Path) -> Result<Boot> {
         .args(["-device", &format!("vhost-vsock-device,guest-cid={GUEST_CID}")])
         .args(["-device", "virtio-rng-device", "-device", "virtio-balloon-device"])
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        // It writes nothing there; that the pipe is closed shows its end.
+        .stdout(Stdio::piped())
         .spawn()
         .context("qemu-system-x86_64")?;
-    let machine = Machine(child);
+    let stdout = child.stdout.take().context("QEMU has no standard output")?;
+    let mut machine = Machine(child);
+    machine.wait_for_guest(&listener, &stdout)?;
     let (stream, _) = listener.accept()?;
     let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
+    BufReader::new(stream).read_line(&mut line).context("waiting for the agent's message")?;
     let units = clock::now()? - start;
-    let _: Hello =
-        serde_json::from_str(&line).with_context(|| format!("the agent said {line:?}"))?;
-    Ok(Boot { units, overhead_kib: machine.overhead_kib()? })
+    let hello = serde_json::from_str(&line).with_context(|| format!("the agent said {line:?}"))?;
+    Ok(Boot { units, hello, overhead_kib: machine.overhead_kib()? })
 }
 
 /// A running QEMU, ended when dropped.
 struct Machine(Child);
 
 impl Machine {
+    /// Waits for a connection from the guest, not longer than QEMU lives.
+    fn wait_for_guest(&mut self, listener: &VsockListener, stdout: &ChildStdout) -> Result<()> {
+        // SAFETY: the listener keeps its descriptor open, and outlives this function.
+        let listener = unsafe { BorrowedFd::borrow_raw(listener.as_raw_fd()) };
+        let mut fds = [
+            PollFd::new(listener, PollFlags::POLLIN),
+            PollFd::new(stdout.as_fd(), PollFlags::empty()),
+        ];
+        poll(&mut fds, PollTimeout::NONE)?;
+        if fds[0].any() == Some(true) {
+            return Ok(());
+        }
+        bail!("QEMU ended before its guest was ready: {}", self.0.wait()?)
+    }
+
     /// Resident memory that is not the guest's, by the largest mapping being the guest's.
     fn overhead_kib(&self) -> Result<u64> {
         let path = format!("/proc/{}/smaps", self.0.id());

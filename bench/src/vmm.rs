@@ -140,7 +140,8 @@ fn receive_hello(connect: &UnixDatagram) -> Result<Hello> {
         &mut buffers,
         Some(&mut space),
         MsgFlags::MSG_CMSG_CLOEXEC,
-    )?;
+    )
+    .context("waiting for the guest to connect")?;
     let fd = message
         .cmsgs()?
         .find_map(|message| match message {

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::keeper::{End, Keeper, Request};
+use crate::keeper::{End, Keeper, Spawn};
 use crate::reader::Reader;
 
 /// How long any single wait may last. Far above what a healthy run needs on an emulated machine;
@@ -163,10 +163,10 @@ impl<'a> Command<'a> {
                 [copy(), copy(), copy()]
             }
         };
-        let request = Request { argv: self.argv, env: self.env };
-        let pid = self.keeper.spawn(&request, &streams).unwrap_or_else(|e| panic!("{e}"));
+        let program = Spawn { argv: self.argv.clone(), env: self.env };
+        let pid = self.keeper.spawn(program, &streams).unwrap_or_else(|e| panic!("{e}"));
         drop(streams);
-        Job { keeper: self.keeper, argv: request.argv, pid, stdin, stdout, stderr, feeder }
+        Job { keeper: self.keeper, argv: self.argv, pid, stdin, stdout, stderr, feeder }
     }
 
     /// Runs the program to its end and the end of its output.
@@ -195,6 +195,17 @@ impl Job<'_> {
     /// The pipe asked for by [`Command::stdin_piped`].
     pub fn take_stdin(&mut self) -> File {
         self.stdin.take().expect("a piped standard input, taken once")
+    }
+
+    /// Kills the process, if it has not ended.
+    pub fn kill(&self) {
+        // Whether it was too late, the way in which it ended tells.
+        let _ = self.keeper.signal(self.pid, libc::SIGKILL);
+    }
+
+    /// How the process has ended, if it has.
+    pub fn ended(&self) -> Option<End> {
+        self.keeper.ended(self.pid)
     }
 
     /// Closes the reading end of the program's standard output.

@@ -114,7 +114,6 @@ impl<'a> Container<'a> {
     pub fn command_with_bundle(&self, verb: &str, options: &[&str]) -> Command<'a> {
         self.bundle.write();
         let bundle = self.bundle.dir.to_string_lossy();
-        self.scope.expect_container(&self.id);
         self.command(verb, &[&["--bundle", &*bundle], options].concat())
     }
 
@@ -160,6 +159,7 @@ impl<'a> Container<'a> {
             let (out, err) = (job.stdout.so_far(), job.stderr.so_far());
             panic!("{verb} {end}\nstdout: {out}\nstderr: {err}");
         }
+        self.scope.was_created(&self.id);
         let text = fs::read_to_string(&pid_file).expect("no pid file");
         let pid = text.parse().unwrap_or_else(|_| panic!("the pid file holds {text:?}"));
         Created { scope: self.scope, pid, stdout: job.stdout, stderr: job.stderr }

@@ -6,11 +6,14 @@
 //! at the same time do not see each other's, and the exit status of an orphan is known.
 //!
 //! Requests and events are `SOCK_SEQPACKET` packets of JSON on the keeper's descriptor 0. When the
-//! test's end closes, the keeper kills all its descendants and exits.
+//! test's end closes, the keeper kills all its descendants, removes the scope's directory, and exits.
+//! So that it can do this when a test program is ended from its terminal or by a signal, it is in a
+//! session of its own and takes no signal that asks it to end.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -25,9 +28,23 @@ use serde::{Deserialize, Serialize};
 /// Longest packet in either direction, in bytes.
 pub const MAX_PACKET_LEN: usize = 64 * 1024;
 
+/// What the keeper is asked for.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// To run a program.
+    Spawn(Spawn),
+    /// To send a signal to a child, unless that has ended.
+    Signal {
+        /// Which child.
+        pid: i32,
+        /// The signal's number.
+        signal: i32,
+    },
+}
+
 /// A program to run. Its standard input, output and error come with the packet (`SCM_RIGHTS`).
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Request {
+pub struct Spawn {
     /// The program, searched in `PATH`, and its arguments.
     pub argv: Vec<String>,
     /// Added to the keeper's own environment.
@@ -37,12 +54,17 @@ pub struct Request {
 /// What the keeper reports.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
-    /// The answer to a [`Request`].
+    /// The answer to [`Request::Spawn`].
     Started {
         /// The new process.
         pid: i32,
     },
-    /// The other answer to a [`Request`].
+    /// The answer to [`Request::Signal`].
+    Signalled {
+        /// The child had not ended before.
+        pid: i32,
+    },
+    /// The other answer to either.
     Failed {
         /// Why.
         message: String,
@@ -106,13 +128,14 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Starts a keeper.
-    pub fn new(probe: &std::path::Path) -> Self {
+    /// Starts a keeper of what happens in `dir`.
+    pub fn new(probe: &Path, dir: &Path) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .expect("cannot make a socket pair");
         let process = std::process::Command::new(probe)
             .arg("keeper")
+            .arg(dir)
             .stdin(Stdio::from(theirs))
             .spawn()
             .unwrap_or_else(|e| panic!("cannot run {}: {e}", probe.display()));
@@ -135,23 +158,39 @@ impl Keeper {
     /// # Errors
     ///
     /// Why it could not be run.
-    pub fn spawn(&self, request: &Request, streams: &[OwnedFd; 3]) -> Result<i32, String> {
+    pub fn spawn(&self, program: Spawn, streams: &[OwnedFd; 3]) -> Result<i32, String> {
+        let fds = streams.each_ref().map(AsRawFd::as_raw_fd);
+        self.ask(&Request::Spawn(program), &[ControlMessage::ScmRights(&fds)])
+    }
+
+    /// Sends a signal to a child. Nothing else is hit when the child has ended, for its number is not
+    /// given to another process before the keeper has collected it.
+    ///
+    /// # Errors
+    ///
+    /// Why not: the child has ended, or is none.
+    pub fn signal(&self, pid: i32, signal: i32) -> Result<(), String> {
+        self.ask(&Request::Signal { pid, signal }, &[]).map(drop)
+    }
+
+    fn ask(&self, request: &Request, control: &[ControlMessage<'_>]) -> Result<i32, String> {
         let _one = self.requesting.lock().unwrap_or_else(|e| e.into_inner());
         let json = serde_json::to_vec(request).expect("JSON");
-        let fds = streams.each_ref().map(AsRawFd::as_raw_fd);
-        let sent = sendmsg::<()>(
-            self.socket.as_raw_fd(),
-            &[std::io::IoSlice::new(&json)],
-            &[ControlMessage::ScmRights(&fds)],
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        );
-        sent.map_err(|e| format!("the keeper is gone: {e}"))?;
+        let data = [std::io::IoSlice::new(&json)];
+        let socket = self.socket.as_raw_fd();
+        sendmsg::<()>(socket, &data, control, MsgFlags::MSG_NOSIGNAL, None)
+            .map_err(|e| format!("the keeper is gone: {e}"))?;
         self.wait_for(Duration::MAX, |r| match r.answer.take() {
             None if r.closed => Some(Err("the keeper is gone".to_owned())),
             answer => answer,
         })
         .expect("an answer")
+    }
+
+    /// Waits until `holds`, at most `timeout`. Asks at first, and whenever a child has ended. `holds`
+    /// must not use the keeper.
+    pub fn wait_until(&self, timeout: Duration, mut holds: impl FnMut() -> bool) -> bool {
+        self.wait_for(timeout, |_| holds().then_some(())).is_some()
     }
 
     /// Waits for the end of a child, at most `timeout`.
@@ -213,6 +252,7 @@ fn listen(socket: &OwnedFd, reports: &Shared) {
                 state.ended.remove(&pid);
                 state.answer = Some(Ok(pid));
             }
+            Ok(Event::Signalled { pid }) => state.answer = Some(Ok(pid)),
             Ok(Event::Failed { message }) => state.answer = Some(Err(message)),
             Ok(Event::Ended { pid, end }) => {
                 state.ended.insert(pid, end);

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::bundle::Bundle;
 use crate::census::{Census, View, children_of};
-use crate::command::Command;
+use crate::command::{Command, DEADLINE};
 use crate::container::Container;
 use crate::keeper::Keeper;
 use crate::runtime::runtime;
@@ -16,7 +16,8 @@ use crate::runtime::runtime;
 static NEXT: AtomicU32 = AtomicU32::new(1);
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// The world of one test. Dropping it deletes its containers and counts what is left.
+/// The world of one test. Dropping it deletes the containers that were created, and counts what is
+/// left: of one that was run, or could not be created, nothing may be there even before that.
 #[derive(Debug)]
 pub struct Scope {
     /// In the path of everything that belongs to the scope.
@@ -24,7 +25,8 @@ pub struct Scope {
     dir: PathBuf,
     keeper: Keeper,
     before: Census,
-    expected: Mutex<BTreeSet<String>>,
+    /// Containers that are there until they are deleted.
+    created: Mutex<BTreeSet<String>>,
     containers: AtomicU32,
     /// Held by a scope that counts on the whole machine.
     alone: Option<MutexGuard<'static, ()>>,
@@ -44,21 +46,22 @@ impl Scope {
 
     fn build(alone: Option<MutexGuard<'static, ()>>) -> Self {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("it{}x{number}", std::process::id());
+        // Ends with what no number begins with, so that it is in no other scope's name.
+        let name = format!("it{}x{number}_", std::process::id());
         let base = std::env::var_os("ISOPOD_TEST_DIR").map_or_else(std::env::temp_dir, Into::into);
         let dir = std::path::absolute(base).expect("a directory for tests").join(&name);
         fs::create_dir_all(dir.join("state")).expect("cannot make the scope's directory");
-        let keeper = Keeper::new(&runtime().probe);
+        let keeper = Keeper::new(&runtime().probe, &dir);
         let view = View { name: &name, dir: &dir, keeper: keeper.pid(), all: alone.is_some() };
         let before = Census::take(&view);
-        let expected = Mutex::default();
-        Self { name, dir, keeper, before, expected, containers: AtomicU32::new(1), alone }
+        let created = Mutex::default();
+        Self { name, dir, keeper, before, created, containers: AtomicU32::new(1), alone }
     }
 
     /// A new container with the default bundle; every call another id.
     pub fn container(&self) -> Container<'_> {
         let number = self.containers.fetch_add(1, Ordering::Relaxed);
-        let id = format!("{}-{number}", self.name);
+        let id = format!("{}{number}", self.name);
         let bundle = Bundle::new(self.dir.join(format!("bundle-{number}")));
         Container::new(self, id, bundle)
     }
@@ -123,16 +126,37 @@ impl Scope {
         assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
     }
 
-    /// Makes sure that the container is deleted at the end, should the test not do so.
-    pub(crate) fn expect_container(&self, id: &str) {
-        self.expected.lock().expect("no test panics with it").insert(id.to_owned());
+    /// Waits until none of the scope's processes is left. Fails the test when one stays.
+    #[track_caller]
+    pub fn wait_for_processes(&self) {
+        // Whatever ends leaves the keeper's descendants when the keeper has collected it or its
+        // parent, so it is enough to look again after each of these.
+        let gone = || self.census().count("process ") == 0;
+        let all_gone = self.keeper.wait_until(DEADLINE, gone);
+        assert!(all_gone, "left behind:\n{}", self.census().since(&self.before).join("\n"));
     }
 
+    /// The container is there now, and is to be deleted at the end, should the test not do so.
+    pub(crate) fn was_created(&self, id: &str) {
+        self.created.lock().expect("no test panics with it").insert(id.to_owned());
+    }
+
+    fn delete_created(&self) {
+        let created = self.created.lock().map(|mut ids| std::mem::take(&mut *ids));
+        self.delete(created.unwrap_or_default());
+    }
+
+    /// Deletes what the state directory shows, whether it should be there or not.
     fn delete_all(&self) {
-        let expected = self.expected.lock().map(|mut ids| std::mem::take(&mut *ids));
-        for id in expected.unwrap_or_default() {
+        let entries = fs::read_dir(self.root()).into_iter().flatten().flatten();
+        self.delete(entries.map(|entry| entry.file_name().to_string_lossy().into_owned()));
+    }
+
+    fn delete(&self, ids: impl IntoIterator<Item = String>) {
+        for id in ids {
             if self.root().join(&id).exists() {
-                self.runtime().args(["delete", "--force", &id]).output().ok();
+                // Whether it has worked, the census tells.
+                self.runtime().args(["delete", "--force", &id]).output();
             }
         }
     }
@@ -150,10 +174,15 @@ impl Drop for Scope {
             // The test has its failure; only tidy up, and let nothing of that hide it.
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.delete_all()));
             eprintln!("the failed test's directory was {}", self.dir.display());
-        } else {
+            let _ = fs::remove_dir_all(&self.dir);
+            return;
+        }
+        self.delete_created();
+        let left = self.census().since(&self.before);
+        if !left.is_empty() {
             self.delete_all();
-            self.assert_nothing_left();
         }
         let _ = fs::remove_dir_all(&self.dir);
+        assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
     }
 }

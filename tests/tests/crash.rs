@@ -1,9 +1,12 @@
 //! `kill -9` of any process: it shows, no exit status is made up, and `delete --force` clears all.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
+use std::fs;
+use std::path::Path;
+
 use isopod_tests::keeper::End;
 use isopod_tests::{Container, Created, DEADLINE, Scope, microvm_only};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const VMM: &str = "isopod-vmm";
 
@@ -12,12 +15,13 @@ fn sleeper(scope: &Scope) -> Container<'_> {
     scope.container().args(["sleep", "1000"])
 }
 
-/// Kills a process that runs, or has been reaped by nobody yet.
+/// Kills a process that would run on.
 fn kill_9(scope: &Scope, pid: i32) {
     scope.program(&["kill", "-9", &pid.to_string()]).output().ok();
 }
 
-/// `state` and `list` show the container stopped, for a reason and without an exit status.
+/// `state` and `list` show the container stopped, for a reason and without an exit status: `list` in a
+/// word, for a table has no room for more.
 #[track_caller]
 fn assert_lost(scope: &Scope, container: &Container<'_>, created: &Created<'_>) {
     created.wait();
@@ -28,7 +32,10 @@ fn assert_lost(scope: &Scope, container: &Container<'_>, created: &Created<'_>) 
     assert_eq!(state["annotations"]["dev.isopod.exit_status"], Value::Null, "{state}");
     let list = scope.runtime().args(["list"]).output().ok();
     let line = list.stdout.lines().find(|l| l.starts_with(&container.id)).unwrap();
-    assert!(line.contains("stopped"), "{list}");
+    assert!(line.contains("stopped") && line.contains("lost"), "{list}");
+    let list = scope.runtime().args(["list", "--format", "json"]).output().ok();
+    let listed: Value = serde_json::from_str(&list.stdout).unwrap();
+    assert_eq!(listed, json!([state]));
     for (verb, args) in [("start", &[][..]), ("kill", &["TERM"]), ("exec", &["true"])] {
         container.command(verb, &[]).args(args).output().one_line_error(&[&container.id]);
     }
@@ -92,8 +99,12 @@ fn both_at_once() {
     let scope = Scope::alone();
     let container = sleeper(&scope);
     let created = container.start_new();
-    let vmm = scope.child(created.pid, VMM).to_string();
-    scope.program(&["kill", "-9", &vmm, &created.pid.to_string()]).output().ok();
+    let vmm = scope.child(created.pid, VMM);
+    // The sandbox process is stopped first, so that it notices nothing of the end of the VMM.
+    scope.keeper().signal(created.pid, libc::SIGSTOP).unwrap();
+    kill_9(&scope, vmm);
+    kill_9(&scope, created.pid);
+    assert_eq!(created.wait(), End::Killed(9));
     assert_lost(&scope, &container, &created);
 }
 
@@ -136,7 +147,7 @@ fn run_is_told_of_a_lost_vmm() {
     let options = ["--pid-file", pid_file.to_str().unwrap()];
     let mut run = container.command_with_bundle("run", &options).spawn();
     run.stdout.line_with("up");
-    let sandbox: i32 = std::fs::read_to_string(&pid_file).unwrap().parse().unwrap();
+    let sandbox: i32 = fs::read_to_string(&pid_file).unwrap().parse().unwrap();
     kill_9(&scope, scope.child(sandbox, VMM));
     let end = run.wait();
     let said = run.stderr.so_far();
@@ -158,20 +169,43 @@ fn the_run_command_itself() {
     scope.assert_nothing_left();
 }
 
-/// Whatever point the boot has come to, what is half made can be cleared.
+/// Whatever point the creation has come to, what is half made can be cleared, and ends by itself.
 #[test]
 fn the_create_command_at_any_moment() {
     microvm_only!();
     let scope = Scope::alone();
-    for millis in [0, 20, 100, 300, 800, 1500] {
+    type Reached<'a> = &'a dyn Fn(&Path) -> bool;
+    let moments: [(&str, Reached<'_>); 6] = [
+        ("its start", &|_| true),
+        ("the state directory", &|state| state.exists()),
+        ("the first record", &|state| state.join("state.json").exists()),
+        ("the VMM's socket", &|state| state.join("vsock.sock").exists()),
+        ("the VMM's process", &|state| record(state)["vmm"].is_object()),
+        ("the whole container", &|state| record(state)["status"] == "created"),
+    ];
+    for (moment, reached) in moments {
         let container = sleeper(&scope);
+        let state = scope.root().join(&container.id);
         let mut create = container.command_with_bundle("create", &[]).spawn();
-        // Not a wait for anything: a moment of no importance.
-        std::thread::sleep(std::time::Duration::from_millis(millis));
-        // The last ones may be too late, which is as good.
-        scope.program(&["kill", "-9", &create.pid.to_string()]).output();
-        create.wait();
-        container.delete_force().ok();
+        // One that comes too late for the last of them is as good.
+        while create.ended().is_none() && !reached(&state) {
+            std::thread::yield_now();
+        }
+        create.kill();
+        let end = create.wait();
+        assert!([End::Killed(9), End::Exited(0)].contains(&end), "{moment}: {end}");
+        let deleted = container.delete_force();
+        scope.wait_for_processes();
+        // Refused while what was half made was on its way to its own end.
+        if deleted.status != 0 {
+            container.delete_force().ok();
+        }
         scope.assert_nothing_left();
     }
+}
+
+/// What is written of a container up to now.
+fn record(state: &Path) -> Value {
+    let text = fs::read(state.join("state.json")).unwrap_or_default();
+    serde_json::from_slice(&text).unwrap_or_default()
 }

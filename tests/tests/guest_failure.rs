@@ -31,13 +31,20 @@ fn kernel(code: &[u8]) -> Vec<u8> {
     elf
 }
 
-/// Runs a good bundle with one environment variable changed, which has to fail with these words in the
+/// How long a guest may take that will never be ready, in seconds.
+const SHORT: &str = "10";
+
+/// What comes before the guest's last lines in a report.
+const CONSOLE: &str = "last lines of the guest's console:";
+
+/// Runs a good bundle with these environment variables, which has to fail with these words in the
 /// first line, and leave nothing.
 #[track_caller]
-fn reported(scope: &Scope, variable: &str, path: &Path, words: &[&str]) -> Output {
+fn reported(scope: &Scope, variables: &[(&str, &str)], words: &[&str]) -> Output {
     let container = scope.container();
-    let command = container.command_with_bundle("run", &[]).env(variable, path.to_str().unwrap());
-    let out = command.env("ISOPOD_BOOT_TIMEOUT", "10").output();
+    let command = container.command_with_bundle("run", &[]);
+    let command = variables.iter().fold(command, |c, (name, value)| c.env(name, value));
+    let out = command.output();
     assert_ne!(out.status, 0, "{out}");
     let first = out.stderr.lines().next().unwrap_or_default().to_lowercase();
     for word in words {
@@ -47,39 +54,61 @@ fn reported(scope: &Scope, variable: &str, path: &Path, words: &[&str]) -> Outpu
     out
 }
 
-fn with_kernel(code: &[u8], words: &[&str]) {
+/// The guest's lines in a report, oldest first.
+#[track_caller]
+fn console(out: &Output) -> Vec<&str> {
+    let lines = out.stderr.lines().skip_while(|line| line.trim() != CONSOLE).skip(1);
+    let lines: Vec<&str> = lines.map_while(|line| line.trim().strip_prefix("| ")).collect();
+    assert!(!lines.is_empty(), "no lines of the guest's console: {out}");
+    lines
+}
+
+/// Writes this text to the first serial port.
+fn say(text: &str) -> Vec<u8> {
+    // mov dx, 0x3f8; and for each byte: mov al, byte; out dx, al
+    let mut code = vec![0x66, 0xba, 0xf8, 0x03];
+    code.extend(text.bytes().flat_map(|byte| [0xb0, byte, 0xee]));
+    code
+}
+
+/// A kernel that says two lines and does this. Both are in the report, below one with these words.
+#[track_caller]
+fn with_kernel(code: &[u8], variables: &[(&str, &str)], words: &[&str]) {
     let scope = Scope::alone();
     let path = scope.dir().join("kernel");
-    fs::write(&path, kernel(code)).unwrap();
-    reported(&scope, "ISOPOD_KERNEL", &path, words);
+    fs::write(&path, kernel(&[&say("one line\nanother line\n"), code].concat())).unwrap();
+    let kernel = [("ISOPOD_KERNEL", path.to_str().unwrap())];
+    let out = reported(&scope, &[&kernel, variables].concat(), words);
+    assert_eq!(console(&out), ["one line", "another line"], "{out}");
 }
 
 #[test]
 fn a_triple_fault() {
     microvm_only!();
     // ud2, without anything to handle it
-    with_kernel(&[0x0f, 0x0b], &["triple fault"]);
+    with_kernel(&[0x0f, 0x0b], &[], &["triple fault"]);
 }
 
 #[test]
 fn a_guest_that_spins() {
     microvm_only!();
     // jmp to itself
-    with_kernel(&[0xeb, 0xfe], &["10 seconds"]);
+    with_kernel(&[0xeb, 0xfe], &[("ISOPOD_BOOT_TIMEOUT", SHORT)], &["10 seconds"]);
 }
 
 #[test]
 fn a_guest_that_sleeps_forever() {
     microvm_only!();
     // cli; hlt; jmp to hlt
-    with_kernel(&[0xfa, 0xf4, 0xeb, 0xfd], &["10 seconds"]);
+    let code = [0xfa, 0xf4, 0xeb, 0xfd];
+    with_kernel(&code, &[("ISOPOD_BOOT_TIMEOUT", SHORT)], &["10 seconds"]);
 }
 
 #[test]
 fn a_guest_that_resets_at_once() {
     microvm_only!();
     // mov al, 0xfe; out 0x64, al; hlt
-    with_kernel(&[0xb0, 0xfe, 0xe6, 0x64, 0xf4], &["shut down"]);
+    with_kernel(&[0xb0, 0xfe, 0xe6, 0x64, 0xf4], &[], &["shut down"]);
 }
 
 /// An image with this program as /init, or with none.
@@ -94,12 +123,22 @@ fn image(scope: &Scope, init: Option<&str>) -> PathBuf {
     scope.dir().join("initramfs")
 }
 
+/// The report of a guest kernel's panic; these words are in a line of its console.
+#[track_caller]
+fn panics(scope: &Scope, image: &Path, words: &str) {
+    let image = [("ISOPOD_INITRAMFS", image.to_str().unwrap())];
+    let out = reported(scope, &image, &["panic"]);
+    let lines = console(&out);
+    let is_panic = |line: &&str| line.contains("Kernel panic - not syncing");
+    assert!(lines.iter().any(is_panic), "no panic among the last lines: {out}");
+    assert!(lines.iter().any(|line| line.contains(words)), "no {words:?}: {out}");
+}
+
 #[test]
 fn a_kernel_panic_is_shown_with_its_last_lines() {
     microvm_only!();
     let scope = Scope::alone();
-    let out = reported(&scope, "ISOPOD_INITRAMFS", &image(&scope, None), &["panic"]);
-    assert!(out.stderr.contains("init"), "no line of the console: {out}");
+    panics(&scope, &image(&scope, None), "init");
 }
 
 #[test]
@@ -107,13 +146,15 @@ fn an_init_that_ends_is_a_panic() {
     microvm_only!();
     let scope = Scope::alone();
     let init = runtime().probe.to_str().unwrap();
-    let out = reported(&scope, "ISOPOD_INITRAMFS", &image(&scope, Some(init)), &["panic"]);
-    assert!(out.stderr.contains("Attempted to kill init"), "{out}");
+    panics(&scope, &image(&scope, Some(init)), "Attempted to kill init");
 }
 
+/// Nothing is in its log, for a kernel without a fault is quiet.
 #[test]
 fn an_init_that_never_reports() {
     microvm_only!();
     let scope = Scope::alone();
-    reported(&scope, "ISOPOD_INITRAMFS", &image(&scope, Some("/bin/busybox")), &["10 seconds"]);
+    let image = image(&scope, Some("/bin/busybox"));
+    let variables = [("ISOPOD_INITRAMFS", image.to_str().unwrap()), ("ISOPOD_BOOT_TIMEOUT", SHORT)];
+    reported(&scope, &variables, &["10 seconds"]);
 }

@@ -5,7 +5,10 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use isopod_tests::{Census, Scope};
+use isopod_tests::keeper::{End, Keeper, Spawn};
+use isopod_tests::{Census, Reader, Scope, runtime};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getsid};
 
 /// What is there now and was not in `before`.
 fn left(scope: &Scope, before: &Census) -> String {
@@ -25,6 +28,42 @@ fn an_orphan_is_counted_and_dies_with_its_scope() {
     scope.program(&["kill", "-9", pid]).output().ok();
     scope.keeper().wait(pid.parse().unwrap(), isopod_tests::DEADLINE).unwrap();
     assert_eq!(left(&scope, &before), "");
+}
+
+/// As from a terminal with Control-C, or from whoever ends the whole test run.
+#[test]
+fn the_keeper_takes_no_signal_that_asks_it_to_end() {
+    let scope = Scope::alone();
+    // It has answered, so it is set up.
+    scope.program(&["true"]).output().ok();
+    let keeper = scope.keeper().pid();
+    assert_eq!(getsid(Some(Pid::from_raw(keeper))).unwrap().as_raw(), keeper);
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
+        kill(Pid::from_raw(keeper), signal).unwrap();
+    }
+    // What it runs takes signals as from a shell.
+    let mut job = scope.program(&["sleep", "1000"]).spawn();
+    scope.keeper().signal(job.pid, Signal::SIGINT as i32).unwrap();
+    assert_eq!(job.wait(), End::Killed(Signal::SIGINT as i32));
+    scope.keeper().signal(job.pid, Signal::SIGKILL as i32).unwrap_err();
+}
+
+#[test]
+fn a_keeper_whose_test_program_is_gone_ends_and_removes_all_of_it() {
+    let scope = Scope::alone();
+    let dir = scope.dir().join("of-another-program");
+    fs::create_dir_all(dir.join("state/container")).unwrap();
+    let keeper = Keeper::new(&runtime().probe, &dir);
+    let script = "setsid sleep 4321 >/dev/null 2>&1 </dev/null & echo $!";
+    let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
+    let (mut stdout, out_end) = Reader::pipe();
+    let null = || fs::File::open("/dev/null").unwrap().into();
+    keeper.spawn(Spawn { argv, env: Default::default() }, &[null(), out_end, null()]).unwrap();
+    let process = format!("/proc/{}", stdout.rest().trim());
+    assert!(Path::new(&process).join("cmdline").exists());
+    // What is left of a program that was killed: the closed end of its socket.
+    drop(keeper);
+    assert!(!Path::new(&process).exists() && !dir.exists());
 }
 
 #[test]

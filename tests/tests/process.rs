@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use isopod_tests::{Container, PROBE_PATH, Scope, runtime};
+use isopod_tests::{Container, PROBE_PATH, Scope, runtime, skip};
 use serde_json::{Value, json};
 
 /// What the probe sees when config.json is changed like this.
@@ -113,8 +113,7 @@ fn an_rlimit_can_be_raised() {
     let scope = Scope::new();
     let out = scope.program(&["sh", "-c", "ulimit -Hn 2000000 && ulimit -Hn"]).output();
     if !runtime().is_isopod() && out.status != 0 {
-        println!("skipped: this machine lets nobody raise a limit");
-        return;
+        skip!("this machine lets nobody raise a limit");
     }
     let limit = json!([{ "type": "RLIMIT_NOFILE", "soft": 1_000_000, "hard": 1_000_000 }]);
     let seen = report(&scope, |c| c["process"]["rlimits"] = limit);

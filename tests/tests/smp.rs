@@ -1,15 +1,14 @@
 //! What shows only on a machine with two processors.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
-use isopod_tests::{Scope, microvm_only};
+use isopod_tests::{Scope, microvm_only, skip};
 use serde_json::json;
 
 #[test]
 fn two_vcpus_run_at_the_same_time() {
     microvm_only!();
     if std::thread::available_parallelism().is_ok_and(|n| n.get() < 2) {
-        println!("skipped: this machine has one CPU");
-        return;
+        skip!("this machine has one CPU");
     }
     let scope = Scope::new();
     let container = scope.container().annotation("dev.isopod.vcpus", "2").probe(&["parallel"]);

@@ -200,6 +200,93 @@ fn a_bind_mount_is_posix() {
     assert_eq!(owned, (0o750, 1000, 1001));
 }
 
+/// What readdir(3) gives, sorted, of a directory in which the probe runs; each name as often as it came.
+fn listed(container: &Container<'_>, dir: &str) -> Vec<String> {
+    let names = container.exec_json(&[], &["list", dir]);
+    let mut names: Vec<String> = serde_json::from_value(names).unwrap();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_directory_lists_itself_and_its_parent_once() {
+    let scope = Scope::new();
+    let container = container(&scope).args(["sleep", "1000"]);
+    let host = |path: &str| container.bundle.rootfs(path);
+    fs::create_dir(host("/home/empty")).unwrap();
+    fs::create_dir(host("/home/full")).unwrap();
+    fs::write(host("/home/full/.file"), "").unwrap();
+    let _created = container.start_new();
+    assert_eq!(listed(&container, "/home/empty"), [".", ".."]);
+    assert_eq!(listed(&container, "/home/full"), [".", "..", ".file"]);
+    assert_eq!(listed(&container, "/home"), [".", "..", "empty", "full"]);
+    let shown = container.exec(["ls", "-a", "/home/full", "/home/empty"]).ok().stdout;
+    assert_eq!(shown, "/home/empty:\n.\n..\n\n/home/full:\n.\n..\n.file\n");
+    let root = listed(&container, "/");
+    assert_eq!(root.iter().filter(|name| [".", ".."].contains(&&***name)).count(), 2, "{root:?}");
+}
+
+/// Every name that is there from the begin to the end of a listing is in it once, whatever comes and
+/// goes meanwhile (readdir(3p)).
+#[track_caller]
+fn assert_stays_listed(container: &Container<'_>, stable: &[String]) {
+    for _ in 0..10 {
+        let mut names = listed(container, "/home");
+        names.retain(|name| !name.starts_with("passing-"));
+        assert_eq!(names.len(), stable.len(), "{:?}", difference(&names, stable));
+        assert!(names == stable, "{:?}", difference(&names, stable));
+    }
+}
+
+/// A thousand files in /home, sorted, with what else a listing has.
+fn thousand(container: &Container<'_>) -> Vec<String> {
+    let mut names: Vec<String> = (0..1000).map(|n| format!("a-name-that-stays-{n}")).collect();
+    for name in &names {
+        fs::write(container.bundle.rootfs("/home").join(name), "").unwrap();
+    }
+    names.extend([".".to_owned(), "..".to_owned()]);
+    names.sort();
+    names
+}
+
+/// Names too many or too few, with how often they are there and how often they should be.
+fn difference(names: &[String], stable: &[String]) -> Vec<(String, usize, usize)> {
+    let count = |list: &[String], name: &String| list.iter().filter(|n| *n == name).count();
+    let mut all = [names, stable].concat();
+    all.sort();
+    all.dedup();
+    let counted = all.into_iter().map(|n| (n.clone(), count(names, &n), count(stable, &n)));
+    counted.filter(|(_, is, should_be)| is != should_be).collect()
+}
+
+#[test]
+fn a_large_directory_is_listed_whole_while_the_guest_changes_it() {
+    let scope = Scope::new();
+    let container = container(&scope).args(["sleep", "1000"]);
+    let stable = thousand(&container);
+    let _created = container.start_new();
+    let mut job = container.command("exec", &[]).args([PROBE_PATH, "churn", "/home"]).spawn();
+    job.stdout.line_with("changing");
+    assert_stays_listed(&container, &stable);
+    assert_eq!(job.ended(), None, "nothing changed the directory any more");
+}
+
+#[test]
+fn a_large_directory_is_listed_whole_while_the_host_changes_it() {
+    let scope = Scope::new();
+    let container = container(&scope).args(["sleep", "1000"]);
+    let stable = thousand(&container);
+    let _created = container.start_new();
+    let home = container.bundle.rootfs("/home");
+    let probe = runtime().probe.to_str().unwrap();
+    let mut job = scope.program(&[probe, "churn", home.to_str().unwrap()]).spawn();
+    job.stdout.line_with("changing");
+    assert_stays_listed(&container, &stable);
+    assert_eq!(job.ended(), None, "nothing changed the directory any more");
+    job.kill();
+    job.wait();
+}
+
 #[test]
 fn links_and_dots_that_lead_outside_do_not() {
     let scope = Scope::new();

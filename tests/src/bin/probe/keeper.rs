@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use isopod_tests::keeper::{End, Event, MAX_PACKET_LEN, Request};
+use isopod_tests::keeper::{End, Event, MAX_PACKET_LEN, Request, Spawn};
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,13 +15,19 @@ use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, setsid};
 
-/// Serves requests on descriptor 0 until its other end closes, then ends all descendants.
-pub(crate) fn keep() -> io::Result<()> {
+/// Serves requests on descriptor 0 until its other end closes, then ends all descendants and removes
+/// `dir`.
+pub(crate) fn keep(dir: &Path) -> io::Result<()> {
+    // What ends the test program must not end its keeper, which is to clean up. Blocked, and not
+    // ignored, because children would inherit that.
+    for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
+        SigSet::from(signal).thread_block()?;
+    }
+    setsid()?;
     set_child_subreaper(true)?;
-    let mut chld = SigSet::empty();
-    chld.add(Signal::SIGCHLD);
+    let chld = SigSet::from(Signal::SIGCHLD);
     chld.thread_block()?;
     let signals = SignalFd::with_flags(&chld, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let socket = io::stdin();
@@ -40,7 +47,21 @@ pub(crate) fn keep() -> io::Result<()> {
             break;
         }
     }
-    end_descendants()
+    end_descendants()?;
+    remove(dir)
+}
+
+/// Removes the directory, which is there only if the test could not do so. Not through mounts: what
+/// is behind them may be somebody else's.
+fn remove(dir: &Path) -> io::Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    if mounts.contains(&*dir.to_string_lossy()) {
+        return Err(io::Error::other(format!("{} holds mounts", dir.display())));
+    }
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
 }
 
 /// One request. `false` at the end of the stream.
@@ -61,16 +82,31 @@ fn serve() -> io::Result<bool> {
     if len == 0 {
         return Ok(false);
     }
-    let request: Request = serde_json::from_slice(&packet[..len])?;
-    let answer = match spawn(&request, streams) {
-        Ok(pid) => Event::Started { pid },
-        Err(e) => Event::Failed { message: format!("cannot run {}: {e}", request.argv.join(" ")) },
+    let answer = match serde_json::from_slice(&packet[..len])? {
+        Request::Spawn(program) => match spawn(&program, streams) {
+            Ok(pid) => Event::Started { pid },
+            Err(e) => {
+                Event::Failed { message: format!("cannot run {}: {e}", program.argv.join(" ")) }
+            }
+        },
+        Request::Signal { pid, signal } => match send_signal(pid, signal) {
+            Ok(()) => Event::Signalled { pid },
+            Err(e) => Event::Failed { message: format!("cannot send a signal to {pid}: {e}") },
+        },
     };
     report(&answer)?;
     Ok(true)
 }
 
-fn spawn(request: &Request, streams: Vec<OwnedFd>) -> io::Result<i32> {
+/// Sends a signal to a child. One that has been collected is none any more.
+fn send_signal(pid: i32, signal: i32) -> io::Result<()> {
+    if !children()?.contains(&pid) {
+        return Err(Errno::ESRCH.into());
+    }
+    Ok(kill(Pid::from_raw(pid), Signal::try_from(signal)?)?)
+}
+
+fn spawn(request: &Spawn, streams: Vec<OwnedFd>) -> io::Result<i32> {
     let [stdin, stdout, stderr]: [OwnedFd; 3] =
         streams.try_into().map_err(|_| io::Error::other("not three streams"))?;
     let (program, args) =

@@ -5,6 +5,7 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a probe that cannot look has failed")]
 
 mod access;
+mod directory;
 mod keeper;
 mod memory;
 mod parallel;
@@ -12,11 +13,12 @@ mod posix;
 mod report;
 mod stream;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
-    | mknod PATH MAJOR MINOR | duplex BYTES | window | fork-bomb | eat MIB | hole | parallel \
-    | posix DIR XATTR | xattr DIR XATTR | keeper";
+    | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | eat MIB | hole | parallel \
+    | posix DIR XATTR | xattr DIR XATTR | keeper DIR";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -27,6 +29,9 @@ fn main() -> ExitCode {
         ["files", ref paths @ ..] => print(&access::files(paths)),
         ["open", mode, ref paths @ ..] => print(&access::open(mode, paths)),
         ["mknod", path, major, minor] => print(&access::mknod(path, number(major), number(minor))),
+        ["escape", below] => print(&access::escape(below)),
+        ["list", dir] => print(&directory::list(dir)),
+        ["churn", dir] => directory::churn(dir),
         ["duplex", bytes] => stream::duplex(number(bytes)),
         ["window"] => stream::window(),
         ["fork-bomb"] => memory::fork_bomb(),
@@ -37,8 +42,8 @@ fn main() -> ExitCode {
         ["xattr", dir, name] => print(&posix::xattr(dir, name)),
         ["posix-lock", kind, path] => print(&posix::try_lock(kind, path)),
         ["posix-append", path, mark] => posix::append(path, mark),
-        ["keeper"] => {
-            if let Err(e) = keeper::keep() {
+        ["keeper", dir] => {
+            if let Err(e) = keeper::keep(Path::new(dir)) {
                 eprintln!("isopod-probe keeper: {e}");
                 return ExitCode::FAILURE;
             }
