@@ -2,6 +2,7 @@
 //! cache. The machine's apt configuration is used as it is and never changed.
 
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -88,22 +89,35 @@ fn simulate(names: &[&str]) -> Result<String> {
 }
 
 fn run_install(names: &[&str]) -> Result<()> {
-    let mut apt = apt_get(&[]);
+    // Interrupting dpkg would leave packages half installed: neither Ctrl-C nor our own end does.
+    let mut apt = Command::new("apt-get");
+    apt.process_group(0);
+    set_up(&mut apt, &[]);
     apt.args(["--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", "install"]);
     run_logged(apt.args(names), &repository::target().join("apt.log"))
 }
 
 fn update(options: &[String]) -> Result<()> {
-    say("    fetching apt's package lists");
-    run_logged(apt_get(options).arg("update"), &repository::target().join("apt.log"))
+    step("fetch apt's package lists", || {
+        run_logged(apt_get(options).arg("update"), &repository::target().join("apt.log"))
+    })
 }
 
 fn apt_get(options: &[String]) -> Command {
     let mut apt = command("apt-get");
+    set_up(&mut apt, options);
+    apt
+}
+
+fn set_up(apt: &mut Command, options: &[String]) {
     apt.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
     // Its unprivileged downloader could not write below root's home.
     apt.args(["--quiet", "-o", "APT::Sandbox::User=root"]).args(options);
-    apt
+}
+
+/// Whether apt's lists, as they are, have a package called `package`.
+pub(crate) fn knows(package: &str) -> bool {
+    capture(command("apt-cache").args(["show", "--no-all-versions", package])).is_ok()
 }
 
 /// A version of a package that can be downloaded.
@@ -117,19 +131,19 @@ pub(crate) struct Offer {
     options: Vec<String>,
 }
 
-/// The newest version of `package` that begins with `prefix`, from the machine's own package
-/// sources or, when those have none, from the backports of the same archive.
+/// The newest version of `package` that `wanted` accepts, from the machine's own package sources
+/// or, when those have none, from the backports of the same archive.
 ///
 /// # Errors
 ///
 /// No such version anywhere, or apt's own errors.
-pub(crate) fn find(package: &str, prefix: &str) -> Result<Offer> {
+pub(crate) fn find(package: &str, wanted: impl Fn(&str) -> bool) -> Result<Offer> {
     let search = |options: &[String]| -> Result<Option<Offer>> {
         let mut madison = command("apt-cache");
         let list = capture(madison.args(options).args(["madison", package]))?;
         // Newest first: `package | version | source`.
         let versions = list.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim);
-        let version = versions.into_iter().find(|version| version.starts_with(prefix));
+        let version = versions.into_iter().find(|version| wanted(version));
         Ok(version.map(|version| Offer {
             package: package.to_owned(),
             version: version.to_owned(),
@@ -143,16 +157,12 @@ pub(crate) fn find(package: &str, prefix: &str) -> Result<Offer> {
     if let Some(offer) = search(&[])? {
         return Ok(offer);
     }
-    say(format!(
-        "    {package} {prefix}* is not in this machine's package sources; trying backports"
-    ));
+    say(format!("    this machine's package sources have no such {package}; trying backports"));
     let backports = backports()?;
     update(&backports)?;
     match search(&backports)? {
         Some(offer) => Ok(offer),
-        None => {
-            bail!("no Debian package {package} {prefix}* in the package sources or in backports")
-        }
+        None => bail!("no such {package} in this machine's package sources or in backports"),
     }
 }
 

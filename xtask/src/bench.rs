@@ -6,15 +6,15 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
-use crate::lab::{self, Ended, Input, Options, Run, Show};
-use crate::place::Place;
+use crate::lab::{Ended, Input, Options, Run, Show};
+use crate::place::{self, Place};
 use crate::progress::step;
 use crate::{apt, build, bundle, repository};
 
 const HELP: &str = "\
 Usage: cargo xtask bench boot [--runs N] [--json FILE]
 
-  --runs N      runs of each measurement, the median counts [3]
+  --runs N      runs of each measurement, the least counts [3]
   --json FILE   also write the figures to FILE";
 
 /// Runs a benchmark and returns its exit status.
@@ -37,7 +37,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if benchmark.as_deref() != Some("boot") {
         bail!("which benchmark?\n{HELP}");
     }
-    apt::ensure(build::needs().chain(lab::NEEDS))?;
+    apt::ensure(build::needs().chain(place::needs(true)?))?;
     let product = build::build()?;
     let compiled = step("compile the benchmarks", || build::compile(&["isopod-bench"]))?;
     build::place(&compiled.join("isopod-bench"), &product.join("isopod-bench"))?;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
+use lexopt::prelude::*;
 
 use crate::apt::{self, Need};
 use crate::progress::{say, seconds, step};
@@ -20,10 +21,40 @@ pub(crate) fn needs() -> impl Iterator<Item = Need> {
     kernel::NEEDS.into_iter().chain(NEEDS)
 }
 
-/// A command that takes no options, builds something and says where it is.
-pub(crate) fn main(mut args: lexopt::Parser, build: fn() -> Result<PathBuf>) -> Result<i32> {
-    if let Some(arg) = args.next()? {
-        return Err(arg.unexpected().into());
+/// What `cargo xtask build --help` prints.
+pub(crate) const BUILD_HELP: &str = "\
+Usage: cargo xtask build
+
+Builds isopod, isopod-vmm and isopod-agent (static), the guest kernel `vmlinux` and the guest image
+`isopod.initramfs`, puts all of them into the folder isopod of cargo's target directory and prints it.
+Needs root if Debian packages are missing.";
+
+/// What `cargo xtask kernel --help` prints.
+pub(crate) const KERNEL_HELP: &str = "\
+Usage: cargo xtask kernel
+
+Builds the guest kernel from Debian's source with the options in guest-kernel/config, or takes it from
+the cache (~/.cache/isopod), and prints where the image is. See guest-kernel/README.md.";
+
+/// What `cargo xtask image --help` prints.
+pub(crate) const IMAGE_HELP: &str = "\
+Usage: cargo xtask image
+
+Compiles the agent, builds the guest image (an initramfs with the agent as /init) and prints where it is.";
+
+/// A command that takes no options but `--help`, builds something and says where it is.
+pub(crate) fn main(
+    mut args: lexopt::Parser,
+    help: &str,
+    build: fn() -> Result<PathBuf>,
+) -> Result<i32> {
+    match args.next()? {
+        Some(Long("help") | Short('h')) => {
+            println!("{help}");
+            return Ok(0);
+        }
+        Some(arg) => return Err(arg.unexpected().into()),
+        None => {}
     }
     println!("{}", build()?.display());
     Ok(0)

@@ -33,25 +33,51 @@ pub(crate) fn make(name: &str, args: &[String]) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// Makes a bundle called `name` that runs `args` as the bundle in `given` would.
-pub(crate) fn with_args(name: &str, given: &Path, args: &[String]) -> Result<PathBuf> {
-    let path = given.join("config.json");
-    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut config: Value = serde_json::from_slice(&text)
-        .with_context(|| format!("{} is not valid JSON", path.display()))?;
-    let process = config["process"]
-        .as_object_mut()
-        .with_context(|| format!("{} has no process", path.display()))?;
-    process.insert("args".to_owned(), json!(args));
-    let root = config["root"]["path"]
-        .as_str()
-        .with_context(|| format!("{} has no root.path", path.display()))?;
-    let root = fs::canonicalize(given.join(root))
-        .with_context(|| format!("the root file system of {} is missing", given.display()))?;
-    config["root"]["path"] = json!(root);
-    let dir = fresh(name)?;
-    write_config(&dir, &config)?;
-    Ok(dir)
+/// What the bundle in `dir`, as a user gave it, consists of.
+#[derive(Debug)]
+pub(crate) struct Given {
+    dir: PathBuf,
+    config: Value,
+}
+
+impl Given {
+    /// Reads the bundle in `dir`, an absolute path without symbolic links.
+    pub(crate) fn read(dir: PathBuf) -> Result<Self> {
+        let path = dir.join("config.json");
+        let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let config = serde_json::from_slice(&text)
+            .with_context(|| format!("{} is not valid JSON", path.display()))?;
+        Ok(Self { dir, config })
+    }
+
+    /// The bundle, its root file system and what it mounts from elsewhere, as far as they exist.
+    pub(crate) fn paths(&self) -> Vec<PathBuf> {
+        let mounts = self.config["mounts"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let binds = mounts.iter().filter(|mount| is_bind(mount)).map(|mount| &mount["source"]);
+        let sources = [&self.config["root"]["path"]].into_iter().chain(binds);
+        let found = sources
+            .filter_map(Value::as_str)
+            .filter_map(|source| fs::canonicalize(self.dir.join(source)).ok());
+        [self.dir.clone()].into_iter().chain(found).collect()
+    }
+
+    /// A `config.json` elsewhere that differs from the bundle's by having no terminal; none if the
+    /// bundle's has no terminal either.
+    pub(crate) fn without_terminal(mut self) -> Result<Option<PathBuf>> {
+        let terminal = &mut self.config["process"]["terminal"];
+        if *terminal != true {
+            return Ok(None);
+        }
+        *terminal = json!(false);
+        let dir = fresh("given")?;
+        write_config(&dir, &self.config)?;
+        Ok(Some(dir.join("config.json")))
+    }
+}
+
+fn is_bind(mount: &Value) -> bool {
+    let options = mount["options"].as_array().map(Vec::as_slice).unwrap_or_default();
+    mount["type"] == "bind" || options.iter().any(|option| option == "bind" || option == "rbind")
 }
 
 fn fresh(name: &str) -> Result<PathBuf> {
@@ -144,4 +170,21 @@ fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value
         mount["options"] = json!(options);
     }
     mount
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_given_bundle_is_made_up_of_its_root_and_binds() {
+        let here = fs::canonicalize(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let bind = json!({ "type": "none", "source": "../shim", "options": ["rbind", "ro"] });
+        let mounts = [mount("/proc", "proc", "src", &[]), bind];
+        let config = json!({ "root": { "path": "src" }, "mounts": mounts });
+        let given = Given { dir: here.clone(), config };
+        let shim = here.parent().unwrap().join("shim");
+        assert_eq!(given.paths(), [here.clone(), here.join("src"), shim]);
+        assert_eq!(given.without_terminal().unwrap(), None);
+    }
 }

@@ -61,6 +61,7 @@ pub(crate) fn entry(
     // Whatever has this name was left by a maker that died: the lock is ours.
     let unfinished = shelf.join(format!(".{key}.unfinished"));
     remove(&unfinished)?;
+    sweep(&shelf);
     fs::create_dir(&unfinished)
         .with_context(|| format!("cannot create {}", unfinished.display()))?;
     let made = make(&unfinished).and_then(|()| {
@@ -72,6 +73,21 @@ pub(crate) fn entry(
         remove(&unfinished)?;
     }
     made.map(|()| path)
+}
+
+/// Removes what makers of other entries left when they died: nobody has the lock of its key. One
+/// that cannot be removed is in nobody's way.
+fn sweep(shelf: &Path) {
+    let Ok(entries) = fs::read_dir(shelf) else { return };
+    for entry in entries.filter_map(Result::ok) {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let Some(key) = name.strip_suffix(".unfinished") else { continue };
+        let lock = File::open(shelf.join(format!("{key}.lock")))
+            .map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock));
+        if let Ok(Ok(_lock)) = lock {
+            let _ = remove(&entry.path());
+        }
+    }
 }
 
 /// Takes the exclusive lock that `path` stands for, after the process that has it.
@@ -108,7 +124,22 @@ fn remove(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::key;
+    use super::*;
+
+    #[test]
+    fn what_dead_makers_left_is_swept_up() {
+        let name = format!("xtask-cache-{}", std::process::id());
+        let shelf = std::env::temp_dir().join(name);
+        for dir in [".dead.unfinished", ".busy.unfinished", "done"] {
+            fs::create_dir_all(shelf.join(dir).join("work")).unwrap();
+        }
+        drop(lock(&shelf.join(".dead.lock")).unwrap());
+        let _busy = lock(&shelf.join(".busy.lock")).unwrap();
+        sweep(&shelf);
+        let left = |name: &str| shelf.join(name).exists();
+        assert!(!left(".dead.unfinished") && left(".busy.unfinished") && left("done"));
+        remove(&shelf).unwrap();
+    }
 
     #[test]
     fn key_depends_on_the_borders_of_parts() {

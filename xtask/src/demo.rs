@@ -7,8 +7,9 @@ use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
 use crate::apt::{self, Need};
-use crate::lab::{self, Ended, Options, Run, Show};
-use crate::place::{Place, hardware_kvm, own_input};
+use crate::bundle::Given;
+use crate::lab::{Ended, Input, Options, Run, Show};
+use crate::place::{self, Place};
 use crate::progress::{say, step};
 use crate::{build, bundle};
 
@@ -16,7 +17,9 @@ const HELP: &str = "\
 Usage: cargo xtask demo [-- BUNDLE [COMMAND...]]
 
 Installs what is missing, builds everything, and runs an OCI bundle in a microVM of its own: BUNDLE, or
-a busybox made for it. COMMAND takes the place of the bundle's process.";
+a busybox made for it. COMMAND takes the place of the bundle's process.
+
+Without hardware KVM it runs in the lab, where the bundle gets no terminal, and what it writes is lost.";
 
 const NEEDS: [Need; 1] =
     [Need { package: "busybox-static", purpose: "the demo's root file system" }];
@@ -51,28 +54,36 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    let in_lab = if hardware_kvm() { &[][..] } else { &lab::NEEDS[..] };
-    apt::ensure(build::needs().chain(NEEDS).chain(in_lab.iter().copied()))?;
+    let lab = place::needs(false)?;
+    apt::ensure(build::needs().chain(NEEDS).chain(lab))?;
+    let (dir, command) = choose(&words)?;
     let product = build::build()?;
     let uname = bundle::make("uname", &["uname".to_owned(), "-r".to_owned()])?;
-    let (dir, what) = choose(&words)?;
 
     let place = Place::open(&Options::default())?;
     let isopod = place.bring(&product)?.join("isopod");
-    say(format!("isopod run --bundle {} ({what})", dir.display()));
-    let name = format!("demo-{}", std::process::id());
-    let status = run(&place, &isopod, &dir, &name, &["--timeline"], &mut Show::Through)?;
+    if !words.is_empty() {
+        prepare(&place, &dir)?;
+    }
+    let mut argv = vec!["--timeline".to_owned(), dir.display().to_string()];
+    if !command.is_empty() {
+        argv.push("--".to_owned());
+        argv.extend_from_slice(command);
+    }
+    say(format!("isopod run {}", argv.join(" ")));
+    let status = run(&place, &isopod, &argv, place.input(), &mut Show::Through)?;
 
     let mut guest = Vec::new();
     let asked = step("ask a microVM for its kernel", || {
-        run(&place, &isopod, &uname, &format!("{name}-uname"), &[], &mut Show::Only(&mut guest))
+        let args = [uname.display().to_string()];
+        run(&place, &isopod, &args, Input::Nothing, &mut Show::Only(&mut guest))
     })?;
     if asked != 0 {
         bail!("`uname -r` in a microVM ended with status {asked}");
     }
     let mut host = Vec::new();
     let uname = Run::here(vec!["uname".to_owned(), "-r".to_owned()])?;
-    place.run(&uname, lab::Input::Nothing, &mut Show::Only(&mut host))?;
+    place.run(&uname, Input::Nothing, &mut Show::Only(&mut host))?;
     let guest = String::from_utf8_lossy(&guest);
     let host = String::from_utf8_lossy(&host);
     println!();
@@ -89,15 +100,15 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     Ok(status)
 }
 
-/// The bundle to run, and what to call it.
-fn choose(words: &[String]) -> Result<(PathBuf, &'static str)> {
+/// The bundle to run, and what it is to run in place of its process.
+fn choose(words: &[String]) -> Result<(PathBuf, &[String])> {
     match words {
         [] => {
             let dir = bundle::make("demo", &["sh".to_owned(), "/root/demo.sh".to_owned()])?;
             let script = dir.join("rootfs/root/demo.sh");
             fs::write(&script, SCRIPT)
                 .with_context(|| format!("cannot write {}", script.display()))?;
-            Ok((dir, "a busybox, made for this"))
+            Ok((dir, &[]))
         }
         [given, command @ ..] => {
             let given = fs::canonicalize(given)
@@ -105,28 +116,41 @@ fn choose(words: &[String]) -> Result<(PathBuf, &'static str)> {
             if !given.join("config.json").is_file() {
                 bail!("{} is no bundle: it has no config.json", given.display());
             }
-            match command {
-                [] => Ok((given, "as given")),
-                args => {
-                    Ok((bundle::with_args("given", &given, args)?, "as given, another command"))
-                }
-            }
+            Ok((given, command))
         }
     }
 }
 
+/// Makes a given bundle fit for the lab, where it gets no terminal, and says so.
+fn prepare(place: &Place, dir: &Path) -> Result<()> {
+    let Place::Lab(_) = place else { return Ok(()) };
+    let given = Given::read(dir.to_owned())?;
+    place.expose(&given.paths())?;
+    say("what the bundle writes to its files in the lab is lost when the lab ends");
+    let Some(config) = given.without_terminal()? else { return Ok(()) };
+    say("the bundle asks for a terminal and the lab has none: it runs there with `terminal` false");
+    // The lab's view of the bundle, not the user's file.
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
+    place.must(&[
+        "cp",
+        "--remove-destination",
+        "--",
+        &text(&config)?,
+        &text(&dir.join("config.json"))?,
+    ])
+}
+
+/// Runs `isopod run` with `args`.
 fn run(
     place: &Place,
     isopod: &Path,
-    bundle: &Path,
-    name: &str,
-    options: &[&str],
+    args: &[String],
+    input: Input,
     show: &mut Show<'_>,
 ) -> Result<i32> {
     let mut argv = vec![isopod.display().to_string(), "run".to_owned()];
-    argv.extend(options.iter().map(|&option| option.to_owned()));
-    argv.extend(["--bundle".to_owned(), bundle.display().to_string(), name.to_owned()]);
-    match place.run(&Run::here(argv)?, own_input(), show)? {
+    argv.extend_from_slice(args);
+    match place.run(&Run::here(argv)?, input, show)? {
         Ended::Status(status) => Ok(status),
         Ended::Refused(why) => bail!("{why}"),
     }

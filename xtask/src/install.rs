@@ -1,4 +1,4 @@
-//! `cargo xtask install`: the product, where `isopod` looks for its parts.
+//! `cargo xtask install`: the product, where `isopod` looks for its parts (shim/src/settings.rs).
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,7 +12,10 @@ use crate::progress::say;
 const HELP: &str = "\
 Usage: cargo xtask install [--prefix DIR]
 
-  --prefix DIR   install below DIR [/usr/local]";
+  --prefix DIR   install below DIR [/usr/local]
+
+Builds what is to be installed: isopod in DIR/bin, the VMM in DIR/libexec/isopod, guest kernel and guest
+image in DIR/share/isopod. isopod looks for the others from where it is itself, so DIR may be moved.";
 
 /// Where each file goes below the prefix.
 const FILES: [(&str, &str); 4] = [

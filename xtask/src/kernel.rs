@@ -47,7 +47,7 @@ pub(crate) fn vmlinux() -> Result<PathBuf> {
     let version = entry.join("version");
     let built = fs::read_to_string(&version)
         .with_context(|| format!("cannot read {}", version.display()))?;
-    if built != pin.version {
+    if source::base(&built) != source::base(&pin.version) {
         say(format!("guest kernel is {built}: Debian no longer has {}", pin.version));
     }
     Ok(entry.join("vmlinux"))

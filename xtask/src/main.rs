@@ -61,9 +61,9 @@ fn run() -> Result<i32> {
     match command.as_str() {
         "demo" => demo::main(args),
         "test" => test::main(args),
-        "build" => build::main(args, build::build),
-        "kernel" => build::main(args, build::kernel),
-        "image" => build::main(args, build::image),
+        "build" => build::main(args, build::BUILD_HELP, build::build),
+        "kernel" => build::main(args, build::KERNEL_HELP, build::kernel),
+        "image" => build::main(args, build::IMAGE_HELP, build::image),
         "install" => install::main(args),
         "bench" => bench::main(args),
         "lab" => lab::command::main(args),

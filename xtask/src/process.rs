@@ -2,11 +2,13 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Context as _, Result, bail};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 
@@ -34,6 +36,21 @@ pub(crate) fn bound_to_us(mut command: Command, signal: Signal) -> Command {
     // SAFETY: between fork and exec `bind` only makes two system calls (prctl and getppid) and
     // touches nothing but its captured integers, so it is async-signal-safe.
     unsafe { command.pre_exec(bind) };
+    command
+}
+
+/// Lets the child have `fds` under their numbers here. They close with the command; the children
+/// of other threads never see them.
+pub(crate) fn inheriting(mut command: Command, fds: Vec<OwnedFd>) -> Command {
+    let keep = move || {
+        for fd in &fds {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec `keep` only makes system calls (fcntl) on descriptors that it
+    // owns, so it is async-signal-safe.
+    unsafe { command.pre_exec(keep) };
     command
 }
 

@@ -11,20 +11,21 @@ use lexopt::prelude::*;
 use self::tally::Tally;
 use crate::apt;
 use crate::build;
-use crate::lab::{self, Input, Run, Show};
-use crate::place::Place;
+use crate::lab::{Input, Run, Show};
+use crate::place::{self, Place};
 use crate::progress::{seconds, step};
 use crate::repository;
 
 const HELP: &str = "\
 Usage: cargo xtask test [--unit | --e2e] [FILTER]
 
-  FILTER    only tests whose name contains it
+  FILTER    only tests whose names contain it; all tests of an end-to-end program of this very name
+            (`stdio` for tests/tests/stdio.rs)
   --unit    only the unit tests
   --e2e     only the end-to-end tests
 
-The end-to-end tests run on this machine if it has hardware KVM, and else in the lab.
-ISOPOD_LAB=force or ISOPOD_LAB=off decides otherwise.";
+The end-to-end tests run on this machine if it has hardware KVM, and else in labs that are booted for
+them and end with them. ISOPOD_LAB=force or ISOPOD_LAB=off decides otherwise.";
 
 /// Runs the tests; the exit status is 0 when all of them pass.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
@@ -46,16 +47,34 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if !unit && !e2e {
         bail!("--unit and --e2e leave nothing to test");
     }
-    apt::ensure(build::needs().chain(lab::NEEDS))?;
+    let lab = if e2e { place::needs(false)? } else { Vec::new() };
+    apt::ensure(build::needs().chain(lab))?;
     let mut total = Tally::default();
     if unit {
-        total.add(&unit_tests(filter.as_deref())?);
+        total.add(&or_failure("unit tests", unit_tests(filter.as_deref())));
     }
     if e2e {
-        total.add(&e2e::run(filter.as_deref())?);
+        total.add(&or_failure("end-to-end tests", e2e::run(filter.as_deref())));
     }
     println!("\nall tests, {}:\n{total}", seconds(began));
+    if total.is_empty() {
+        match filter {
+            Some(filter) => bail!(
+                "no test's name contains `{filter}`, and no end-to-end program is called so; \
+                 `cargo xtask test` without it runs all"
+            ),
+            None => bail!("no test was run"),
+        }
+    }
     Ok(i32::from(!total.passed_all()))
+}
+
+/// What could not be run to its end counts as failed, and does not keep the rest from being told.
+fn or_failure(what: &str, tally: Result<Tally>) -> Tally {
+    tally.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        Tally::failure(format!("{what} (not run to the end)"))
+    })
 }
 
 fn unit_tests(filter: Option<&str>) -> Result<Tally> {

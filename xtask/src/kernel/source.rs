@@ -59,14 +59,31 @@ impl fmt::Display for Pin {
     }
 }
 
+/// A version without what a rebuild for a release of Debian adds: `6.12.1-1` for
+/// `6.12.1-1~deb12u1` and for `6.12.1-1~bpo12+1`, which have the same source.
+pub(super) fn base(version: &str) -> &str {
+    match version.rsplit_once('~') {
+        Some((base, rebuild)) if rebuild.starts_with("deb") || rebuild.starts_with("bpo") => base,
+        _ => version,
+    }
+}
+
 /// The pinned version if the archive has it, else the newest of the same series.
 pub(super) fn offer(pin: &Pin) -> Result<Offer> {
     // Archives keep only the newest version of a package; why the exact one cannot be had is
     // reported only if no other can be had either.
-    if let Ok(offer) = apt::find(&pin.package, &pin.version) {
+    if let Ok(offer) = apt::find(&pin.package, |version| base(version) == base(&pin.version)) {
         return Ok(offer);
     }
-    let offer = apt::find(&pin.package, pin.series().unwrap_or(&pin.version))?;
+    let series = pin.series().unwrap_or(&pin.version);
+    let offer =
+        apt::find(&pin.package, |version| version.starts_with(series)).with_context(|| {
+            format!(
+                "cannot get {} {series}*; if Debian has dropped it, guest-kernel/version has to be \
+             raised to a series that it has",
+                pin.package
+            )
+        })?;
     say(format!("    {pin} is not to be had; taking {} of the same series", offer.version));
     Ok(offer)
 }
@@ -131,6 +148,15 @@ impl Stage {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rebuilds_have_the_same_base() {
+        for version in ["6.12.1-1", "6.12.1-1~deb12u1", "6.12.1-1~bpo12+1", "6.12.1-1~bpo13+10"] {
+            assert_eq!(base(version), "6.12.1-1");
+        }
+        assert_eq!(base("6.12~rc1-1~exp1"), "6.12~rc1-1~exp1");
+        assert_eq!(base("6.12~rc1-1~bpo12+1"), "6.12~rc1-1");
+    }
 
     #[test]
     fn pin_is_one_line() {

@@ -12,7 +12,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Ended, Input, Lab, Options, Run, Show, client, directory};
+use super::{Ended, Input, Lab, OWN_PROGRAM, Options, Run, Show, client, directory};
 use crate::progress::say;
 
 /// Name of the lab that stays.
@@ -36,8 +36,7 @@ pub(crate) fn up(options: &Options) -> Result<()> {
     let messages = log();
     let messages_file =
         File::create(&messages).with_context(|| format!("cannot write {}", messages.display()))?;
-    let own = std::env::current_exe().context("cannot tell where this program is")?;
-    let mut command = Command::new(own);
+    let mut command = Command::new(OWN_PROGRAM);
     command.args(["lab", "hold", "--cpus", &options.cpus.to_string()]);
     command.args(["--memory", &options.memory_mib.to_string()]);
     if options.count {
@@ -92,7 +91,8 @@ pub(crate) fn hold(options: &Options) -> Result<()> {
         }
     });
     lab.wait()?;
-    say("the lab has ended");
+    // Its files go with it; this stays in the log.
+    say(format!("the lab has ended{}", lab.machine.last_words()));
     Ok(())
 }
 
@@ -134,7 +134,13 @@ pub(crate) fn run(run: &Run, input: Input) -> Result<Ended> {
     if holder()?.is_none() {
         bail!("no lab runs in the background; `cargo xtask lab up` boots one");
     }
-    client::run(&directory(NAME), run, input, &mut Show::Through)
+    client::run(&directory(NAME), run, input, &mut Show::Through).map_err(|error| {
+        if error.is::<client::Lost>() {
+            error.context(format!("the lab was lost; {} has its last words", log().display()))
+        } else {
+            error
+        }
+    })
 }
 
 /// The process that holds the background lab, if it runs.

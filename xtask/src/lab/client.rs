@@ -1,5 +1,6 @@
 //! The host's end of a port: hands a command over, feeds it and shows its output.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _, stderr, stdin};
 use std::os::fd::AsRawFd as _;
@@ -18,6 +19,9 @@ use crate::progress::say;
 
 /// How long a lab may take to boot. On an idle machine it takes some five seconds.
 const BOOT_TIME: Duration = Duration::from_secs(180);
+
+/// How long a lab may take to answer a caller: it ends an earlier caller's command first.
+const ANSWER_TIME: Duration = Duration::from_secs(120);
 
 /// How long to wait before looking again whether the lab's machine still lives.
 const LOOK: Duration = Duration::from_millis(250);
@@ -57,6 +61,22 @@ impl Ended {
         match self {
             Self::Status(status) => *status,
             Self::Refused(_) => 127,
+        }
+    }
+}
+
+/// What an error is about after which the lab is of no more use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lost {
+    Silent,
+    Ended,
+}
+
+impl fmt::Display for Lost {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Silent => f.write_str("the lab does not answer"),
+            Self::Ended => f.write_str("the lab ended while a command ran in it"),
         }
     }
 }
@@ -142,15 +162,14 @@ fn still_booting(machine: &mut Machine, began: Instant) -> Result<()> {
 
 /// Runs a command in the lab in `dir`, with its standard error on this process's own.
 pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
-    let mut port = Port::take(dir)?;
-    port.greet().context("the lab does not answer")?;
+    let mut port = Port::take(dir).context(Lost::Silent)?;
+    port.stream.set_read_timeout(Some(ANSWER_TIME)).context("cannot set a time limit")?;
+    port.greet().context(Lost::Silent)?;
     port.stream.set_read_timeout(run.quiet_limit).context("cannot set a time limit")?;
-    write_frame(&mut port.stream, Kind::Start, &run.to_json()?)
-        .context("cannot hand the command to the lab")?;
+    write_frame(&mut port.stream, Kind::Start, &run.to_json()?).context(Lost::Ended)?;
     let mut writer = port.stream.try_clone().context("cannot duplicate a descriptor")?;
     match input {
-        Input::Nothing => write_frame(&mut writer, Kind::Stdin, &[])
-            .context("cannot hand the command to the lab")?,
+        Input::Nothing => write_frame(&mut writer, Kind::Stdin, &[]).context(Lost::Ended)?,
         // It may wait for input for ever, so nobody waits for it.
         Input::Own => drop(thread::spawn(move || feed(&mut writer))),
     }
@@ -163,7 +182,7 @@ pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> R
                 let limit = run.quiet_limit.unwrap_or_default().as_secs();
                 return Ok(Ended::Refused(format!("it printed nothing for {limit} s")));
             }
-            Err(error) => return Err(error).context("the lab has ended"),
+            Err(error) => return Err(error).context(Lost::Ended),
         };
         let shown = match kind {
             Kind::Stdout => show.stdout(&payload),

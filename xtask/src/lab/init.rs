@@ -6,6 +6,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context as _, Result, bail};
 use nix::mount::{MsFlags, mount};
@@ -96,14 +97,13 @@ fn set_up() -> Result<()> {
     Ok(())
 }
 
-/// Makes up for what QEMU's processors get wrong when there are several of them. What it returns
-/// has to be kept.
+/// Makes up for what QEMU's processors get wrong. What it returns has to be kept.
 ///
-/// Beside what [`IdleVm`] is for: the interrupt shadow is not loaded at VMRUN (up to version 10 at
+/// Of any processor, alone or not: the interrupt shadow is not loaded at VMRUN (up to version 10 at
 /// least). A guest that is interrupted between STI and HLT then handles its next interrupt before
 /// the HLT, and sleeps although that interrupt gave it work, now and then for as long as nothing
-/// else wakes it. With its tick left on, that is until the next tick. No real processor needs any
-/// of this, and a lab that counts has to run what others run.
+/// else wakes it. With its tick left on, that is until the next tick. Of several processors: see
+/// [`IdleVm`]. No real processor needs any of this, and a lab that counts has to run what others run.
 fn make_up_for_processors() -> Result<Option<IdleVm>> {
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
     if cmdline.split_whitespace().any(|word| word == COUNTING) {
@@ -111,7 +111,8 @@ fn make_up_for_processors() -> Result<Option<IdleVm>> {
     }
     fs::create_dir_all("/etc/isopod").context("cannot create /etc/isopod")?;
     write("/etc/isopod/config.toml", "kernel_params = \"nohz=off\"\n")?;
-    IdleVm::new().map(Some)
+    let processors = thread::available_parallelism().context("cannot count the processors")?;
+    (processors.get() > 1).then(IdleVm::new).transpose()
 }
 
 /// Moves this process out of the root cgroup and enables all controllers below it, so that a

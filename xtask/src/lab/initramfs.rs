@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
@@ -19,8 +19,28 @@ const SCRIPT: &str = include_str!("initramfs.sh");
 const MODULES: [&str; 4] = ["virtio_pci", "virtiofs", "overlay", "virtio_console"];
 
 /// Where the lab has a tmpfs of its own.
-const TMPFS: &str =
-    "/tmp /run /var/tmp /var/lib/containerd /var/lib/containers /var/lib/docker /var/lib/isopod";
+const TMPFS: [&str; 7] = [
+    "/tmp",
+    "/run",
+    "/var/tmp",
+    "/var/lib/containerd",
+    "/var/lib/containers",
+    "/var/lib/docker",
+    "/var/lib/isopod",
+];
+
+/// Those of `paths` that the lab does not show, or that it shares for writing; nothing below another
+/// of them. All are absolute and without symbolic links.
+pub(super) fn hidden(paths: &[PathBuf], work: &Path) -> Vec<PathBuf> {
+    let own = |path: &Path| {
+        let mut own = TMPFS.iter().map(Path::new).chain([Path::new("/dev/shm"), work]);
+        own.any(|dir| path.starts_with(dir))
+    };
+    let mut paths: Vec<PathBuf> = paths.iter().filter(|path| own(path)).cloned().collect();
+    paths.sort();
+    paths.dedup_by(|next, kept| next.starts_with(kept));
+    paths
+}
 
 /// Writes the compressed-less cpio archive `dir/initramfs.cpio`, staged in `dir/initramfs`.
 ///
@@ -52,7 +72,7 @@ pub(super) fn write(dir: &Path, kernel: &LabKernel, init: &Path, work: &Path) ->
 
     let mut script = String::from("#!/bin/busybox sh\n");
     for (name, value) in [
-        ("LAB_TMPFS", TMPFS),
+        ("LAB_TMPFS", TMPFS.join(" ").as_str()),
         ("LAB_MODULES", text(&kernel.modules)?),
         ("LAB_CHECKOUT", text(repository::root())?),
         ("LAB_WORK", text(work)?),
@@ -111,7 +131,14 @@ fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::quoted;
+    use super::*;
+
+    #[test]
+    fn hidden_are_the_uppermost_below_what_is_the_labs() {
+        let paths = ["/tmp/b/rootfs", "/srv/b", "/tmp/b", "/w/target/x", "/tmp/bc"];
+        let hidden = hidden(&paths.map(PathBuf::from), Path::new("/w/target"));
+        assert_eq!(hidden, ["/tmp/b", "/tmp/bc", "/w/target/x"].map(PathBuf::from));
+    }
 
     #[test]
     fn quoted_words_survive_a_shell() {

@@ -24,6 +24,10 @@ for dir in $LAB_TMPFS; do
     mount -t tmpfs -o "size=60%,mode=$($busybox stat -c %a "/newroot$dir")" lab-tmp "/newroot$dir"
 done
 
+# What the lab's own directories hide of the machine can be found here.
+$busybox mkdir -p /newroot/run/host
+mount -o bind /lower /newroot/run/host
+
 modules=/newroot/usr/lib/modules/$($busybox uname -r)
 $busybox mkdir -p "$modules"
 mount -o bind "/lower$LAB_MODULES" "$modules"

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
@@ -44,24 +45,31 @@ pub(crate) fn ensure() -> Result<LabKernel> {
 }
 
 fn fetch() -> Result<PathBuf> {
-    let meta = apt::find(PACKAGE, "")?;
+    let meta = apt::find(PACKAGE, |_| true)?;
     let image = meta
         .depends()?
         .into_iter()
         .find(|name| name.starts_with("linux-image-"))
         .with_context(|| format!("{PACKAGE} {} depends on no kernel image", meta.version))?;
-    let offer = apt::find(&image, &meta.version)?;
+    let offer = apt::find(&image, |version| version == meta.version)?;
     cache::entry(KIND, &format!("{image}_{}", offer.version), |dir| {
         offer.unpack(dir)?;
+        // depmod knows one of the two places only.
+        if !dir.join("lib").exists() {
+            symlink("usr/lib", dir.join("lib"))
+                .with_context(|| format!("cannot link {}/lib", dir.display()))?;
+        }
         let kernel = locate(dir)?;
         capture(command("/sbin/depmod").arg("-b").arg(dir).arg(&kernel.release)).map(drop)
     })
 }
 
 fn locate(entry: &Path) -> Result<LabKernel> {
-    let shelf = entry.join("lib/modules");
+    // Releases from 13 on have them below /usr.
+    let shelves = ["lib/modules", "usr/lib/modules"].map(|shelf| entry.join(shelf));
+    let shelf = shelves.iter().find(|shelf| shelf.is_dir()).unwrap_or(&shelves[0]);
     let mut releases =
-        fs::read_dir(&shelf).with_context(|| format!("cannot list {}", shelf.display()))?;
+        fs::read_dir(shelf).with_context(|| format!("cannot list {}", shelf.display()))?;
     let modules = releases
         .next()
         .with_context(|| format!("{} is empty; remove {}", shelf.display(), entry.display()))?

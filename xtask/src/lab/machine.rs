@@ -1,22 +1,26 @@
 //! The lab's machine: QEMU and the two virtiofsd that serve its file systems.
 
 use std::fs::File;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::{Options, PORT_PREFIX, PORTS};
-use crate::process::{bound_to_us, tail};
+use crate::process::{bound_to_us, inheriting, tail};
 
 /// Where Debian has the virtiofsd of its QEMU package, and the one of its own.
 const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
 const VIRTIOFSD_RUST: &str = "/usr/libexec/virtiofsd";
+
+/// Whether Debian's QEMU package brought a virtiofsd; newer releases have a package for it.
+pub(super) fn has_qemus_virtiofsd() -> bool {
+    Path::new(VIRTIOFSD).exists()
+}
 
 /// Kernel command line: a quick boot, and a console for what goes wrong.
 const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_timer_check \
@@ -24,6 +28,12 @@ const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_ti
 
 /// On the kernel command line of a lab that counts, for its PID 1.
 pub(super) const COUNTING: &str = "lab.counting";
+
+/// Lines of each log that go into an error message: a kernel's whole panic.
+const LAST_LINES: usize = 40;
+
+/// In QEMU's warnings about features of real processors that no guest here needs.
+const HARMLESS: &str = "TCG doesn't support requested feature";
 
 /// How the guest may cache a share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +66,7 @@ impl Machine {
         let mut qemu = bound_to_us(Command::new("qemu-system-x86_64"), Signal::SIGKILL);
         // Sockets are named relative to the directory: their paths may be 107 bytes at most.
         qemu.current_dir(dir).args(arguments(kernel, &ports, options));
+        let mut qemu = inheriting(qemu, ports);
         let qemu = qemu
             .stdin(Stdio::null())
             .stdout(log.try_clone().context("cannot duplicate a descriptor")?)
@@ -76,7 +87,9 @@ impl Machine {
     pub(super) fn last_words(&self) -> String {
         let mut words = String::new();
         for name in ["console.log", "qemu.log", "virtiofsd-root.log", "virtiofsd-work.log"] {
-            let said = tail(&self.dir.join(name), 20);
+            let said = tail(&self.dir.join(name), LAST_LINES);
+            let said: Vec<&str> = said.lines().filter(|line| !line.contains(HARMLESS)).collect();
+            let said = said.join("\n");
             if !said.trim().is_empty() {
                 words.push_str(&format!("\n--- {name}\n{said}"));
             }
@@ -126,7 +139,7 @@ fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
     let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
     let source = source.to_str().context("a shared directory's name is not UTF-8")?;
 
-    let mut command = if Path::new(VIRTIOFSD).exists() {
+    let mut command = if has_qemus_virtiofsd() {
         let mut command = Command::new(VIRTIOFSD);
         let cache = if cache == Cache::Always { "always" } else { "auto" };
         command.args(["-o", &format!("source={source}"), "-o", &format!("cache={cache}")]);
@@ -139,10 +152,13 @@ fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
         command.args(["--inode-file-handles", "prefer"]);
         command
     } else {
-        bail!("there is no virtiofsd in {VIRTIOFSD} or {VIRTIOFSD_RUST}");
+        bail!(
+            "there is no virtiofsd in {VIRTIOFSD} or {VIRTIOFSD_RUST}; install one of the Debian \
+             packages qemu-system-common (12) and virtiofsd (13)"
+        );
     };
     command.args([&format!("--fd={fd}"), "--thread-pool-size=0", "--rlimit-nofile=0"]);
-    bound_to_us(command, Signal::SIGKILL)
+    inheriting(bound_to_us(command, Signal::SIGKILL), vec![listener])
         .stdin(Stdio::null())
         .stdout(log.try_clone().context("cannot duplicate a descriptor")?)
         .stderr(log)
@@ -150,16 +166,13 @@ fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
         .context("cannot run virtiofsd")
 }
 
-/// A socket that listens on `name` in `dir`, for a child to inherit.
+/// A socket that listens on `name` in `dir`.
 fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
     let at = File::open(dir).with_context(|| format!("cannot open {}", dir.display()))?;
     let path = format!("/proc/self/fd/{}/{name}", at.as_raw_fd());
-    let listener: OwnedFd = UnixListener::bind(path)
-        .with_context(|| format!("cannot listen on {}/{name}", dir.display()))?
-        .into();
-    fcntl(listener.as_fd(), FcntlArg::F_SETFD(FdFlag::empty()))
-        .context("cannot pass a socket on")?;
-    Ok(listener)
+    UnixListener::bind(path)
+        .map(OwnedFd::from)
+        .with_context(|| format!("cannot listen on {}/{name}", dir.display()))
 }
 
 fn arguments(kernel: &Path, ports: &[OwnedFd], options: &Options) -> Vec<String> {

@@ -28,9 +28,10 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use nix::fcntl::{Flock, FlockArg};
 use serde_json::{Value, json};
 
@@ -44,13 +45,15 @@ use crate::repository;
 /// How the names of the ports begin that take commands.
 const PORT_PREFIX: &str = "isopod.lab.";
 
+/// The file of the running program, even when its name stands for another one by now.
+const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// Ports, and so commands at a time.
 const PORTS: usize = 8;
 
-/// What the lab needs from Debian.
-pub(crate) const NEEDS: [Need; 8] = [
+const NEEDS: [Need; 8] = [
     Need { package: "qemu-system-x86", purpose: "the lab's machine" },
-    Need { package: "qemu-system-common", purpose: "virtiofsd, the lab's file systems" },
+    Need { package: "qemu-system-common", purpose: "the lab's machine" },
     Need { package: "busybox-static", purpose: "the lab's initramfs" },
     Need { package: "cpio", purpose: "the lab's initramfs" },
     Need { package: "xz-utils", purpose: "the lab's modules" },
@@ -58,6 +61,21 @@ pub(crate) const NEEDS: [Need; 8] = [
     Need { package: "iproute2", purpose: "network set-up in the lab" },
     Need { package: "dpkg", purpose: "unpacking the lab's kernel" },
 ];
+
+const VIRTIOFSD: Need = Need { package: "virtiofsd", purpose: "the lab's file systems" };
+
+/// What the lab needs from Debian, as far as can be told now: a release that has virtiofsd in a
+/// package of its own is known as such when apt has its lists.
+pub(crate) fn needs() -> impl Iterator<Item = Need> {
+    let own = !machine::has_qemus_virtiofsd() && apt::knows(VIRTIOFSD.package);
+    NEEDS.into_iter().chain(own.then_some(VIRTIOFSD))
+}
+
+/// Installs what the lab needs. Asked again after the first installation, [`needs`] knows all.
+fn install() -> Result<()> {
+    apt::ensure(NEEDS)?;
+    apt::ensure(needs())
+}
 
 /// What kind of lab to boot.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -73,27 +91,42 @@ pub(crate) struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self::for_one_of(1)
+        Self { count: false, cpus: 1, memory_mib: (total_mib() / 2).clamp(2048, MOST_MIB) }
     }
 }
 
 impl Options {
-    /// For each of `labs` labs that run at the same time.
-    pub(crate) fn for_one_of(labs: usize) -> Self {
-        Self { count: false, cpus: 1, memory_mib: memory_mib(labs as u64) }
+    /// How many labs this machine can run at the same time for `jobs` jobs, and what each is like.
+    pub(crate) fn side_by_side(jobs: usize) -> (usize, Self) {
+        let cpus = thread::available_parallelism().map_or(1, usize::from);
+        let (labs, memory_mib) = share(cpus.min(jobs), total_mib());
+        (labs, Self { count: false, cpus: 1, memory_mib })
     }
 }
 
-/// 8 GiB, or the share of a lab in half of what the machine has.
-fn memory_mib(labs: u64) -> u64 {
+/// Memory in MiB of a lab that runs all tests: those of a guest of 4 GiB need more than that.
+const TEST_MIB: u64 = 6 * 1024;
+
+/// Most memory in MiB that a lab can use.
+const MOST_MIB: u64 = 8 * 1024;
+
+/// How many labs `cpus` processors and `total_mib` MiB of memory are enough for, and the memory in
+/// MiB of each. It is only taken as it is used, so together they may have all there is.
+fn share(cpus: usize, total_mib: u64) -> (usize, u64) {
+    let room = usize::try_from(total_mib / TEST_MIB).unwrap_or(usize::MAX);
+    let labs = cpus.min(room).clamp(1, 4);
+    (labs, (total_mib / labs as u64).min(MOST_MIB))
+}
+
+/// This machine's memory in MiB.
+fn total_mib() -> u64 {
     let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total_kib = info
         .lines()
         .find_map(|line| line.strip_prefix("MemTotal:"))
         .and_then(|rest| rest.trim().strip_suffix("kB"))
         .and_then(|number| number.trim().parse::<u64>().ok());
-    // The lab's memory is only taken as it is used.
-    total_kib.map_or(4096, |kib| (kib / 1024 / 2 / labs).clamp(2048, 8192))
+    total_kib.map_or(MOST_MIB, |kib| kib / 1024)
 }
 
 /// A command to run in a lab.
@@ -168,7 +201,7 @@ impl Lab {
         if !nix::unistd::geteuid().is_root() {
             bail!("the lab shares this machine's files and so has to be booted by root");
         }
-        apt::ensure(NEEDS)?;
+        install()?;
         let kernel = kernel::ensure()?;
         let dir = directory(name);
         let lock = {
@@ -181,11 +214,10 @@ impl Lab {
         };
         let what = if options.count { "boot the lab (counting)" } else { "boot the lab" };
         step(what, || {
-            // PID 1 is this program, as it is now: a copy that no build replaces.
+            // PID 1 is this program, as it is now, though a build may have replaced its file: a copy.
             let init = dir.join("lab-init");
-            let own = std::env::current_exe().context("cannot tell where this program is")?;
-            fs::copy(&own, &init)
-                .with_context(|| format!("cannot copy {} to {}", own.display(), init.display()))?;
+            fs::copy(OWN_PROGRAM, &init)
+                .with_context(|| format!("cannot copy {OWN_PROGRAM} to {}", init.display()))?;
             initramfs::write(&dir, &kernel, &init, &repository::target())?;
             let mut machine = Machine::start(&dir, &kernel.image, &repository::target(), options)?;
             client::await_boot(&dir, &mut machine)?;
@@ -201,8 +233,18 @@ impl Lab {
     }
 
     /// Runs a command with its standard error on this process's own, and returns how it ended.
+    ///
+    /// # Errors
+    ///
+    /// If the lab was lost, with what it said last.
     pub(crate) fn run(&self, run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
-        client::run(&self.dir, run, input, show)
+        client::run(&self.dir, run, input, show).map_err(|error| {
+            if error.is::<client::Lost>() {
+                anyhow!("{error:#}{}", self.machine.last_words())
+            } else {
+                error
+            }
+        })
     }
 
     /// Waits until the lab ends by itself.
@@ -221,8 +263,13 @@ impl Drop for Lab {
 
 /// Fetches and unpacks what labs boot, for those that are about to boot side by side.
 pub(crate) fn prepare() -> Result<()> {
-    apt::ensure(NEEDS)?;
+    install()?;
     kernel::ensure().map(drop)
+}
+
+/// Those of `paths` that a lab does not show as they are on this machine; see [`initramfs::hidden`].
+pub(crate) fn hidden(paths: &[PathBuf]) -> Vec<PathBuf> {
+    initramfs::hidden(paths, &repository::target())
 }
 
 /// Where the files of the lab called `name` are while it runs.
@@ -252,5 +299,19 @@ fn sweep() {
         if let Ok(Ok(_lock)) = dead {
             let _ = fs::remove_dir_all(entry.path());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::share;
+
+    #[test]
+    fn labs_have_room_for_a_guest_of_4_gib() {
+        assert_eq!(share(2, 24_000), (2, 8192));
+        assert_eq!(share(8, 15_900), (2, 7950));
+        assert_eq!(share(8, 64_000), (4, 8192));
+        assert_eq!(share(4, 7_900), (1, 7900));
+        assert_eq!(share(0, 3_900), (1, 3900));
     }
 }

@@ -2,18 +2,19 @@
 
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use serde_json::Value as Json;
 
 use super::tally::Tally;
 use crate::build::{self, cargo};
-use crate::lab::{self, Input, Run, Show};
+use crate::lab::{self, Input, Lab, Run, Show};
 use crate::place::{self, Place};
+use crate::process::capture;
 use crate::progress::{say, step};
 
 /// How long a test program may print nothing.
@@ -25,76 +26,137 @@ const SCRATCH: &str = "/tmp/isopod-tests";
 /// The test program that needs a machine with two processors.
 const NEEDS_TWO_CPUS: &str = "smp";
 
-/// Builds what is tested and the tests, and runs those whose name contains `filter`.
+/// Builds what is tested and the tests, and runs those that `filter` chooses.
 pub(super) fn run(filter: Option<&str>) -> Result<Tally> {
     let product = build::build()?;
     let probe = step("compile the tests' probe", || build::compile(&["isopod-tests"]))?;
     build::place(&probe.join("isopod-probe"), &product.join("isopod-probe"))?;
     let programs = step("compile the end-to-end tests", test_programs)?;
-    if place::is_here(false)? {
-        let site = Site::prepare(Place::Here, &product, filter)?;
-        let mut total = Tally::default();
-        for program in &programs {
-            let what = format!("end-to-end tests: {}", program.name);
-            total.add(&step(&what, || site.run(program, false))?);
-        }
-        // Fails when a test left something there, which the test itself has reported.
-        let _ = std::fs::remove_dir(SCRATCH);
-        return Ok(total);
+    let programs = choose(programs, filter)?;
+    if programs.is_empty() {
+        return Ok(Tally::default());
     }
-    in_labs(programs, &product, filter)
+    if !place::is_here(false)? {
+        return in_labs(programs, &product);
+    }
+    let site = Site::prepare(Place::Here, &product)?;
+    let mut total = Tally::default();
+    for program in &programs {
+        let what = format!("end-to-end tests: {}", program.name);
+        total.add(&step(&what, || site.run(program, false))?);
+    }
+    // Fails when a test left something there, which the test itself has reported.
+    let _ = std::fs::remove_dir(SCRATCH);
+    Ok(total)
 }
 
-/// Runs the tests in as many labs as this machine has processors for.
-fn in_labs(programs: Vec<TestProgram>, product: &Path, filter: Option<&str>) -> Result<Tally> {
+/// The programs that have tests which `filter` chooses, each with what it is to be told.
+fn choose(programs: Vec<TestProgram>, filter: Option<&str>) -> Result<Vec<TestProgram>> {
+    let Some(filter) = filter else { return Ok(programs) };
+    let mut chosen = Vec::new();
+    for mut program in programs {
+        if program.name != filter {
+            let mut list = Command::new(&program.path);
+            // Lines of `NAME: test`, none of them if nothing fits.
+            if capture(list.args(["--list", "--format", "terse", filter]))?.is_empty() {
+                continue;
+            }
+            program.filter = Some(filter.to_owned());
+        }
+        chosen.push(program);
+    }
+    Ok(chosen)
+}
+
+/// Runs the programs in as many labs as this machine has processors and memory for.
+fn in_labs(programs: Vec<TestProgram>, product: &Path) -> Result<Tally> {
     lab::prepare()?;
-    let count = thread::available_parallelism().map_or(1, usize::from).clamp(1, 4);
     let (smp, programs): (Vec<_>, Vec<_>) =
         programs.into_iter().partition(|program| program.name == NEEDS_TWO_CPUS);
-    let queue = Mutex::new(VecDeque::from(programs));
-    let total = Mutex::new(Tally::default());
-    let work = |options: &lab::Options, queue: &Mutex<VecDeque<TestProgram>>| {
-        let site =
-            Site::prepare(Place::Lab(Box::new(lab::Lab::private(options)?)), product, filter)?;
-        loop {
-            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-            let Some(program) = next else { return Ok(()) };
-            let what = format!("end-to-end tests in the lab: {}", program.name);
-            let tally = step(&what, || site.run(&program, true))?;
-            total.lock().unwrap_or_else(PoisonError::into_inner).add(&tally);
-        }
-    };
-    let options = lab::Options::for_one_of(count);
+    let (count, options) = lab::Options::side_by_side(programs.len());
+    let labs = Labs { product, total: Mutex::new(Tally::default()) };
+    let queue = Queue::new(VecDeque::from(programs));
     thread::scope(|scope| {
-        let workers: Vec<_> = (0..count).map(|_| scope.spawn(|| work(&options, &queue))).collect();
-        let ended = workers.into_iter().map(|worker| {
-            worker.join().unwrap_or_else(|_| Err(anyhow!("a thread of the tests panicked")))
-        });
-        // All of them end before the first error counts.
-        ended.collect::<Vec<Result<()>>>().into_iter().collect::<Result<()>>()
-    })?;
-    work(&lab::Options { cpus: 2, ..options }, &Mutex::new(VecDeque::from(smp)))?;
-    Ok(total.into_inner().unwrap_or_else(PoisonError::into_inner))
+        for _ in 0..count {
+            scope.spawn(|| labs.work(&options, &queue));
+        }
+    });
+    let smp = Queue::new(VecDeque::from(smp));
+    labs.work(&lab::Options { cpus: 2, ..options }, &smp);
+    let mut total = labs.total.into_inner().unwrap_or_else(PoisonError::into_inner);
+    // Left over when no lab could be booted.
+    for queue in [queue, smp] {
+        for program in queue.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            total.add(&Tally::failure(format!("{} (not run: there was no lab)", program.name)));
+        }
+    }
+    Ok(total)
+}
+
+/// Programs that wait for a lab.
+type Queue = Mutex<VecDeque<TestProgram>>;
+
+/// What all labs share.
+struct Labs<'a> {
+    product: &'a Path,
+    total: Mutex<Tally>,
+}
+
+impl Labs<'_> {
+    /// Takes programs from `queue` and runs them in one lab after the other: the next one when a
+    /// lab was lost, which fails the program that ran in it.
+    fn work(&self, options: &lab::Options, queue: &Queue) {
+        let mut site: Option<Site> = None;
+        loop {
+            if queue.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+                return;
+            }
+            let ready = match site.take().map_or_else(|| self.boot(options), Ok) {
+                Ok(ready) => ready,
+                Err(error) => {
+                    say(format!("no lab for the end-to-end tests: {error:#}"));
+                    return;
+                }
+            };
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let Some(program) = next else { return };
+            let what = format!("end-to-end tests in the lab: {}", program.name);
+            let tally = match step(&what, || ready.run(&program, true)) {
+                Ok(tally) => {
+                    site = Some(ready);
+                    tally
+                }
+                Err(error) => {
+                    say(format!("the lab of {} is of no more use: {error:#}", program.name));
+                    Tally::failure(format!("{} (its lab was lost)", program.name))
+                }
+            };
+            self.total.lock().unwrap_or_else(PoisonError::into_inner).add(&tally);
+        }
+    }
+
+    fn boot(&self, options: &lab::Options) -> Result<Site> {
+        Site::prepare(Place::Lab(Box::new(Lab::private(options)?)), self.product)
+    }
 }
 
 /// A place with the product and room for the tests' files.
-struct Site<'a> {
+struct Site {
     place: Place,
     product: PathBuf,
-    filter: Option<&'a str>,
 }
 
-impl<'a> Site<'a> {
-    fn prepare(place: Place, product: &Path, filter: Option<&'a str>) -> Result<Self> {
+impl Site {
+    fn prepare(place: Place, product: &Path) -> Result<Self> {
         let product = place.bring(product)?;
         place.must(&["mkdir", "-p", SCRATCH])?;
-        Ok(Self { place, product, filter })
+        Ok(Self { place, product })
     }
 
     /// Runs one program. Its output is shown as it comes, or, if `whole`, when it has ended.
     fn run(&self, program: &TestProgram, whole: bool) -> Result<Tally> {
         let mut run = Run::here(vec![program.path.display().to_string()])?;
-        run.argv.extend(self.filter.map(str::to_owned));
+        run.argv.extend(program.filter.clone());
         // An emulated processor is slow, and tests have bounds; some run several sandboxes anyway.
         if matches!(self.place, Place::Lab(_)) {
             run.argv.push("--test-threads=1".to_owned());
@@ -121,6 +183,8 @@ impl<'a> Site<'a> {
 struct TestProgram {
     name: String,
     path: PathBuf,
+    /// Runs only tests whose names contain it.
+    filter: Option<String>,
 }
 
 /// Compiles the end-to-end tests.
@@ -146,5 +210,5 @@ fn test_program(message: &str) -> Option<TestProgram> {
     let message: Json = serde_json::from_str(message).ok()?;
     let is_test = message["profile"]["test"] == true;
     let path = message["executable"].as_str().filter(|_| is_test)?.into();
-    Some(TestProgram { name: message["target"]["name"].as_str()?.to_owned(), path })
+    Some(TestProgram { name: message["target"]["name"].as_str()?.to_owned(), path, filter: None })
 }

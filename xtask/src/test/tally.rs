@@ -16,12 +16,15 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// What a run called `name` that printed `output` amounts to.
+    /// What a run called `name` that printed `output` amounts to. One that reports no result has
+    /// failed, whatever its exit status.
     pub(super) fn of(name: &str, output: &[u8], ended: &Ended) -> Self {
         let mut tally = Self::default();
+        let mut reported = false;
         for line in String::from_utf8_lossy(output).lines() {
             // `test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; ...`
             let Some(counts) = line.strip_prefix("test result: ") else { continue };
+            reported = true;
             for part in counts.split(['.', ';']) {
                 let Some((number, what)) = part.trim().split_once(' ') else { continue };
                 let Ok(number) = number.parse::<u64>() else { continue };
@@ -35,11 +38,17 @@ impl Tally {
             }
         }
         match ended {
-            Ended::Status(0) => {}
+            Ended::Status(0) if reported => {}
+            Ended::Status(0) => tally.failures.push(format!("{name} (it ended without a result)")),
             Ended::Status(status) => tally.failures.push(format!("{name} (exit status {status})")),
             Ended::Refused(why) => tally.failures.push(format!("{name} ({why})")),
         }
         tally
+    }
+
+    /// The tally of a run that failed before it could report anything.
+    pub(super) fn failure(what: impl Into<String>) -> Self {
+        Self { failures: vec![what.into()], ..Self::default() }
     }
 
     pub(super) fn add(&mut self, other: &Self) {
@@ -52,6 +61,11 @@ impl Tally {
 
     pub(super) fn passed_all(&self) -> bool {
         self.failed == 0 && self.failures.is_empty()
+    }
+
+    /// Whether no test was chosen, neither to run nor to be ignored, and nothing failed either.
+    pub(super) fn is_empty(&self) -> bool {
+        self.passed_all() && self.passed + self.ignored == 0
     }
 }
 
@@ -89,8 +103,12 @@ mod tests {
     }
 
     #[test]
-    fn a_program_that_dies_without_a_result_fails() {
+    fn a_program_without_a_result_fails() {
         assert!(!Tally::of("x", b"", &Ended::Status(139)).passed_all());
-        assert!(Tally::of("x", b"", &Ended::Status(0)).passed_all());
+        assert!(!Tally::of("x", b"running 3 tests\n", &Ended::Status(0)).passed_all());
+        let none = b"test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 9 filtered out\n";
+        let none = Tally::of("x", none, &Ended::Status(0));
+        assert!(none.passed_all() && none.is_empty());
+        assert!(!Tally::failure("x").is_empty());
     }
 }
