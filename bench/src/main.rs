@@ -1,4 +1,4 @@
-//! `isopod-bench`: measures the built programs, each figure beside a peer of the same run.
+//! `isopod-bench`: measures the built programs, beside a peer of the same run where there is one.
 //!
 //! Meant for a machine whose clock counts instructions (`cargo xtask bench` boots one): there a
 //! millisecond is a million instructions, called a unit. Elsewhere the same numbers are wall times,

@@ -280,11 +280,30 @@ fn run_detached_returns_while_the_container_runs() {
 #[test]
 fn run_passes_signals_on() {
     let scope = Scope::new();
-    let container = scope.container().shell("trap 'exit 13' TERM; echo up; sleep 1000 & wait");
-    let mut run = container.command_with_bundle("run", &[]).spawn();
-    run.stdout.line_with("up");
-    scope.program(&["kill", "-TERM", &run.pid.to_string()]).output().ok();
-    assert_eq!(run.wait().status(), 13);
+    // The last one is a real-time signal, as systemd sends to its containers.
+    for signal in [15, 14, 37] {
+        let script = format!("trap 'exit 13' {signal}; echo up; sleep 1000 & wait");
+        let container = scope.container().shell(&script);
+        let mut run = container.command_with_bundle("run", &[]).spawn();
+        run.stdout.line_with("up");
+        let signal_option = format!("-{signal}");
+        scope.program(&["kill", &signal_option, &run.pid.to_string()]).output().ok();
+        assert_eq!(run.wait().status(), 13, "signal {signal}");
+        scope.assert_nothing_left();
+    }
+}
+
+#[test]
+fn delete_force_needs_no_readable_state() {
+    microvm_only!();
+    let scope = Scope::new();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    container.kill("KILL").ok();
+    created.wait();
+    fs::write(scope.root().join(&container.id).join("state.json"), "{").unwrap();
+    container.delete().one_line_error(&["state.json"]);
+    container.delete_force().ok();
     scope.assert_nothing_left();
 }
 

@@ -1,9 +1,10 @@
 //! Limits as cgroup files, and the size of the microVM.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
+use std::io::Write as _;
 use std::path::Path;
 
-use isopod_tests::{Container, Scope, microvm_only, runtime, skip};
+use isopod_tests::{Container, DEADLINE, Scope, microvm_only, runtime, skip};
 use serde_json::{Value, json};
 
 fn files(container: Container<'_>, paths: &[&str]) -> Value {
@@ -60,6 +61,63 @@ fn the_microvm_has_a_cpu_for_each_of_the_quota() {
         let out = container.edit(|c| c["linux"]["resources"]["cpu"] = limit).run().ok();
         assert_eq!(out.stdout, format!("{cpus}\n"), "quota {quota}");
     }
+}
+
+#[test]
+fn processors_of_the_host_become_as_many_of_the_microvm() {
+    microvm_only!();
+    let scope = Scope::new();
+    for (limits, cpus) in [
+        (json!({ "cpus": "3" }), "0"),
+        (json!({ "cpus": "2-3,7", "mems": "0" }), "0-2"),
+        (json!({ "cpus": "0-3", "quota": 50_000, "period": 100_000 }), "0"),
+    ] {
+        let container = scope.container().args(["cat", "/sys/fs/cgroup/cpuset.cpus"]);
+        let out = container.edit(|c| c["linux"]["resources"]["cpu"] = limits.clone()).run().ok();
+        assert_eq!(out.stdout.trim(), cpus, "{limits}");
+    }
+}
+
+#[test]
+fn a_microvm_may_have_more_vcpus_than_the_host() {
+    microvm_only!();
+    let scope = Scope::new();
+    let container = scope.container().annotation("dev.isopod.vcpus", "8");
+    let out = container.args(["grep", "-c", "^processor", "/proc/cpuinfo"]).run().ok();
+    assert_eq!(out.stdout, "8\n");
+}
+
+#[test]
+fn memory_that_the_guest_frees_goes_back_to_the_host() {
+    microvm_only!();
+    const MIB: u64 = 200;
+    let scope = Scope::new();
+    let script = format!(
+        "head -c {} /dev/zero >/tmp/x; echo full; read line; rm /tmp/x; echo empty; read line",
+        MIB << 20
+    );
+    let container = scope.container().mount("/tmp", "tmpfs", "tmpfs", &[]).shell(&script);
+    let pid_file = container.pid_file();
+    let options = ["--pid-file", pid_file.to_str().unwrap()];
+    let mut run = container.command_with_bundle("run", &options).stdin_piped().spawn();
+    let mut stdin = run.take_stdin();
+    run.stdout.line_with("full");
+    let sandbox: i32 = std::fs::read_to_string(&pid_file).unwrap().parse().unwrap();
+    let status = format!("/proc/{}/status", scope.child(sandbox, "isopod-vmm"));
+    let resident_mib = || -> u64 {
+        let status = std::fs::read_to_string(&status).unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+    };
+    let full = resident_mib();
+    assert!(full > MIB, "{full} MiB");
+    writeln!(stdin).unwrap();
+    run.stdout.line_with("empty");
+    // The guest reports free pages in rounds, some seconds apart.
+    let given_back = || resident_mib() + MIB * 3 / 4 < full;
+    assert!(scope.keeper().wait_until(DEADLINE, given_back), "{full}, now {}", resident_mib());
+    drop(stdin);
+    run.wait();
 }
 
 #[test]

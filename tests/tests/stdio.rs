@@ -92,6 +92,19 @@ fn input_and_output_take_turns() {
 }
 
 #[test]
+fn the_end_of_output_arrives_while_the_program_runs_on() {
+    let scope = Scope::new();
+    let container = scope.container().shell("echo bye; exec >&-; read line; exit 5");
+    let mut job = container.command_with_bundle("run", &[]).stdin_piped().spawn();
+    let mut stdin = job.take_stdin();
+    assert_eq!(job.stdout.line().as_deref(), Some("bye"));
+    assert_eq!(job.stdout.line(), None);
+    assert_eq!(job.ended(), None);
+    writeln!(stdin, "go on").unwrap();
+    assert_eq!(job.wait().status(), 5);
+}
+
+#[test]
 fn a_descendant_that_holds_the_output_does_not_hold_up_the_end() {
     // runc waits for all holders of the pipe.
     microvm_only!();

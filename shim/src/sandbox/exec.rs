@@ -76,20 +76,26 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let exec: Exec = read_document(&socket)?;
     drop(state);
     let told = |message: &Message| control::send(&mut &socket, message).is_ok();
-    let mut started = false;
+    let (mut started, mut given_up) = (false, false);
     let result = exec.run(|| {
         started = true;
         let go = || control::read_line(&mut std::io::BufReader::new(&socket)).ok().flatten();
         match told(&Message::Created).then(go).flatten() {
             Some(_) => Ok(()),
-            None => Err(Error::new("the command that started the process has given it up")),
+            None => {
+                given_up = true;
+                Err(Error::new("the command that started the process has given it up"))
+            }
         }
     });
     match result {
         Ok(exit) => Ok(exit.status),
         Err(error) => {
             let code = error.exit_code();
-            if started || !told(&Message::Failed { error: error.clone() }) {
+            // That command has said why.
+            if given_up {
+                log::debug!("{error}");
+            } else if started || !told(&Message::Failed { error: error.clone() }) {
                 log::error!("{error}");
             }
             Ok(code)

@@ -1,0 +1,47 @@
+//! `exec` where its container, its streams or its files get in its way.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use isopod_tests::{Container, DEADLINE, Scope};
+
+fn sleeper(scope: &Scope) -> Container<'_> {
+    scope.container().args(["sleep", "1000"])
+}
+
+#[test]
+fn an_exec_ends_with_its_container() {
+    let scope = Scope::new();
+    for verb in ["kill", "delete"] {
+        let container = sleeper(&scope);
+        let created = container.start_new();
+        let script = "echo up; exec sleep 1000";
+        let mut exec = container.command("exec", &[]).args(["sh", "-c", script]).spawn();
+        exec.stdout.line_with("up");
+        let ended = if verb == "kill" { container.kill("KILL") } else { container.delete_force() };
+        ended.ok();
+        assert_eq!(exec.wait().status(), 128 + 9, "{verb}: {}", exec.stderr.so_far());
+        assert_eq!(exec.stderr.so_far(), "", "{verb}");
+        assert_eq!(created.wait().status(), 128 + 9);
+    }
+}
+
+#[test]
+fn a_pid_file_that_cannot_be_written_leaves_no_process() {
+    let scope = Scope::new();
+    let container = sleeper(&scope);
+    let _created = container.start_new();
+    let options = ["--detach", "--pid-file", "/no/such/directory/pid"];
+    let out = container.command("exec", &options).args(["sleep", "1234"]).output();
+    out.one_line_error(&["/no/such/directory/pid"]);
+    let gone = || !container.exec(["ps"]).ok().stdout.contains("sleep 1234");
+    assert!(scope.keeper().wait_until(DEADLINE, gone), "its process still runs");
+}
+
+#[test]
+fn the_last_of_equal_variables_counts() {
+    let scope = Scope::new();
+    let container = sleeper(&scope).edit(|c| c["process"]["env"] = ["PATH=/bin", "A=1"].into());
+    let _created = container.start_new();
+    let options = ["--env", "A=2", "--env", "B=3", "--env", "B=4"];
+    let out = container.command("exec", &options).args(["sh", "-c", "echo $A $B"]).output().ok();
+    assert_eq!(out.stdout, "2 4\n");
+}
