@@ -37,9 +37,9 @@ fn what_runc_spec_writes_loads() {
 fn missing_and_broken_files_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let gone = Bundle::load(&dir.path().join("none"), None).unwrap_err().message;
-    assert!(gone.starts_with("the bundle ") && gone.ends_with("no such file or directory"));
+    assert!(gone.starts_with("the bundle ") && gone.contains("no such file or directory"));
     let empty = Bundle::load(dir.path(), None).unwrap_err().message;
-    assert!(empty.ends_with("it has no config.json"), "{empty}");
+    assert!(empty.contains("it has no config.json"), "{empty}");
     fs::write(dir.path().join("config.json"), "{\n  \"ociVersion\": \"1.0.2\",\n  nope\n}")
         .unwrap();
     let broken = Bundle::load(dir.path(), None).unwrap_err().message;
