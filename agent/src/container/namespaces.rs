@@ -213,7 +213,13 @@ pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resu
     // The guest's /proc shows the settings of the namespaces of whoever opens them.
     for (key, value) in &linux.sysctl {
         let path = Path::new("/proc/sys").join(sysctl_path(key));
-        fs::write(path, value).context(|| format!("set linux.sysctl[{key:?}] to {value:?}"))?;
+        let field = || format!("linux.sysctl[{key:?}]");
+        match fs::write(path, value) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                return Err(Error::invalid(field(), "not a setting of the guest's kernel"));
+            }
+            written => written.context(|| format!("set {} to {value:?}", field()))?,
+        }
     }
     Ok(())
 }
