@@ -79,15 +79,6 @@ fn processors_of_the_host_become_as_many_of_the_microvm() {
 }
 
 #[test]
-fn a_microvm_may_have_more_vcpus_than_the_host() {
-    microvm_only!();
-    let scope = Scope::new();
-    let container = scope.container().annotation("dev.isopod.vcpus", "8");
-    let out = container.args(["grep", "-c", "^processor", "/proc/cpuinfo"]).run().ok();
-    assert_eq!(out.stdout, "8\n");
-}
-
-#[test]
 fn memory_that_the_guest_frees_goes_back_to_the_host() {
     microvm_only!();
     const MIB: u64 = 200;
