@@ -1,6 +1,7 @@
 //! An OCI bundle: read and checked whole before anything on the host is touched.
 
 mod check;
+mod default;
 mod guest;
 mod kernel;
 mod mount_options;
@@ -20,10 +21,14 @@ use serde_json::{Map, Value};
 
 pub(crate) use self::guest::shared_name;
 pub use self::{
+    default::{default_spec, write_spec},
     guest::guest_spec,
     size::{VmSize, cpu_list_len},
 };
 use crate::error::{Error, Explain, Result};
+
+/// Version of the OCI runtime specification that this runtime follows.
+pub const SPEC_VERSION: &str = "1.2.0";
 
 /// A bundle that passed every check, with what the sandbox needs of it.
 #[derive(Debug)]

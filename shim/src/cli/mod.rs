@@ -20,15 +20,13 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use crate::{
+    bundle::SPEC_VERSION,
     clock,
     error::{Error, Explain, Result},
     logger,
     sandbox::{self, launch::Descriptors},
     state::DEFAULT_ROOT,
 };
-
-/// Version of the OCI runtime specification that this runtime follows.
-const SPEC_VERSION: &str = "1.2.0";
 
 /// Runs OCI containers, each inside its own KVM microVM.
 #[derive(Debug, Parser)]

@@ -1,0 +1,122 @@
+//! The specification that a container gets when nobody has asked for another: what `runc spec`
+//! writes, and the start of the one that an image's configuration implies.
+
+use std::{collections::HashSet, fs, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
+
+use oci_spec::runtime::{
+    Capability, LinuxCapabilities, LinuxDeviceCgroup, LinuxResources, Process, Root, Spec,
+};
+use serde::Serialize;
+use serde_json::{Value, ser::PrettyFormatter};
+
+use super::SPEC_VERSION;
+use crate::error::{Explain, Result};
+
+/// The name of the default container's host.
+const HOSTNAME: &str = "isopod";
+
+/// Capabilities of the default container's process.
+const CAPABILITIES: [Capability; 3] =
+    [Capability::AuditWrite, Capability::Kill, Capability::NetBindService];
+
+/// A shell on a terminal, in namespaces of its own, on the read-only root file system `rootfs`
+/// beside config.json.
+pub fn default_spec() -> Spec {
+    // The crate's defaults are those of `runc spec` but for what is set here.
+    let mut spec = Spec::default();
+    spec.set_version(SPEC_VERSION.to_owned());
+    spec.set_hostname(Some(HOSTNAME.to_owned()));
+    spec.set_annotations(None);
+    spec.set_root(Some(Root::default()));
+    let mut process = Process::default();
+    process.set_terminal(Some(true));
+    process.set_args(Some(vec!["sh".to_owned()]));
+    process.set_capabilities(Some(capabilities()));
+    spec.set_process(Some(process));
+    if let Some(linux) = spec.linux_mut() {
+        let mut deny = LinuxDeviceCgroup::default();
+        deny.set_access(Some("rwm".to_owned()));
+        let mut resources = LinuxResources::default();
+        resources.set_devices(Some(vec![deny]));
+        linux.set_resources(Some(resources));
+    }
+    spec
+}
+
+/// Not inheritable, which would outlive a change of user, and so not ambient either, which the
+/// kernel gives only to what is inheritable.
+fn capabilities() -> LinuxCapabilities {
+    let set = HashSet::from(CAPABILITIES);
+    let mut capabilities = LinuxCapabilities::default();
+    capabilities.set_bounding(Some(set.clone()));
+    capabilities.set_effective(Some(set.clone()));
+    capabilities.set_permitted(Some(set));
+    capabilities.set_inheritable(None);
+    capabilities.set_ambient(None);
+    capabilities
+}
+
+/// Writes `spec` to the new file `path`, the same text for the same specification.
+///
+/// # Errors
+///
+/// If the file exists or cannot be written.
+pub fn write_spec(path: &Path, spec: &Spec) -> Result<()> {
+    let what = || format!("cannot write {}", path.display());
+    let text = spec_text(spec).explain(what)?;
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(0o666).open(path).explain(what)?;
+    file.write_all(&text).explain(what)
+}
+
+/// With tabs, as runc has it. Sorted: the types keep annotations and capabilities in an order that
+/// differs from run to run.
+fn spec_text(spec: &Spec) -> serde_json::Result<Vec<u8>> {
+    let mut json = serde_json::to_value(spec)?;
+    let sets = json.pointer_mut("/process/capabilities").and_then(Value::as_object_mut);
+    for set in sets.into_iter().flat_map(|sets| sets.values_mut()) {
+        if let Some(names) = set.as_array_mut() {
+            names.sort_by(|one, other| one.as_str().cmp(&other.as_str()));
+        }
+    }
+    let mut text = Vec::new();
+    let format = PrettyFormatter::with_indent(b"\t");
+    json.serialize(&mut serde_json::Serializer::with_formatter(&mut text, format))?;
+    text.push(b'\n');
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::bundle::Bundle;
+
+    #[test]
+    fn differs_from_what_runc_writes_only_where_meant() {
+        let runc = include_str!("testdata/runc-spec.json");
+        let mut expected: Value = serde_json::from_str(runc).unwrap();
+        expected["ociVersion"] = json!(SPEC_VERSION);
+        expected["hostname"] = json!(HOSTNAME);
+        expected["process"]["capabilities"].as_object_mut().unwrap().remove("ambient");
+        // As runc writes it on a host with cgroup v2, which the guest is.
+        let cgroup = json!({ "type": "cgroup" });
+        expected["linux"]["namespaces"].as_array_mut().unwrap().push(cgroup);
+        let text = spec_text(&default_spec()).unwrap();
+        assert_eq!(serde_json::from_slice::<Value>(&text).unwrap(), expected);
+        assert!(text.starts_with(b"{\n\t\""), "not indented");
+    }
+
+    #[test]
+    fn is_a_bundle_with_a_root_file_system() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("rootfs")).unwrap();
+        let path = dir.path().join("config.json");
+        write_spec(&path, &default_spec()).unwrap();
+        let bundle = Bundle::load(dir.path(), None).unwrap();
+        assert_eq!(bundle.spec, default_spec());
+        let again = write_spec(&path, &default_spec()).unwrap_err().message;
+        assert!(again.contains("config.json") && again.contains("exists"), "{again}");
+    }
+}
