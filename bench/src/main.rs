@@ -6,8 +6,10 @@
 
 mod boot;
 mod clock;
+mod cycle;
 mod figure;
 mod qemu;
+mod runtime;
 mod sizes;
 mod vmm;
 mod workload;
@@ -18,7 +20,10 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 
 const HELP: &str = "\
-Usage: isopod-bench boot --programs DIR --bundle DIR [--runs N] [--json FILE]
+Usage: isopod-bench boot|cycle --programs DIR --bundle DIR [--runs N] [--json FILE]
+
+  boot             a microVM until its agent is ready, and `run`, beside QEMU
+  cycle            create, start, wait, delete, and exec, beside runc and crun
 
   --programs DIR   where isopod, isopod-vmm, vmlinux and isopod.initramfs are
   --bundle DIR     an OCI bundle whose process is /bin/true
@@ -45,16 +50,17 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let mut words = std::env::args().skip(1);
-    match words.next().as_deref() {
-        Some("boot") => {}
+    let measure = match words.next().as_deref() {
+        Some("boot") => boot::measure,
+        Some("cycle") => cycle::measure,
         Some("--help" | "-h") => {
             println!("{HELP}");
             return Ok(());
         }
         _ => bail!("which benchmark?\n{HELP}"),
-    }
+    };
     let arguments = parse(words)?;
-    let figures = boot::measure(&arguments.programs, &arguments.bundle, arguments.runs)?;
+    let figures = measure(&arguments.programs, &arguments.bundle, arguments.runs)?;
     print!("{}", figure::table(&figures));
     if let Some(file) = &arguments.json {
         let json = serde_json::to_vec_pretty(&figures)?;

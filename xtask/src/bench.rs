@@ -6,16 +6,26 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
+use crate::apt::Need;
 use crate::lab::{Ended, Input, Options, Run, Show};
 use crate::place::{self, Place};
 use crate::progress::step;
 use crate::{apt, build, bundle, repository};
 
 const HELP: &str = "\
-Usage: cargo xtask bench boot [--runs N] [--json FILE]
+Usage: cargo xtask bench boot|cycle [--runs N] [--json FILE]
+
+  boot          a microVM until its agent is ready, and `run`, beside QEMU
+  cycle         create, start, wait, delete, and exec, beside runc and crun
 
   --runs N      runs of each measurement, the least counts [3]
   --json FILE   also write the figures to FILE";
+
+/// The runtimes beside which a cycle is measured.
+const PEERS: [Need; 2] = [
+    Need { package: "crun", purpose: "peer of a benchmark" },
+    Need { package: "runc", purpose: "peer of a benchmark" },
+];
 
 /// Runs a benchmark and returns its exit status.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
@@ -34,10 +44,11 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if benchmark.as_deref() != Some("boot") {
+    let Some(benchmark) = benchmark.filter(|name| ["boot", "cycle"].contains(&name.as_str()))
+    else {
         bail!("which benchmark?\n{HELP}");
-    }
-    apt::ensure(build::needs().chain(place::needs(true)?))?;
+    };
+    apt::ensure(build::needs().chain(place::needs(true)?).chain(PEERS))?;
     let product = build::build()?;
     let compiled = step("compile the benchmarks", || build::compile(&["isopod-bench"]))?;
     build::place(&compiled.join("isopod-bench"), &product.join("isopod-bench"))?;
@@ -47,7 +58,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let figures = repository::target().join("figures.json");
     let argv = [
         programs.join("isopod-bench").display().to_string(),
-        "boot".to_owned(),
+        benchmark.clone(),
         "--programs".to_owned(),
         programs.display().to_string(),
         "--bundle".to_owned(),
@@ -58,7 +69,9 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         figures.display().to_string(),
     ];
     let run = Run::here(argv.to_vec())?;
-    let ended = step("measure the boot", || place.run(&run, Input::Nothing, &mut Show::Through))?;
+    let ended = step(&format!("measure: {benchmark}"), || {
+        place.run(&run, Input::Nothing, &mut Show::Through)
+    })?;
     if let Ended::Refused(why) = &ended {
         bail!("{why}");
     }
