@@ -1,6 +1,8 @@
 //! Which device answers an address.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
+
+use crate::sync::lock;
 
 /// A device whose registers the guest reads and writes.
 pub trait BusDevice: Send {
@@ -38,7 +40,7 @@ impl Bus {
         match self.find(address, data.len()) {
             Some((range, offset)) => {
                 data.fill(0);
-                range.device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+                lock(&range.device).read(offset, data);
             }
             None => data.fill(0xff),
         }
@@ -47,7 +49,7 @@ impl Bus {
     /// Hands a write to the device there. Without one, it is dropped, as on real buses.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((range, offset)) = self.find(address, data.len()) {
-            range.device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+            lock(&range.device).write(offset, data);
         }
     }
 

@@ -1,11 +1,12 @@
 //! Why the machine ends, told once by whoever finds out first.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::EndReason;
+use crate::sync::lock;
 
 /// The end of the machine. vCPUs and workers give it, the main thread waits for it.
 pub struct EndSignal {
@@ -30,7 +31,7 @@ impl EndSignal {
 
     /// Gives the signal; the first reason stays.
     pub fn give(&self, reason: EndReason) {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+        lock(&self.reason).get_or_insert(reason);
         // A full counter is readable as well.
         let _ = self.event.write(1);
     }
@@ -42,6 +43,6 @@ impl EndSignal {
 
     /// The reason, once given.
     pub fn reason(&self) -> Option<EndReason> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.reason).clone()
     }
 }

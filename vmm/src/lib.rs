@@ -15,6 +15,7 @@ pub mod image;
 pub mod inherited;
 pub mod jail;
 pub mod memory;
+mod sync;
 pub mod usage;
 pub mod vcpu;
 pub mod vm;

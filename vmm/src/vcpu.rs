@@ -24,6 +24,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::control::EndReason;
 use crate::end::EndSignal;
+use crate::sync::lock;
 
 /// What all vCPUs are to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +126,7 @@ impl Vcpus {
         let before = self.shared.mode();
         self.shared.set_mode(Mode::Paused);
         self.kick();
-        let count = self.shared.parked_count.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = lock(&self.shared.parked_count);
         let (count, waited) = self
             .shared
             .parked
@@ -189,11 +190,11 @@ extern "C" fn on_kick(
 
 impl Shared {
     fn mode(&self) -> Mode {
-        *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.mode)
     }
 
     fn set_mode(&self, mode: Mode) {
-        let mut current = self.mode.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut current = lock(&self.mode);
         if *current != Mode::Stopped {
             *current = mode;
         }
@@ -202,7 +203,7 @@ impl Shared {
 
     /// Waits while paused. False when it is time to end.
     fn may_run(&self) -> bool {
-        let mut mode = self.mode.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mode = lock(&self.mode);
         if *mode == Mode::Paused {
             self.count_parked(1);
             while *mode == Mode::Paused {
@@ -214,7 +215,7 @@ impl Shared {
     }
 
     fn count_parked(&self, by: isize) {
-        let mut count = self.parked_count.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut count = lock(&self.parked_count);
         *count = count.saturating_add_signed(by);
         self.parked.notify_all();
     }

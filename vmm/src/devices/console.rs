@@ -7,12 +7,13 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::fs::File;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 
 use crate::bus::BusDevice;
+use crate::sync::lock;
 
 /// Lines kept for error reports.
 const TAIL_LINES: usize = 40;
@@ -121,10 +122,6 @@ impl Write for SharedLog {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The early console polls; nobody waits for its interrupt.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::chain::{Buffers, Chain, returned};
 use super::state::{DeviceState, OwnState};
-use super::worker::{Stop, Worker, wait_for_work};
+use super::worker::{Hold, Stop, Worker, wait_for_work};
 use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::BlockConfig;
 use crate::memory::GuestMemoryMap;
@@ -123,14 +123,8 @@ impl VirtioDevice for Block {
         self.worker = None;
     }
 
-    fn hold(&mut self) {
-        if let Some(worker) = &mut self.worker {
-            worker.hold();
-        }
-    }
-
-    fn resume(&mut self) -> io::Result<()> {
-        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    fn server(&mut self) -> Option<&mut dyn Hold> {
+        self.worker.as_mut().map(|worker| worker as &mut dyn Hold)
     }
 
     fn state(&self) -> Option<DeviceState> {
@@ -248,7 +242,7 @@ impl Disk {
     ) -> io::Result<usize> {
         let mut done = 0;
         while !buffers.is_empty() {
-            let iovecs = buffers.iovecs();
+            let iovecs = buffers.iovecs(usize::MAX);
             let at = (offset + done as u64) as i64;
             // SAFETY: each iovec is a checked piece of guest memory, which stays mapped while the
             // chain's borrow of it lasts; the guest may race with the call, which can only spoil

@@ -59,8 +59,8 @@ impl<'m> Chain<'m> {
     }
 }
 
-/// Buffers one after the other, consumed from the front. A clone names the same memory.
-#[derive(Clone, Default)]
+/// Buffers one after the other, consumed from the front.
+#[derive(Default)]
 pub struct Buffers<'m> {
     slices: Vec<VolatileSlice<'m>>,
     len: usize,
@@ -151,19 +151,30 @@ impl<'m> Buffers<'m> {
         bytes
     }
 
-    /// The buffers for `readv` and its kin, at most `IOV_MAX`. The addresses are good for as long as
-    /// the chain's memory is mapped.
-    pub fn iovecs(&self) -> Vec<libc::iovec> {
-        const IOV_MAX: usize = 1024;
-        self.slices
-            .iter()
-            .take(IOV_MAX)
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect()
+    /// The buffers for `readv` and its kin: their first `max` bytes, and at most `IOV_MAX` of them.
+    /// The addresses are good for as long as the chain's memory is mapped.
+    pub fn iovecs(&self, max: usize) -> Vec<libc::iovec> {
+        let mut left = max;
+        let mut iovecs = Vec::with_capacity(self.slices.len().min(IOV_MAX));
+        for slice in self.slices.iter().take(IOV_MAX) {
+            if left == 0 {
+                break;
+            }
+            let iovec = iovec(slice, left);
+            left -= iovec.iov_len;
+            iovecs.push(iovec);
+        }
+        iovecs
     }
+}
+
+/// Most buffers that `readv` and its kin take at a time.
+pub(super) const IOV_MAX: usize = 1024;
+
+/// The first `max` bytes of a buffer. The address is good for as long as its memory is mapped.
+pub(super) fn iovec(slice: &VolatileSlice<'_>, max: usize) -> libc::iovec {
+    let iov_base = slice.ptr_guard_mut().as_ptr().cast();
+    libc::iovec { iov_base, iov_len: slice.len().min(max) }
 }
 
 /// Makes an `io::Result` of what a system call returned.
@@ -176,6 +187,10 @@ mod tests {
     use super::*;
     use vm_memory::{Bytes, GuestAddress};
 
+    fn lengths(iovecs: &[libc::iovec]) -> Vec<usize> {
+        iovecs.iter().map(|iovec| iovec.iov_len).collect()
+    }
+
     #[test]
     fn bytes_cross_buffers() {
         let memory = GuestMemoryMap::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
@@ -184,11 +199,15 @@ mod tests {
         for (at, len) in [(0, 3), (3, 0), (3, 5)] {
             buffers.push(memory.get_slice(GuestAddress(at), len).unwrap());
         }
+        assert_eq!(lengths(&buffers.iovecs(usize::MAX)), [3, 0, 5]);
+        assert_eq!(lengths(&buffers.iovecs(4)), [3, 0, 1]);
+        assert_eq!(lengths(&buffers.iovecs(3)), [3]);
         assert!(buffers.split_to(9).is_none());
         assert_eq!(buffers.take::<2>(), Some(*b"ab"));
         assert_eq!(buffers.put(b"XY"), Some(()));
         assert_eq!(buffers.take::<3>(), Some(*b"efg"));
         assert_eq!((buffers.len(), buffers.take::<2>()), (1, None));
+        assert_eq!(lengths(&buffers.iovecs(9)), [1]);
         let mut all = [0; 8];
         memory.read_slice(&mut all, GuestAddress(0)).unwrap();
         assert_eq!(&all, b"abXYefgh");

@@ -20,6 +20,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::state::{DeviceState, QueueState};
+use self::worker::Hold;
 use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
 
@@ -57,9 +58,18 @@ pub trait VirtioDevice: Send {
     /// Stops serving. When it returns, nothing touches guest memory or the queues any more.
     fn reset(&mut self);
 
+    /// What serves its queues beside the vCPUs, and can be held. `None` when nothing does.
+    fn server(&mut self) -> Option<&mut dyn Hold> {
+        None
+    }
+
     /// Ends the workers for a while, so that [`VirtioDevice::state`] can be read. The vCPUs are
     /// paused meanwhile, so that a device without workers has nothing to do.
-    fn hold(&mut self) {}
+    fn hold(&mut self) {
+        if let Some(server) = self.server() {
+            server.hold();
+        }
+    }
 
     /// Goes on after [`VirtioDevice::hold`], where it was.
     ///
@@ -67,7 +77,7 @@ pub trait VirtioDevice: Send {
     ///
     /// When its threads cannot be made; it then serves no more.
     fn resume(&mut self) -> io::Result<()> {
-        Ok(())
+        self.server().map_or(Ok(()), Hold::resume)
     }
 
     /// What it is while held. `None` when it is not in service. The file system device has none yet:

@@ -85,6 +85,19 @@ impl Workers {
     }
 }
 
+/// What serves a device beside the vCPUs and can be stopped for a while.
+pub trait Hold {
+    /// Stops it. When it returns, nothing of it touches guest memory or queues.
+    fn hold(&mut self);
+
+    /// Lets it go on where it was.
+    ///
+    /// # Errors
+    ///
+    /// When the host gives no thread or descriptor; then it serves no more.
+    fn resume(&mut self) -> io::Result<()>;
+}
+
 /// One thread that serves a device and can be held: then what it works on is here to be looked at,
 /// and it goes on later. Dropping it stops and joins the thread.
 pub struct Worker<T> {
@@ -114,8 +127,15 @@ impl<T: Send + 'static> Worker<T> {
         Ok(worker)
     }
 
+    /// What the thread worked on, if it is held.
+    pub fn held(&self) -> Option<&T> {
+        self.held.as_ref()
+    }
+}
+
+impl<T: Send + 'static> Hold for Worker<T> {
     /// Ends the thread, and returns when it has ended.
-    pub fn hold(&mut self) {
+    fn hold(&mut self) {
         if let Some((stop, thread)) = self.thread.take() {
             stop.give();
             // What a worker that panicked worked on is gone with it.
@@ -123,17 +143,7 @@ impl<T: Send + 'static> Worker<T> {
         }
     }
 
-    /// What the thread worked on, if it is held.
-    pub fn held(&self) -> Option<&T> {
-        self.held.as_ref()
-    }
-
-    /// Starts the thread again after [`Worker::hold`].
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no thread or descriptor; then what it worked on is gone.
-    pub fn resume(&mut self) -> io::Result<()> {
+    fn resume(&mut self) -> io::Result<()> {
         let Some(mut work) = self.held.take() else { return Ok(()) };
         let stop = Stop::new(Arc::clone(&self.end))?;
         let (theirs, run) = (Arc::clone(&stop), self.run);

@@ -5,7 +5,9 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::sync::lock;
 
 /// Most files that are told apart between two resets: the crate remembers the node of each that was
 /// ever looked up, in some 50 bytes. With `use_host_ino` it would not, but count mounts instead, also
@@ -54,7 +56,7 @@ impl Held {
     }
 
     fn tables(&self) -> MutexGuard<'_, Tables> {
-        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.tables)
     }
 
     /// Whether the guest may have one more of anything.

@@ -9,7 +9,7 @@ mod init;
 mod readdir;
 
 use std::io::{self, Write as _};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
@@ -27,6 +27,7 @@ use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::{FsCache, FsConfig};
 use crate::jail::{Antechamber, keep_capabilities};
 use crate::memory::GuestMemoryMap;
+use crate::sync::lock;
 
 const DEVICE_TYPE: u32 = 26;
 
@@ -226,7 +227,7 @@ impl Service {
 
     /// Waits for the turn to lead, then for a request. `None` when it is time to stop.
     fn next_request(&self, stop: &Stop) -> Option<(usize, DescriptorChain<&GuestMemoryMap>)> {
-        let _lead = self.lead.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lead = lock(&self.lead);
         while !stop.is_given() {
             for (index, queue) in self.queues.iter().enumerate() {
                 if let Some(request) = lock(queue).pop_raw(&self.memory) {
@@ -287,8 +288,4 @@ fn reply(
     writer.write_all(out.as_slice())?;
     writer.write_all(&body)?;
     Ok(len)
-}
-
-fn lock(queue: &Mutex<ActiveQueue>) -> MutexGuard<'_, ActiveQueue> {
-    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -284,11 +284,8 @@ impl Connection {
         if max == 0 || !self.readable || self.host_eof || self.guest_receive_closed {
             return Ok(0);
         }
-        // The room itself stays whole: the next stream may have more credit.
-        let mut room = room.clone();
-        room.truncate(max);
         loop {
-            match read(&self.stream, &room) {
+            match read(&self.stream, room, max) {
                 Ok(0) => {
                     self.host_eof = true;
                     return Ok(0);
@@ -352,15 +349,15 @@ fn blocked(kind: io::ErrorKind) -> Option<bool> {
     }
 }
 
-fn read(stream: &UnixStream, room: &Buffers<'_>) -> io::Result<usize> {
-    let iovecs = room.iovecs();
+fn read(stream: &UnixStream, room: &Buffers<'_>, max: usize) -> io::Result<usize> {
+    let iovecs = room.iovecs(max);
     // SAFETY: each iovec is a checked piece of guest memory, which stays mapped for as long as the
     // chain borrows it; only the guest reads what is put there.
     returned(unsafe { libc::readv(stream.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
 }
 
 fn write(stream: &UnixStream, data: &Buffers<'_>) -> io::Result<usize> {
-    let iovecs = data.iovecs();
+    let iovecs = data.iovecs(usize::MAX);
     // SAFETY: as for reading; the guest may change the bytes meanwhile, which are its own.
     returned(unsafe { libc::writev(stream.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
 }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use self::muxer::{HostSide, Muxer};
 pub use self::state::{ConnectionState, MuxerState, StreamState};
 use super::state::{DeviceState, OwnState};
-use super::worker::Worker;
+use super::worker::{Hold, Worker};
 use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 
 const DEVICE_TYPE: u32 = 19;
@@ -96,14 +96,8 @@ impl VirtioDevice for Vsock {
         self.event = None;
     }
 
-    fn hold(&mut self) {
-        if let Some(worker) = &mut self.worker {
-            worker.hold();
-        }
-    }
-
-    fn resume(&mut self) -> io::Result<()> {
-        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    fn server(&mut self) -> Option<&mut dyn Hold> {
+        self.worker.as_mut().map(|worker| worker as &mut dyn Hold)
     }
 
     fn state(&self) -> Option<DeviceState> {
