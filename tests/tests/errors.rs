@@ -140,8 +140,6 @@ fn what_does_not_exist_in_the_kernel_is_named() {
 #[test]
 fn what_this_version_does_not_do_is_refused_by_name() {
     microvm_only!();
-    let hook = json!({ "createRuntime": [{ "path": "/bin/true" }] });
-    config_refused(|c| c["hooks"] = hook.clone(), &["config.json", "hooks", "not supported"]);
     let unified = json!({ "memory.high": "1000000" });
     let words = &["config.json", "linux.resources.unified", "not supported"];
     config_refused(|c| c["linux"]["resources"]["unified"] = unified.clone(), words);

@@ -7,7 +7,7 @@ use std::{
     path::{Component, Path},
 };
 
-use oci_spec::runtime::{LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
 use super::{Bind, kernel, mount_options};
 use crate::error::{Error, Explain, Result};
@@ -40,6 +40,9 @@ pub(super) fn spec(spec: &Spec) -> Result<()> {
             return Err(Error::new("config.json has an empty root.path"));
         }
         Some(_) => {}
+    }
+    if let Some(hooks) = spec.hooks() {
+        self::hooks(hooks)?;
     }
     namespaces(spec)?;
     mounts(spec.mounts().as_deref().unwrap_or_default())?;
@@ -97,6 +100,39 @@ pub(super) fn process(process: &Process) -> Result<()> {
     if let Some(adjustment) = process.oom_score_adj().filter(|n| !(-1000..=1000).contains(n)) {
         return Err(Error::new(format!(
             "process.oomScoreAdj is {adjustment}; it has to be from -1000 to 1000"
+        )));
+    }
+    Ok(())
+}
+
+fn hooks(hooks: &Hooks) -> Result<()> {
+    #[allow(deprecated, reason = "Docker uses it")]
+    let prestart = hooks.prestart();
+    for (point, hooks) in [
+        ("prestart", prestart),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("startContainer", hooks.start_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ] {
+        for (index, hook) in hooks.iter().flatten().enumerate() {
+            self::hook(&format!("hooks.{point}[{index}]"), hook)?;
+        }
+    }
+    Ok(())
+}
+
+fn hook(name: &str, hook: &Hook) -> Result<()> {
+    absolute(&format!("{name}.path"), hook.path())?;
+    let texts = [hook.args(), hook.env()].into_iter().flatten().flatten();
+    let path = hook.path().as_os_str().as_encoded_bytes();
+    if path.contains(&0) || texts.into_iter().any(|text| text.contains('\0')) {
+        return Err(Error::new(format!("{name} contains a NUL byte")));
+    }
+    if let Some(seconds) = hook.timeout().filter(|seconds| *seconds <= 0) {
+        return Err(Error::new(format!(
+            "{name}.timeout is {seconds}; it has to be more than 0 seconds"
         )));
     }
     Ok(())

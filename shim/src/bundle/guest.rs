@@ -14,6 +14,8 @@ use super::{Bind, cpu_list_len};
 /// host.
 pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
     let mut spec = spec.clone();
+    // They run on the host.
+    spec.set_hooks(None);
     let shared = Path::new(SHARED_DIR).join(id);
     if let Some(root) = spec.root_mut().as_mut() {
         root.set_path(shared.join("rootfs"));

@@ -85,7 +85,18 @@ fn each_mistake_is_named() {
         (failure(|c| c["mounts"][0]["type"] = json!("nfs")), "has type \"nfs\""),
         (failure(|c| c["mounts"][0]["destination"] = json!("proc")), "not an absolute path"),
         (failure(|c| c["process"]["oomScoreAdj"] = json!(2000)), "process.oomScoreAdj is 2000"),
-        (failure(|c| c["hooks"] = json!({"poststart": [{"path": "/bin/true"}]})), "sets hooks"),
+        (
+            failure(|c| c["hooks"] = json!({"startContainer": [{"path": "/x"}]})),
+            "sets hooks.startContainer",
+        ),
+        (
+            failure(|c| c["hooks"] = json!({"poststop": [{"path": "x"}]})),
+            "hooks.poststop[0].path is",
+        ),
+        (
+            failure(|c| c["hooks"] = json!({"poststop": [{"path": "/x", "timeout": 0}]})),
+            "timeout is 0",
+        ),
         (
             failure(|c| c["process"]["rlimits"][0]["soft"] = json!(9999)),
             "soft limit of RLIMIT_NOFILE is above",

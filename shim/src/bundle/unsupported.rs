@@ -6,7 +6,8 @@ use crate::error::{Error, Result};
 
 /// Refused when set to anything but their neutral value, with the reason.
 const REFUSED: &[(&str, &str)] = &[
-    ("/hooks", "hooks are not run by this version"),
+    ("/hooks/createContainer", "hooks inside the microVM are not run by this version"),
+    ("/hooks/startContainer", "hooks inside the microVM are not run by this version"),
     ("/solaris", "it is for another operating system"),
     ("/windows", "it is for another operating system"),
     ("/zos", "it is for another operating system"),
@@ -136,7 +137,7 @@ mod tests {
     #[test]
     fn each_unsupported_field_is_refused_by_its_name() {
         for (config, name) in [
-            (json!({"hooks": {"prestart": [{"path": "/x"}]}}), "hooks"),
+            (json!({"hooks": {"startContainer": [{"path": "/x"}]}}), "hooks.startContainer"),
             (json!({"linux": {"timeOffsets": {"monotonic": {"secs": 5}}}}), "linux.timeOffsets"),
             (json!({"linux": {"intelRdt": {"closID": "x"}}}), "linux.intelRdt"),
             (json!({"linux": {"resources": {"unified": {"a": "b"}}}}), "linux.resources.unified"),

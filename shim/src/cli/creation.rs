@@ -23,6 +23,7 @@ use crate::{
     host,
     sandbox::{
         control::{MAX_MESSAGE_LEN, Message},
+        hooks,
         launch::{self, Launch, Launched, Terminal},
         signals::Signals,
     },
@@ -185,7 +186,7 @@ impl CreateOptions {
         match created {
             Ok(()) => Ok(container),
             Err(error) => {
-                container.abandon();
+                container.abandon().await;
                 Err(error)
             }
         }
@@ -265,7 +266,7 @@ impl NewContainer {
 
     /// Ends a container that is not wanted any more because of an error, which is what the caller
     /// reports, and removes it.
-    pub(super) fn abandon(self) {
+    pub(super) async fn abandon(self) {
         let Self { dir, mut child, reader, writer, .. } = self;
         // The end of the connection tells a sandbox process that still creates; one that has created
         // the container has to be told, by the signal that it cannot miss.
@@ -274,7 +275,11 @@ impl NewContainer {
             let _ = child.kill();
         }
         let ended = child.wait().explain(|| "cannot wait for the sandbox process".into());
-        if let Err(left) = ended.and_then(|_| dir.record()).and_then(|r| remove(&dir, r.as_ref())) {
+        let removed = match ended.and_then(|_| dir.record()) {
+            Ok(record) => remove(&dir, record.as_ref()).await,
+            Err(error) => Err(error),
+        };
+        if let Err(left) = removed {
             log::warn!("{left}");
         }
     }
@@ -323,12 +328,12 @@ pub(super) fn describe(status: ExitStatus) -> String {
 }
 
 /// Removes what is left of a container whose sandbox process has ended or is to be killed, and whose
-/// record this is.
+/// record this is. Then runs its poststop hooks.
 ///
 /// # Errors
 ///
 /// If a process cannot be killed or the directory cannot be removed.
-pub(super) fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()> {
+pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()> {
     if let Some(record) = record {
         for process in [Some(record.sandbox), record.vmm].into_iter().flatten() {
             if !process.kill(KILL_TIMEOUT) {
@@ -340,5 +345,11 @@ pub(super) fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()> {
         }
     }
     // Whoever else has the lock now is about to remove it too.
-    if dir.try_lock()? { dir.remove() } else { Ok(()) }
+    if !dir.try_lock()? {
+        return Ok(());
+    }
+    if let (true, Some(record)) = (dir.remove()?, record) {
+        hooks::run_poststop(record, None).await;
+    }
+    Ok(())
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Global, creation::remove};
+use super::{Global, creation::remove, run::event_loop};
 use crate::{
     error::{Error, Result},
     sandbox::control::{Request, ask},
@@ -40,7 +40,7 @@ impl Delete {
                 "container {id} is being created or deleted by somebody else"
             )));
         }
-        remove(&dir, self.record(&dir)?.as_ref())?;
+        event_loop()?.block_on(remove(&dir, self.record(&dir)?.as_ref()))?;
         Ok(0)
     }
 

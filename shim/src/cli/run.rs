@@ -108,12 +108,12 @@ impl Run {
         let (heard, status) = match follow_to_end(&mut container).await {
             Ok(end) => end,
             Err(error) => {
-                container.abandon();
+                container.abandon().await;
                 return Err(error);
             }
         };
         if !self.keep {
-            remove(&container.dir, container.dir.record()?.as_ref())?;
+            remove(&container.dir, container.dir.record()?.as_ref()).await?;
         }
         if let (true, Some(ended)) = (self.timeline, &heard) {
             // There is nowhere to say that it cannot be said.
@@ -141,7 +141,7 @@ async fn detach(mut container: NewContainer, id: &Id) -> Result<u8> {
         Err(error) => error,
     };
     // Nothing of the container is to be left.
-    container.abandon();
+    container.abandon().await;
     Err(error)
 }
 

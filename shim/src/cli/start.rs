@@ -5,8 +5,11 @@ use clap::Args;
 use super::Global;
 use crate::{
     error::{Error, Result},
-    sandbox::control::{Answer, Request, ask},
-    state::{Id, StateDir, Status},
+    sandbox::{
+        control::{Answer, Request, ask_within},
+        start_limit,
+    },
+    state::{Id, Record, StateDir, Status},
 };
 
 #[derive(Debug, Args)]
@@ -19,11 +22,13 @@ impl Start {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
         let id = Id::parse(&self.id)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
+        let record = dir.record()?;
+        let status = record.as_ref().map_or(Status::Creating, Record::current_status);
         if status != Status::Created {
             return Err(Error::new(format!("cannot start container {id}: it is {status}")));
         }
-        match ask(&dir, &Request::Start)? {
+        let limit = start_limit(record.as_ref().and_then(|record| record.hooks.as_ref()));
+        match ask_within(&dir, &Request::Start, limit)? {
             Answer::Done => Ok(0),
             Answer::Gone => Err(Error::new(format!(
                 "cannot start container {id}: its sandbox process has ended"

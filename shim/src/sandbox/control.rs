@@ -13,7 +13,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{lifecycle::START_TIMEOUT, timeline::Timeline};
+use super::timeline::Timeline;
 use crate::{
     error::{Error, Explain, Result},
     state::{CONTROL_SOCKET, Exit, StateDir},
@@ -86,12 +86,24 @@ pub enum Answer {
     Gone,
 }
 
-/// Asks the sandbox process behind `dir`, and waits for the answer.
+/// How long the answer to what is done at once may take.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Asks the sandbox process behind `dir` for what it does at once, and waits for the answer.
 ///
 /// # Errors
 ///
 /// If the request was refused or failed, or the connection broke in an unexpected way.
 pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
+    ask_within(dir, request, Some(ANSWER_TIMEOUT))
+}
+
+/// As [`ask`], for what takes as long as `limit`, if there is one.
+///
+/// # Errors
+///
+/// As [`ask`].
+pub fn ask_within(dir: &StateDir, request: &Request, limit: Option<Duration>) -> Result<Answer> {
     use std::io::ErrorKind::{
         BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, WouldBlock,
     };
@@ -106,7 +118,7 @@ pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
         Err(e) => return Err(e).explain(what),
     };
     // A sandbox process that is stopped takes the connection but never answers.
-    socket.set_read_timeout(Some(answer_timeout(request))).explain(what)?;
+    socket.set_read_timeout(limit).explain(what)?;
     match send(&mut socket, request) {
         Err(e) if gone(&e) => return Ok(Answer::Gone),
         result => result.explain(what)?,
@@ -117,7 +129,7 @@ pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
         Err(e) if matches!(e.kind(), WouldBlock | TimedOut) => Err(Error::new(format!(
             "the sandbox process of container {id} does not answer within {} seconds: `isopod \
              delete --force {id}` ends it",
-            answer_timeout(request).as_secs(),
+            limit.unwrap_or_default().as_secs(),
             id = dir.path().file_name().unwrap_or_default().display()
         ))),
         Err(e) => Err(e).explain(what),
@@ -129,15 +141,6 @@ pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
                 what()
             ))),
         },
-    }
-}
-
-/// How long an answer may take: a start has a bound of its own in the sandbox process, everything
-/// else is answered at once.
-fn answer_timeout(request: &Request) -> Duration {
-    match request {
-        Request::Start => START_TIMEOUT + Duration::from_secs(30),
-        _ => Duration::from_secs(30),
     }
 }
 

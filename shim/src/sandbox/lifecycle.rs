@@ -13,6 +13,7 @@
 use std::{os::fd::OwnedFd, pin::pin, time::Duration};
 
 use tokio::{
+    sync::oneshot,
     task::JoinHandle,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
@@ -21,6 +22,7 @@ use super::{
     agent::Agent,
     boot::loss,
     control::{Ended, Request},
+    hooks::{self, Point, RuntimeNamespace},
     server::{Command, Server},
     share::Share,
     signals::{self, Signals, WINCH},
@@ -49,6 +51,8 @@ const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) struct Lifecycle {
     pub(super) dir: StateDir,
     pub(super) record: Record,
+    /// Where its hooks run, if it has any.
+    pub(super) origin: Option<RuntimeNamespace>,
     pub(super) vmm: Vmm,
     pub(super) share: Option<Share>,
     pub(super) agent: Agent,
@@ -134,12 +138,16 @@ impl Lifecycle {
                     Err(error) => return Outcome::Lost(loss(&self.vmm, error).await),
                 },
                 result = finish(&mut starting) => {
-                    let (result, answer) = result;
+                    let (result, step, answer) = result;
                     let failed = result.as_ref().err().cloned();
-                    if failed.is_none() {
+                    if failed.is_none() && step == Step::Process {
                         self.timeline.started = Some(clock::monotonic_us());
                         self.record.status = Status::Running;
                         self.save();
+                        if hooks::any(Point::Poststart, &self.record) {
+                            starting = Some(Starting::new(Step::Hooks, self.poststart(), answer));
+                            continue;
+                        }
                     }
                     // Nobody waits for the answer any more, if this fails.
                     let _ = answer.send(result);
@@ -174,8 +182,7 @@ impl Lifecycle {
                     let Command { request, answer } = command;
                     match request {
                         Request::Start if starting.is_none() && self.may_start(exit) => {
-                            let deadline = Instant::now() + START_TIMEOUT;
-                            starting = Some(Starting { task: self.start(), answer, deadline });
+                            starting = Some(Starting::new(Step::Process, self.start(), answer));
                         }
                         Request::Start => {
                             let _ = answer.send(Err(self.wrong_state("start", exit)));
@@ -239,6 +246,12 @@ impl Lifecycle {
         tokio::spawn(async move { agent.start_container().await })
     }
 
+    /// Runs the poststart hooks, beside the task that owns the state as well.
+    fn poststart(&self) -> JoinHandle<Result<()>> {
+        let (record, origin) = (self.record.clone(), self.origin.clone());
+        tokio::spawn(async move { hooks::run(Point::Poststart, &record, origin.as_ref()).await })
+    }
+
     /// Sends a signal that this process got, or decided on, to the container's process.
     fn forward(&self, number: u32) {
         let agent = self.agent.clone();
@@ -296,27 +309,61 @@ impl Lifecycle {
     }
 }
 
+/// What a start consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// The guest starts the process.
+    Process,
+    /// The poststart hooks run, for as long as they may.
+    Hooks,
+}
+
 /// A start that is under way, and where its answer goes.
 struct Starting {
-    task: JoinHandle<Result<()>>,
-    answer: tokio::sync::oneshot::Sender<Result<()>>,
-    deadline: Instant,
+    step: Step,
+    task: AbortOnDrop<Result<()>>,
+    answer: oneshot::Sender<Result<()>>,
+    deadline: Option<Instant>,
+}
+
+impl Starting {
+    fn new(step: Step, task: JoinHandle<Result<()>>, answer: oneshot::Sender<Result<()>>) -> Self {
+        let deadline = (step == Step::Process).then(|| Instant::now() + START_TIMEOUT);
+        Self { step, task: AbortOnDrop(task), answer, deadline }
+    }
+
+    async fn wait(&mut self) -> Result<()> {
+        let ended = match self.deadline {
+            Some(deadline) => timeout_at(deadline, &mut self.task.0).await,
+            None => Ok((&mut self.task.0).await),
+        };
+        match ended {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(Error::new("the start was given up")),
+            Err(_) => Err(Error::new("the process was not started in time by the guest")),
+        }
+    }
+}
+
+/// A task that nobody needs any more when this is gone.
+struct AbortOnDrop<T>(JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// Waits for the start that is under way. Never returns if there is none.
 async fn finish(
     starting: &mut Option<Starting>,
-) -> (Result<()>, tokio::sync::oneshot::Sender<Result<()>>) {
+) -> (Result<()>, Step, oneshot::Sender<Result<()>>) {
     let result = match starting.as_mut() {
-        Some(starting) => match timeout_at(starting.deadline, &mut starting.task).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(Error::new("the start was given up")),
-            Err(_) => Err(Error::new("the process was not started in time by the guest")),
-        },
+        Some(starting) => starting.wait().await,
         None => std::future::pending().await,
     };
     match starting.take() {
-        Some(Starting { answer, .. }) => (result, answer),
+        Some(Starting { step, answer, .. }) => (result, step, answer),
         None => std::future::pending().await,
     }
 }

@@ -17,6 +17,7 @@ mod boot;
 mod console;
 pub mod control;
 pub mod exec;
+pub(crate) mod hooks;
 pub mod launch;
 mod lifecycle;
 pub mod process;
@@ -29,11 +30,23 @@ pub mod timeline;
 mod vmm;
 pub mod vsock;
 
-use std::os::fd::OwnedFd;
+use std::{os::fd::OwnedFd, time::Duration};
 
+use oci_spec::runtime::Hooks;
 use tokio::io::unix::AsyncFd;
 
 use crate::error::{Explain, Result};
+
+/// Longest that a start may take until it is answered. None if it has hooks without a timeout.
+pub fn start_limit(hooks: Option<&Hooks>) -> Option<Duration> {
+    let hooks = hooks.map_or(Some(Duration::ZERO), |hooks| {
+        let both = [hooks.start_container(), hooks.poststart()];
+        both.into_iter().flatten().try_fold(Duration::ZERO, |sum, hooks| {
+            Some(sum.saturating_add(hooks::time_limit(hooks)?))
+        })
+    });
+    hooks?.checked_add(lifecycle::START_TIMEOUT + control::ANSWER_TIMEOUT)
+}
 
 /// Eight bytes of the kernel's random pool.
 ///

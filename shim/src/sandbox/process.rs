@@ -9,6 +9,7 @@ use super::{
     boot::{self, in_guest},
     console,
     control::Message,
+    hooks::{self, Point, RuntimeNamespace},
     launch::{Descriptors, Given, Launch, Terminal, read_document},
     lifecycle::{Lifecycle, START_TIMEOUT},
     server::{self, Launcher, Server},
@@ -38,8 +39,13 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let Given { socket, state } = descriptors.take()?;
     let launch: Launch = read_document(&socket)?;
     let path = StateDir::path_of(state.as_fd())?;
+    // Hooks run where this process comes from.
+    let origin = launch.spec.hooks().as_ref().map(|_| RuntimeNamespace::open()).transpose();
     // Before anything starts a thread: a namespace is entered by one thread at a time.
-    let namespace = share::enter_namespace();
+    let (namespace, origin) = match origin {
+        Ok(origin) => (share::enter_namespace(), origin),
+        Err(error) => (Err(error), None),
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -54,7 +60,8 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
             sandbox: Some(began_us),
             ..Timeline::default()
         };
-        let sandbox = Sandbox { launch, dir, timeline, share: None, vmm: None };
+        let sandbox =
+            Sandbox { launch, dir, timeline, origin, record: None, share: None, vmm: None };
         Ok(sandbox.run(namespace, launcher).await)
     });
     drop(state);
@@ -66,6 +73,10 @@ struct Sandbox {
     launch: Launch,
     dir: StateDir,
     timeline: Timeline,
+    /// The way back to where this process comes from, if there are hooks.
+    origin: Option<RuntimeNamespace>,
+    /// As first written: from then on the container exists.
+    record: Option<Record>,
     share: Option<Share>,
     vmm: Option<Vmm>,
 }
@@ -115,6 +126,10 @@ impl Sandbox {
     async fn create(&mut self) -> Result<Created> {
         let mut record = self.record()?;
         self.dir.write_record(&record)?;
+        self.record = Some(record.clone());
+        for point in [Point::Prestart, Point::CreateRuntime] {
+            hooks::run(point, &record, self.origin.as_ref()).await?;
+        }
         let share = self.share.insert(Share::build(&self.launch, &self.dir)?);
         self.timeline.shared = Some(clock::monotonic_us());
         let (vmm, connections) = boot::start(&self.launch, &self.dir, share)?;
@@ -155,9 +170,9 @@ impl Sandbox {
     /// The container, to the task that owns it from now on.
     fn hand_over(self, created: Created) -> Option<Lifecycle> {
         let Created { agent, relay, console, record } = created;
-        let Self { dir, timeline, share, vmm, .. } = self;
+        let Self { dir, timeline, origin, share, vmm, .. } = self;
         let vmm = vmm?;
-        Some(Lifecycle { dir, record, vmm, share, agent, relay, console, timeline })
+        Some(Lifecycle { dir, record, origin, vmm, share, agent, relay, console, timeline })
     }
 
     /// What is known of the container at first.
@@ -181,6 +196,7 @@ impl Sandbox {
                 .flatten()
                 .map(|(key, value)| (key.clone(), value.clone()))
                 .collect(),
+            hooks: launch.spec.hooks().clone(),
             exit: None,
             error: None,
             lost: false,
@@ -200,8 +216,10 @@ impl Sandbox {
             vmm.stop().await;
         }
         self.share = None;
-        if let Err(error) = self.dir.remove() {
-            log::error!("{error}");
+        match (self.dir.remove(), &self.record) {
+            (Ok(true), Some(record)) => hooks::run_poststop(record, self.origin.as_ref()).await,
+            (Ok(_), _) => {}
+            (Err(error), _) => log::error!("{error}"),
         }
     }
 }

@@ -241,9 +241,11 @@ impl StateDir {
     ///
     /// # Errors
     ///
-    /// If something in it cannot be removed. That it is gone already is not an error.
-    pub fn remove(&self) -> Result<()> {
-        if self.is_linked() {
+    /// If something in it cannot be removed. That it is gone already is not an error: then the
+    /// answer is false, and somebody else has removed it.
+    pub fn remove(&self) -> Result<bool> {
+        let linked = self.is_linked();
+        if linked {
             match self.remove_entries().and_then(|()| fs::remove_dir(&self.path)) {
                 Err(e) if e.kind() != ErrorKind::NotFound => {
                     return Err(e).explain(|| format!("cannot remove {}", self.path.display()));
@@ -252,7 +254,7 @@ impl StateDir {
             }
         }
         remove_made(&self.made);
-        Ok(())
+        Ok(linked)
     }
 
     fn remove_entries(&self) -> std::io::Result<()> {

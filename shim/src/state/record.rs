@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
+use oci_spec::runtime::Hooks;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -64,6 +65,9 @@ pub struct Record {
     pub owner_uid: u32,
     /// `annotations` of its config.json.
     pub annotations: BTreeMap<String, String>,
+    /// The hooks of its config.json.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hooks: Option<Hooks>,
     /// How it ended, if that is known.
     pub exit: Option<Exit>,
     /// Why it ended without an exit status.
@@ -102,6 +106,19 @@ impl Record {
             "created": self.created,
             "annotations": annotations,
             "owner": self.owner(),
+        })
+    }
+
+    /// The specification's state object and no more, for hooks, which run at a known status.
+    pub fn state_at(&self, status: Status) -> Value {
+        let pid = if status == Status::Stopped { 0 } else { self.sandbox.pid };
+        json!({
+            "ociVersion": self.oci_version,
+            "id": self.id,
+            "status": status,
+            "pid": pid,
+            "bundle": self.bundle,
+            "annotations": self.annotations,
         })
     }
 
