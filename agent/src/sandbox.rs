@@ -18,6 +18,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 
 use crate::container::Container;
 use crate::container::cgroup;
+use crate::container::seccomp::Filter;
 use crate::container::stdio::Connections;
 use crate::container::terminal::Size;
 use crate::error::{Code, Context as _, Error, Result};
@@ -81,6 +82,7 @@ impl Sandbox {
         &self,
         id: String,
         spec_json: Vec<u8>,
+        filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
     ) -> Result<i32> {
@@ -90,7 +92,7 @@ impl Sandbox {
             Entry::Vacant(vacant) => vacant.insert(None),
         };
         let reaper = Arc::clone(&self.reaper);
-        match Container::create(reaper, id.clone(), spec_json, connections, size).await {
+        match Container::create(reaper, id.clone(), spec_json, filter, connections, size).await {
             Ok(container) => {
                 let pid = container.process("")?.pid();
                 self.containers().insert(id, Some(Arc::new(container)));

@@ -4,7 +4,7 @@
 //! and no negotiation: [`Hello`] carries it, and the host refuses a guest that speaks another.
 
 /// Version of everything in this crate. Raised by any change that one side alone cannot survive.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// vsock port in the guest where the agent serves [`agent_ttrpc::Agent`].
 pub const AGENT_PORT: u32 = 1024;

@@ -14,7 +14,10 @@ use crate::{image, kernel, process, repository};
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// What compiling the binaries needs from Debian.
-const NEEDS: [Need; 1] = [Need { package: "libc6-dev", purpose: "static binaries" }];
+const NEEDS: [Need; 2] = [
+    Need { package: "libc6-dev", purpose: "static binaries" },
+    Need { package: "libseccomp-dev", purpose: "system call filters" },
+];
 
 /// Everything that a build needs from Debian.
 pub(crate) fn needs() -> impl Iterator<Item = Need> {

@@ -18,6 +18,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 use super::namespaces::Namespaces;
+use super::seccomp::Filter;
 use super::terminal::Size;
 
 /// Longest payload of a message. A config.json is far shorter.
@@ -31,9 +32,9 @@ const MAX_FDS: usize = 4;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// The first process of a container; a config.json follows.
-    Create { cgroup: String, size: Option<Size> },
+    Create { cgroup: String, filter: Option<Filter>, size: Option<Size> },
     /// A further process of a container; a `process` object follows.
-    Exec { namespaces: Namespaces, size: Option<Size> },
+    Exec { namespaces: Namespaces, filter: Option<Filter>, size: Option<Size> },
 }
 
 /// Kinds of messages.

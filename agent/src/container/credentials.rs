@@ -11,19 +11,27 @@ use crate::oci::{Capabilities, Process};
 /// Gives up the agent's identity for the one that the specification asks for. The order matters:
 /// the bounding set needs CAP_SETPCAP, and the other sets have to survive the change of user.
 ///
+/// With `filtered`, a process that may gain privileges keeps CAP_SYS_ADMIN until execve, because
+/// seccomp(2) demands one of the two. What it has after execve follows from the other sets.
+///
 /// # Errors
 ///
 /// The step that failed.
-pub(crate) fn apply(process: &Process) -> Result<()> {
+pub(crate) fn apply(process: &Process, filtered: bool) -> Result<()> {
     // A missing object means no capabilities at all.
     let wanted = process.capabilities.clone().unwrap_or_default();
     drop_bounding(bits(&wanted.bounding))?;
     rustix::thread::set_keep_capabilities(true).context(|| "keep capabilities")?;
     change_user(process)?;
     rustix::thread::set_keep_capabilities(false).context(|| "no longer keep capabilities")?;
+    let to_filter = if filtered && process.no_new_privileges != Some(true) {
+        CapabilitySet::SYS_ADMIN
+    } else {
+        CapabilitySet::empty()
+    };
     let sets = CapabilitySets {
-        effective: CapabilitySet::from_bits_retain(bits(&wanted.effective)),
-        permitted: CapabilitySet::from_bits_retain(bits(&wanted.permitted)),
+        effective: CapabilitySet::from_bits_retain(bits(&wanted.effective)) | to_filter,
+        permitted: CapabilitySet::from_bits_retain(bits(&wanted.permitted)) | to_filter,
         inheritable: CapabilitySet::from_bits_retain(bits(&wanted.inheritable)),
     };
     rustix::thread::set_capabilities(None, sets).context(|| "set process.capabilities")?;

@@ -16,6 +16,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use super::channel::{Channel, Message, Request, Tag};
 use super::namespaces::{self, Namespaces};
+use super::seccomp::Filter;
 use super::spec::ContainerSpec;
 use super::terminal::{self, Size, Terminal};
 use super::{credentials, environment, executable, rlimits, rootfs, signals};
@@ -53,13 +54,13 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
     let mut fds = request.fds.into_iter();
     let request: Request =
         serde_json::from_slice(&request.payload).map_err(|e| Error::internal(e.to_string()))?;
-    let (inside, size) = match request {
-        Request::Create { cgroup, size } => {
-            (enter_new_container(&document, Path::new(&cgroup))?, size)
+    let (inside, filter, size) = match request {
+        Request::Create { cgroup, filter, size } => {
+            (enter_new_container(&document, Path::new(&cgroup))?, filter, size)
         }
-        Request::Exec { namespaces, size } => {
+        Request::Exec { namespaces, filter, size } => {
             let container = fds.next().ok_or_else(|| Error::internal("no pidfd was sent"))?;
-            (enter_container(&document, &container, namespaces)?, size)
+            (enter_container(&document, &container, namespaces)?, filter, size)
         }
     };
     let Inside { process, terminal, namespaces } = inside;
@@ -70,7 +71,7 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
     let stdio: Vec<OwnedFd> = fds.collect();
     connect_stdio(terminal.as_ref(), &stdio, process.user.uid)?;
     drop((terminal, stdio));
-    let program = Program::prepare(&process, namespaces)?;
+    let program = Program::prepare(&process, namespaces, filter)?;
     channel.send(Tag::Ready, &[], &[]).context(|| "report to the agent")?;
     expect(channel, Tag::Start)?;
     program.execute()
@@ -198,11 +199,12 @@ struct Program {
     args: Vec<CString>,
     env: Vec<CString>,
     umask: Mode,
+    filter: Option<Filter>,
 }
 
 impl Program {
     /// Takes on the identity of the process and finds its program.
-    fn prepare(process: &Process, namespaces: Namespaces) -> Result<Self> {
+    fn prepare(process: &Process, namespaces: Namespaces, filter: Option<Filter>) -> Result<Self> {
         let args = &process.args;
         let passwd = Path::new("/etc/passwd");
         let env = environment::complete(&process.env, process.user.uid, passwd);
@@ -216,7 +218,7 @@ impl Program {
         // Before the change of user, for root, and after it, for directories that only the user
         // can enter, such as one on a remote file system.
         let early = rustix::process::chdir(&process.cwd);
-        credentials::apply(process)?;
+        credentials::apply(process, filter.is_some())?;
         if early.is_err() {
             rustix::process::chdir(&process.cwd)
                 .context(|| format!("enter process.cwd {}", process.cwd.display()))?;
@@ -227,7 +229,8 @@ impl Program {
         }
         let path = executable::find(args.first().map_or("", String::as_str), &env)?;
         let mask = process.user.umask.unwrap_or(0o022);
-        Ok(Self { path, args: to_c(args)?, env: to_c(&env)?, umask: Mode::from_raw_mode(mask) })
+        let umask = Mode::from_raw_mode(mask);
+        Ok(Self { path, args: to_c(args)?, env: to_c(&env)?, umask, filter })
     }
 
     fn execute(self) -> Result<Infallible> {
@@ -236,6 +239,10 @@ impl Program {
         close_on_exec();
         let args = pointers(&self.args);
         let env = pointers(&self.env);
+        // Last, so that a profile has to allow nothing but execve.
+        if let Some(filter) = &self.filter {
+            filter.load().context(|| "load the filter of linux.seccomp")?;
+        }
         // SAFETY: the path is a C string and the lists are arrays of C strings that end with a
         // null pointer; all of them live across the call.
         unsafe { libc::execve(self.path.as_ptr(), args.as_ptr(), env.as_ptr()) };

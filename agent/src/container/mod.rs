@@ -29,6 +29,7 @@ pub(crate) mod process;
 mod resources;
 mod rlimits;
 mod rootfs;
+pub(crate) mod seccomp;
 mod signals;
 mod spec;
 pub(crate) mod stdio;
@@ -43,6 +44,7 @@ use self::execs::Execs;
 use self::launch::{Birth, Launch, Launched};
 use self::namespaces::Namespaces;
 use self::process::Process;
+use self::seccomp::Filter;
 use self::spec::ContainerSpec;
 use self::stdio::{Connections, Pipes};
 use self::terminal::Size;
@@ -61,12 +63,14 @@ pub(crate) struct Container {
     execs: Mutex<Execs>,
 }
 
-/// What further processes get where their own specification is silent.
+/// What further processes get where their own specification is silent, and the filter, which is
+/// for all of them.
 struct ExecDefaults {
     capabilities: Option<Capabilities>,
     no_new_privileges: Option<bool>,
     oom_score_adj: i32,
     rlimits: Vec<PosixRlimit>,
+    filter: Option<Filter>,
 }
 
 impl Container {
@@ -79,11 +83,14 @@ impl Container {
         reaper: Arc<Reaper>,
         id: String,
         spec_json: Vec<u8>,
+        filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
     ) -> Result<Self> {
         let (pipes, stdio) = Pipes::make(&connections)?;
-        let prepared = blocking(move || prepare(&reaper, &id, &spec_json, stdio, size)).await?;
+        let kept = filter.clone();
+        let prepare = move || prepare(&reaper, &id, &spec_json, filter, stdio, size);
+        let prepared = blocking(prepare).await?;
         let Prepared { id, spec, cgroup, launched } = prepared;
         let cgroup = Arc::new(cgroup);
         let pipes = (!spec.process.terminal).then_some(pipes);
@@ -99,6 +106,7 @@ impl Container {
             no_new_privileges: spec.process.no_new_privileges,
             oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
             rlimits: spec.process.rlimits.clone().unwrap_or_default(),
+            filter: kept,
         };
         let namespaces = spec.namespaces;
         if !namespaces.has(NamespaceKind::Pid) {
@@ -198,7 +206,11 @@ impl Container {
                     init_pid: self.init.pid(),
                 },
                 cgroup: &self.cgroup,
-                request: Request::Exec { namespaces: self.namespaces, size },
+                request: Request::Exec {
+                    namespaces: self.namespaces,
+                    filter: self.defaults.filter.clone(),
+                    size,
+                },
                 document: &document,
                 stdio: if terminal { Vec::new() } else { stdio },
                 oom_score_adj: process.oom_score_adj.unwrap_or(self.defaults.oom_score_adj),
@@ -280,12 +292,15 @@ fn prepare(
     reaper: &Reaper,
     id: &str,
     spec_json: &[u8],
+    filter: Option<Filter>,
     stdio: Vec<std::os::fd::OwnedFd>,
     size: Option<Size>,
 ) -> Result<Prepared> {
     let spec = ContainerSpec::parse(spec_json)?;
     let cgroup = Cgroup::create(id)?;
-    let launched = limit_and_launch(reaper, &cgroup, &spec, spec_json, stdio, size);
+    let path = cgroup.path().to_string_lossy().into_owned();
+    let request = Request::Create { cgroup: path, filter, size };
+    let launched = limit_and_launch(reaper, &cgroup, &spec, spec_json, stdio, request);
     match launched {
         Ok(launched) => Ok(Prepared { id: id.to_owned(), spec, cgroup, launched }),
         Err(e) => {
@@ -303,7 +318,7 @@ fn limit_and_launch(
     spec: &ContainerSpec,
     spec_json: &[u8],
     stdio: Vec<std::os::fd::OwnedFd>,
-    size: Option<Size>,
+    request: Request,
 ) -> Result<Launched> {
     resources::apply(cgroup, &spec.linux.resources)?;
     let terminal = spec.process.terminal;
@@ -312,7 +327,7 @@ fn limit_and_launch(
         Launch {
             birth: Birth::New { namespaces: spec.namespaces, linux: &spec.linux },
             cgroup,
-            request: Request::Create { cgroup: cgroup.path().to_string_lossy().into_owned(), size },
+            request,
             document: spec_json,
             stdio: if terminal { Vec::new() } else { stdio },
             oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),

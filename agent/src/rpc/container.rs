@@ -6,6 +6,7 @@ use isopod_protocol::agent::{
     ContainerRef, CreateContainerRequest, Empty, ProcessList, ProcessStarted,
 };
 
+use crate::container::seccomp::Filter;
 use crate::error::Result;
 use crate::sandbox::Sandbox;
 
@@ -15,7 +16,9 @@ pub(super) async fn create(
 ) -> Result<ProcessStarted> {
     let size = super::size(&request.terminal_size)?;
     let streams = super::claim(&sandbox.streams, request.streams).await?;
-    let pid = sandbox.create(request.container_id, request.spec_json, streams, size).await?;
+    let filter = Filter::of(&request.seccomp_filter, request.seccomp_flags)?;
+    let (id, spec) = (request.container_id, request.spec_json);
+    let pid = sandbox.create(id, spec, filter, streams, size).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 

@@ -5,6 +5,7 @@ mod default;
 mod guest;
 mod kernel;
 mod mount_options;
+mod seccomp;
 mod size;
 mod unknown;
 mod unsupported;
@@ -23,6 +24,7 @@ pub(crate) use self::guest::shared_name;
 pub use self::{
     default::{default_spec, write_spec},
     guest::guest_spec,
+    seccomp::Filter,
     size::{VmSize, cpu_list_len},
 };
 use crate::error::{Error, Explain, Result};
@@ -35,8 +37,10 @@ pub const SPEC_VERSION: &str = "1.2.0";
 pub struct Bundle {
     /// The bundle's directory, absolute and without symbolic links.
     pub dir: PathBuf,
-    /// config.json, without what cannot be honoured (which has been said).
+    /// config.json, without `linux.seccomp`, which the filter takes the place of.
     pub spec: Spec,
+    /// What `linux.seccomp` has become.
+    pub seccomp: Option<Filter>,
     /// The root file system's directory on the host, absolute and without symbolic links.
     pub rootfs: PathBuf,
     /// The bind mounts, in the order of `mounts`.
@@ -91,19 +95,14 @@ impl Bundle {
         let rootfs = canonical_dir(&dir.join(root.path()), "root.path")?;
         let binds = check::binds(&dir, &spec)?;
         let vm = VmSize::of(&spec)?;
-        if let Some(linux) = spec.linux_mut().as_mut().filter(|linux| linux.seccomp().is_some()) {
-            log::warn!(
-                "linux.seccomp is not applied by this version: the container runs without the \
-                 system call filter that {} asks for",
-                path.display()
-            );
-            linux.set_seccomp(None);
-        }
+        let mut seccomp = None;
         if let Some(linux) = spec.linux_mut() {
+            seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
+            linux.set_seccomp(None);
             // Only the personality that every process has anyway gets here.
             linux.set_personality(None);
         }
-        Ok(Self { dir, spec, rootfs, binds, vm })
+        Ok(Self { dir, spec, seccomp, rootfs, binds, vm })
     }
 }
 

@@ -152,8 +152,10 @@ fn bind_mounts_are_found_and_checked() {
 }
 
 #[test]
-fn seccomp_is_taken_out_after_the_warning() {
+fn a_filter_takes_the_place_of_the_profile() {
     let dir = bundle(|c| c["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ERRNO"}));
-    let bundle = Bundle::load(dir.path(), None).unwrap();
-    assert!(bundle.spec.linux().as_ref().unwrap().seccomp().is_none());
+    let with = Bundle::load(dir.path(), None).unwrap();
+    assert!(with.spec.linux().as_ref().unwrap().seccomp().is_none());
+    assert!(with.seccomp.is_some());
+    assert!(Bundle::load(bundle(|_| {}).path(), None).unwrap().seccomp.is_none());
 }

@@ -4,6 +4,8 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
+const NO_LISTENER: &str = "a listener on the host cannot reach system calls in a microVM";
+
 /// Refused when set to anything but their neutral value, with the reason.
 const REFUSED: &[(&str, &str)] = &[
     ("/hooks/createContainer", "hooks inside the microVM are not run by this version"),
@@ -15,6 +17,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("/uidMappings", "the specification has it under linux"),
     ("/gidMappings", "the specification has it under linux"),
     ("/linux/timeOffsets", "clocks of a container cannot be shifted yet"),
+    ("/linux/seccomp/listenerPath", NO_LISTENER),
+    ("/linux/seccomp/listenerMetadata", NO_LISTENER),
     ("/linux/intelRdt", "cache allocation of the host does not reach into a microVM"),
     ("/linux/netDevices", "devices of the host cannot be moved into a microVM"),
     ("/linux/memoryPolicy", "a microVM has one memory node"),

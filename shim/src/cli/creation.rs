@@ -156,6 +156,7 @@ impl CreateOptions {
             bundle: bundle.dir,
             rootfs: bundle.rootfs,
             spec: bundle.spec,
+            seccomp: bundle.seccomp,
             binds: bundle.binds,
             vm: bundle.vm,
             artifacts,

@@ -15,6 +15,7 @@ use isopod_protocol::{
 
 use super::{printable, random, vsock};
 use crate::{
+    bundle::Filter,
     clock,
     error::{Error, ErrorKind, Explain, Result},
     state::{Exit, Id, StateDir},
@@ -66,6 +67,7 @@ impl Agent {
     pub(super) async fn create_container(
         &self,
         spec: &Spec,
+        seccomp: Option<&Filter>,
         streams: StreamTokens,
         size: Option<Size>,
     ) -> Result<()> {
@@ -74,6 +76,8 @@ impl Agent {
             spec_json: serde_json::to_vec(spec).explain(|| "cannot write config.json".into())?,
             streams: Some(streams).into(),
             terminal_size: size.map(terminal_size).into(),
+            seccomp_filter: seccomp.map(Filter::bytes).unwrap_or_default(),
+            seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
             ..Default::default()
         };
         self.client

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::control;
 use crate::{
-    bundle::{Bind, VmSize},
+    bundle::{Bind, Filter, VmSize},
     error::{Error, Explain, Result},
     logger,
     settings::Artifacts,
@@ -39,6 +39,8 @@ pub struct Launch {
     pub rootfs: PathBuf,
     /// config.json as checked, with host paths.
     pub spec: Spec,
+    /// Its system call filter.
+    pub seccomp: Option<Filter>,
     /// Its bind mounts.
     pub binds: Vec<Bind>,
     /// Size of the microVM.

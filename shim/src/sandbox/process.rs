@@ -247,7 +247,7 @@ async fn create_container(
     })?;
     let (tokens, streams) = local.connect(dir).await?;
     let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds, launch.vm.vcpus);
-    agent.create_container(&spec, tokens, size).await?;
+    agent.create_container(&spec, launch.seccomp.as_ref(), tokens, size).await?;
     Ok((agent, streams.relay()?, console))
 }
 

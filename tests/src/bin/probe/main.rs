@@ -5,6 +5,7 @@
 #![allow(clippy::expect_used, clippy::panic, reason = "a probe that cannot look has failed")]
 
 mod access;
+mod call;
 mod directory;
 mod keeper;
 mod memory;
@@ -18,7 +19,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
     | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | eat MIB | hole | parallel \
-    | posix DIR XATTR | xattr DIR XATTR | keeper DIR";
+    | call ABI NUMBER[,ARG...]... | posix DIR XATTR | xattr DIR XATTR | keeper DIR";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         ["window"] => stream::window(),
         ["fork-bomb"] => memory::fork_bomb(),
         ["eat", mib] => memory::eat(number(mib)),
+        ["call", abi, ref calls @ ..] => print(&call::outcomes(abi, calls)),
         ["hole"] => print(&memory::across_the_hole()),
         ["parallel"] => print(&parallel::report()),
         ["posix", dir, xattr] => print(&posix::report(dir, xattr)),
