@@ -69,6 +69,7 @@ pub(crate) fn boot(programs: &Path) -> Result<Boot> {
         },
         fs: Some(FsConfig { tag: SHARED_TAG.to_owned(), workers: 2, cache: FsCache::Auto }),
         block: Vec::new(),
+        net: Vec::new(),
         jail_root_fd: Some(root.as_raw_fd()),
     };
     let config_file = config_file(&config)?;

@@ -11,13 +11,14 @@ use kvm_ioctls::{Kvm, VcpuFd};
 use linux_loader::cmdline::Cmdline;
 
 use crate::arch::x86_64::{boot, cpuid, layout, mptable, regs};
-use crate::config::{self, ConfigError, VmConfig};
+use crate::config::{self, ConfigError, NetConfig, VmConfig};
 use crate::devices::console::{SerialConsole, SharedLog};
 use crate::devices::reset::ResetPort;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::fs::{Fs, Share};
+use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::end::EndSignal;
@@ -35,9 +36,10 @@ use crate::vm::{Vm, VmError};
 const CMDLINE: &str = "quiet earlyprintk=serial,ttyS0,115200,keep panic=-1 reboot=k \
                        random.trust_cpu=on rdinit=/init";
 
-// Sockets, files, entropy and balloon have a line each, and every disk.
+// Sockets, files, entropy and balloon have a line each, and every disk and network interface.
 const _: () = assert!(
-    config::MAX_BLOCK_DEVICES + 4 <= (layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1) as usize
+    config::MAX_BLOCK_AND_NET_DEVICES + 4
+        <= (layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1) as usize
 );
 
 /// The microVM cannot be built.
@@ -70,6 +72,14 @@ pub enum BuildError {
         path: String,
         /// Why it is not usable.
         source: io::Error,
+    },
+    /// A network interface.
+    #[error("network device {index}: {source}")]
+    Net {
+        /// Which, counted from 0.
+        index: usize,
+        /// Why it is not usable.
+        source: NetError,
     },
     /// The jail.
     #[error(transparent)]
@@ -208,9 +218,23 @@ fn add_devices(
             .map_err(|source| BuildError::Block { path: block.file.path.clone(), source })?;
         add(Box::new(device))?;
     }
+    for (index, net) in config.net.iter().enumerate() {
+        add(Box::new(new_net(descriptors, index, net)?))?;
+    }
     add(Box::<Rng>::default())?;
     add(Box::<Balloon>::default())?;
     Ok(share)
+}
+
+fn new_net(
+    descriptors: &mut Descriptors,
+    index: usize,
+    config: &NetConfig,
+) -> Result<Net, BuildError> {
+    let mut take =
+        |fds: &[i32]| fds.iter().map(|fd| descriptors.take(*fd)).collect::<Result<_, _>>();
+    let (taps, vhost) = (take(&config.tap_fds)?, take(&config.vhost_fds)?);
+    Net::new(taps, vhost, config).map_err(|source| BuildError::Net { index, source })
 }
 
 /// Puts kernel and image into guest memory. Returns the kernel's entry point and where the image is.
@@ -257,7 +281,9 @@ fn create_vcpus(vm: &Vm, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildErro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{BlockConfig, FileRef, FsCache, FsConfig, MAX_BLOCK_DEVICES, VsockConfig};
+    use crate::config::{
+        BlockConfig, FileRef, FsCache, FsConfig, MAX_BLOCK_AND_NET_DEVICES, VsockConfig,
+    };
 
     fn number(owned: impl Into<OwnedFd>) -> i32 {
         owned.into().into_raw_fd()
@@ -291,7 +317,8 @@ mod tests {
                 connect_fd: number(connector),
             },
             fs: Some(FsConfig { tag: "share".to_owned(), workers: 1, cache: FsCache::Auto }),
-            block: (0..MAX_BLOCK_DEVICES).map(|_| block()).collect(),
+            block: (0..MAX_BLOCK_AND_NET_DEVICES).map(|_| block()).collect(),
+            net: Vec::new(),
             jail_root_fd: None,
         }
     }
@@ -328,11 +355,55 @@ mod tests {
         for (config, message) in [
             (closed, "descriptor 2147483647 is not open"),
             (twice, "is given twice"),
-            (too_many, "number of block devices is 16; it has to be from 0 to 15"),
+            (too_many, "number of block and network devices is 16; it has to be from 0 to 15"),
         ] {
             // SAFETY: it takes none of them, as the configuration is not valid.
             let error = unsafe { Inherited::new(config) }.err().unwrap().to_string();
             assert!(error.contains(message), "{error}");
         }
+    }
+
+    #[test]
+    fn a_network_device_is_checked_before_it_is_made() {
+        let valid = NetConfig {
+            tap_fds: vec![file().fd],
+            vhost_fds: Vec::new(),
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: Some(68),
+        };
+        let with =
+            |net: &[NetConfig]| VmConfig { block: Vec::new(), net: net.to_vec(), ..largest() };
+        with(std::slice::from_ref(&valid)).validate().unwrap();
+        let change = |change: fn(&mut NetConfig)| {
+            let mut net = valid.clone();
+            change(&mut net);
+            net
+        };
+        for (net, message) in [
+            (
+                change(|net| net.tap_fds.clear()),
+                "number of net.tap_fds is 0; it has to be from 1 to 32",
+            ),
+            (change(|net| net.vhost_fds = vec![70, 71]), "has 2 descriptors for 1 of net.tap_fds"),
+            (
+                change(|net| net.mac[0] = 3),
+                "net.mac is \"03:00:00:00:00:01\"; it has to be the address",
+            ),
+            (change(|net| net.mac = [0; 6]), "net.mac is \"00:00:00:00:00:00\""),
+            (change(|net| net.mtu = Some(67)), "net.mtu is 67; it has to be from 68 to 65535"),
+            (change(|net| net.tap_fds.push(net.tap_fds[0])), "is given twice"),
+        ] {
+            let error = with(&[net]).validate().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        let error = with(&vec![valid.clone(); 9]).validate().unwrap_err().to_string();
+        assert_eq!(error, "number of network devices is 9; it has to be from 0 to 8");
+        // A file is no tap.
+        let mut config = with(std::slice::from_ref(&valid));
+        config.net[0].tap_fds = vec![file().fd];
+        // SAFETY: the configuration's descriptors were given up to it.
+        let Inherited { config, mut descriptors } = unsafe { Inherited::new(config) }.unwrap();
+        let error = new_net(&mut descriptors, 0, &config.net[0]).err().unwrap().to_string();
+        assert!(error.starts_with("network device 0: queue 0 of its tap: "), "{error}");
     }
 }

@@ -16,8 +16,14 @@ pub const MIN_MEMORY_MIB: u64 = 64;
 /// Most guest memory in MiB (1 TiB).
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 
-/// Most block devices of a microVM: interrupt lines without those of the other devices.
-pub const MAX_BLOCK_DEVICES: usize = 15;
+/// Most block and network devices of a microVM: interrupt lines without those of the others.
+pub const MAX_BLOCK_AND_NET_DEVICES: usize = 15;
+
+/// Most network devices among them.
+pub const MAX_NET_DEVICES: usize = 8;
+
+/// Most queue pairs of a network device: one for each vCPU is what a guest can use.
+pub const MAX_QUEUE_PAIRS: usize = MAX_VCPUS as usize;
 
 /// Longest kernel command line in bytes that x86 Linux takes (`COMMAND_LINE_SIZE`, with its NUL).
 pub const MAX_CMDLINE_LEN: usize = 2048;
@@ -55,6 +61,9 @@ pub struct VmConfig {
     /// virtio-blk devices, `/dev/vda` onwards in the guest.
     #[serde(default)]
     pub block: Vec<BlockConfig>,
+    /// virtio-net devices, in the order in which the guest finds them.
+    #[serde(default)]
+    pub net: Vec<NetConfig>,
     /// Descriptor of the directory that becomes the VMM's root before the guest runs. Its mount
     /// must be shared, so that mounts made under it later arrive in the VMM. Without it the VMM
     /// keeps the caller's root; only for trying things out.
@@ -124,6 +133,25 @@ pub struct BlockConfig {
     pub read_only: bool,
 }
 
+/// A network interface of the guest, behind a tap.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The queues of one tap, one for each queue pair, 1 to [`MAX_QUEUE_PAIRS`]. They were opened
+    /// with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` if there are several, and
+    /// are attached. Length of the header and offloads are set by the VMM.
+    pub tap_fds: Vec<i32>,
+    /// `/dev/vhost-net`, opened once for each queue pair, to have the host's kernel serve the
+    /// queues. Empty: the VMM serves them.
+    #[serde(default)]
+    pub vhost_fds: Vec<i32>,
+    /// Hardware address: one interface's own, not a group's.
+    pub mac: [u8; 6],
+    /// Largest payload of a frame in bytes, if the guest is to be told: 68 to 65535.
+    #[serde(default)]
+    pub mtu: Option<u16>,
+}
+
 /// Why a configuration was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -151,6 +179,16 @@ pub enum ConfigError {
         value: String,
         /// What it has to be.
         rule: &'static str,
+    },
+    /// A network device has `/dev/vhost-net` for some of its queue pairs only.
+    #[error(
+        "net.vhost_fds has {vhost} descriptors for {taps} of net.tap_fds; it has to have none, or as many"
+    )]
+    Vhost {
+        /// Descriptors of `/dev/vhost-net`.
+        vhost: usize,
+        /// Queue pairs.
+        taps: usize,
     },
     /// Two fields name the same descriptor, or one names a standard stream.
     #[error("descriptor {0} is given twice or is a standard stream")]
@@ -181,7 +219,10 @@ impl VmConfig {
         in_range("vcpus", self.vcpus.into(), 1, MAX_VCPUS.into())?;
         in_range("memory_mib", self.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         in_range("vsock.guest_cid", self.vsock.guest_cid.into(), 3, u64::from(u32::MAX) - 1)?;
-        in_range("number of block devices", self.block.len() as u64, 0, MAX_BLOCK_DEVICES as u64)?;
+        in_range("number of network devices", self.net.len() as u64, 0, MAX_NET_DEVICES as u64)?;
+        let block_and_net = (self.block.len() + self.net.len()) as u64;
+        let max = MAX_BLOCK_AND_NET_DEVICES as u64;
+        in_range("number of block and network devices", block_and_net, 0, max)?;
         text("id", &self.id, "1 to 1024 printable ASCII characters", |s| {
             (1..=1024).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_graphic())
         })?;
@@ -200,6 +241,7 @@ impl VmConfig {
                 s.len() <= 20 && s.is_ascii()
             })?;
         }
+        self.net.iter().try_for_each(NetConfig::validate)?;
         let mut seen = HashSet::new();
         for fd in self.descriptors() {
             if fd <= 2 || !seen.insert(fd) {
@@ -222,7 +264,25 @@ impl VmConfig {
         fds.extend(self.console_fd);
         fds.extend(self.jail_root_fd);
         fds.extend(self.block.iter().map(|b| b.file.fd));
+        fds.extend(self.net.iter().flat_map(|net| net.tap_fds.iter().chain(&net.vhost_fds)));
         fds
+    }
+}
+
+impl NetConfig {
+    fn validate(&self) -> Result<(), ConfigError> {
+        let (taps, vhost) = (self.tap_fds.len(), self.vhost_fds.len());
+        in_range("number of net.tap_fds", taps as u64, 1, MAX_QUEUE_PAIRS as u64)?;
+        if vhost != 0 && vhost != taps {
+            return Err(ConfigError::Vhost { vhost, taps });
+        }
+        // Linux's driver takes neither, and less than 68 is refused (virtio 1.2, 5.1.4.1).
+        if self.mac == [0; 6] || self.mac[0] & 1 != 0 {
+            let value = self.mac.map(|byte| format!("{byte:02x}")).join(":");
+            let rule = "the address of one interface, neither zero nor a group's";
+            return Err(ConfigError::Text { field: "net.mac", value, rule });
+        }
+        self.mtu.map_or(Ok(()), |mtu| in_range("net.mtu", mtu.into(), 68, u16::MAX.into()))
     }
 }
 

@@ -74,6 +74,7 @@ pub(super) fn start(
             cache: FsCache::Auto,
         }),
         block: Vec::new(),
+        net: Vec::new(),
         jail_root_fd: Some(share.root().as_raw_fd()),
     };
     let connections = GuestConnections::new(connections)?;

@@ -39,24 +39,42 @@ impl<'m> Chain<'m> {
     ) -> Result<Self, InvalidChain> {
         let head = descriptors.head_index();
         let mut chain = Self { head, readable: Buffers::default(), writable: Buffers::default() };
-        for (count, descriptor) in descriptors.enumerate() {
-            if count >= usize::from(queue_size) {
-                return Err(InvalidChain);
-            }
-            // A descriptor may span two regions only where they touch, and ours never do.
-            let slice = memory
-                .get_slice(descriptor.addr(), descriptor.len() as usize)
-                .map_err(|_| InvalidChain)?;
-            if descriptor.is_write_only() {
-                chain.writable.push(slice);
-            } else if chain.writable.slices.is_empty() {
-                chain.readable.push(slice);
-            } else {
-                return Err(InvalidChain);
-            }
-        }
+        walk(memory, descriptors, queue_size, |slice, writable| {
+            if writable { &mut chain.writable } else { &mut chain.readable }.push(slice);
+        })?;
         Ok(chain)
     }
+}
+
+/// Maps every descriptor and hands it on, with whether the device may write it. What was handed on
+/// before an error is not to be used.
+///
+/// # Errors
+///
+/// As [`Chain::new`].
+pub(super) fn walk<'m>(
+    memory: &'m GuestMemoryMap,
+    descriptors: DescriptorChain<&GuestMemoryMap>,
+    queue_size: u16,
+    mut each: impl FnMut(VolatileSlice<'m>, bool),
+) -> Result<(), InvalidChain> {
+    let mut seen_writable = false;
+    for (count, descriptor) in descriptors.enumerate() {
+        if count >= usize::from(queue_size) {
+            return Err(InvalidChain);
+        }
+        // A descriptor may span two regions only where they touch, and ours never do.
+        let slice = memory
+            .get_slice(descriptor.addr(), descriptor.len() as usize)
+            .map_err(|_| InvalidChain)?;
+        let writable = descriptor.is_write_only();
+        if seen_writable && !writable {
+            return Err(InvalidChain);
+        }
+        seen_writable = writable;
+        each(slice, writable);
+    }
+    Ok(())
 }
 
 /// Buffers one after the other, consumed from the front.

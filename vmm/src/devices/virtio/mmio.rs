@@ -33,9 +33,9 @@ const STATUS_FEATURES_OK: u32 = 8;
 const STATUS_NEEDS_RESET: u32 = 64;
 const STATUS_FAILED: u32 = 128;
 
-const FEATURE_INDIRECT_DESC: u64 = 1 << 28;
-const FEATURE_EVENT_IDX: u64 = 1 << 29;
-const FEATURE_VERSION_1: u64 = 1 << 32;
+pub(super) const FEATURE_INDIRECT_DESC: u64 = 1 << 28;
+pub(super) const FEATURE_EVENT_IDX: u64 = 1 << 29;
+pub(super) const FEATURE_VERSION_1: u64 = 1 << 32;
 
 /// Register offsets (4.2.2).
 mod register {
@@ -156,7 +156,7 @@ impl MmioTransport {
             },
             register::QUEUE_NUM_MAX => self.selected().map_or(0, |q| q.max_size().into()),
             register::QUEUE_READY => self.selected().map_or(0, |q| q.ready().into()),
-            register::INTERRUPT_STATUS => self.interrupt.status.load(Ordering::SeqCst),
+            register::INTERRUPT_STATUS => self.interrupt.status(),
             register::STATUS => self.state.status,
             // No shared memory regions: the length of one that does not exist is all ones.
             register::SHM_LEN_LOW
@@ -249,7 +249,9 @@ impl MmioTransport {
 
     fn features_are_acceptable(&self) -> bool {
         let accepted = self.state.driver_features;
-        accepted & !self.offered() == 0 && accepted & FEATURE_VERSION_1 != 0
+        accepted & !self.offered() == 0
+            && accepted & FEATURE_VERSION_1 != 0
+            && self.device.accepts(accepted)
     }
 
     fn activate(&mut self) -> bool {
@@ -269,8 +271,12 @@ impl MmioTransport {
             queue.set_ready(theirs.ready());
             active.push(ActiveQueue::new(theirs, kick, self.interrupt.clone()));
         }
-        let activation =
-            Activation { memory: self.memory.clone(), queues: active, end: Arc::clone(&self.end) };
+        let activation = Activation {
+            memory: self.memory.clone(),
+            features: self.state.driver_features,
+            queues: active,
+            end: Arc::clone(&self.end),
+        };
         self.device.activate(activation).is_ok()
     }
 
@@ -280,7 +286,7 @@ impl MmioTransport {
         }
         self.state = TransportState::default();
         self.queues = new_queues(self.device.as_ref());
-        self.interrupt.status.store(0, Ordering::SeqCst);
+        self.interrupt.reset();
         for kick in &self.kicks {
             // Kicks for the queues of before mean nothing now; no kick is an error to a read.
             let _ = kick.read();

@@ -5,6 +5,7 @@ pub mod block;
 pub mod chain;
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod rng;
 pub mod state;
 #[cfg(test)]
@@ -14,9 +15,10 @@ pub mod worker;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::state::{DeviceState, QueueState};
@@ -40,6 +42,11 @@ pub trait VirtioDevice: Send {
 
     /// Fills `data` from its configuration space at `offset`; zeros beyond the end.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Whether it can serve a driver that accepted these features, all of which were offered.
+    fn accepts(&self, _features: u64) -> bool {
+        true
+    }
 
     /// Whether queue `index` is served by a thread that waits for its eventfd. Else
     /// [`VirtioDevice::notify`] is called on the vCPU that kicked it, which suits small, rare work.
@@ -90,6 +97,7 @@ pub trait VirtioDevice: Send {
 /// The name of a device type, for messages (5).
 pub fn name(device_type: u32) -> &'static str {
     match device_type {
+        1 => "network",
         2 => "block",
         4 => "entropy",
         5 => "balloon",
@@ -103,6 +111,8 @@ pub fn name(device_type: u32) -> &'static str {
 pub struct Activation {
     /// Guest memory, for the queues and what they point to.
     pub memory: GuestMemoryMap,
+    /// The features that the driver accepted.
+    pub features: u64,
     /// The queues in their order. Those that the driver did not set up stay silent.
     pub queues: Vec<ActiveQueue>,
     /// To be given when the device cannot go on.
@@ -114,6 +124,8 @@ pub struct ActiveQueue {
     queue: Queue,
     kick: EventFd,
     interrupt: Interrupt,
+    /// The used index when the driver was last considered for an interrupt.
+    signalled: u16,
     /// The driver did not set the queue up, or broke it: it is left alone until a reset.
     dead: bool,
 }
@@ -123,7 +135,7 @@ impl ActiveQueue {
     /// ready and stays silent.
     fn new(queue: Queue, kick: EventFd, interrupt: Interrupt) -> Self {
         let dead = !queue.ready();
-        Self { queue, kick, interrupt, dead }
+        Self { queue, kick, interrupt, signalled: 0, dead }
     }
 
     /// A queue that goes on where one with this state stopped.
@@ -141,7 +153,8 @@ impl ActiveQueue {
         if queue.ready() && !mmio::rings_are_in_memory(&queue, memory) {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "a ring lies outside memory"));
         }
-        Ok(Self { queue, kick, interrupt, dead: state.dead || !state.ready })
+        let (signalled, dead) = (state.next_used, state.dead || !state.ready);
+        Ok(Self { queue, kick, interrupt, signalled, dead })
     }
 
     /// Its state, to be read between requests.
@@ -174,6 +187,37 @@ impl ActiveQueue {
         None
     }
 
+    /// Takes the next chain of buffers that are all written by the device, or all read, and puts
+    /// them behind those in `buffers`. Returns its head and the sum of the buffers' lengths.
+    ///
+    /// A chain that is not valid is treated as [`ActiveQueue::pop`] does.
+    pub fn pop_one_way<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMap,
+        writable: bool,
+        buffers: &mut Vec<VolatileSlice<'m>>,
+    ) -> Option<(u16, usize)> {
+        let (size, before) = (self.queue.size(), buffers.len());
+        for _ in 0..size {
+            let descriptors = self.pop_raw(memory)?;
+            let head = descriptors.head_index();
+            let mut len = 0;
+            let mut one_way = true;
+            let valid = chain::walk(memory, descriptors, size, |slice, is_writable| {
+                one_way &= is_writable == writable;
+                len += slice.len();
+                buffers.push(slice);
+            });
+            if valid.is_ok() && one_way {
+                return Some((head, len));
+            }
+            buffers.truncate(before);
+            self.push(memory, head, 0);
+            self.signal(memory);
+        }
+        None
+    }
+
     /// Takes the next chain as it is, for a crate that does its own checks.
     pub fn pop_raw<'m>(
         &mut self,
@@ -198,16 +242,69 @@ impl ActiveQueue {
         self.queue.go_to_previous_position();
     }
 
-    /// Gives a chain back with `len` bytes written to it.
-    pub fn push(&mut self, memory: &GuestMemoryMap, head: u16, len: u32) {
-        // It fails when the head is none of the ring's: nobody waits for that chain.
-        let _ = self.queue.add_used(memory, head, len);
+    /// How many chains it can hold.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
     }
 
-    /// Tells the driver of used chains, if it wants to know.
+    /// Gives a chain back with `len` bytes written to it.
+    pub fn push(&mut self, memory: &GuestMemoryMap, head: u16, len: u32) {
+        self.stage(memory, head, len);
+        self.publish(memory);
+    }
+
+    /// Writes a used chain behind those that the driver knows of, to be seen with the next
+    /// [`ActiveQueue::publish`]. There are never more of them than were popped, and so never more
+    /// than the ring is long.
+    pub fn stage(&mut self, memory: &GuestMemoryMap, head: u16, len: u32) {
+        // Nobody waits for a chain whose head is none of the ring's.
+        if head >= self.queue.size() {
+            return;
+        }
+        let next = self.queue.next_used();
+        let slot = 4 + 8 * u64::from(next % self.queue.size());
+        let entry = [u32::from(head).to_le(), len.to_le()];
+        // The rings were found to be in memory before the queue was made.
+        let _ = memory.write_obj(entry, self.used_ring(slot));
+        self.queue.set_next_used(next.wrapping_add(1));
+    }
+
+    /// Shows the driver all used chains, at once.
+    pub fn publish(&mut self, memory: &GuestMemoryMap) {
+        let index = self.queue.next_used().to_le();
+        // Release: who sees the index sees the entries, and what was written to the buffers.
+        let _ = memory.store(index, self.used_ring(2), Ordering::Release);
+    }
+
+    fn used_ring(&self, offset: u64) -> GuestAddress {
+        // Cannot overflow: the ring has an end.
+        GuestAddress(self.queue.used_ring().wrapping_add(offset))
+    }
+
+    /// Tells the driver of used chains, if it wants to know (2.7.7.2).
     pub fn signal(&mut self, memory: &GuestMemoryMap) {
-        if !self.dead && self.queue.needs_notification(memory).unwrap_or(true) {
+        if !self.dead && self.wants_interrupt(memory) {
             self.interrupt.trigger();
+        }
+    }
+
+    /// The crate's own answer knows neither of chains that were published together nor of the flag.
+    fn wants_interrupt(&mut self, memory: &GuestMemoryMap) -> bool {
+        const NO_INTERRUPT: u16 = 1;
+        let (old, new) = (self.signalled, self.queue.next_used());
+        self.signalled = new;
+        // The driver asks, then looks at the index; here it is written, then the wish is read.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let wish = |offset: u64| {
+            let at = GuestAddress(available.wrapping_add(offset));
+            memory.load::<u16>(at, Ordering::Relaxed).map(u16::from_le)
+        };
+        if self.queue.event_idx_enabled() {
+            let event = wish(4 + 2 * u64::from(self.queue.size()));
+            event.is_ok_and(|event| new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+        } else {
+            old != new && wish(0).is_ok_and(|flags| flags & NO_INTERRUPT == 0)
         }
     }
 
@@ -232,12 +329,32 @@ impl ActiveQueue {
 pub struct Interrupt {
     status: Arc<AtomicU32>,
     line: Arc<EventFd>,
+    /// The host's kernel raises the line without telling anybody here.
+    bypassed: Arc<AtomicBool>,
 }
 
 impl Interrupt {
     /// A line that is raised through `line`, an irqfd.
     pub fn new(line: EventFd) -> Self {
-        Self { status: Arc::default(), line: Arc::new(line) }
+        Self { status: Arc::default(), line: Arc::new(line), bypassed: Arc::default() }
+    }
+
+    /// The line, for the host's kernel to raise. The status then always says that a ring may have
+    /// changed, which it does not have to have: drivers look.
+    fn bypass(&self) -> &EventFd {
+        self.bypassed.store(true, Ordering::SeqCst);
+        &self.line
+    }
+
+    /// `InterruptStatus`.
+    fn status(&self) -> u32 {
+        let bypassed = self.bypassed.load(Ordering::SeqCst);
+        self.status.load(Ordering::SeqCst) | if bypassed { INTERRUPT_USED_RING } else { 0 }
+    }
+
+    fn reset(&self) {
+        self.status.store(0, Ordering::SeqCst);
+        self.bypassed.store(false, Ordering::SeqCst);
     }
 
     fn trigger(&self) {

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 
 use super::mmio::TransportState;
+use super::net::NetState;
 use super::vsock::MuxerState;
 
 /// A queue (virtio 1.2, 2.7). Addresses are guest physical; sizes and indices count chains.
@@ -87,6 +88,8 @@ pub enum OwnState {
     Nothing,
     /// Streams, without their host sockets.
     Vsock(MuxerState),
+    /// A network device; packets under way are lost, as they may be on any network.
+    Net(NetState),
 }
 
 /// A device with its transport.

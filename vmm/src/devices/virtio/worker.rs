@@ -110,8 +110,13 @@ pub struct Worker<T> {
 }
 
 impl<T: Send + 'static> Worker<T> {
-    /// Starts `run` on a thread of this name. `run` has to return soon after the stop is given, and
-    /// to look for work before it first waits for some.
+    /// Is to do `run` on a thread of this name, and held for now. `run` has to return soon after the
+    /// stop is given, and to look for work before it first waits for some.
+    pub fn new(name: &'static str, work: T, end: Arc<EndSignal>, run: fn(&mut T, &Stop)) -> Self {
+        Self { name, run, end, held: Some(work), thread: None }
+    }
+
+    /// The same, started.
     ///
     /// # Errors
     ///
@@ -122,7 +127,7 @@ impl<T: Send + 'static> Worker<T> {
         end: Arc<EndSignal>,
         run: fn(&mut T, &Stop),
     ) -> io::Result<Self> {
-        let mut worker = Self { name, run, end, held: Some(work), thread: None };
+        let mut worker = Self::new(name, work, end, run);
         worker.resume()?;
         Ok(worker)
     }

@@ -41,7 +41,8 @@ pub(super) struct Driver {
     pub(super) end: Arc<EndSignal>,
     line: EventFd,
     kicks: HashMap<u32, EventFd>,
-    event_idx: bool,
+    /// Features that it does without.
+    pub(super) declined: u64,
 }
 
 impl Driver {
@@ -55,7 +56,7 @@ impl Driver {
             MmioTransport::new(device, memory.clone(), interrupt, Arc::clone(&end)).unwrap();
         let kicks =
             transport.worker_kicks().map(|(n, kick)| (n, kick.try_clone().unwrap())).collect();
-        Self { transport, memory, queues: Vec::new(), end, line, kicks, event_idx: true }
+        Self { transport, memory, queues: Vec::new(), end, line, kicks, declined: 0 }
     }
 
     /// A device in service.
@@ -67,10 +68,24 @@ impl Driver {
 
     /// The same without event indices, so that rings are steered by their flags.
     pub(super) fn started_with_flags(device: Box<dyn VirtioDevice>) -> Self {
+        Self::started_without(device, EVENT_IDX)
+    }
+
+    /// The same without these features.
+    pub(super) fn started_without(device: Box<dyn VirtioDevice>, declined: u64) -> Self {
         let mut driver = Self::found(device);
-        driver.event_idx = false;
+        driver.declined = declined;
         driver.start();
         driver
+    }
+
+    /// What the device offers.
+    pub(super) fn offered(&mut self) -> u64 {
+        let mut half = |select| {
+            self.write(0x14, select);
+            u64::from(self.read(0x10))
+        };
+        half(0) | half(1) << 32
     }
 
     pub(super) fn read(&mut self, register: u64) -> u32 {
@@ -94,14 +109,12 @@ impl Driver {
     }
 
     pub(super) fn negotiate(&mut self) {
-        let event_idx = if self.event_idx { EVENT_IDX } else { 0 };
         self.write(0x70, 1);
         self.write(0x70, 3);
-        self.write(0x14, 0);
-        let low = self.read(0x10) & !(EVENT_IDX as u32) | event_idx as u32;
-        for (select, features) in [(0, low), (1, (VERSION_1 >> 32) as u32)] {
+        let accepted = self.offered() & !self.declined;
+        for (select, features) in [(0, accepted), (1, accepted >> 32)] {
             self.write(0x24, select);
-            self.write(0x20, features);
+            self.write(0x20, features as u32);
         }
         self.write(0x70, 11);
         assert_eq!(self.status(), 11);
@@ -152,7 +165,8 @@ impl Driver {
 
     /// Kicks as Linux does: only if the device asked for it.
     pub(super) fn kick(&mut self, queue: usize) {
-        if self.queues[queue].wants_kick(&self.memory, self.event_idx) {
+        let event_idx = self.declined & EVENT_IDX == 0;
+        if self.queues[queue].wants_kick(&self.memory, event_idx) {
             self.kick_always(queue);
         }
     }

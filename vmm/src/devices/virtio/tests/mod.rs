@@ -4,6 +4,7 @@
 mod block;
 mod driver;
 mod fs;
+mod net;
 mod small;
 mod state;
 mod transport;

@@ -1,0 +1,8 @@
+//! Network interfaces over real taps, each test in a network namespace of its own.
+
+mod backlog;
+mod hostile;
+mod offload;
+mod pairs;
+mod traffic;
+mod wire;

@@ -1,0 +1,222 @@
+//! The host's end: a tap in a namespace of the calling thread, and a socket that sees its frames.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::thread;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::config::NetConfig;
+use crate::devices::virtio::net::Net;
+use crate::devices::virtio::tests::driver::{Driver, PATIENCE};
+
+pub(super) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
+
+/// `struct virtio_net_hdr_v1`.
+pub(super) const HEADER_LEN: usize = 12;
+
+/// For local experiments (IEEE 802), so that no protocol of the host answers.
+const ETHERTYPE: u16 = 0x88b5;
+
+/// Runs `test` on a thread with a network namespace of its own. Nothing is left of either.
+pub(super) fn in_namespace(test: impl FnOnce() + Send) {
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            if unshare(CloneFlags::CLONE_NEWNET).is_err() || !fs::exists("/dev/net/tun").unwrap() {
+                return eprintln!("left out: needs root and /dev/net/tun");
+            }
+            // Nobody but the test says anything.
+            let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+            test();
+        });
+        if let Err(panic) = thread.join() {
+            std::panic::resume_unwind(panic);
+        }
+    });
+}
+
+fn check(result: libc::c_int) -> libc::c_int {
+    assert!(result >= 0, "{}", io::Error::last_os_error());
+    result
+}
+
+fn named(name: &str) -> libc::ifreq {
+    let mut request = libc::ifreq {
+        ifr_name: [0; libc::IFNAMSIZ],
+        ifr_ifru: libc::__c_anonymous_ifr_ifru { ifru_flags: 0 },
+    };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request
+}
+
+fn set_up(socket: &File, name: &str, up: bool) {
+    let mut request = named(name);
+    request.ifr_ifru.ifru_flags = if up { libc::IFF_UP as libc::c_short } else { 0 };
+    // SAFETY: the structure is as long as the kernel takes it to be.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) });
+}
+
+/// Opens one queue of a tap, made with the first.
+pub(super) fn open_tap(name: &str, flags: libc::c_int) -> OwnedFd {
+    let tap = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
+    let mut request = named(name);
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: the structure is as long as the kernel takes it to be.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) });
+    tap.into()
+}
+
+/// A tap with queues, up, and a socket on it.
+pub(super) struct Wire {
+    pub(super) taps: Vec<OwnedFd>,
+    pub(super) socket: File,
+    name: String,
+}
+
+impl Wire {
+    pub(super) fn new(queues: usize) -> Self {
+        Self::of("tap0", queues, ETHERTYPE)
+    }
+
+    /// A tap whose socket sees and sends frames of this type.
+    pub(super) fn of(name: &str, queues: usize, ethertype: u16) -> Self {
+        let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi;
+        let taps = (0..queues).map(|_| open_tap(name, flags)).collect();
+        // SAFETY: it takes numbers only.
+        let socket = check(unsafe {
+            libc::socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(ethertype.to_be()))
+        });
+        // SAFETY: the descriptor is new.
+        let socket = unsafe { File::from_raw_fd(socket) };
+        set_up(&socket, name, true);
+        let mut request = named(name);
+        // SAFETY: the structure is as long as the kernel takes it to be.
+        check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) });
+        // SAFETY: all zeros are valid for numbers.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = ethertype.to_be();
+        // SAFETY: of the union's fields the kernel set this one.
+        address.sll_ifindex = unsafe { request.ifr_ifru.ifru_ifindex };
+        let len = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: address and length belong together.
+        check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) });
+        Self { taps, socket, name: name.to_owned() }
+    }
+
+    /// As if it were pulled out.
+    pub(super) fn take_down(&self) {
+        set_up(&self.socket, &self.name, false);
+    }
+
+    /// Makes the tap's frames as long as this, without their header.
+    pub(super) fn set_mtu(&self, mtu: i32) {
+        let mut request = named(&self.name);
+        request.ifr_ifru.ifru_mtu = mtu;
+        // SAFETY: the structure is as long as the kernel takes it to be.
+        check(unsafe {
+            libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFMTU, &raw const request)
+        });
+    }
+
+    /// From now on frames go through the socket with a header that says what is left to do.
+    pub(super) fn with_headers(&self) {
+        let on: libc::c_int = 1;
+        let len = size_of_val(&on) as libc::socklen_t;
+        let (fd, value) = (self.socket.as_raw_fd(), (&raw const on).cast());
+        // SAFETY: value and length belong together.
+        check(unsafe { libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, value, len) });
+    }
+
+    /// A device on this tap.
+    pub(super) fn device(&self) -> Net {
+        let taps = self.taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
+        Net::new(taps, Vec::new(), &config()).unwrap()
+    }
+
+    pub(super) fn send(&self, frame: &[u8]) {
+        assert_eq!((&self.socket).write(frame).unwrap(), frame.len());
+    }
+
+    /// The next frame that the guest sent.
+    pub(super) fn receive(&self) -> Vec<u8> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(PATIENCE).unwrap();
+        assert_ne!(poll(&mut fds, timeout).unwrap(), 0, "no frame came");
+        let mut frame = vec![0; 70_000];
+        let len = (&self.socket).read(&mut frame).unwrap();
+        frame.truncate(len);
+        frame
+    }
+}
+
+pub(super) fn config() -> NetConfig {
+    NetConfig { tap_fds: vec![9], vhost_fds: Vec::new(), mac: MAC, mtu: Some(1400) }
+}
+
+/// A frame of `len` bytes whose payload tells it from others.
+pub(super) fn frame(len: usize, seed: u8) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(len);
+    frame.extend(MAC);
+    frame.extend([2, 0, 0, 0, 0, 1]);
+    frame.extend(ETHERTYPE.to_be_bytes());
+    frame.extend((frame.len()..len).map(|n| (n as u8).wrapping_mul(31) ^ (n >> 8) as u8 ^ seed));
+    frame
+}
+
+/// The same with a header that asks for nothing before it.
+pub(super) fn packet(len: usize, seed: u8) -> Vec<u8> {
+    [vec![0; HEADER_LEN], frame(len, seed)].concat()
+}
+
+pub(super) const TRANSMIT_AT: u64 = 0x80_0000;
+pub(super) const RECEIVE_AT: u64 = 0x100_0000;
+
+/// The guest sends these bytes, a header and a frame, in pieces of the given lengths.
+pub(super) fn transmit(driver: &mut Driver, queue: usize, packet: &[u8], pieces: &[usize]) -> u32 {
+    driver.put(TRANSMIT_AT, packet);
+    let (mut at, mut rest) = (TRANSMIT_AT, packet.len());
+    let mut buffers = Vec::new();
+    for piece in pieces.iter().copied().chain([usize::MAX]) {
+        let len = piece.min(rest);
+        if len > 0 {
+            buffers.push((at, len as u32, false));
+        }
+        (at, rest) = (at + len as u64, rest - len);
+    }
+    driver.request(queue, &buffers)
+}
+
+/// The guest makes room: `count` chains of `len` bytes. Returns where they lie, by head.
+pub(super) fn make_room(
+    driver: &mut Driver,
+    queue: usize,
+    count: u64,
+    len: u32,
+) -> HashMap<u16, u64> {
+    (0..count)
+        .map(|n| {
+            let at = RECEIVE_AT + n * u64::from(len.next_multiple_of(16));
+            (driver.offer(queue, &[(at, len, true)]), at)
+        })
+        .collect()
+}
+
+/// The next packet that the guest gets, put together from its chains, and how many those were.
+pub(super) fn take(driver: &mut Driver, queue: usize, room: &HashMap<u16, u64>) -> (Vec<u8>, u16) {
+    let (head, len) = driver.wait_used(queue);
+    let mut packet = driver.get(room[&head], len as usize);
+    let count = u16::from_le_bytes([packet[10], packet[11]]);
+    for _ in 1..count {
+        // All of a packet's chains are there as soon as the first is.
+        let (head, len) = driver.used(queue).unwrap();
+        packet.extend(driver.get(room[&head], len as usize));
+    }
+    (packet, count)
+}
