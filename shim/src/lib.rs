@@ -5,7 +5,7 @@
 //! owns one microVM and its container from creation to exit status.
 
 pub mod bundle;
-pub(crate) mod cgroup;
+pub mod cgroup;
 pub mod cli;
 pub mod clock;
 pub mod error;

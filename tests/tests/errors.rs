@@ -225,10 +225,10 @@ fn the_hosts_memory_runs_out() {
     let limited = fs::write(group.join("memory.max"), (192 << 20).to_string());
     limited.expect("cgroup v2 with the memory controller is missing at /sys/fs/cgroup");
     let _ = fs::write(group.join("memory.swap.max"), "0");
-    let enter = format!("echo $$ > {}/cgroup.procs; exec \"$@\"", group.display());
+    let path = format!("/{}/sandbox", scope.name());
     let container = scope.container().probe(&["eat", "1000"]);
-    let command = container.command_with_bundle("run", &[]).through(&["sh", "-c", &enter, "sh"]);
-    let out = command.output();
+    let container = container.edit(|c| c["linux"]["cgroupsPath"] = json!(path));
+    let out = container.run();
     out.one_line_error(&["memory", "the kernel's log"]);
     assert!(!out.stdout.contains("ate"), "{out}");
     fs::remove_dir(&group).expect("processes are left in the cgroup");

@@ -45,14 +45,10 @@ const REFUSED_IN_PROCESS: &[(&str, &str)] = &[
     ("/execCPUAffinity", "it is not honoured by this version"),
 ];
 
-/// Settings of the host's security modules and cgroups. The microVM takes their place, so they
+/// Settings of the host's security modules. The microVM takes their place, so they
 /// have no effect, which is documented and logged.
-const HOST_ONLY: &[&str] = &[
-    "/process/apparmorProfile",
-    "/process/selinuxLabel",
-    "/linux/mountLabel",
-    "/linux/cgroupsPath",
-];
+const HOST_ONLY: &[&str] =
+    &["/process/apparmorProfile", "/process/selinuxLabel", "/linux/mountLabel"];
 
 /// Refuses a config.json that asks for what this version cannot do.
 ///

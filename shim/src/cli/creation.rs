@@ -19,6 +19,7 @@ use tokio::{
 use super::Global;
 use crate::{
     bundle::Bundle,
+    cgroup::Place,
     error::{Error, Explain, Result},
     host,
     sandbox::{
@@ -146,6 +147,9 @@ impl CreateOptions {
         let artifacts = settings::Artifacts::find()?;
         let kernel_params = settings::kernel_params()?;
         let boot_timeout = settings::boot_timeout()?;
+        let linux = bundle.spec.linux().as_ref();
+        let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
+        let cgroup = Place::find(path, global.systemd_cgroup, &id)?;
         // Opened again by the sandbox process; this is to fail before anything is made.
         drop(host::open_kvm()?);
         // Handled from here on, so that none leaves behind what is made next.
@@ -160,6 +164,7 @@ impl CreateOptions {
             binds: bundle.binds,
             vm: bundle.vm,
             artifacts,
+            cgroup,
             terminal: terminal.clone(),
             kernel_params,
             boot_timeout,
@@ -168,7 +173,8 @@ impl CreateOptions {
             owner_uid: rustix::process::getuid().as_raw(),
             command_us: global.began_us,
         };
-        let launched = match launch::spawn("sandbox", &id, &dir, &launch) {
+        let unit = launch.cgroup.as_ref().and_then(Place::unit);
+        let launched = match launch::spawn("sandbox", &id, &dir, unit, &launch) {
             Ok(launched) => launched,
             Err(error) => {
                 dir.remove()?;
@@ -348,6 +354,9 @@ pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()
     // Whoever else has the lock now is about to remove it too.
     if !dir.try_lock()? {
         return Ok(());
+    }
+    if let Some(cgroup) = record.and_then(|record| record.cgroup.as_ref()) {
+        cgroup.remove()?;
     }
     if let (true, Some(record)) = (dir.remove()?, record) {
         hooks::run_poststop(record, None).await;

@@ -104,7 +104,8 @@ impl Exec {
 
     /// Leaves a process behind that relays the streams.
     fn detach(&self, dir: &StateDir, exec: &sandbox::exec::Exec) -> Result<u8> {
-        let Launched { mut child, mut socket } = launch::spawn("exec-relay", &exec.id, dir, exec)?;
+        let Launched { mut child, mut socket } =
+            launch::spawn("exec-relay", &exec.id, dir, None, exec)?;
         let started = sandbox::exec::wait_started(&socket)
             .and_then(|()| match &self.pid_file {
                 Some(path) => write_pid(path, child.id()),

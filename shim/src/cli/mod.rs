@@ -56,8 +56,7 @@ struct Global {
     /// Log debug records, and keep the guest's console in the state directory.
     #[arg(long, global = true)]
     debug: bool,
-    /// Accepted for callers of runc, and without effect: containers are limited inside the
-    /// microVM, not by cgroups of the host.
+    /// linux.cgroupsPath has the form slice:prefix:name, and systemd makes the cgroup if it runs.
     #[arg(long, global = true)]
     systemd_cgroup: bool,
     /// Accepted for callers of runc, and without effect: there are no cgroups of the host to be

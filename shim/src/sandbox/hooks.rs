@@ -112,20 +112,19 @@ struct Origin {
 }
 
 impl RuntimeNamespace {
-    /// That of this process, which is about to leave it.
+    /// That of this process, which is about to leave it, and its cgroup.
     ///
     /// # Errors
     ///
     /// If one of its parts cannot be opened.
-    pub(super) fn open() -> Result<Self> {
+    pub(super) fn open(cgroup: Option<&Path>) -> Result<Self> {
         let open = |kind: &str| {
             let path = format!("/proc/self/ns/{kind}");
             File::open(&path).map(OwnedFd::from).explain(|| format!("cannot open {path}"))
         };
-        let cgroup = crate::cgroup::own_path().and_then(|own| {
-            // Not there or not writable: then hooks stay in the cgroup of the sandbox process.
-            File::options().write(true).open(own.join("cgroup.procs")).ok()
-        });
+        // Not writable: then hooks stay in the cgroup of the sandbox process.
+        let cgroup = cgroup
+            .and_then(|cgroup| File::options().write(true).open(cgroup.join("cgroup.procs")).ok());
         let origin = Origin { mount: open("mnt")?, network: open("net")?, cgroup };
         Ok(Self(Arc::new(origin)))
     }

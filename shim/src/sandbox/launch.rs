@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::control;
 use crate::{
     bundle::{Bind, Filter, VmSize},
+    cgroup::{Place, Unit},
     error::{Error, Explain, Result},
     logger,
     settings::Artifacts,
@@ -47,6 +48,8 @@ pub struct Launch {
     pub vm: VmSize,
     /// What the microVM is made of.
     pub artifacts: Artifacts,
+    /// The cgroup that it belongs to, if the host has such.
+    pub cgroup: Option<Place>,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
     /// What the operator adds to the guest kernel's command line.
@@ -103,17 +106,32 @@ pub struct Descriptors {
 }
 
 /// Executes this program again as `verb`, in a session of its own, with this process's standard
-/// streams, and sends it `document`.
+/// streams, and in a scope of systemd if there is to be one. Sends it `document`.
 ///
 /// # Errors
 ///
 /// If no process can be started, or it ends before it has read the document.
-pub fn spawn(verb: &str, id: &Id, dir: &StateDir, document: &impl Serialize) -> Result<Launched> {
+pub fn spawn(
+    verb: &str,
+    id: &Id,
+    dir: &StateDir,
+    unit: Option<&Unit>,
+    document: &impl Serialize,
+) -> Result<Launched> {
     let (mut socket, theirs) = UnixStream::pair().explain(|| "cannot make a socket pair".into())?;
     let log = logger::file();
     let (format, debug) = logger::options();
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0("isopod");
+    let mut command = match unit {
+        Some(unit) => {
+            let program = std::env::current_exe().explain(|| "cannot find isopod".into())?;
+            unit.command(&program)
+        }
+        None => {
+            let mut command = Command::new("/proc/self/exe");
+            command.arg0("isopod");
+            command
+        }
+    };
     if debug {
         command.arg("--debug");
     }

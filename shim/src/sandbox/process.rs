@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     bundle::guest_spec,
+    cgroup::Place,
     clock,
     error::{Error, Explain, Result},
     state::{PROCESS_FILE, ProcessId, Record, StateDir, Status},
@@ -40,7 +41,8 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let launch: Launch = read_document(&socket)?;
     let path = StateDir::path_of(state.as_fd())?;
     // Hooks run where this process comes from.
-    let origin = launch.spec.hooks().as_ref().map(|_| RuntimeNamespace::open()).transpose();
+    let cgroup = launch.cgroup.as_ref().map(Place::caller);
+    let origin = launch.spec.hooks().as_ref().map(|_| RuntimeNamespace::open(cgroup)).transpose();
     // Before anything starts a thread: a namespace is entered by one thread at a time.
     let (namespace, origin) = match origin {
         Ok(origin) => (share::enter_namespace(), origin),
@@ -127,6 +129,14 @@ impl Sandbox {
         let mut record = self.record()?;
         self.dir.write_record(&record)?;
         self.record = Some(record.clone());
+        if let Err(error) = self.enter_cgroup() {
+            record.cgroup = None;
+            self.record = Some(record.clone());
+            if self.launch.cgroup.as_ref().is_some_and(Place::is_asked_for) {
+                return Err(error);
+            }
+            log::debug!("no cgroup of its own: {error}");
+        }
         for point in [Point::Prestart, Point::CreateRuntime] {
             hooks::run(point, &record, self.origin.as_ref()).await?;
         }
@@ -151,6 +161,14 @@ impl Sandbox {
         self.timeline.created = Some(clock::monotonic_us());
         record.status = Status::Created;
         Ok(Created { agent, relay, console, record })
+    }
+
+    /// Moves this process into the cgroup of the sandbox, which all its further processes inherit.
+    fn enter_cgroup(&self) -> Result<()> {
+        match self.record.as_ref().and_then(|record| record.cgroup.as_ref()) {
+            Some(cgroup) => cgroup.enter(),
+            None => Ok(()),
+        }
     }
 
     /// Lets the world know that the container is created. Whoever hears it can talk to the socket
@@ -196,6 +214,7 @@ impl Sandbox {
                 .flatten()
                 .map(|(key, value)| (key.clone(), value.clone()))
                 .collect(),
+            cgroup: launch.cgroup.as_ref().map(Place::plan),
             hooks: launch.spec.hooks().clone(),
             exit: None,
             error: None,
@@ -216,10 +235,20 @@ impl Sandbox {
             vmm.stop().await;
         }
         self.share = None;
+        self.remove_cgroup();
         match (self.dir.remove(), &self.record) {
             (Ok(true), Some(record)) => hooks::run_poststop(record, self.origin.as_ref()).await,
             (Ok(_), _) => {}
             (Err(error), _) => log::error!("{error}"),
+        }
+    }
+
+    fn remove_cgroup(&self) {
+        let cgroup = self.record.as_ref().and_then(|record| record.cgroup.as_ref());
+        let (Some(cgroup), Some(place)) = (cgroup, &self.launch.cgroup) else { return };
+        cgroup.leave(place.caller());
+        if let Err(error) = cgroup.remove() {
+            log::error!("{error}");
         }
     }
 }

@@ -14,6 +14,7 @@ fn record(id: &Id, sandbox: ProcessId) -> Record {
         created: "2026-01-01T00:00:00Z".into(),
         owner_uid: 0,
         annotations: BTreeMap::from([("a".into(), "b".into())]),
+        cgroup: None,
         hooks: None,
         exit: None,
         error: None,

@@ -1,0 +1,224 @@
+//! cgroups as directories.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io::{self, ErrorKind, Read, Write},
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde::{Deserialize, Serialize};
+
+use super::{MOUNT_POINT, Unit, systemd};
+use crate::error::{Error, Explain, Result};
+
+/// How long processes that have been killed may take to leave a cgroup.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often to make a cgroup anew when its parents are taken away before it is there.
+const MAKE_ATTEMPTS: u32 = 8;
+
+/// The cgroup of a sandbox, as recorded before it is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cgroup {
+    /// Its directory.
+    dir: PathBuf,
+    /// What has to be made for it, outermost first.
+    made: Vec<PathBuf>,
+    /// The scope of systemd that it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unit: Option<String>,
+}
+
+impl Cgroup {
+    pub(super) fn plan(dir: &Path, unit: Option<&Unit>) -> Self {
+        let mut made: Vec<PathBuf> =
+            dir.ancestors().take_while(|dir| !dir.exists()).map(Path::to_owned).collect();
+        made.reverse();
+        Self { dir: dir.to_owned(), made, unit: unit.map(|unit| unit.name().to_owned()) }
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Makes it, with all controllers that there are, and moves this process into it.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be made or entered, or is somebody else's.
+    pub(crate) fn enter(&self) -> Result<()> {
+        let what = || format!("cannot make the cgroup {}", self.dir.display());
+        let mut made = make(&self.dir);
+        for _ in 1..MAKE_ATTEMPTS {
+            if !made.as_ref().is_err_and(|e| e.kind() == ErrorKind::NotFound) {
+                break;
+            }
+            made = make(&self.dir);
+        }
+        made.explain(what)?;
+        if self.unit.is_some() {
+            // systemd has moved this process there.
+            return Ok(());
+        }
+        if !self.made.contains(&self.dir) {
+            self.check_unused()?;
+        }
+        join(&self.dir).explain(|| format!("cannot enter the cgroup {}", self.dir.display()))
+    }
+
+    /// One that was there before may be used, but not shared.
+    fn check_unused(&self) -> Result<()> {
+        let what = || format!("cannot look at the cgroup {}", self.dir.display());
+        let processes = fs::read_to_string(self.dir.join("cgroup.procs")).explain(what)?;
+        if let Some(first) = processes.lines().next() {
+            return Err(Error::new(format!(
+                "the cgroup {} is in use by process {first}: name another one in \
+                 linux.cgroupsPath",
+                self.dir.display()
+            )));
+        }
+        let frozen = fs::read_to_string(self.dir.join("cgroup.freeze")).unwrap_or_default();
+        if frozen.trim_end() == "1" {
+            let dir = self.dir.display();
+            return Err(Error::new(format!("the cgroup {dir} is frozen: thaw it first")));
+        }
+        Ok(())
+    }
+
+    /// Moves this process out, to `home` if that still takes it.
+    pub(crate) fn leave(&self, home: &Path) {
+        if let Err(error) = join(home) {
+            log::debug!("cannot go back to the cgroup {}: {error}", home.display());
+            // Takes processes always.
+            if let Err(error) = join(Path::new(MOUNT_POINT)) {
+                log::warn!("cannot leave the cgroup {}: {error}", self.dir.display());
+            }
+        }
+    }
+
+    /// Removes it and what was made for it. Its processes have ended, or are about to.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be removed. That it is gone already is not an error.
+    pub(crate) fn remove(&self) -> Result<()> {
+        if let Some(unit) = &self.unit {
+            systemd::stop(unit);
+        }
+        remove_tree(&self.dir)?;
+        for parent in self.made.iter().rev().filter(|dir| **dir != self.dir) {
+            // Not if somebody else uses it by now.
+            let _ = fs::remove_dir(parent);
+        }
+        Ok(())
+    }
+}
+
+/// The directory of this process's cgroup, where cgroups v2 alone are used.
+pub(crate) fn own_path() -> Option<PathBuf> {
+    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = text.strip_prefix("0::/")?.lines().next()?;
+    let dir = Path::new(MOUNT_POINT);
+    // A container may have none mounted.
+    dir.join("cgroup.procs")
+        .exists()
+        .then(|| if own.is_empty() { dir.into() } else { dir.join(own) })
+}
+
+fn make(dir: &Path) -> io::Result<()> {
+    let below = dir.strip_prefix(MOUNT_POINT).map_err(io::Error::other)?;
+    let mut at = PathBuf::from(MOUNT_POINT);
+    for name in below {
+        enable_controllers(&at);
+        at.push(name);
+        match DirBuilder::new().mode(0o755).create(&at) {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Hands controllers on to the groups below `dir`. One that cannot be is not there to be read below,
+/// as with runc.
+fn enable_controllers(dir: &Path) {
+    let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
+    let enabled = read("cgroup.subtree_control");
+    let missing: Vec<String> = read("cgroup.controllers")
+        .split_whitespace()
+        .filter(|name| !enabled.split_whitespace().any(|enabled| enabled == *name))
+        .map(|name| format!("+{name}"))
+        .collect();
+    let file = dir.join("cgroup.subtree_control");
+    if missing.is_empty() || write(&file, &missing.join(" ")).is_ok() {
+        return;
+    }
+    for one in &missing {
+        if let Err(error) = write(&file, one) {
+            log::debug!("cannot write {one} to {}: {error}", file.display());
+        }
+    }
+}
+
+fn join(dir: &Path) -> io::Result<()> {
+    write(&dir.join("cgroup.procs"), "0")
+}
+
+fn write(path: &Path, text: &str) -> io::Result<()> {
+    File::options().write(true).open(path)?.write_all(text.as_bytes())
+}
+
+/// Removes a cgroup and those below it.
+fn remove_tree(dir: &Path) -> Result<()> {
+    let what = || format!("cannot remove the cgroup {}", dir.display());
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() == ErrorKind::ResourceBusy => {}
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e).explain(what),
+        _ => return Ok(()),
+    }
+    for entry in fs::read_dir(dir).explain(what)?.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    if !wait_until_empty(dir).explain(what)? {
+        let processes = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+        return Err(Error::new(format!(
+            "{}: these processes are still in it: {}",
+            what(),
+            processes.split_whitespace().collect::<Vec<_>>().join(", ")
+        )));
+    }
+    match fs::remove_dir(dir) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).explain(what),
+        _ => Ok(()),
+    }
+}
+
+/// Waits until no process is in a cgroup or below. False if one stays.
+fn wait_until_empty(dir: &Path) -> io::Result<bool> {
+    let deadline = Instant::now() + END_TIMEOUT;
+    let mut events = File::open(dir.join("cgroup.events"))?;
+    loop {
+        let mut text = String::new();
+        rustix::fs::seek(&events, rustix::fs::SeekFrom::Start(0))?;
+        events.read_to_string(&mut text)?;
+        if !text.lines().any(|line| line == "populated 1") {
+            return Ok(true);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        // The file signals its changes since it was last read (cgroup-v2.rst, "populated").
+        match poll(
+            &mut [PollFd::new(&events, PollFlags::PRI)],
+            Timespec::try_from(left).ok().as_ref(),
+        ) {
+            Ok(0) => return Ok(false),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! systemd as the one who makes cgroups (`--systemd-cgroup`): the sandbox process is started in a
+//! transient scope.
+//!
+//! It is asked by its own client: `systemd-run --scope` waits until the scope is there and itself in
+//! it, and then becomes the program that it is to run, so that the pid stays the same.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Result},
+    state::Id,
+};
+
+/// A transient scope.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unit {
+    slice: String,
+    name: String,
+}
+
+impl Unit {
+    /// Reads `slice:prefix:name`. Without it the unit is the one that runc would make, but for its
+    /// prefix.
+    ///
+    /// # Errors
+    ///
+    /// If it has another form, or names no slice or scope.
+    pub(super) fn parse(path: Option<&str>, id: &Id) -> Result<Self> {
+        let Some(path) = path else {
+            return Ok(Self {
+                slice: "system.slice".to_owned(),
+                name: format!("isopod-{id}.scope"),
+            });
+        };
+        let refuse = |why: &str| Err(Error::new(format!("linux.cgroupsPath is {path:?}: {why}")));
+        let parts: Vec<&str> = path.split(':').collect();
+        let [slice, prefix, name] = parts[..] else {
+            return refuse("with --systemd-cgroup it has to be slice:prefix:name");
+        };
+        if name.is_empty() || path.contains(['/', '\0', '\n']) {
+            return refuse("it does not name a scope");
+        }
+        if name.ends_with(".slice") {
+            return refuse("a slice holds no processes");
+        }
+        let slice = if slice.is_empty() { "system.slice" } else { slice };
+        if expand(slice).is_none() {
+            return refuse(&format!("{slice:?} is not the name of a slice"));
+        }
+        Ok(Self { slice: slice.to_owned(), name: format!("{prefix}-{name}.scope") })
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its cgroup, relative to the root of all.
+    pub(super) fn path(&self) -> PathBuf {
+        expand(&self.slice).unwrap_or_default().join(&self.name)
+    }
+
+    /// A command that becomes `program`, in the scope.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new("systemd-run");
+        command
+            .args(["--scope", "--collect", "--quiet", "--no-ask-password"])
+            .arg(format!("--unit={}", self.name))
+            .arg(format!("--slice={}", self.slice))
+            .arg("--description=Isopod sandbox")
+            .args(["Delegate=yes", "DefaultDependencies=no"].map(|p| format!("--property={p}")))
+            .args(["CPU", "Memory", "IO", "Tasks"].map(|c| format!("--property={c}Accounting=yes")))
+            .arg("--")
+            .arg(program);
+        command
+    }
+}
+
+/// Ends a scope, unless it has ended by itself as scopes without processes do. When this returns, its
+/// name can be used again.
+pub(super) fn stop(unit: &str) {
+    let mut command = Command::new("systemctl");
+    command.args(["--quiet", "--no-ask-password", "stop", unit]);
+    // It fails for a unit that is not there any more.
+    match command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status() {
+        Ok(status) => log::debug!("systemctl stop {unit}: {status}"),
+        Err(error) => log::debug!("systemctl stop {unit}: {error}"),
+    }
+}
+
+/// systemd is the host's init, by the mark that sd_booted(3) goes by.
+pub(super) fn is_running() -> bool {
+    Path::new("/run/systemd/system").is_dir()
+}
+
+/// The cgroup of a slice: `a-b.slice` is in `a.slice`, and `-.slice` is the root.
+fn expand(slice: &str) -> Option<PathBuf> {
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(PathBuf::new());
+    }
+    let mut path = PathBuf::new();
+    let mut prefix = String::new();
+    for part in name.split('-') {
+        if part.is_empty() {
+            return None;
+        }
+        prefix.push_str(part);
+        path.push(format!("{prefix}.slice"));
+        prefix.push('-');
+    }
+    Some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(path: &str) -> Result<Unit> {
+        Unit::parse(Some(path), &Id::parse("web").unwrap())
+    }
+
+    #[test]
+    fn a_path_names_a_scope_in_a_slice() {
+        for (path, expected) in [
+            ("system.slice:docker:web", "system.slice/docker-web.scope"),
+            (":docker:web", "system.slice/docker-web.scope"),
+            ("-.slice:x:web", "x-web.scope"),
+            ("a-b-c.slice:x:y", "a.slice/a-b.slice/a-b-c.slice/x-y.scope"),
+        ] {
+            assert_eq!(parse(path).unwrap().path(), Path::new(expected), "{path}");
+        }
+        let default = Unit::parse(None, &Id::parse("web").unwrap()).unwrap();
+        assert_eq!(default.path(), Path::new("system.slice/isopod-web.scope"));
+    }
+
+    #[test]
+    fn what_is_no_scope_is_refused() {
+        for (path, word) in [
+            ("/docker/web", "slice:prefix:name"),
+            ("a:b", "slice:prefix:name"),
+            ("a:b:c:d", "slice:prefix:name"),
+            ("system.slice:x:", "does not name a scope"),
+            ("system.slice:x:a/b", "does not name a scope"),
+            ("system.slice:x:y.slice", "holds no processes"),
+            ("system:x:y", "not the name of a slice"),
+            ("a--b.slice:x:y", "not the name of a slice"),
+            ("../x.slice:x:y", "does not name a scope"),
+        ] {
+            let error = parse(path).unwrap_err();
+            assert!(error.message.contains(word) && error.message.contains(path), "{error}");
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The cgroup of a sandbox on the host: where it is, what can be read there, and that it goes.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use isopod_tests::keeper::End;
+use isopod_tests::{Container, Scope, microvm_only, runtime, skip};
+use serde_json::json;
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+fn unified() -> bool {
+    Path::new(ROOT).join("cgroup.controllers").exists()
+}
+
+macro_rules! needs_cgroups_v2 {
+    () => {
+        if !unified() {
+            skip!("this host has no cgroups v2");
+        }
+    };
+}
+
+fn at<'a>(container: Container<'a>, path: &str) -> Container<'a> {
+    container.edit(|c| c["linux"]["cgroupsPath"] = json!(path))
+}
+
+fn sleeper<'a>(scope: &'a Scope) -> Container<'a> {
+    scope.container().args(["sleep", "1000"])
+}
+
+/// The cgroup of a process.
+#[track_caller]
+fn cgroup_of(pid: i32) -> PathBuf {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+    Path::new(ROOT).join(path)
+}
+
+/// The cgroup of what the scope runs, which is that of this process.
+fn callers() -> PathBuf {
+    cgroup_of(std::process::id().try_into().unwrap())
+}
+
+fn read(dir: &Path, file: &str) -> String {
+    let path = dir.join(file);
+    fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// What engines show of a container by its cgroup is there.
+#[track_caller]
+fn assert_accounted(dir: &Path) {
+    let number = |file: &str| read(dir, file).trim().parse::<u64>().unwrap();
+    assert!(number("memory.current") > 0);
+    assert!(number("pids.current") > 0);
+    let cpu = read(dir, "cpu.stat");
+    let usage = cpu.lines().find_map(|line| line.strip_prefix("usage_usec ")).unwrap();
+    assert!(usage.parse::<u64>().unwrap() > 0, "{cpu}");
+    read(dir, "io.stat");
+}
+
+#[test]
+fn a_sandbox_has_a_cgroup_beside_its_callers() {
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    let dir = cgroup_of(created.pid);
+    assert_eq!(dir, callers().parent().unwrap().join(&container.id));
+    assert_accounted(&dir);
+    container.kill("KILL").ok();
+    created.wait();
+    container.delete().ok();
+    scope.assert_nothing_left();
+}
+
+/// All that a microVM uses is used there.
+#[test]
+fn the_vmm_is_in_it_and_its_memory_is_charged_there() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    let dir = cgroup_of(created.pid);
+    assert_eq!(cgroup_of(scope.child(created.pid, "isopod-vmm")), dir);
+    let charged: u64 = read(&dir, "memory.current").trim().parse().unwrap();
+    // Less than a guest can boot in would be charged elsewhere.
+    assert!(charged > 8 << 20, "{charged}");
+    // No limit of the container's: those hold in the guest.
+    assert_eq!(read(&dir, "memory.max").trim(), "max");
+    assert_eq!(read(&dir, "pids.max").trim(), "max");
+}
+
+#[test]
+fn cgroups_path_names_it_and_goes_with_its_parents() {
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let name = scope.name();
+    let beside = callers().parent().unwrap().to_owned();
+    for (path, expected) in [
+        (format!("/{name}"), Path::new(ROOT).join(name)),
+        (format!("{name}/relative"), beside.join(name).join("relative")),
+        (format!("/{name}/./a//b/../c"), Path::new(ROOT).join(name).join("a/c")),
+        (format!("/../../{name}"), Path::new(ROOT).join(name)),
+    ] {
+        let container = at(sleeper(&scope), &path);
+        let created = container.start_new();
+        let dir = cgroup_of(created.pid);
+        assert_eq!(dir, expected, "{path}");
+        assert_accounted(&dir);
+        container.delete_force().ok();
+        assert!(!dir.exists(), "{path}");
+        // runc leaves the parents.
+        if !runtime().is_isopod() {
+            let _ = fs::remove_dir(Path::new(ROOT).join(name).join("a"));
+            let _ = fs::remove_dir(Path::new(ROOT).join(name));
+            let _ = fs::remove_dir(beside.join(name));
+        }
+        scope.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_parent_that_was_there_stays() {
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let parent = Path::new(ROOT).join(scope.name());
+    fs::create_dir(&parent).unwrap();
+    let path = format!("/{}/one", scope.name());
+    at(scope.container(), &path).run().ok();
+    assert!(parent.exists() && !parent.join("one").exists());
+    // As does a neighbour, whose parent the first one has made.
+    let two = at(sleeper(&scope), &format!("/{}/x/two", scope.name()));
+    let three = at(sleeper(&scope), &format!("/{}/x/three", scope.name()));
+    let _two = two.start_new();
+    let neighbour = three.start_new();
+    two.delete_force().ok();
+    assert_eq!(cgroup_of(neighbour.pid), parent.join("x/three"));
+    three.delete_force().ok();
+    let _ = fs::remove_dir(parent.join("x"));
+    fs::remove_dir(&parent).unwrap();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn it_stays_until_delete_and_goes_after_kill_9_too() {
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let path = format!("/{}", scope.name());
+    let dir = Path::new(ROOT).join(scope.name());
+    let container = at(sleeper(&scope), &path);
+    let created = container.start_new();
+    scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
+    created.wait();
+    assert!(dir.exists());
+    container.delete_force().ok();
+    scope.assert_nothing_left();
+
+    microvm_only!();
+    let container = at(sleeper(&scope), &path);
+    let created = container.create();
+    scope.program(&["kill", "-9", &scope.child(created.pid, "isopod-vmm").to_string()]).output();
+    assert_eq!(created.wait(), End::Exited(255));
+    container.delete().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn a_creation_that_fails_leaves_none() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let path = format!("/{}/a/b", scope.name());
+    for verb in ["create", "run"] {
+        let missing = at(scope.container().args(["/no/such/program"]), &path);
+        let out = missing.command_with_bundle(verb, &[]).output();
+        out.one_line_error(&["/no/such/program"]);
+        scope.assert_nothing_left();
+        let failing = json!({ "createRuntime": [{ "path": "/bin/false" }] });
+        let hooked = at(scope.container(), &path).edit(|c| c["hooks"] = failing);
+        hooked.command_with_bundle(verb, &[]).output().one_line_error(&["hooks.createRuntime[0]"]);
+        scope.assert_nothing_left();
+    }
+}
+
+#[test]
+fn a_cgroup_that_is_in_use_is_refused_and_left_alone() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let path = format!("/{}", scope.name());
+    let first = at(sleeper(&scope), &path);
+    let created = first.start_new();
+    let before = scope.census();
+    for verb in ["create", "run"] {
+        let out = at(scope.container(), &path).command_with_bundle(verb, &[]).output();
+        out.one_line_error(&[&path, "in use by process", "linux.cgroupsPath"]);
+        assert_eq!(scope.census().since(&before), [""; 0], "{verb}");
+    }
+    assert_eq!(cgroup_of(created.pid), Path::new(ROOT).join(scope.name()));
+    first.delete_force().ok();
+    // An empty one that was there may be used, and goes as with runc.
+    fs::create_dir(Path::new(ROOT).join(scope.name())).unwrap();
+    at(scope.container(), &path).run().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn the_form_of_systemd_names_a_scope_in_a_slice() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    if Path::new("/run/systemd/system").exists() {
+        skip!("systemd runs here, and has slices of its own");
+    }
+    let scope = Scope::alone();
+    // The name ends with what a slice's must not.
+    let name = scope.name().trim_end_matches('_');
+    let container = at(sleeper(&scope), &format!("{name}-a_.slice:libpod:{}", scope.name()));
+    let created = container.detach("create", &["--systemd-cgroup"]);
+    let expected = format!("{ROOT}/{name}.slice/{name}-a_.slice/libpod-{}.scope", scope.name());
+    assert_eq!(cgroup_of(created.pid), Path::new(&expected));
+    assert_accounted(Path::new(&expected));
+    container.delete().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn what_cannot_be_a_cgroup_is_refused() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let refused = |path: &str, options: &[&str], words: &[&str]| {
+        let out = at(scope.container(), path).command_with_bundle("run", options).output();
+        out.one_line_error(&[&["linux.cgroupsPath"], words].concat());
+        scope.assert_nothing_left();
+    };
+    let systemd = &["--systemd-cgroup"];
+    refused("/docker/web", systemd, &["/docker/web", "slice:prefix:name"]);
+    refused("system:x:y", systemd, &["not the name of a slice"]);
+    refused("a--b.slice:x:y", systemd, &["not the name of a slice"]);
+    if unified() {
+        refused("/", &[], &["root of all cgroups"]);
+        refused("/a/../..", &[], &["root of all cgroups"]);
+    }
+}
