@@ -19,3 +19,36 @@ pub fn realtime_ns() -> u64 {
 pub fn timestamp() -> String {
     humantime::format_rfc3339_nanos(SystemTime::now()).to_string()
 }
+
+/// A moment in the time zone of this process, as far as `ps` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LocalTime {
+    /// Of the common era.
+    pub year: i64,
+    /// From 0.
+    pub month: u8,
+    /// From 1.
+    pub day: u8,
+    /// 0 to 23.
+    pub hour: u8,
+    /// 0 to 59.
+    pub minute: u8,
+}
+
+/// Seconds since the epoch in the time zone of this process. What is out of range is the epoch.
+pub fn local_time(seconds: u64) -> LocalTime {
+    let seconds = libc::time_t::try_from(seconds).unwrap_or(0);
+    // SAFETY: `tm` is plain data, and all zeros are a valid one.
+    let mut tm: libc::tm = unsafe { std::mem::zeroed() };
+    // SAFETY: both pointers are to live variables of their types. The C library reads the environment,
+    // which nothing in this program changes.
+    unsafe { libc::localtime_r(&raw const seconds, &raw mut tm) };
+    let small = |number: libc::c_int| u8::try_from(number).unwrap_or(0);
+    LocalTime {
+        year: i64::from(tm.tm_year) + 1900,
+        month: small(tm.tm_mon),
+        day: small(tm.tm_mday),
+        hour: small(tm.tm_hour),
+        minute: small(tm.tm_min),
+    }
+}

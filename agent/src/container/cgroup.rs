@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -34,6 +35,10 @@ const MAX_DEPTH: usize = 64;
 
 /// How long killed processes may take to disappear.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the processes of a group may take to stop. One in a call that cannot be interrupted
+/// stops after it.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Enables every controller for containers and bounds what they can use together.
 ///
@@ -97,6 +102,8 @@ fn write_file(path: &Path, value: &str) -> Result<()> {
 pub(crate) struct Cgroup {
     path: PathBuf,
     dir: OwnedFd,
+    /// Frozen until somebody resumes it. Held by who changes whether the group is frozen.
+    paused: Mutex<bool>,
 }
 
 impl Cgroup {
@@ -110,7 +117,7 @@ impl Cgroup {
         fs::create_dir(&path).context(|| format!("create the cgroup {}", path.display()))?;
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
         match rustix::fs::open(&path, flags, Mode::empty()) {
-            Ok(dir) => Ok(Self { path, dir }),
+            Ok(dir) => Ok(Self { path, dir, paused: Mutex::default() }),
             Err(e) => {
                 let _ = fs::remove_dir(&path);
                 Err(e).context(|| format!("open the cgroup {}", path.display()))
@@ -128,6 +135,17 @@ impl Cgroup {
 
     pub(crate) fn has(&self, file: &str) -> bool {
         self.path.join(file).exists()
+    }
+
+    /// Reads an interface file, without the end of its last line.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's, with the file.
+    pub(crate) fn read(&self, file: &str) -> Result<String> {
+        let path = self.path.join(file);
+        let text = fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
+        Ok(text.trim_end().to_owned())
     }
 
     /// Writes an interface file.
@@ -174,12 +192,59 @@ impl Cgroup {
         self.write("cgroup.kill", "1")
     }
 
+    /// Stops all processes until [`Self::resume`]. SIGKILL still ends them.
+    ///
+    /// # Errors
+    ///
+    /// It is paused already, or a process does not stop in time, and then all run on.
+    pub(crate) fn pause(&self) -> Result<()> {
+        let mut paused = self.paused();
+        if *paused {
+            return Err(Error::state("the container is paused already"));
+        }
+        self.write("cgroup.freeze", "1")?;
+        let frozen = wait_for_event(&self.path, "frozen", 1, FREEZE_TIMEOUT);
+        if let Ok(true) = frozen {
+            *paused = true;
+            return Ok(());
+        }
+        self.write("cgroup.freeze", "0")?;
+        frozen?;
+        let seconds = FREEZE_TIMEOUT.as_secs();
+        Err(Error::internal(format!(
+            "a process does not stop within {seconds} s: it is in a call that cannot be interrupted"
+        )))
+    }
+
+    /// Lets all processes run on.
+    ///
+    /// # Errors
+    ///
+    /// It is not paused.
+    pub(crate) fn resume(&self) -> Result<()> {
+        let mut paused = self.paused();
+        if !*paused {
+            return Err(Error::state("the container is not paused"));
+        }
+        self.write("cgroup.freeze", "0")?;
+        *paused = false;
+        Ok(())
+    }
+
+    fn paused(&self) -> MutexGuard<'_, bool> {
+        self.paused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Calls `action` while no process of the group runs, so that none can fork away from it.
     ///
     /// # Errors
     ///
     /// The group cannot be frozen, or the error of `action`.
     pub(crate) fn while_frozen<T>(&self, action: impl FnOnce() -> Result<T>) -> Result<T> {
+        let paused = self.paused();
+        if *paused {
+            return action();
+        }
         self.write("cgroup.freeze", "1")?;
         // Processes in uninterruptible sleep delay the event; they cannot fork meanwhile either.
         let frozen = wait_for_event(&self.path, "frozen", 1, Duration::from_secs(1));

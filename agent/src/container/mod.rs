@@ -26,6 +26,7 @@ mod mounts;
 mod namespaces;
 mod path;
 pub(crate) mod process;
+mod processes;
 mod resources;
 mod rlimits;
 mod rootfs;
@@ -37,6 +38,8 @@ pub(crate) mod terminal;
 
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use isopod_protocol::agent::ProcessInfo;
 
 use self::cgroup::Cgroup;
 use self::channel::Request;
@@ -122,9 +125,7 @@ impl Container {
     ///
     /// Why it failed, or that the container is not in the state for it.
     pub(crate) async fn start(&self) -> Result<()> {
-        if self.init.has_ended() {
-            return Err(Error::state(format!("container {:?} has ended", self.id)));
-        }
+        self.check_not_ended()?;
         self.init.start().await
     }
 
@@ -252,14 +253,55 @@ impl Container {
         .await
     }
 
-    /// Pids in the guest's root pid namespace of all processes of the container.
+    /// All processes of the container.
     ///
     /// # Errors
     ///
     /// The cgroup cannot be read.
-    pub(crate) async fn pids(&self) -> Result<Vec<u32>> {
+    pub(crate) async fn processes(&self) -> Result<Vec<ProcessInfo>> {
         let cgroup = Arc::clone(&self.cgroup);
-        blocking(move || cgroup.pids()).await
+        let level = usize::from(self.namespaces.has(NamespaceKind::Pid));
+        blocking(move || Ok(processes::describe(&cgroup.pids()?, level))).await
+    }
+
+    /// Stops all processes of the container until [`Self::resume`].
+    ///
+    /// # Errors
+    ///
+    /// The container has ended or is paused, or a process does not stop.
+    pub(crate) async fn pause(&self) -> Result<()> {
+        self.check_not_ended()?;
+        let cgroup = Arc::clone(&self.cgroup);
+        blocking(move || cgroup.pause()).await
+    }
+
+    /// Lets all processes of a paused container go on.
+    ///
+    /// # Errors
+    ///
+    /// The container has ended or is not paused.
+    pub(crate) async fn resume(&self) -> Result<()> {
+        self.check_not_ended()?;
+        let cgroup = Arc::clone(&self.cgroup);
+        blocking(move || cgroup.resume()).await
+    }
+
+    /// Changes the limits of the container.
+    ///
+    /// # Errors
+    ///
+    /// The container has ended, or a limit cannot be honoured; none is changed then.
+    pub(crate) async fn update(&self, resources_json: Vec<u8>) -> Result<()> {
+        self.check_not_ended()?;
+        let cgroup = Arc::clone(&self.cgroup);
+        blocking(move || resources::update(&cgroup, &resources_json)).await
+    }
+
+    fn check_not_ended(&self) -> Result<()> {
+        if self.init.has_ended() {
+            return Err(Error::state(format!("container {:?} has ended", self.id)));
+        }
+        Ok(())
     }
 
     /// Removes what is left of a container whose first process has ended.

@@ -43,20 +43,57 @@ pub(crate) fn check(resources: &Resources) -> Result<()> {
 ///
 /// A limit that this kernel does not have or does not take.
 pub(crate) fn apply(cgroup: &Cgroup, resources: &Resources) -> Result<()> {
-    for (file, value) in settings(resources)? {
-        // A guest kernel without swap has no limit for it, and nothing that could exceed one.
-        if file == "memory.swap.max" && !cgroup.has(&file) {
-            continue;
-        }
+    for (file, value) in all_settings(cgroup, resources)? {
         write(cgroup, &file, &value)?;
     }
-    if let Some(weight) = resources.block_io.weight {
-        apply_io_weight(cgroup, weight)?;
-    }
-    for (file, value) in &resources.unified {
-        write(cgroup, file, value)?;
-    }
     devices::attach(cgroup.dir(), &resources.devices)
+}
+
+/// Changes the limits of a group that is in use. What is not given stays, and so does all that is
+/// known of devices. If a limit cannot be set, those that were set before it are taken back.
+///
+/// # Errors
+///
+/// A limit that this kernel does not have or does not take, or more memory in use than a limit that
+/// was to be checked against.
+pub(crate) fn update(cgroup: &Cgroup, json: &[u8]) -> Result<()> {
+    let resources: Resources = super::spec::parse_json("the resources", json)?;
+    check(&Resources { devices: Vec::new(), ..resources.clone() })?;
+    let limit = resources.memory.limit.and_then(|limit| u64::try_from(limit).ok());
+    if let (Some(true), Some(limit @ 1..)) = (resources.memory.check_before_update, limit) {
+        let used = cgroup.read("memory.current")?.parse().unwrap_or(0);
+        if used > limit {
+            let why = format!("{used} bytes are in use, which is more than {limit}");
+            return Err(Error::invalid("linux.resources.memory.limit", why));
+        }
+    }
+    let mut before: Vec<Setting> = Vec::new();
+    for (file, value) in all_settings(cgroup, &resources)? {
+        let old = cgroup.read(&file);
+        if let Err(e) = write(cgroup, &file, &value) {
+            for (file, old) in before.iter().rev() {
+                if let Err(left) = cgroup.write(file, old) {
+                    log_warn!("{left}");
+                }
+            }
+            return Err(e);
+        }
+        // What has a line for each device is not written as it is read.
+        if let Some(old) = old.ok().filter(|_| !file.starts_with("io.")) {
+            before.push((file, old));
+        }
+    }
+    Ok(())
+}
+
+/// All that there is to write for a group, in order.
+fn all_settings(cgroup: &Cgroup, resources: &Resources) -> Result<Vec<Setting>> {
+    let mut all = settings(resources)?;
+    // A guest kernel without swap has no limit for it, and nothing that could exceed one.
+    all.retain(|(file, _)| file != "memory.swap.max" || cgroup.has(file));
+    all.extend(resources.block_io.weight.and_then(|weight| io_weight(cgroup, weight)));
+    all.extend(resources.unified.clone());
+    Ok(all)
 }
 
 fn write(cgroup: &Cgroup, file: &str, value: &str) -> Result<()> {
@@ -70,15 +107,15 @@ fn write(cgroup: &Cgroup, file: &str, value: &str) -> Result<()> {
 }
 
 /// The two schedulers' files have different ranges: 1 to 1000 for BFQ and 1 to 10000 for io.cost.
-fn apply_io_weight(cgroup: &Cgroup, weight: u16) -> Result<()> {
+fn io_weight(cgroup: &Cgroup, weight: u16) -> Option<Setting> {
     if weight == 0 {
-        return Ok(());
+        return None;
     }
     if cgroup.has("io.bfq.weight") {
-        return cgroup.write("io.bfq.weight", &weight.to_string());
+        return Some(("io.bfq.weight".into(), weight.to_string()));
     }
     let weight = 1 + (u64::from(weight).max(10) - 10) * 9999 / 990;
-    write(cgroup, "io.weight", &weight.to_string())
+    Some(("io.weight".into(), weight.to_string()))
 }
 
 fn settings(resources: &Resources) -> Result<Vec<Setting>> {

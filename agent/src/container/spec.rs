@@ -76,7 +76,7 @@ impl ContainerSpec {
 }
 
 /// Reads JSON. What is wrong with it is told without the list of everything that would be right.
-fn parse_json<T: serde::de::DeserializeOwned>(name: &str, json: &[u8]) -> Result<T> {
+pub(crate) fn parse_json<T: serde::de::DeserializeOwned>(name: &str, json: &[u8]) -> Result<T> {
     serde_json::from_slice(json).map_err(|e| {
         let text = e.to_string();
         let what = text.split(", expected one of").next().unwrap_or_default();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use isopod_protocol::agent::{
     ContainerRef, CreateContainerRequest, Empty, ProcessList, ProcessStarted,
+    UpdateContainerRequest,
 };
 
 use crate::container::seccomp::Filter;
@@ -28,8 +29,26 @@ pub(super) async fn start(sandbox: Arc<Sandbox>, request: ContainerRef) -> Resul
 }
 
 pub(super) async fn processes(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<ProcessList> {
-    let pids = sandbox.container(&request.container_id)?.pids().await?;
-    Ok(ProcessList { pids, ..ProcessList::default() })
+    let processes = sandbox.container(&request.container_id)?.processes().await?;
+    Ok(ProcessList { processes, ..ProcessList::default() })
+}
+
+pub(super) async fn pause(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<Empty> {
+    sandbox.container(&request.container_id)?.pause().await?;
+    Ok(Empty::default())
+}
+
+pub(super) async fn resume(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<Empty> {
+    sandbox.container(&request.container_id)?.resume().await?;
+    Ok(Empty::default())
+}
+
+pub(super) async fn update(
+    sandbox: Arc<Sandbox>,
+    request: UpdateContainerRequest,
+) -> Result<Empty> {
+    sandbox.container(&request.container_id)?.update(request.resources_json).await?;
+    Ok(Empty::default())
 }
 
 pub(super) async fn delete(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<Empty> {

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use isopod_protocol::agent::{
     ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, ProcessExit, ProcessList,
     ProcessRef, ProcessStarted, ResizeTerminalRequest, SetupSandboxRequest, SignalProcessRequest,
-    StreamTokens, TerminalSize,
+    StreamTokens, TerminalSize, UpdateContainerRequest,
 };
 use isopod_protocol::agent_ttrpc::Agent;
 use protobuf::MessageField;
@@ -86,6 +86,22 @@ impl Agent for AgentService {
         r: ContainerRef,
     ) -> ttrpc::Result<ProcessList> {
         self.run(move |sandbox| container::processes(sandbox, r)).await
+    }
+
+    async fn pause_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
+        self.run(move |sandbox| container::pause(sandbox, r)).await
+    }
+
+    async fn resume_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
+        self.run(move |sandbox| container::resume(sandbox, r)).await
+    }
+
+    async fn update_container(
+        &self,
+        _: &TtrpcContext,
+        r: UpdateContainerRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.run(move |sandbox| container::update(sandbox, r)).await
     }
 
     async fn delete_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {

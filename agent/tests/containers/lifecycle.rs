@@ -101,7 +101,7 @@ pub(crate) async fn signals_to_all(d: &Driver) {
     d.exec(&id, "x", &process["process"], Some(io.tokens.clone())).await.unwrap();
     let r = ContainerRef { container_id: id.clone(), ..Default::default() };
     // The first shell, its sleep, and the second shell, once it has its handler.
-    while d.client.list_processes(context(), &r).await.unwrap().pids.len() < 3
+    while d.client.list_processes(context(), &r).await.unwrap().processes.len() < 3
         || !d.file("/tmp/up").exists()
     {
         tokio::time::sleep(Duration::from_millis(5)).await;

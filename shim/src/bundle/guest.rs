@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 
 use isopod_protocol::SHARED_DIR;
 
@@ -28,15 +28,21 @@ pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
         }
     }
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
-    if let Some(cpu) = resources.and_then(|resources| resources.cpu_mut().as_mut()) {
-        if let Some(wanted) = cpu.cpus().as_deref().and_then(cpu_list_len) {
-            let last = wanted.min(vcpus.into()).saturating_sub(1);
-            cpu.set_cpus(Some(format!("0-{last}")));
-        }
-        // The one memory node that a guest has needs no list.
-        cpu.set_mems(None);
+    if let Some(resources) = resources {
+        guest_processors(resources, vcpus);
     }
     spec
+}
+
+/// Limits with the processors of the guest in place of the host's.
+pub fn guest_processors(resources: &mut LinuxResources, vcpus: u8) {
+    let Some(cpu) = resources.cpu_mut().as_mut() else { return };
+    if let Some(wanted) = cpu.cpus().as_deref().and_then(cpu_list_len) {
+        let last = wanted.min(vcpus.into()).saturating_sub(1);
+        cpu.set_cpus(Some(format!("0-{last}")));
+    }
+    // The one memory node that a guest has needs no list.
+    cpu.set_mems(None);
 }
 
 /// Where a bind mount's source is, relative to the container's folder in the shared directory.

@@ -9,6 +9,7 @@ mod seccomp;
 mod size;
 mod unknown;
 mod unsupported;
+mod update;
 
 use std::{
     fs,
@@ -23,9 +24,10 @@ use serde_json::{Map, Value};
 pub(crate) use self::guest::shared_name;
 pub use self::{
     default::{default_spec, write_spec},
-    guest::guest_spec,
+    guest::{guest_processors, guest_spec},
     seccomp::Filter,
     size::{VmSize, cpu_list_len},
+    update::{beyond_vm, parse_resources, update_resources},
 };
 use crate::error::{Error, Explain, Result};
 

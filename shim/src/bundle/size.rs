@@ -14,7 +14,7 @@ use crate::{
 const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
 
 /// Annotation that sets the guest's memory in MiB.
-const MEMORY_ANNOTATION: &str = "dev.isopod.memory_mib";
+pub(super) const MEMORY_ANNOTATION: &str = "dev.isopod.memory_mib";
 
 /// What the guest's kernel and agent get on top of the container's memory limit, in MiB: what they
 /// use, and what the kernel keeps back for itself.
@@ -40,6 +40,17 @@ pub struct VmSize {
 }
 
 impl VmSize {
+    /// The largest limit in MiB that a container can use up in such a microVM.
+    pub(super) fn largest_limit_mib(self) -> u64 {
+        // Nearly, and from below; the rest is a step or two.
+        let rest = self.memory_mib.saturating_sub(OVERHEAD_MIB);
+        let mut limit = rest - rest.div_ceil(OVERHEAD_DIVISOR);
+        while with_overhead(limit + 1) <= self.memory_mib {
+            limit += 1;
+        }
+        limit
+    }
+
     /// From the limits and annotations of config.json and the size of this host.
     ///
     /// # Errors
@@ -100,7 +111,7 @@ fn memory_mib(spec: &Spec) -> u64 {
 }
 
 /// Guest memory with which a container can use `limit_mib`.
-fn with_overhead(limit_mib: u64) -> u64 {
+pub(super) fn with_overhead(limit_mib: u64) -> u64 {
     limit_mib.saturating_add(OVERHEAD_MIB).saturating_add(limit_mib.div_ceil(OVERHEAD_DIVISOR))
 }
 

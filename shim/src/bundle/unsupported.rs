@@ -37,6 +37,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("/linux/resources/cpu/burst", "it is not honoured by this version"),
 ];
 
+/// Where an update's fields are in a config.json.
+const RESOURCES: &str = "/linux/resources";
+
 /// As [`REFUSED`], relative to a `process` object.
 const REFUSED_IN_PROCESS: &[(&str, &str)] = &[
     ("/commandLine", "it is for another operating system"),
@@ -60,13 +63,7 @@ pub(super) fn refuse(config: &Value) -> Result<()> {
     if let Some(process) = config.get("process") {
         refuse_from(process, "process", REFUSED_IN_PROCESS)?;
     }
-    match config.pointer("/linux/resources/cpu/mems").and_then(Value::as_str) {
-        None | Some("" | "0") => {}
-        Some(_) => {
-            let reason = "a microVM has one memory node, which is 0";
-            return Err(refusal("linux.resources.cpu.mems", reason));
-        }
-    }
+    refuse_memory_nodes("config.json", config.pointer("/linux/resources"))?;
     match config.pointer("/linux/personality/domain").and_then(Value::as_str) {
         None | Some("LINUX") => {}
         Some(other) => {
@@ -76,7 +73,11 @@ pub(super) fn refuse(config: &Value) -> Result<()> {
         }
     }
     if config.pointer("/linux/personality/flags").is_some_and(|flags| !is_neutral(flags)) {
-        return Err(refusal("linux.personality.flags", "the specification defines none"));
+        return Err(refusal(
+            "config.json",
+            "linux.personality.flags",
+            "the specification defines none",
+        ));
     }
     Ok(())
 }
@@ -88,6 +89,33 @@ pub(super) fn refuse(config: &Value) -> Result<()> {
 /// The first such field, by name.
 pub(super) fn refuse_process(process: &Value) -> Result<()> {
     refuse_from(process, "process", REFUSED_IN_PROCESS)
+}
+
+/// Refuses the `linux.resources` object of an update, `name`, that asks for what this version cannot do.
+///
+/// # Errors
+///
+/// The first such field, by name.
+pub(super) fn refuse_resources(name: &str, resources: &Value) -> Result<()> {
+    for (pointer, reason) in REFUSED {
+        if let Some(rest) = pointer.strip_prefix(RESOURCES)
+            && resources.pointer(rest).is_some_and(|found| !is_neutral(found))
+        {
+            return Err(refusal(name, &dotted("", pointer), reason));
+        }
+    }
+    refuse_memory_nodes(name, Some(resources))
+}
+
+fn refuse_memory_nodes(name: &str, resources: Option<&Value>) -> Result<()> {
+    let nodes = resources.and_then(|resources| resources.pointer("/cpu/mems")?.as_str());
+    match nodes {
+        None | Some("" | "0") => Ok(()),
+        Some(_) => {
+            let reason = "a microVM has one memory node, which is 0";
+            Err(refusal(name, "linux.resources.cpu.mems", reason))
+        }
+    }
 }
 
 /// Logs the fields that are accepted and have no effect.
@@ -102,14 +130,14 @@ pub(super) fn note_host_only(config: &Value) {
 fn refuse_from(value: &Value, base: &str, table: &[(&str, &str)]) -> Result<()> {
     for (pointer, reason) in table {
         if value.pointer(pointer).is_some_and(|found| !is_neutral(found)) {
-            return Err(refusal(&dotted(base, pointer), reason));
+            return Err(refusal("config.json", &dotted(base, pointer), reason));
         }
     }
     Ok(())
 }
 
-fn refusal(field: &str, reason: &str) -> Error {
-    Error::new(format!("config.json sets {field}, which is not supported: {reason}"))
+fn refusal(name: &str, field: &str, reason: &str) -> Error {
+    Error::new(format!("{name} sets {field}, which is not supported: {reason}"))
 }
 
 /// `/linux/resources` as `linux.resources`.

@@ -73,7 +73,7 @@ impl Delete {
             Status::Creating => {
                 record.sandbox.kill(END_TIMEOUT);
             }
-            Status::Running => {}
+            Status::Running | Status::Paused => {}
         }
         if record.current_status() != Status::Stopped {
             // If it cannot be asked, it is killed when it does not end.

@@ -65,7 +65,7 @@ pub(super) struct Exec {
     /// Only 0: descriptors cannot be passed into a microVM.
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: u32,
-    /// Accepted for callers of runc, and without effect: containers cannot be paused.
+    /// Also in a paused container. The process starts when that goes on, within a minute.
     #[arg(long)]
     ignore_paused: bool,
     /// Refused: a container has one cgroup, in its microVM.
@@ -89,7 +89,13 @@ impl Exec {
         }
         let dir = StateDir::open(&global.root, &id)?;
         let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
-        if !matches!(status, Status::Created | Status::Running) {
+        if status == Status::Paused && !self.ignore_paused {
+            return Err(Error::new(format!(
+                "cannot exec in a paused container: {id} is paused (resume it first, or use \
+                 --ignore-paused)"
+            )));
+        }
+        if !matches!(status, Status::Created | Status::Running | Status::Paused) {
             return Err(Error::new(format!(
                 "cannot exec in container {id}: container not running (it is {status})"
             )));

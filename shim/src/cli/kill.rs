@@ -32,7 +32,8 @@ impl Kill {
         let not_running =
             || Err(Error::new(format!("cannot kill container {id}: container not running")));
         match status {
-            Status::Created | Status::Running => {}
+            // What is paused gets it when it goes on, SIGKILL at once.
+            Status::Created | Status::Running | Status::Paused => {}
             // As with runc: no process is left, so all have been reached.
             Status::Stopped if self.all => return Ok(0),
             Status::Stopped | Status::Creating => return not_running(),

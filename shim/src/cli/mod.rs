@@ -7,9 +7,13 @@ mod delete;
 mod exec;
 mod kill;
 mod list;
+mod pause;
+mod ps;
+mod resume;
 mod run;
 mod start;
 mod state;
+mod update;
 
 use std::{
     io::{ErrorKind, Write},
@@ -89,6 +93,14 @@ enum Verb {
     Exec(exec::Exec),
     /// List the containers below the root directory.
     List(list::List),
+    /// Stop the processes of a container where they are.
+    Pause(pause::Pause),
+    /// Let the processes of a paused container go on.
+    Resume(resume::Resume),
+    /// Change the limits of a container.
+    Update(update::Update),
+    /// List the processes of a container.
+    Ps(ps::Ps),
     /// Show what this host has and lacks for running microVMs.
     Check,
     /// The process that owns a microVM. Started by create and run.
@@ -172,6 +184,10 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         Verb::Delete(delete) => delete.run(&global),
         Verb::Exec(exec) => exec.run(&global),
         Verb::List(list) => list.run(&global),
+        Verb::Pause(pause) => pause.run(&global),
+        Verb::Resume(resume) => resume.run(&global),
+        Verb::Update(update) => update.run(&global),
+        Verb::Ps(ps) => ps.run(&global),
         Verb::Check => check::run(),
         Verb::Sandbox(_) | Verb::ExecRelay(_) => Ok(1),
     }

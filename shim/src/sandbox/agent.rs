@@ -1,14 +1,14 @@
 //! Calls to the agent. What it answers comes from the guest and is treated so.
 
-use oci_spec::runtime::{Process, Spec};
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use ttrpc::{Code, r#async::transport::Socket, context::Context};
 
 use isopod_protocol::{
     AGENT_PORT, SHARED_TAG,
     agent::{
-        ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, ProcessRef,
+        ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, ProcessInfo, ProcessRef,
         ResizeTerminalRequest, SetupSandboxRequest, SignalProcessRequest, StreamTokens,
-        TerminalSize,
+        TerminalSize, UpdateContainerRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -89,10 +89,8 @@ impl Agent {
 
     /// Starts the container's process.
     pub(super) async fn start_container(&self) -> Result<()> {
-        let request =
-            ContainerRef { container_id: self.container_id.clone(), ..Default::default() };
         self.client
-            .start_container(Context::default(), &request)
+            .start_container(Context::default(), &self.container())
             .await
             .map(drop)
             .map_err(|e| explain_program("cannot start the container", e))
@@ -161,6 +159,44 @@ impl Agent {
                 _ => explain("cannot send the signal", e),
             }
         })
+    }
+
+    /// Stops the container's processes where they are.
+    pub(super) async fn pause(&self) -> Result<()> {
+        let answer = self.client.pause_container(Context::default(), &self.container()).await;
+        answer
+            .map(drop)
+            .map_err(|e| explain(&format!("cannot pause container {}", self.container_id), e))
+    }
+
+    /// Lets them go on.
+    pub(super) async fn resume(&self) -> Result<()> {
+        let answer = self.client.resume_container(Context::default(), &self.container()).await;
+        answer
+            .map(drop)
+            .map_err(|e| explain(&format!("cannot resume container {}", self.container_id), e))
+    }
+
+    /// Sets the container's limits, all of which are given.
+    pub(super) async fn update(&self, resources: &LinuxResources) -> Result<()> {
+        let what = format!("cannot update container {}", self.container_id);
+        let request = UpdateContainerRequest {
+            container_id: self.container_id.clone(),
+            resources_json: serde_json::to_vec(resources).explain(|| what.clone())?,
+            ..Default::default()
+        };
+        let answer = self.client.update_container(Context::default(), &request).await;
+        answer.map(drop).map_err(|e| explain(&what, e))
+    }
+
+    /// The container's processes.
+    pub(super) async fn processes(&self) -> Result<Vec<ProcessInfo>> {
+        let answer = self.client.list_processes(Context::default(), &self.container()).await;
+        answer.map(|list| list.processes).map_err(|e| explain("cannot list the processes", e))
+    }
+
+    fn container(&self) -> ContainerRef {
+        ContainerRef { container_id: self.container_id.clone(), ..Default::default() }
     }
 
     /// Tells the process's terminal its size.

@@ -1,9 +1,12 @@
 //! What other invocations of `isopod` ask of a sandbox process, over its control socket.
 //!
 //! Each message is a line of JSON. A connection carries requests one at a time, each answered by
-//! [`Message::Done`] or [`Message::Failed`] ([`Request::Wait`] by [`Message::Ended`]). The connection that `create` or `run` started the
-//! sandbox process with carries the same, after [`Message::Created`] (or [`Message::Failed`]) said
-//! how the start went, and gets [`Message::Ended`] at the end.
+//! [`Message::Done`] or [`Message::Failed`] ([`Request::Wait`] by [`Message::Ended`]). The connection
+//! that `create` or `run` started the sandbox process with carries the same, after
+//! [`Message::Created`] (or [`Message::Failed`]) said how the start went, and gets
+//! [`Message::Ended`] at the end.
+//!
+//! What changes nothing is asked of the agent directly ([`super::inspect`]).
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -11,6 +14,7 @@ use std::{
     time::Duration,
 };
 
+use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 
 use super::timeline::Timeline;
@@ -42,6 +46,15 @@ pub enum Request {
     /// Wait for the end of the container. Answered by [`Message::Ended`] when the microVM is gone and
     /// the sandbox process is about to be.
     Wait,
+    /// Stop the container's processes where they are.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// Change the container's limits.
+    Update {
+        /// What is to change, with the processors of the host.
+        resources: Box<LinuxResources>,
+    },
     /// The terminal has a new size.
     Resize {
         /// The new size.
@@ -84,6 +97,20 @@ pub enum Answer {
     Done,
     /// The sandbox process is ending or has ended.
     Gone,
+}
+
+impl Answer {
+    /// For who cannot do without: an error if the sandbox process is gone.
+    ///
+    /// # Errors
+    ///
+    /// If it is; `what` could not be done.
+    pub fn done(self, what: impl std::fmt::Display) -> Result<()> {
+        match self {
+            Self::Done => Ok(()),
+            Self::Gone => Err(Error::new(format!("{what}: its sandbox process has ended"))),
+        }
+    }
 }
 
 /// How long the answer to what is done at once may take.

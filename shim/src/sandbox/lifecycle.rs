@@ -7,6 +7,8 @@
 //!      └──────────────────── microVM lost ──────────────┴─┘
 //! ```
 //!
+//! Pause and resume lead from either of the first two to `paused` and back ([`super::change`]).
+//!
 //! "Ending" is not visible: what the process wrote is still on its way, then the guest is shut down.
 //! Only when the VMM has ended is the state `stopped`.
 
@@ -21,6 +23,7 @@ use tokio::{
 use super::{
     agent::Agent,
     boot::loss,
+    change::Changes,
     control::{Ended, Request},
     hooks::{self, Point, RuntimeNamespace},
     server::{Command, Server},
@@ -118,10 +121,15 @@ impl Lifecycle {
         let mut waiting = pin!(async move { agent.wait().await });
         let mut exit: Option<Exit> = None;
         let mut starting: Option<Starting> = None;
+        let mut changes = Changes::default();
         let mut deadline: Option<Instant> = None;
         // Its size may have been set while the container was created.
         self.follow_console();
         loop {
+            // Hooks may well ask for some.
+            if starting.as_ref().is_none_or(|starting| starting.step == Step::Hooks) {
+                changes.begin(self, exit);
+            }
             let give_up = async {
                 match deadline {
                     Some(deadline) => sleep_until(deadline).await,
@@ -159,6 +167,7 @@ impl Lifecycle {
                         None => {}
                     }
                 }
+                finished = changes.finished() => changes.settle(self, finished),
                 () = self.relay.finished(), if exit.is_some() && starting.is_none() => {
                     if let Some(exit) = exit {
                         return Outcome::Exited(exit);
@@ -181,7 +190,11 @@ impl Lifecycle {
                 command = server.next() => {
                     let Command { request, answer } = command;
                     match request {
-                        Request::Start if starting.is_none() && self.may_start(exit) => {
+                        Request::Start
+                            if starting.is_none()
+                                && changes.is_empty()
+                                && self.may_start(exit) =>
+                        {
                             starting = Some(Starting::new(Step::Process, self.start(), answer));
                         }
                         Request::Start => {
@@ -194,6 +207,9 @@ impl Lifecycle {
                         }
                         // Answered by the server when it closes.
                         Request::Wait => {}
+                        Request::Pause | Request::Resume | Request::Update { .. } => {
+                            changes.push(Command { request, answer });
+                        }
                         Request::Kill { .. } if exit.is_some() => {
                             let _ = answer.send(Err(self.wrong_state("kill", exit)));
                         }
@@ -226,14 +242,14 @@ impl Lifecycle {
         exit.is_none() && self.record.status == Status::Created
     }
 
-    fn wrong_state(&self, verb: &str, exit: Option<Exit>) -> Error {
+    pub(super) fn wrong_state(&self, verb: &str, exit: Option<Exit>) -> Error {
         let id = &self.record.id;
         match (exit, self.record.status) {
             (Some(_), _) => {
                 Error::new(format!("cannot {verb} container {id}: container not running"))
             }
             (None, Status::Created) => {
-                Error::new(format!("cannot {verb} container {id}: it is being started already"))
+                Error::new(format!("cannot {verb} container {id}: it is being started or changed"))
             }
             (None, status) => Error::new(format!("cannot {verb} container {id}: it is {status}")),
         }
@@ -302,7 +318,7 @@ impl Lifecycle {
         }
     }
 
-    fn save(&self) {
+    pub(super) fn save(&self) {
         if let Err(error) = self.dir.write_record(&self.record) {
             log::error!("container {}: {error}", self.record.id);
         }

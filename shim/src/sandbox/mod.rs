@@ -14,10 +14,12 @@
 
 mod agent;
 mod boot;
+mod change;
 mod console;
 pub mod control;
 pub mod exec;
 pub(crate) mod hooks;
+pub mod inspect;
 pub mod launch;
 mod lifecycle;
 pub mod process;
@@ -71,7 +73,7 @@ fn random(bytes: &mut [u8]) -> Result<()> {
 }
 
 /// Text from the guest, made safe to show: one line, no control characters, bounded.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     const MAX_CHARS: usize = 1024;
     let mut shown: String =
         text.chars().take(MAX_CHARS).map(|c| if c.is_control() { ' ' } else { c }).collect();

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use oci_spec::runtime::LinuxResources;
 use tokio::net::UnixListener;
 
 use super::{
@@ -204,6 +205,8 @@ impl Sandbox {
             rootfs: launch.rootfs.clone(),
             sandbox,
             vmm: None,
+            vm: launch.vm,
+            resources: resources(launch),
             status: Status::Creating,
             created: clock::timestamp(),
             owner_uid: launch.owner_uid,
@@ -251,6 +254,15 @@ impl Sandbox {
             log::error!("{error}");
         }
     }
+}
+
+/// The limits of config.json, without rules for devices, which no update changes.
+fn resources(launch: &Launch) -> LinuxResources {
+    let linux = launch.spec.linux().as_ref();
+    let resources = linux.and_then(|linux| linux.resources().clone());
+    let mut resources = resources.unwrap_or_default();
+    resources.set_devices(None);
+    resources
 }
 
 /// Has the agent build the container, with its standard streams connected.

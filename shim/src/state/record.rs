@@ -2,12 +2,12 @@
 
 use std::{collections::BTreeMap, fmt, path::PathBuf};
 
-use oci_spec::runtime::Hooks;
+use oci_spec::runtime::{Hooks, LinuxResources};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Id, ProcessId};
-use crate::cgroup::Cgroup;
+use crate::{bundle::VmSize, cgroup::Cgroup};
 
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +19,8 @@ pub enum Status {
     Created,
     /// Its process runs.
     Running,
+    /// Its processes are stopped where they are, until they are resumed.
+    Paused,
     /// Its process has ended, or the microVM has.
     Stopped,
 }
@@ -29,6 +31,7 @@ impl fmt::Display for Status {
             Self::Creating => "creating",
             Self::Created => "created",
             Self::Running => "running",
+            Self::Paused => "paused",
             Self::Stopped => "stopped",
         })
     }
@@ -58,6 +61,10 @@ pub struct Record {
     pub sandbox: ProcessId,
     /// The VMM, once it runs.
     pub vmm: Option<ProcessId>,
+    /// Size of the microVM.
+    pub vm: VmSize,
+    /// The limits that hold now, without rules for devices. Processors are the host's.
+    pub resources: LinuxResources,
     /// As last written by the sandbox process.
     pub status: Status,
     /// When it was created, RFC 3339.

@@ -10,6 +10,8 @@ fn record(id: &Id, sandbox: ProcessId) -> Record {
         rootfs: "/b/rootfs".into(),
         sandbox,
         vmm: None,
+        vm: crate::bundle::VmSize { vcpus: 1, memory_mib: 64 },
+        resources: oci_spec::runtime::LinuxResources::default(),
         status: Status::Running,
         created: "2026-01-01T00:00:00Z".into(),
         owner_uid: 0,

@@ -1,0 +1,266 @@
+//! Changes of the limits of a container that runs.
+
+use oci_spec::runtime::{Linux, LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
+use serde_json::{Map, Value};
+
+use super::{
+    VmSize, cpu_list_len, kernel,
+    size::{MEMORY_ANNOTATION, with_overhead},
+    unknown, unsupported,
+};
+use crate::error::{Error, Explain, Result};
+
+/// Reads the OCI `linux.resources` object of an update.
+///
+/// # Errors
+///
+/// If it is malformed, or asks for what is not supported, by name.
+pub fn parse_resources(name: &str, json: &[u8]) -> Result<LinuxResources> {
+    // As an object first: the types would take a list for one without fields.
+    let raw: Map<String, Value> = serde_json::from_slice(json).explain(|| name.to_owned())?;
+    let raw = Value::Object(raw);
+    let resources: LinuxResources =
+        serde_json::from_value(raw.clone()).explain(|| name.to_owned())?;
+    unsupported::refuse_resources(name, &raw)?;
+    let kept = serde_json::to_value(&resources).explain(|| name.to_owned())?;
+    unknown::warn(name, &raw, &kept);
+    Ok(resources)
+}
+
+/// The limits that hold after an update of `before`: what the update leaves out, or gives as 0 or
+/// empty, stays. Rules for devices stay as they are, as with runc.
+///
+/// # Errors
+///
+/// If the limits make no sense together, or the microVM cannot hold them.
+pub fn update_resources(
+    before: &LinuxResources,
+    update: &LinuxResources,
+    vm: VmSize,
+) -> Result<LinuxResources> {
+    let mut after = before.clone();
+    if let Some(memory) = update.memory() {
+        check_capacity(before, memory, vm)?;
+        after.set_memory(Some(merge_memory(before.memory().unwrap_or_default(), memory)));
+    }
+    if let Some(cpu) = update.cpu() {
+        after.set_cpu(Some(merge_cpu(before.cpu().clone().unwrap_or_default(), cpu)));
+    }
+    if let Some(pids) = update.pids().filter(|pids| pids.limit() != 0) {
+        after.set_pids(Some(pids));
+    }
+    if let Some(io) = update.block_io() {
+        after.set_block_io(Some(merge_io(before.block_io().clone().unwrap_or_default(), io)));
+    }
+    if let Some(pages) = update.hugepage_limits().as_ref().filter(|pages| !pages.is_empty()) {
+        let new = |size: &str| pages.iter().any(|page| page.page_size() == size);
+        let mut all = before.hugepage_limits().clone().unwrap_or_default();
+        all.retain(|page| !new(page.page_size()));
+        all.extend(pages.iter().cloned());
+        after.set_hugepage_limits(Some(all));
+    }
+    if let Some(unified) = update.unified().as_ref().filter(|unified| !unified.is_empty()) {
+        after.unified_mut().get_or_insert_default().extend(unified.clone());
+    }
+    let mut linux = Linux::default();
+    linux.set_sysctl(None).set_resources(Some(after.clone()));
+    kernel::check(&linux)?;
+    Ok(after)
+}
+
+/// What of these limits the microVM cannot give, each in a sentence: it has fewer processors than the
+/// container may use.
+pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
+    let Some(cpu) = resources.cpu() else { return Vec::new() };
+    let vcpus = u64::from(vm.vcpus);
+    let mut found = Vec::new();
+    let quota = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).unwrap_or(0);
+    let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+    if quota > period.saturating_mul(vcpus) {
+        found.push(format!(
+            "a CPU quota of {quota} in {period} us is more than the {vcpus} processors that the \
+             microVM has"
+        ));
+    }
+    if let Some(list) = cpu.cpus().as_deref().filter(|list| !list.is_empty())
+        && cpu_list_len(list).is_some_and(|length| length > vcpus)
+    {
+        found.push(format!(
+            "the list {list:?} names more processors than the {vcpus} that the microVM has"
+        ));
+    }
+    found
+}
+
+/// A new limit has to fit into the memory that the microVM was made with.
+fn check_capacity(before: &LinuxResources, memory: &LinuxMemory, vm: VmSize) -> Result<()> {
+    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
+    let same = before.memory().and_then(|memory| memory.limit()) == memory.limit();
+    let limit_mib = limit.div_ceil(1 << 20);
+    let largest_mib = vm.largest_limit_mib();
+    if same || limit_mib <= largest_mib {
+        return Ok(());
+    }
+    Err(Error::new(format!(
+        "a memory limit of {limit_mib} MiB is more than the container's microVM can hold: it has {} \
+         MiB, enough for a limit of {largest_mib} MiB, and cannot grow; create the container with \
+         the annotation {} set to {} or more",
+        vm.memory_mib,
+        MEMORY_ANNOTATION,
+        with_overhead(limit_mib),
+    )))
+}
+
+fn merge_memory(before: LinuxMemory, update: &LinuxMemory) -> LinuxMemory {
+    let given = |value: Option<i64>| value.filter(|value| *value != 0);
+    let mut after = before;
+    if let Some(limit) = given(update.limit()) {
+        after.set_limit(Some(limit));
+        // No limit on memory means none on swap, unless it says otherwise.
+        if limit == -1 && given(update.swap()).is_none() {
+            after.set_swap(Some(-1));
+        }
+    }
+    if let Some(swap) = given(update.swap()) {
+        after.set_swap(Some(swap));
+    }
+    if let Some(reservation) = given(update.reservation()) {
+        after.set_reservation(Some(reservation));
+    }
+    // Asked of each update anew.
+    after.set_check_before_update(update.check_before_update());
+    after
+}
+
+fn merge_cpu(before: LinuxCpu, update: &LinuxCpu) -> LinuxCpu {
+    let mut after = before;
+    if let Some(shares) = update.shares().filter(|shares| *shares != 0) {
+        after.set_shares(Some(shares));
+    }
+    if let Some(quota) = update.quota().filter(|quota| *quota != 0) {
+        after.set_quota(Some(quota));
+    }
+    if let Some(period) = update.period().filter(|period| *period != 0) {
+        after.set_period(Some(period));
+    }
+    if let Some(burst) = update.burst() {
+        after.set_burst(Some(burst));
+    }
+    if let Some(idle) = update.idle() {
+        after.set_idle(Some(idle));
+    }
+    if let Some(cpus) = update.cpus().as_ref().filter(|cpus| !cpus.is_empty()) {
+        after.set_cpus(Some(cpus.clone()));
+    }
+    after
+}
+
+fn merge_io(before: LinuxBlockIo, update: &LinuxBlockIo) -> LinuxBlockIo {
+    let mut after = before;
+    if let Some(weight) = update.weight().filter(|weight| *weight != 0) {
+        after.set_weight(Some(weight));
+    }
+    let given = |list: &Option<Vec<_>>| list.as_ref().is_some_and(|list| !list.is_empty());
+    if given(update.throttle_read_bps_device()) {
+        after.set_throttle_read_bps_device(update.throttle_read_bps_device().clone());
+    }
+    if given(update.throttle_write_bps_device()) {
+        after.set_throttle_write_bps_device(update.throttle_write_bps_device().clone());
+    }
+    if given(update.throttle_read_iops_device()) {
+        after.set_throttle_read_iops_device(update.throttle_read_iops_device().clone());
+    }
+    if given(update.throttle_write_iops_device()) {
+        after.set_throttle_write_iops_device(update.throttle_write_iops_device().clone());
+    }
+    if update.weight_device().as_ref().is_some_and(|list| !list.is_empty()) {
+        after.set_weight_device(update.weight_device().clone());
+    }
+    after
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VM: VmSize = VmSize { vcpus: 2, memory_mib: 256 };
+
+    fn resources(json: &str) -> LinuxResources {
+        parse_resources("resources", json.as_bytes()).unwrap()
+    }
+
+    fn updated(before: &str, update: &str) -> Result<LinuxResources> {
+        update_resources(&resources(before), &resources(update), VM)
+    }
+
+    #[test]
+    fn what_is_not_given_stays() {
+        let before = r#"{"memory": {"limit": 100, "swap": 300}, "pids": {"limit": 7},
+            "cpu": {"quota": 5, "period": 10, "cpus": "0-1"}}"#;
+        for neutral in [
+            "{}",
+            r#"{"memory": {"limit": 0}, "cpu": {"shares": 0, "cpus": ""}, "pids": {"limit": 0},
+                "blockIO": {"weight": 0}, "devices": [{"allow": true, "access": "rwm"}]}"#,
+        ] {
+            let mut after = updated(before, neutral).unwrap();
+            if after.block_io().as_ref().is_some_and(|io| *io == LinuxBlockIo::default()) {
+                after.set_block_io(None);
+            }
+            assert_eq!(after, resources(before), "{neutral}");
+        }
+        let update = r#"{"memory": {"limit": 200}, "cpu": {"quota": -1}, "pids": {"limit": -1}}"#;
+        let after = updated(before, update).unwrap();
+        let expected = r#"{"memory": {"limit": 200, "swap": 300}, "pids": {"limit": -1},
+            "cpu": {"quota": -1, "period": 10, "cpus": "0-1"}}"#;
+        assert_eq!(after, resources(expected));
+    }
+
+    #[test]
+    fn unlimited_memory_is_unlimited_swap() {
+        let swap = |update: &str| {
+            let after = updated(r#"{"memory": {"limit": 100, "swap": 300}}"#, update).unwrap();
+            after.memory().unwrap().swap()
+        };
+        assert_eq!(swap(r#"{"memory": {"limit": -1}}"#), Some(-1));
+        let error =
+            updated(r#"{"memory": {"limit": 9, "swap": 9}}"#, r#"{"memory": {"limit": 10}}"#);
+        assert!(error.unwrap_err().message.contains("memory.swap"));
+    }
+
+    #[test]
+    fn memory_has_to_fit_into_the_microvm() {
+        let largest = VM.largest_limit_mib();
+        let limit = |mib: u64| format!(r#"{{"memory": {{"limit": {}}}}}"#, mib << 20);
+        assert!(updated("{}", &limit(largest)).is_ok());
+        let error = updated("{}", &limit(largest + 1)).unwrap_err().message;
+        for part in
+            [format!("{} MiB", largest + 1), "256 MiB".into(), "dev.isopod.memory_mib".into()]
+        {
+            assert!(error.contains(&part), "{error}");
+        }
+        assert!(updated(&limit(4096), &limit(4096)).is_ok(), "as it was");
+    }
+
+    #[test]
+    fn more_processors_than_there_are_is_said() {
+        let said = |json: &str| beyond_vm(&resources(json), VM).len();
+        assert_eq!(said(r#"{"cpu": {"quota": 200000}}"#), 0);
+        assert_eq!(said(r#"{"cpu": {"quota": 200001}}"#), 1);
+        assert_eq!(said(r#"{"cpu": {"quota": -1, "cpus": "0-1"}}"#), 0);
+        assert_eq!(said(r#"{"cpu": {"quota": 30, "period": 10, "cpus": "0-2"}}"#), 2);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (json, name) in [
+            (r#"{"cpu": {"realtimeRuntime": 5}}"#, "cpu.realtimeRuntime"),
+            (r#"{"cpu": {"mems": "1"}}"#, "cpu.mems"),
+            (r#"{"rdma": {"mlx5_0": {"hcaHandles": 1}}}"#, "rdma"),
+            ("[]", "the file"),
+            (r#"{"memory": {"limit": "1g"}}"#, "the file"),
+        ] {
+            let error = parse_resources("the file", json.as_bytes()).unwrap_err().message;
+            assert!(error.contains(name), "{json}: {error}");
+        }
+    }
+}
