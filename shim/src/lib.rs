@@ -1,7 +1,7 @@
 //! The host side of Isopod under the OCI command line.
 //!
 //! [`cli`] turns what the user typed into calls; [`bundle`] reads and checks a whole bundle before
-//! anything is touched; [`state`] is what a sandbox leaves on disk; [`sandbox`] is the process that
+//! anything is touched, and [`image`] makes one from an image; [`state`] is what a sandbox leaves on disk; [`sandbox`] is the process that
 //! owns one microVM and its container from creation to exit status.
 
 pub mod bundle;
@@ -10,6 +10,7 @@ pub mod cli;
 pub mod clock;
 pub mod error;
 pub mod host;
+pub mod image;
 pub mod logger;
 pub mod sandbox;
 pub mod settings;

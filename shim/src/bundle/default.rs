@@ -31,7 +31,7 @@ pub fn default_spec() -> Spec {
     let mut process = Process::default();
     process.set_terminal(Some(true));
     process.set_args(Some(vec!["sh".to_owned()]));
-    process.set_capabilities(Some(capabilities()));
+    process.set_capabilities(Some(capabilities(&CAPABILITIES)));
     spec.set_process(Some(process));
     if let Some(linux) = spec.linux_mut() {
         let mut deny = LinuxDeviceCgroup::default();
@@ -43,10 +43,10 @@ pub fn default_spec() -> Spec {
     spec
 }
 
-/// Not inheritable, which would outlive a change of user, and so not ambient either, which the
-/// kernel gives only to what is inheritable.
-fn capabilities() -> LinuxCapabilities {
-    let set = HashSet::from(CAPABILITIES);
+/// `names` as a process gets them. Not inheritable, which would outlive a change of user, and so
+/// not ambient either, which the kernel gives only to what is inheritable.
+pub fn capabilities(names: &[Capability]) -> LinuxCapabilities {
+    let set: HashSet<Capability> = names.iter().copied().collect();
     let mut capabilities = LinuxCapabilities::default();
     capabilities.set_bounding(Some(set.clone()));
     capabilities.set_effective(Some(set.clone()));

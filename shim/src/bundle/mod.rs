@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 
 pub(crate) use self::guest::shared_name;
 pub use self::{
-    default::{default_spec, write_spec},
+    default::{capabilities, default_spec, write_spec},
     guest::{guest_processors, guest_spec},
     seccomp::Filter,
     size::{VmSize, cpu_list_len},

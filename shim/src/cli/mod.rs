@@ -1,5 +1,6 @@
 //! The OCI command line, with runc's verbs and options: one file a verb.
 
+mod bundle;
 mod check;
 mod create;
 mod creation;
@@ -101,6 +102,8 @@ enum Verb {
     Update(update::Update),
     /// List the processes of a container.
     Ps(ps::Ps),
+    /// Unpack an image into a new bundle: isopod bundle oci:DIR[:TAG] BUNDLE
+    Bundle(bundle::Bundle),
     /// Show what this host has and lacks for running microVMs.
     Check,
     /// The process that owns a microVM. Started by create and run.
@@ -188,6 +191,7 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         Verb::Resume(resume) => resume.run(&global),
         Verb::Update(update) => update.run(&global),
         Verb::Ps(ps) => ps.run(&global),
+        Verb::Bundle(bundle) => bundle.run(),
         Verb::Check => check::run(),
         Verb::Sandbox(_) | Verb::ExecRelay(_) => Ok(1),
     }

@@ -1,0 +1,257 @@
+//! Applying a layer's entries to the tree (image-spec layer.md, "Applying Changesets").
+//!
+//! Whatever is unclear there is as with umoci and containerd: parents are followed through symbolic
+//! links, within the tree; a file of another kind is replaced, and a directory only by what is no
+//! directory; the last of several entries of one name holds.
+
+use std::{
+    ffi::{CStr, CString},
+    fs::File,
+    io::{self, Read, Write},
+};
+
+use rustix::{
+    fs::{
+        AtFlags, FileType, Mode, OFlags, Stat, futimens, linkat, makedev, mkdirat, mknodat, openat,
+        statat, symlinkat,
+    },
+    io::Errno,
+};
+
+use super::{
+    archive::{Archive, Entry, Kind},
+    metadata,
+    name::{Name, name, parts},
+    quoted,
+    remove::{DIRECTORY, remove_tree},
+    tree::{Directory, Tree, times},
+    watch::Watch,
+};
+use crate::error::{Error, Explain, Result};
+
+/// Bytes of a file that are copied at once.
+const CHUNK: usize = 128 << 10;
+
+/// Why a layer could not be applied.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// The layer cannot be read, or says what it may not.
+    Layer(Error),
+    /// The tree cannot take it, or it was asked to end.
+    Tree(Error),
+}
+
+/// Applies all entries of `archive`.
+///
+/// # Errors
+///
+/// The first entry that cannot be applied, by name.
+pub(super) fn apply<R: Read>(
+    archive: &mut Archive<R>,
+    tree: &mut Tree,
+    watch: &Watch,
+) -> Result<(), Failure> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        watch.check().map_err(Failure::Tree)?;
+        let next = archive.next().explain(|| "it cannot be read".into());
+        let Some(entry) = next.map_err(Failure::Layer)? else { return Ok(()) };
+        let mut content = |file: &File| copy(archive, file, &mut buffer, watch);
+        apply_entry(&entry, &mut content, tree).map_err(|failure| {
+            let named = |error| Error::because(format!("entry {}", quoted(&entry.path)), error);
+            match failure {
+                Failure::Layer(error) => Failure::Layer(named(error)),
+                Failure::Tree(error) => Failure::Tree(named(error)),
+            }
+        })?;
+    }
+}
+
+fn apply_entry(
+    entry: &Entry,
+    content: &mut dyn FnMut(&File) -> Result<(), Failure>,
+    tree: &mut Tree,
+) -> Result<(), Failure> {
+    let path = parts(&entry.path).map_err(Failure::Layer)?;
+    match name(&path).map_err(Failure::Layer)? {
+        Name::Foreign => Ok(()),
+        Name::Whiteout(parents, hidden) => {
+            let hidden = c_string(hidden).map_err(Failure::Layer)?;
+            hide(tree, parents, Some(&hidden)).map_err(Failure::Tree)
+        }
+        Name::Opaque(parents) => hide(tree, parents, None).map_err(Failure::Tree),
+        Name::Root if entry.kind == Kind::Directory => {
+            let root = tree.root().map_err(Failure::Tree)?;
+            metadata::clear_xattrs(&root.fd).map_err(Failure::Tree)?;
+            metadata::set(&root.fd, entry).map_err(Failure::Tree)
+        }
+        Name::Root => Err(Failure::Layer(Error::new("the root has to be a directory"))),
+        Name::File(parents, name) => {
+            let name = c_string(name).map_err(Failure::Layer)?;
+            let target = link_target(entry, tree)?;
+            let parent = tree.directory(parents, true).map_err(Failure::Tree)?;
+            let parent =
+                parent.ok_or_else(|| Failure::Tree(Error::new("its directory is gone")))?;
+            let before = times(&parent.fd).explain(|| "its directory".into());
+            let before = before.map_err(Failure::Tree)?;
+            place(entry, content, &parent, &name, target.as_ref())?;
+            tree.keep(&parent, &name);
+            futimens(&parent.fd, &before)
+                .explain(|| "cannot set its directory's time".into())
+                .map_err(Failure::Tree)
+        }
+    }
+}
+
+fn hide(tree: &mut Tree, parents: &[&[u8]], name: Option<&CStr>) -> Result<()> {
+    // What is not there need not be hidden.
+    let Some(directory) = tree.directory(parents, false)? else { return Ok(()) };
+    tree.hide(&directory, name).explain(|| "cannot remove what it hides".into())
+}
+
+/// The file that a hard link is another name of.
+struct Target {
+    directory: Directory,
+    name: CString,
+    stat: Stat,
+}
+
+fn link_target(entry: &Entry, tree: &mut Tree) -> Result<Option<Target>, Failure> {
+    if entry.kind != Kind::HardLink {
+        return Ok(None);
+    }
+    let target = || format!("its target {}", quoted(&entry.link));
+    let path = parts(&entry.link).explain(target).map_err(Failure::Layer)?;
+    let missing = || Failure::Layer(Error::new(format!("{} is not there", target())));
+    let Some((last, parents)) = path.split_last() else { return Err(missing()) };
+    let directory = tree.directory(parents, false).map_err(Failure::Tree)?.ok_or_else(missing)?;
+    let name = c_string(last).map_err(Failure::Layer)?;
+    match statat(&directory.fd, &*name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) if file_type(&stat) == FileType::Directory => {
+            Err(Failure::Layer(Error::new(format!("{} is a directory", target()))))
+        }
+        Ok(stat) => Ok(Some(Target { directory, name, stat })),
+        Err(Errno::NOENT) => Err(missing()),
+        Err(error) => Err(error).explain(target).map_err(Failure::Tree),
+    }
+}
+
+/// Makes the file `name` in `parent`, in place of what was there.
+fn place(
+    entry: &Entry,
+    content: &mut dyn FnMut(&File) -> Result<(), Failure>,
+    parent: &Directory,
+    name: &CStr,
+    target: Option<&Target>,
+) -> Result<(), Failure> {
+    let dir = &parent.fd;
+    let old = match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Some(stat),
+        Err(Errno::NOENT) => None,
+        Err(error) => return cannot("look at it", Err(error)),
+    };
+    let same = |stat: &Stat| target.is_some_and(|target| target.stat.st_ino == stat.st_ino);
+    match &old {
+        // Another name of itself already; removing it first could lose the only one.
+        Some(stat) if same(stat) => return Ok(()),
+        Some(stat) if file_type(stat) == FileType::Directory && entry.kind == Kind::Directory => {
+            let fd = openat(dir, name, DIRECTORY, Mode::empty());
+            let fd = cannot("open it", fd)?;
+            metadata::clear_xattrs(&fd).map_err(Failure::Tree)?;
+            return metadata::set(&fd, entry).map_err(Failure::Tree);
+        }
+        // Never written into: other names of it are other files from now on.
+        Some(_) => cannot("remove what was there before", remove_tree(dir, name))?,
+        None => {}
+    }
+    let node = |kind, device| mknodat(dir, name, kind, Mode::RUSR | Mode::WUSR, device);
+    match entry.kind {
+        Kind::File => {
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+            let file = openat(dir, name, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
+            let file = File::from(cannot("create it", file)?);
+            content(&file)?;
+            return metadata::set(&file.into(), entry).map_err(Failure::Tree);
+        }
+        Kind::Directory => {
+            cannot("create it", mkdirat(dir, name, Mode::RWXU))?;
+            let fd = cannot("open it", openat(dir, name, DIRECTORY, Mode::empty()))?;
+            return metadata::set(&fd, entry).map_err(Failure::Tree);
+        }
+        Kind::HardLink => {
+            let Some(target) = target else { return Ok(()) };
+            let flags = AtFlags::empty();
+            // Owner and mode are the file's, which has its own entry.
+            return cannot(
+                "link it",
+                linkat(&target.directory.fd, &*target.name, dir, name, flags),
+            );
+        }
+        Kind::Symlink => {
+            let link = c_string(&entry.link).map_err(Failure::Layer)?;
+            if link.is_empty() {
+                return Err(Failure::Layer(Error::new("it is a symbolic link to nothing")));
+            }
+            cannot("create it", symlinkat(&*link, dir, name))?;
+        }
+        Kind::Fifo => cannot("create it", node(FileType::Fifo, 0))?,
+        Kind::CharDevice(major, minor) => {
+            cannot("create the device", node(FileType::CharacterDevice, makedev(major, minor)))?;
+        }
+        Kind::BlockDevice(major, minor) => {
+            cannot("create the device", node(FileType::BlockDevice, makedev(major, minor)))?;
+        }
+    }
+    metadata::set_at(dir, name, entry).map_err(Failure::Tree)
+}
+
+/// Writes the rest of an entry's content to `file`.
+fn copy<R: Read>(
+    archive: &mut Archive<R>,
+    mut file: &File,
+    buffer: &mut [u8],
+    watch: &Watch,
+) -> Result<(), Failure> {
+    loop {
+        watch.check().map_err(Failure::Tree)?;
+        let n = match archive.read(buffer) {
+            Ok(0) => return Ok(()),
+            Ok(n) => n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+            Err(e) => {
+                return Err(e).explain(|| "its content".into()).map_err(Failure::Layer);
+            }
+        };
+        file.write_all(&buffer[..n]).map_err(|e| Failure::Tree(write_error(e)))?;
+    }
+}
+
+pub(super) fn write_error(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::because(
+            "no room for its content; the bundle needs a file system with more space",
+            error,
+        ),
+        _ => Error::because("cannot write its content", error),
+    }
+}
+
+fn cannot<T>(what: &str, result: rustix::io::Result<T>) -> Result<T, Failure> {
+    result.map_err(|error| {
+        Failure::Tree(match error {
+            Errno::NOSPC | Errno::DQUOT => Error::because(
+                format!("cannot {what}; the bundle needs a file system with more space and inodes"),
+                error,
+            ),
+            error => Error::because(format!("cannot {what}"), error),
+        })
+    })
+}
+
+fn file_type(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+fn c_string(bytes: &[u8]) -> Result<CString> {
+    CString::new(bytes).map_err(|_| Error::new(format!("{} has a NUL byte", quoted(bytes))))
+}

@@ -1,0 +1,95 @@
+//! One layer: from its blob to the tree.
+
+use std::io::{BufRead, BufReader, Read};
+
+use flate2::bufread::MultiGzDecoder;
+
+use super::{
+    archive::Archive,
+    blob::{self, Hash, Verified},
+    extract::{self, Failure},
+    layout::{Layer, Layout},
+    quoted,
+    tree::Tree,
+    watch::Watch,
+    zstd::Zstd,
+};
+use crate::error::{Error, Explain, Result};
+
+/// Bytes that are read from a blob at once.
+const CHUNK: usize = 128 << 10;
+
+/// How a layer is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compression {
+    None,
+    Gzip,
+    Zstd,
+}
+
+/// Layers "with restrictions on distribution" differ only in name, and are often left out.
+const MEDIA_TYPES: [(&str, Compression); 11] = [
+    ("application/vnd.oci.image.layer.v1.tar", Compression::None),
+    ("application/vnd.oci.image.layer.v1.tar+gzip", Compression::Gzip),
+    ("application/vnd.oci.image.layer.v1.tar+zstd", Compression::Zstd),
+    ("application/vnd.oci.image.layer.nondistributable.v1.tar", Compression::None),
+    ("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip", Compression::Gzip),
+    ("application/vnd.oci.image.layer.nondistributable.v1.tar+zstd", Compression::Zstd),
+    ("application/vnd.docker.image.rootfs.diff.tar", Compression::None),
+    ("application/vnd.docker.image.rootfs.diff.tar.gzip", Compression::Gzip),
+    ("application/vnd.docker.image.rootfs.diff.tar.zstd", Compression::Zstd),
+    ("application/vnd.docker.image.rootfs.foreign.diff.tar", Compression::None),
+    ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", Compression::Gzip),
+];
+
+/// Applies `layer` to `tree`.
+///
+/// # Errors
+///
+/// The layer is of an unknown kind, damaged or hostile, or the tree cannot take it.
+pub(super) fn apply(layout: &Layout, layer: &Layer, tree: &mut Tree, watch: &Watch) -> Result<()> {
+    let compression = compression(layer.descriptor.media_type().as_ref())?;
+    let mut blob = blob::open(&layout.dir, &layer.descriptor)?;
+    let applied = {
+        let compressed = BufReader::with_capacity(CHUNK, watch.counted(&mut blob));
+        let hash = Hash::of(&layer.diff_id)?;
+        let plain = decompressor(compressed, compression);
+        let mut plain = Verified::new(plain, hash, layer.diff_id.digest(), None);
+        match extract::apply(&mut Archive::new(&mut plain), tree, watch) {
+            Ok(()) => plain
+                .finish()
+                .explain(|| format!("its uncompressed content, {}", layer.diff_id))
+                .map_err(Failure::Layer),
+            Err(failure) => Err(failure),
+        }
+    };
+    // Reading ends early for it, and looks as if the layer were at fault.
+    watch.check()?;
+    match applied {
+        Ok(()) => blob.finish().explain(|| "it cannot be read".into()),
+        Err(Failure::Tree(error)) => Err(error),
+        // Whatever it looks like, a blob that is not what it should be is the reason.
+        Err(Failure::Layer(error)) => match blob.finish() {
+            Err(damage) => Err(Error::because("it cannot be read", damage)),
+            Ok(()) => Err(error),
+        },
+    }
+}
+
+fn compression(media_type: &str) -> Result<Compression> {
+    let known = MEDIA_TYPES.iter().find(|(name, _)| *name == media_type);
+    known.map(|(_, compression)| *compression).ok_or_else(|| {
+        let name = quoted(media_type.as_bytes());
+        Error::new(format!(
+            "layers of the type {name} are not supported: tar is, alone, with gzip and with zstd"
+        ))
+    })
+}
+
+fn decompressor<'a>(source: impl BufRead + 'a, compression: Compression) -> Box<dyn Read + 'a> {
+    match compression {
+        Compression::None => Box::new(source),
+        Compression::Gzip => Box::new(MultiGzDecoder::new(source)),
+        Compression::Zstd => Box::new(Zstd::new(source)),
+    }
+}

@@ -1,0 +1,126 @@
+//! Owner, permissions, times and extended attributes of what a layer brings.
+
+use std::{ffi::CStr, os::fd::AsRawFd};
+
+use rustix::{
+    fd::OwnedFd,
+    fs::{
+        AtFlags, Gid, Mode, Timestamps, Uid, XattrFlags, chmodat, chownat, fchmod, fchown,
+        flistxattr, fremovexattr, fsetxattr, futimens, lsetxattr, utimensat,
+    },
+    io::Errno,
+};
+
+use super::{
+    archive::{Entry, Kind},
+    quoted,
+};
+use crate::error::{Explain, Result};
+
+/// Attributes that belong to a host and not to an image: labels of its security modules and its
+/// integrity measurement, and an overlay's notes to itself.
+const HOST_ONLY: [&[u8]; 5] = [
+    b"security.selinux",
+    b"security.ima",
+    b"security.evm",
+    b"system.nfs4_acl",
+    b"trusted.overlay.",
+];
+
+/// Whose absence changes what a program may do.
+const NEEDED: &[u8] = b"security.capability";
+
+/// Sets all of it on an open file or directory. Owner first: a change of owner takes set-id bits
+/// and capabilities away.
+pub(super) fn set(file: &OwnedFd, entry: &Entry) -> Result<()> {
+    let (uid, gid) = owner(entry);
+    fchown(file, Some(uid), Some(gid)).explain(|| "cannot set its owner".into())?;
+    fchmod(file, Mode::from_raw_mode(entry.mode)).explain(|| "cannot set its mode".into())?;
+    for (name, value) in wanted(entry) {
+        result(name, fsetxattr(file, name, value, XattrFlags::empty()), entry)?;
+    }
+    futimens(file, &timestamps(entry)).explain(|| "cannot set its time".into())
+}
+
+/// Sets all of it on what cannot be opened without effect: links, pipes and devices. `name` has
+/// been made a moment ago and is no link, unless the entry is one.
+pub(super) fn set_at(directory: &OwnedFd, name: &CStr, entry: &Entry) -> Result<()> {
+    let (uid, gid) = owner(entry);
+    chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+        .explain(|| "cannot set its owner".into())?;
+    if entry.kind != Kind::Symlink {
+        let mode = Mode::from_raw_mode(entry.mode);
+        chmodat(directory, name, mode, AtFlags::empty())
+            .explain(|| "cannot set its mode".into())?;
+    }
+    let mut path = format!("/proc/self/fd/{}/", directory.as_raw_fd()).into_bytes();
+    path.extend_from_slice(name.to_bytes());
+    for (name, value) in wanted(entry) {
+        result(name, lsetxattr(&*path, name, value, XattrFlags::empty()), entry)?;
+    }
+    utimensat(directory, name, &timestamps(entry), AtFlags::SYMLINK_NOFOLLOW)
+        .explain(|| "cannot set its time".into())
+}
+
+/// Removes the attributes that lower layers have given to a directory.
+pub(super) fn clear_xattrs(directory: &OwnedFd) -> Result<()> {
+    let mut names = vec![0; 64 << 10];
+    let length = match flistxattr(directory, &mut names[..]) {
+        Ok(length) => length,
+        Err(Errno::NOTSUP) => return Ok(()),
+        Err(error) => return Err(error).explain(|| "cannot list its attributes".into()),
+    };
+    for name in names[..length].split(|byte| *byte == 0) {
+        if name.is_empty() || is_host_only(name) {
+            continue;
+        }
+        match fremovexattr(directory, name) {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(error) => {
+                return Err(error).explain(|| format!("cannot remove its {}", quoted(name)));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn owner(entry: &Entry) -> (Uid, Gid) {
+    (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid))
+}
+
+/// Access is not in layers: it was when the content was.
+fn timestamps(entry: &Entry) -> Timestamps {
+    Timestamps { last_access: entry.mtime, last_modification: entry.mtime }
+}
+
+fn wanted(entry: &Entry) -> impl Iterator<Item = (&[u8], &[u8])> {
+    entry.xattrs.iter().filter_map(|(name, value)| {
+        if is_host_only(name) {
+            log::debug!("{}: {} is left out", quoted(&entry.path), quoted(name));
+            return None;
+        }
+        Some((&**name, &**value))
+    })
+}
+
+fn is_host_only(name: &[u8]) -> bool {
+    HOST_ONLY.iter().any(|host_only| {
+        name == *host_only || (host_only.ends_with(b".") && name.starts_with(host_only))
+    })
+}
+
+/// A file system without some kind of attributes is no reason to do without the image, as engines
+/// have it, unless a program needs them.
+fn result(name: &[u8], result: rustix::io::Result<()>, entry: &Entry) -> Result<()> {
+    match result {
+        Err(Errno::NOTSUP) if name != NEEDED => {
+            log::warn!(
+                "{}: the file system here has no attributes such as {}; it goes without",
+                quoted(&entry.path),
+                quoted(name)
+            );
+            Ok(())
+        }
+        result => result.explain(|| format!("cannot set its attribute {}", quoted(name))),
+    }
+}
