@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use isopod_protocol::SHARED_DIR;
+use isopod_protocol::agent::Network;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_settime};
@@ -85,6 +86,7 @@ impl Sandbox {
         filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
+        network: Option<Network>,
     ) -> Result<i32> {
         check_id(&id)?;
         match self.containers().entry(id.clone()) {
@@ -92,7 +94,9 @@ impl Sandbox {
             Entry::Vacant(vacant) => vacant.insert(None),
         };
         let reaper = Arc::clone(&self.reaper);
-        match Container::create(reaper, id.clone(), spec_json, filter, connections, size).await {
+        let container =
+            Container::create(reaper, id.clone(), spec_json, filter, connections, size, network);
+        match container.await {
             Ok(container) => {
                 let pid = container.process("")?.pid();
                 self.containers().insert(id, Some(Arc::new(container)));

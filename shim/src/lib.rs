@@ -12,6 +12,7 @@ pub mod error;
 pub mod host;
 pub mod image;
 pub mod logger;
+pub mod network;
 pub mod sandbox;
 pub mod settings;
 pub mod signal;

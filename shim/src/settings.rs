@@ -14,7 +14,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    network::MAX_NICS,
+};
 
 /// The operator's settings.
 pub const CONFIG_FILE: &str = "/etc/isopod/config.toml";
@@ -22,6 +25,10 @@ pub const CONFIG_FILE: &str = "/etc/isopod/config.toml";
 /// How long a guest may take from the VMM's start to its agent's hello, unless
 /// `ISOPOD_BOOT_TIMEOUT` (in seconds) says otherwise.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Network devices of a microVM whose network is still to come, unless the settings or the container
+/// say otherwise: one network, and one more.
+const SPARE_NICS: u8 = 2;
 
 /// The three files that a microVM is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +49,7 @@ struct ConfigFile {
     kernel: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     kernel_params: Option<String>,
+    nics: Option<u8>,
 }
 
 /// One of the files, and how it is looked for.
@@ -178,6 +186,22 @@ pub fn kernel_params() -> Result<String> {
         Err(env::VarError::NotUnicode(_)) => {
             Err(Error::new("ISOPOD_KERNEL_PARAMS is not valid UTF-8"))
         }
+    }
+}
+
+/// Network devices that a microVM gets whose namespace is empty when the container is created: the
+/// key `nics` of `/etc/isopod/config.toml`, or [`SPARE_NICS`].
+///
+/// # Errors
+///
+/// If the settings file is not valid.
+pub fn nics() -> Result<u8> {
+    match ConfigFile::read(Path::new(CONFIG_FILE))?.nics {
+        None => Ok(SPARE_NICS),
+        Some(nics @ 0..=MAX_NICS) => Ok(nics),
+        Some(nics) => Err(Error::new(format!(
+            "nics in {CONFIG_FILE} is {nics}; it has to be from 0 to {MAX_NICS}"
+        ))),
     }
 }
 

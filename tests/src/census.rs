@@ -27,7 +27,7 @@ impl View<'_> {
 }
 
 /// Everything countable at one moment, a line each: processes, mounts, sockets, cgroups,
-/// directories, descriptors, shared memory and network interfaces.
+/// directories, descriptors, shared memory, network interfaces, namespaces and redirects.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Census(BTreeSet<String>);
 
@@ -41,7 +41,9 @@ impl Census {
         tree("state", &view.dir.join("state"), false, view, &mut found);
         tree("state", Path::new("/run/isopod"), false, view, &mut found);
         tree("shared memory", Path::new("/dev/shm"), false, view, &mut found);
+        found.extend(crate::netns::list(|name| view.has(name)));
         if view.all {
+            found.extend(disciplines());
             tree("interface", Path::new("/sys/class/net"), false, view, &mut found);
         }
         Self(found)
@@ -122,6 +124,14 @@ fn descends(all: &BTreeMap<i32, Process>, mut pid: i32, from: i32) -> bool {
     false
 }
 
+/// Queueing disciplines for what comes in, in the first network namespace.
+fn disciplines() -> Vec<String> {
+    let out = std::process::Command::new("tc").args(["qdisc", "show"]).output().expect("tc");
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let found = text.lines().filter(|line| line.contains("ingress") || line.contains("clsact"));
+    found.map(str::to_owned).collect()
+}
+
 /// Descriptors in any process that hold a file of the scope.
 fn descriptors(pid: i32, view: &View<'_>, found: &mut BTreeSet<String>) {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
@@ -142,7 +152,8 @@ fn descriptors(pid: i32, view: &View<'_>, found: &mut BTreeSet<String>) {
 fn mounts(view: &View<'_>, found: &mut BTreeSet<String>) {
     for pid in ["1", "self"] {
         let table = fs::read_to_string(format!("/proc/{pid}/mountinfo")).expect("mountinfo");
-        for line in table.lines().filter(|l| view.has(l)) {
+        // Network namespaces are counted by their names.
+        for line in table.lines().filter(|l| view.has(l) && !l.contains(" /run/netns")) {
             found.insert(format!("mount of {pid}: {line}"));
         }
     }

@@ -126,6 +126,14 @@ impl Scope {
         assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
     }
 
+    /// As [`Self::assert_nothing_left`], but for what begins with one of these words.
+    #[track_caller]
+    pub fn assert_nothing_left_but(&self, kinds: &[&str]) {
+        let mut left = self.census().since(&self.before);
+        left.retain(|item| !kinds.iter().any(|kind| item[2..].starts_with(kind)));
+        assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
+    }
+
     /// Waits until none of the scope's processes is left. Fails the test when one stays.
     #[track_caller]
     pub fn wait_for_processes(&self) {
@@ -141,7 +149,7 @@ impl Scope {
         self.created.lock().expect("no test panics with it").insert(id.to_owned());
     }
 
-    fn delete_created(&self) {
+    pub(crate) fn delete_created(&self) {
         let created = self.created.lock().map(|mut ids| std::mem::take(&mut *ids));
         self.delete(created.unwrap_or_default());
     }

@@ -1,7 +1,7 @@
 //! What shows only on a machine with two processors.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
-use isopod_tests::{Scope, microvm_only, skip};
+use isopod_tests::{Netns, PROBE_PATH, Scope, microvm_only, runtime, skip};
 use serde_json::json;
 
 #[test]
@@ -17,4 +17,34 @@ fn two_vcpus_run_at_the_same_time() {
     assert_eq!(seen["cpus"], json!(2));
     assert_eq!(seen["ran_on"], json!([0, 1]));
     assert_eq!(seen["parallel"], json!(true), "{seen}");
+}
+
+/// One queue pair for each vCPU.
+#[test]
+fn a_network_device_has_a_queue_for_each_vcpu() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let (inner, outer) = Netns::pair(&scope, 1500);
+    let probe = runtime().probe.to_string_lossy().into_owned();
+    let len = 2_000_001_u64.to_string();
+    let script = format!(
+        "ls /sys/class/net/eth0/queues && for port in 1 2 3 4; do \
+         {PROBE_PATH} tcp-server 10.77.0.2:$port {len} & done; wait"
+    );
+    let container = scope.container().join(&inner).annotation("dev.isopod.vcpus", "2");
+    let mut created = container.shell(&script).start_new();
+    let queues: Vec<String> = (0..4).filter_map(|_| created.stdout.line()).collect();
+    assert_eq!(queues, ["rx-0", "rx-1", "tx-0", "tx-1"]);
+    for _ in 0..4 {
+        created.stdout.line_with("listening");
+    }
+    let client = |port| {
+        let address = format!("10.77.0.2:{port}");
+        outer.program(&[&probe, "tcp-client", &address, &len]).spawn()
+    };
+    let clients: Vec<_> = (1..5).map(client).collect();
+    for client in clients {
+        client.output().ok();
+    }
+    created.wait();
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, 
 use std::path::Path;
 use std::time::Duration;
 
+use isopod_protocol::agent::Network;
 use rustix::fs::OFlags;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Pid;
@@ -32,7 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Where the process is born.
 pub(crate) enum Birth<'a> {
     /// Into new namespaces.
-    New { namespaces: Namespaces, linux: &'a Linux },
+    New { namespaces: Namespaces, linux: &'a Linux, network: Option<&'a Network> },
     /// Into those of the container whose first process this is.
     Joining { namespaces: Namespaces, init: BorrowedFd<'a>, init_pid: i32 },
 }
@@ -94,6 +95,10 @@ fn kill(pidfd: &OwnedFd) {
 }
 
 fn see_through(launched: &mut Launched, launch: Launch<'_>) -> Result<()> {
+    // Before the process goes on, whose sysctls may be for these interfaces.
+    if let Birth::New { network: Some(network), .. } = &launch.birth {
+        crate::network::set_up(network, launched.pid, &launched.pidfd)?;
+    }
     let adj = format!("/proc/{}/oom_score_adj", launched.pid);
     match fs::write(&adj, launch.oom_score_adj.to_string()) {
         // It has ended, and why comes out below.
@@ -208,7 +213,7 @@ fn born(
     let context = || BIRTH;
     let cgroup = launch.cgroup.dir();
     match &launch.birth {
-        Birth::New { namespaces, linux } => {
+        Birth::New { namespaces, linux, .. } => {
             let user = namespaces.has(NamespaceKind::User);
             let gate =
                 if user { Some(pipe_with(PipeFlags::CLOEXEC).context(context)?) } else { None };

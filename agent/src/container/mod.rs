@@ -39,7 +39,7 @@ pub(crate) mod terminal;
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use isopod_protocol::agent::ProcessInfo;
+use isopod_protocol::agent::{Network, ProcessInfo};
 
 use self::cgroup::Cgroup;
 use self::channel::Request;
@@ -89,11 +89,12 @@ impl Container {
         filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
+        network: Option<Network>,
     ) -> Result<Self> {
         let (pipes, stdio) = Pipes::make(&connections)?;
         let kept = filter.clone();
-        let prepare = move || prepare(&reaper, &id, &spec_json, filter, stdio, size);
-        let prepared = blocking(prepare).await?;
+        let work = move || prepare(&reaper, &id, &spec_json, filter, stdio, size, network.as_ref());
+        let prepared = blocking(work).await?;
         let Prepared { id, spec, cgroup, launched } = prepared;
         let cgroup = Arc::new(cgroup);
         let pipes = (!spec.process.terminal).then_some(pipes);
@@ -117,6 +118,19 @@ impl Container {
         }
         let execs = Mutex::default();
         Ok(Self { id, namespaces, defaults, cgroup, init, execs })
+    }
+
+    /// Gives the container's network namespace what was not there when it was created.
+    ///
+    /// # Errors
+    ///
+    /// The container has no network namespace or has ended, or the step that failed.
+    pub(crate) async fn set_up_network(&self, network: Network) -> Result<()> {
+        if !self.namespaces.has(NamespaceKind::Network) || self.init.has_ended() {
+            return Err(Error::state(format!("container {:?} takes no network", self.id)));
+        }
+        let init = Arc::clone(&self.init);
+        blocking(move || crate::network::set_up(&network, init.pid(), init.pidfd())).await
     }
 
     /// Lets the first process call `execve`.
@@ -337,12 +351,13 @@ fn prepare(
     filter: Option<Filter>,
     stdio: Vec<std::os::fd::OwnedFd>,
     size: Option<Size>,
+    network: Option<&Network>,
 ) -> Result<Prepared> {
     let spec = ContainerSpec::parse(spec_json)?;
     let cgroup = Cgroup::create(id)?;
     let path = cgroup.path().to_string_lossy().into_owned();
     let request = Request::Create { cgroup: path, filter, size };
-    let launched = limit_and_launch(reaper, &cgroup, &spec, spec_json, stdio, request);
+    let launched = limit_and_launch(reaper, &cgroup, &spec, spec_json, stdio, request, network);
     match launched {
         Ok(launched) => Ok(Prepared { id: id.to_owned(), spec, cgroup, launched }),
         Err(e) => {
@@ -361,13 +376,14 @@ fn limit_and_launch(
     spec_json: &[u8],
     stdio: Vec<std::os::fd::OwnedFd>,
     request: Request,
+    network: Option<&Network>,
 ) -> Result<Launched> {
     resources::apply(cgroup, &spec.linux.resources)?;
     let terminal = spec.process.terminal;
     launch::launch(
         reaper,
         Launch {
-            birth: Birth::New { namespaces: spec.namespaces, linux: &spec.linux },
+            birth: Birth::New { namespaces: spec.namespaces, linux: &spec.linux, network },
             cgroup,
             request,
             document: spec_json,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use isopod_protocol::agent::{
-    ContainerRef, CreateContainerRequest, Empty, ProcessList, ProcessStarted,
+    ContainerRef, CreateContainerRequest, Empty, ProcessList, ProcessStarted, SetupNetworkRequest,
     UpdateContainerRequest,
 };
 
@@ -19,8 +19,18 @@ pub(super) async fn create(
     let streams = super::claim(&sandbox.streams, request.streams).await?;
     let filter = Filter::of(&request.seccomp_filter, request.seccomp_flags)?;
     let (id, spec) = (request.container_id, request.spec_json);
-    let pid = sandbox.create(id, spec, filter, streams, size).await?;
+    let network = request.network.into_option();
+    let pid = sandbox.create(id, spec, filter, streams, size, network).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
+}
+
+pub(super) async fn set_up_network(
+    sandbox: Arc<Sandbox>,
+    request: SetupNetworkRequest,
+) -> Result<Empty> {
+    let network = request.network.unwrap_or_default();
+    sandbox.container(&request.container_id)?.set_up_network(network).await?;
+    Ok(Empty::default())
 }
 
 pub(super) async fn start(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<Empty> {

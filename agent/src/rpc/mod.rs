@@ -13,8 +13,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use isopod_protocol::agent::{
     ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, ProcessExit, ProcessList,
-    ProcessRef, ProcessStarted, ResizeTerminalRequest, SetupSandboxRequest, SignalProcessRequest,
-    StreamTokens, TerminalSize, UpdateContainerRequest,
+    ProcessRef, ProcessStarted, ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest,
+    SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest,
 };
 use isopod_protocol::agent_ttrpc::Agent;
 use protobuf::MessageField;
@@ -45,6 +45,14 @@ impl Agent for AgentService {
         r: CreateContainerRequest,
     ) -> ttrpc::Result<ProcessStarted> {
         self.run(move |sandbox| container::create(sandbox, r)).await
+    }
+
+    async fn setup_network(
+        &self,
+        _: &TtrpcContext,
+        r: SetupNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        self.run(move |sandbox| container::set_up_network(sandbox, r)).await
     }
 
     async fn start_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {

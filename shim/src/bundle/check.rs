@@ -16,12 +16,8 @@ use crate::error::{Error, Explain, Result};
 const GUEST_MOUNTS: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
 /// Namespaces without which the container would share the host's, which is not in the microVM.
-const REQUIRED_NAMESPACES: &[LinuxNamespaceType] = &[
-    LinuxNamespaceType::Mount,
-    LinuxNamespaceType::Pid,
-    LinuxNamespaceType::Ipc,
-    LinuxNamespaceType::Network,
-];
+const REQUIRED_NAMESPACES: &[LinuxNamespaceType] =
+    &[LinuxNamespaceType::Mount, LinuxNamespaceType::Pid, LinuxNamespaceType::Ipc];
 
 /// Checks everything but the host paths that the specification names.
 pub(super) fn spec(spec: &Spec) -> Result<()> {
@@ -146,7 +142,10 @@ fn namespaces(spec: &Spec) -> Result<()> {
         if !seen.insert(namespace.typ()) {
             return Err(Error::new(format!("linux.namespaces has {kind} twice")));
         }
-        if let Some(path) = namespace.path().as_ref().filter(|p| !p.as_os_str().is_empty()) {
+        // That of the network is looked at in full elsewhere.
+        let joins = namespace.typ() != LinuxNamespaceType::Network;
+        if let Some(path) = namespace.path().as_ref().filter(|p| joins && !p.as_os_str().is_empty())
+        {
             return Err(Error::new(format!(
                 "linux.namespaces: joining the {kind} namespace {} is not supported: a microVM \
                  cannot enter a namespace of the host",

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxResources, Spec};
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 
 use isopod_protocol::SHARED_DIR;
 
@@ -25,6 +25,13 @@ pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
             if let Some(mount) = mounts.get_mut(bind.mount) {
                 mount.set_source(Some(shared.join(shared_name(bind))));
             }
+        }
+    }
+    // The guest's own stands for it, whichever it is on the host.
+    let linux = spec.linux_mut().as_mut();
+    for namespace in linux.and_then(|linux| linux.namespaces_mut().as_mut()).into_iter().flatten() {
+        if namespace.typ() == LinuxNamespaceType::Network {
+            namespace.set_path(None);
         }
     }
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());

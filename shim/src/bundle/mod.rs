@@ -29,7 +29,10 @@ pub use self::{
     size::{VmSize, cpu_list_len},
     update::{beyond_vm, parse_resources, update_resources},
 };
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    network::Namespace,
+};
 
 /// Version of the OCI runtime specification that this runtime follows.
 pub const SPEC_VERSION: &str = "1.2.0";
@@ -49,6 +52,10 @@ pub struct Bundle {
     pub binds: Vec<Bind>,
     /// Size of the microVM.
     pub vm: VmSize,
+    /// Which namespace's network the container gets.
+    pub network: Namespace,
+    /// How many interfaces that namespace may get after create, if config.json says it.
+    pub nics: Option<u8>,
 }
 
 /// A bind mount's host side.
@@ -97,6 +104,8 @@ impl Bundle {
         let rootfs = canonical_dir(&dir.join(root.path()), "root.path")?;
         let binds = check::binds(&dir, &spec)?;
         let vm = VmSize::of(&spec)?;
+        let network = Namespace::of(&spec)?;
+        let nics = size::nics(&spec)?;
         let mut seccomp = None;
         if let Some(linux) = spec.linux_mut() {
             seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
@@ -104,7 +113,7 @@ impl Bundle {
             // Only the personality that every process has anyway gets here.
             linux.set_personality(None);
         }
-        Ok(Self { dir, spec, seccomp, rootfs, binds, vm })
+        Ok(Self { dir, spec, seccomp, rootfs, binds, vm, network, nics })
     }
 }
 

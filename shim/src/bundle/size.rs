@@ -8,6 +8,7 @@ use isopod_vmm::config::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 use crate::{
     error::{Error, Result},
     host,
+    network::{MAX_NICS, NICS_ANNOTATION},
 };
 
 /// Annotation that sets the number of vCPUs.
@@ -113,6 +114,16 @@ fn memory_mib(spec: &Spec) -> u64 {
 /// Guest memory with which a container can use `limit_mib`.
 pub(super) fn with_overhead(limit_mib: u64) -> u64 {
     limit_mib.saturating_add(OVERHEAD_MIB).saturating_add(limit_mib.div_ceil(OVERHEAD_DIVISOR))
+}
+
+/// How many network interfaces the container may get after create, if it says.
+///
+/// # Errors
+///
+/// If the annotation is not a number of devices that a microVM can have.
+pub(super) fn nics(spec: &Spec) -> Result<Option<u8>> {
+    let nics = annotation(spec, NICS_ANNOTATION, 0, MAX_NICS.into())?;
+    Ok(nics.and_then(|nics| u8::try_from(nics).ok()))
 }
 
 fn annotation(spec: &Spec, key: &str, min: u64, max: u64) -> Result<Option<u64>> {

@@ -73,7 +73,7 @@ fn each_mistake_is_named() {
         (failure(|c| c["linux"]["namespaces"] = json!([{"type": "mount"}])), "no pid namespace"),
         (
             failure(|c| c["linux"]["namespaces"][1]["path"] = json!("/run/netns/a")),
-            "joining the network namespace /run/netns/a",
+            "the network namespace /run/netns/a: no such file",
         ),
         (
             failure(|c| {

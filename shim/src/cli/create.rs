@@ -20,7 +20,7 @@ impl Create {
         let id = Id::parse(&self.id)?;
         let bundle = self.options.bundle.as_deref().unwrap_or(Path::new("."));
         // The sandbox process stays behind when this one ends.
-        event_loop()?.block_on(self.options.create(global, id, bundle, None, true))?;
+        event_loop()?.block_on(self.options.create(global, id, bundle, None, true, true))?;
         Ok(0)
     }
 }

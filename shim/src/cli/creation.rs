@@ -125,7 +125,8 @@ pub(super) fn find_terminal(
 }
 
 impl CreateOptions {
-    /// Creates a container. Everything is checked before anything is made, and everything that was
+    /// Creates a container, with `spare_nics` if somebody may give it a network before its start.
+    /// Everything is checked before anything is made, and everything that was
     /// made is removed if it fails.
     ///
     /// # Errors
@@ -138,6 +139,7 @@ impl CreateOptions {
         bundle: &Path,
         command: Option<Vec<String>>,
         detached: bool,
+        spare_nics: bool,
     ) -> Result<NewContainer> {
         refuse_preserved(self.preserve_fds)?;
         let bundle = Bundle::load(bundle, command)?;
@@ -150,6 +152,7 @@ impl CreateOptions {
         let linux = bundle.spec.linux().as_ref();
         let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = Place::find(path, global.systemd_cgroup, &id)?;
+        let spare_nics = if spare_nics { bundle.nics.map_or_else(settings::nics, Ok)? } else { 0 };
         // Opened again by the sandbox process; this is to fail before anything is made.
         drop(host::open_kvm()?);
         // Handled from here on, so that none leaves behind what is made next.
@@ -163,6 +166,8 @@ impl CreateOptions {
             seccomp: bundle.seccomp,
             binds: bundle.binds,
             vm: bundle.vm,
+            network: bundle.network,
+            spare_nics,
             artifacts,
             cgroup,
             terminal: terminal.clone(),
@@ -349,6 +354,9 @@ pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()
                     process.pid, record.id
                 )));
             }
+        }
+        if let Some(network) = &record.network {
+            network.give_back()?;
         }
     }
     // Whoever else has the lock now is about to remove it too.

@@ -99,7 +99,7 @@ impl Run {
     async fn run_container(&self, global: &Global, target: Target) -> Result<u8> {
         let Target { id, bundle, command } = target;
         let container =
-            self.options.create(global, id.clone(), &bundle, command, self.detach).await?;
+            self.options.create(global, id.clone(), &bundle, command, self.detach, false).await?;
         if self.detach { detach(container, &id).await } else { self.attend(container, &id).await }
     }
 

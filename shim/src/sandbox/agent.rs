@@ -6,9 +6,9 @@ use ttrpc::{Code, r#async::transport::Socket, context::Context};
 use isopod_protocol::{
     AGENT_PORT, SHARED_TAG,
     agent::{
-        ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, ProcessInfo, ProcessRef,
-        ResizeTerminalRequest, SetupSandboxRequest, SignalProcessRequest, StreamTokens,
-        TerminalSize, UpdateContainerRequest,
+        ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, Network, ProcessInfo,
+        ProcessRef, ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest,
+        SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -70,6 +70,7 @@ impl Agent {
         seccomp: Option<&Filter>,
         streams: StreamTokens,
         size: Option<Size>,
+        network: Option<Network>,
     ) -> Result<()> {
         let request = CreateContainerRequest {
             container_id: self.container_id.clone(),
@@ -78,6 +79,7 @@ impl Agent {
             terminal_size: size.map(terminal_size).into(),
             seccomp_filter: seccomp.map(Filter::bytes).unwrap_or_default(),
             seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
+            network: network.into(),
             ..Default::default()
         };
         self.client
@@ -85,6 +87,20 @@ impl Agent {
             .await
             .map(drop)
             .map_err(|e| explain_program("cannot create the container", e))
+    }
+
+    /// Gives the container a network that it did not have when it was created.
+    pub(super) async fn setup_network(&self, network: Network) -> Result<()> {
+        let request = SetupNetworkRequest {
+            container_id: self.container_id.clone(),
+            network: Some(network).into(),
+            ..Default::default()
+        };
+        self.client
+            .setup_network(Context::default(), &request)
+            .await
+            .map(drop)
+            .map_err(|e| explain("cannot set up the container's network", e))
     }
 
     /// Starts the container's process.

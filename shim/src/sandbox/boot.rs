@@ -17,6 +17,7 @@ use super::{launch::Launch, ready::GuestConnections, share::Share, vmm::Vmm};
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
     host,
+    network::Network,
     state::{CONSOLE_LOG, StateDir, VSOCK_SOCKET},
 };
 
@@ -38,6 +39,7 @@ pub(super) fn start(
     launch: &Launch,
     dir: &StateDir,
     share: &Share,
+    network: &mut Network,
 ) -> Result<(Vmm, GuestConnections)> {
     let kvm = host::open_kvm()?;
     let kernel = open(&launch.artifacts.kernel, "the guest kernel")?;
@@ -74,12 +76,13 @@ pub(super) fn start(
             cache: FsCache::Auto,
         }),
         block: Vec::new(),
-        net: Vec::new(),
+        net: network.config(),
         jail_root_fd: Some(share.root().as_raw_fd()),
     };
     let connections = GuestConnections::new(connections)?;
     // All descriptors stay open to here, and the VMM has its own copies from here.
     let vmm = Vmm::spawn(&launch.artifacts.vmm, config)?;
+    network.hand_over();
     Ok((vmm, connections))
 }
 

@@ -24,6 +24,7 @@ use crate::{
     cgroup::{Place, Unit},
     error::{Error, Explain, Result},
     logger,
+    network::Namespace,
     settings::Artifacts,
     state::{Id, StateDir},
     terminal::Size,
@@ -46,6 +47,10 @@ pub struct Launch {
     pub binds: Vec<Bind>,
     /// Size of the microVM.
     pub vm: VmSize,
+    /// Which namespace's network it gets.
+    pub network: Namespace,
+    /// Network devices that it gets for a namespace without interfaces.
+    pub spare_nics: u8,
     /// What the microVM is made of.
     pub artifacts: Artifacts,
     /// The cgroup that it belongs to, if the host has such.

@@ -36,6 +36,7 @@ use super::{
 use crate::{
     clock,
     error::{EXIT_VM_LOST, Error, ErrorKind, Result},
+    network::Network,
     state::{CONTROL_SOCKET, Exit, Record, StateDir, Status, VSOCK_SOCKET},
     terminal::{self, Size},
 };
@@ -57,6 +58,7 @@ pub(super) struct Lifecycle {
     /// Where its hooks run, if it has any.
     pub(super) origin: Option<RuntimeNamespace>,
     pub(super) vmm: Vmm,
+    pub(super) network: Network,
     pub(super) share: Option<Share>,
     pub(super) agent: Agent,
     pub(super) relay: Relay,
@@ -98,7 +100,8 @@ impl Lifecycle {
                 self.record.id
             );
         }
-        // Unmounts what the VMM no longer needs.
+        // What the VMM no longer needs.
+        self.network.disconnect();
         self.share = None;
         self.dir.remove_file(CONTROL_SOCKET);
         self.dir.remove_file(VSOCK_SOCKET);
@@ -257,9 +260,16 @@ impl Lifecycle {
 
     /// Has the agent start the process, beside the task that owns the state, so that a container
     /// whose start hangs can still be killed.
-    fn start(&self) -> JoinHandle<Result<()>> {
-        let agent = self.agent.clone();
-        tokio::spawn(async move { agent.start_container().await })
+    ///
+    /// An engine may have given the container its network only now.
+    fn start(&mut self) -> JoinHandle<Result<()>> {
+        let (agent, network) = (self.agent.clone(), self.network.fill());
+        tokio::spawn(async move {
+            if let Some(network) = network? {
+                agent.setup_network(network).await?;
+            }
+            agent.start_container().await
+        })
     }
 
     /// Runs the poststart hooks, beside the task that owns the state as well.

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use isopod_protocol::agent;
 use oci_spec::runtime::LinuxResources;
 use tokio::net::UnixListener;
 
@@ -25,6 +26,7 @@ use crate::{
     cgroup::Place,
     clock,
     error::{Error, Explain, Result},
+    network::Network,
     state::{PROCESS_FILE, ProcessId, Record, StateDir, Status},
     terminal::Size,
 };
@@ -46,7 +48,7 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let origin = launch.spec.hooks().as_ref().map(|_| RuntimeNamespace::open(cgroup)).transpose();
     // Before anything starts a thread: a namespace is entered by one thread at a time.
     let (namespace, origin) = match origin {
-        Ok(origin) => (share::enter_namespace(), origin),
+        Ok(origin) => (share::enter_namespace().and_then(|()| launch.network.enter()), origin),
         Err(error) => (Err(error), None),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -63,8 +65,16 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
             sandbox: Some(began_us),
             ..Timeline::default()
         };
-        let sandbox =
-            Sandbox { launch, dir, timeline, origin, record: None, share: None, vmm: None };
+        let sandbox = Sandbox {
+            launch,
+            dir,
+            timeline,
+            origin,
+            record: None,
+            network: None,
+            share: None,
+            vmm: None,
+        };
         Ok(sandbox.run(namespace, launcher).await)
     });
     drop(state);
@@ -80,6 +90,7 @@ struct Sandbox {
     origin: Option<RuntimeNamespace>,
     /// As first written: from then on the container exists.
     record: Option<Record>,
+    network: Option<Network>,
     share: Option<Share>,
     vmm: Option<Vmm>,
 }
@@ -117,7 +128,7 @@ impl Sandbox {
                 let server = Server::start(listener, launcher);
                 match self.hand_over(created) {
                     Some(lifecycle) => lifecycle.run(server, signals).await,
-                    // Cannot be: what was created has a VMM.
+                    // Cannot be: what was created has a VMM and a network.
                     None => 1,
                 }
             }
@@ -128,6 +139,8 @@ impl Sandbox {
     /// Builds everything, up to a container whose process waits to be started.
     async fn create(&mut self) -> Result<Created> {
         let mut record = self.record()?;
+        let network = Network::new(self.launch.network.clone())?;
+        record.network = network.taken();
         self.dir.write_record(&record)?;
         self.record = Some(record.clone());
         if let Err(error) = self.enter_cgroup() {
@@ -141,9 +154,11 @@ impl Sandbox {
         for point in [Point::Prestart, Point::CreateRuntime] {
             hooks::run(point, &record, self.origin.as_ref()).await?;
         }
+        let network = self.network.insert(network);
+        let guest_network = network.connect(self.launch.vm.vcpus, self.launch.spare_nics)?;
         let share = self.share.insert(Share::build(&self.launch, &self.dir)?);
         self.timeline.shared = Some(clock::monotonic_us());
-        let (vmm, connections) = boot::start(&self.launch, &self.dir, share)?;
+        let (vmm, connections) = boot::start(&self.launch, &self.dir, share, network)?;
         let vmm = self.vmm.insert(vmm);
         record.vmm = Some(vmm.id());
         self.dir.write_record(&record)?;
@@ -157,8 +172,9 @@ impl Sandbox {
         });
         let (launch, dir) = (&self.launch, &self.dir);
         let limit = START_TIMEOUT.max(launch.boot_timeout);
+        let create = create_container(launch, dir, guest_network);
         let (agent, relay, console) =
-            in_guest(vmm, "creating the container", limit, create_container(launch, dir)).await?;
+            in_guest(vmm, "creating the container", limit, create).await?;
         self.timeline.created = Some(clock::monotonic_us());
         record.status = Status::Created;
         Ok(Created { agent, relay, console, record })
@@ -189,9 +205,20 @@ impl Sandbox {
     /// The container, to the task that owns it from now on.
     fn hand_over(self, created: Created) -> Option<Lifecycle> {
         let Created { agent, relay, console, record } = created;
-        let Self { dir, timeline, origin, share, vmm, .. } = self;
-        let vmm = vmm?;
-        Some(Lifecycle { dir, record, origin, vmm, share, agent, relay, console, timeline })
+        let Self { dir, timeline, origin, network, share, vmm, .. } = self;
+        let (vmm, network) = (vmm?, network?);
+        Some(Lifecycle {
+            dir,
+            record,
+            origin,
+            vmm,
+            network,
+            share,
+            agent,
+            relay,
+            console,
+            timeline,
+        })
     }
 
     /// What is known of the container at first.
@@ -222,6 +249,7 @@ impl Sandbox {
             exit: None,
             error: None,
             lost: false,
+            network: None,
         })
     }
 
@@ -237,6 +265,7 @@ impl Sandbox {
         if let Some(vmm) = self.vmm.take() {
             vmm.stop().await;
         }
+        self.network = None;
         self.share = None;
         self.remove_cgroup();
         match (self.dir.remove(), &self.record) {
@@ -269,6 +298,7 @@ fn resources(launch: &Launch) -> LinuxResources {
 async fn create_container(
     launch: &Launch,
     dir: &StateDir,
+    network: Option<agent::Network>,
 ) -> Result<(Agent, Relay, Option<OwnedFd>)> {
     let agent = Agent::connect(dir, &launch.id, String::new()).await?;
     agent.setup_sandbox().await?;
@@ -288,7 +318,7 @@ async fn create_container(
     })?;
     let (tokens, streams) = local.connect(dir).await?;
     let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds, launch.vm.vcpus);
-    agent.create_container(&spec, launch.seccomp.as_ref(), tokens, size).await?;
+    agent.create_container(&spec, launch.seccomp.as_ref(), tokens, size, network).await?;
     Ok((agent, streams.relay()?, console))
 }
 

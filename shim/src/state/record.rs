@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Id, ProcessId};
-use crate::{bundle::VmSize, cgroup::Cgroup};
+use crate::{bundle::VmSize, cgroup::Cgroup, network::Taken};
 
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,6 +85,9 @@ pub struct Record {
     pub error: Option<String>,
     /// The microVM was gone before its process had ended.
     pub lost: bool,
+    /// What it has taken of a network namespace that outlives it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Taken>,
 }
 
 impl Record {

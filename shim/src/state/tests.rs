@@ -21,6 +21,7 @@ fn record(id: &Id, sandbox: ProcessId) -> Record {
         exit: None,
         error: None,
         lost: false,
+        network: None,
     }
 }
 

@@ -9,6 +9,7 @@ mod call;
 mod directory;
 mod keeper;
 mod memory;
+mod network;
 mod parallel;
 mod posix;
 mod report;
@@ -19,7 +20,8 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
     | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | eat MIB | hole | parallel \
-    | call ABI NUMBER[,ARG...]... | posix DIR XATTR | xattr DIR XATTR | keeper DIR";
+    | call ABI NUMBER[,ARG...]... | posix DIR XATTR | xattr DIR XATTR | tcp-server ADDRESS BYTES \
+    | tcp-client ADDRESS BYTES | udp-server ADDRESS | udp-client ADDRESS COUNT BYTES... | keeper DIR";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -44,6 +46,12 @@ fn main() -> ExitCode {
         ["xattr", dir, name] => print(&posix::xattr(dir, name)),
         ["posix-lock", kind, path] => print(&posix::try_lock(kind, path)),
         ["posix-append", path, mark] => posix::append(path, mark),
+        ["tcp-server", address, len] => network::tcp_server(address, number(len)),
+        ["tcp-client", address, len] => network::tcp_client(address, number(len)),
+        ["udp-server", address] => network::udp_server(address),
+        ["udp-client", address, count, ref lengths @ ..] => {
+            network::udp_client(address, number(count), lengths);
+        }
         ["keeper", dir] => {
             if let Err(e) = keeper::keep(Path::new(dir)) {
                 eprintln!("isopod-probe keeper: {e}");

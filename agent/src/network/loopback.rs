@@ -1,4 +1,4 @@
-//! Network interfaces of the namespace that the caller is in.
+//! The loopback interface of the namespace that the caller is in.
 
 use std::os::fd::AsRawFd as _;
 

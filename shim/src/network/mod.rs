@@ -1,0 +1,279 @@
+//! The network of a container: interfaces of a network namespace on the host become network devices
+//! of the microVM.
+//!
+//! ```text
+//!  host: the container's network namespace, in which sandbox process and VMM live
+//!    eth0 (made by an engine) <── tc redirect, both ways ──> isopod0 (tap)
+//!                                                               │ frames
+//!  guest: the container's network namespace                     │
+//!    eth0: same name, index, MAC, MTU, addresses, routes <── virtio-net
+//! ```
+//!
+//! The host's own stack in that namespace sees none of the interface's frames any more. What is in
+//! the namespace when the container is created decides how many devices the microVM has. One that is
+//! empty then may be filled until the container is started ([`Network::fill`]), so its microVM gets
+//! spare devices, whose taps wait for their interfaces.
+
+mod addressing;
+mod interface;
+mod namespace;
+mod netlink;
+mod redirect;
+mod tap;
+
+use std::{os::fd::AsRawFd, path::PathBuf};
+
+use isopod_protocol::agent;
+use isopod_vmm::config::NetConfig;
+use serde::{Deserialize, Serialize};
+
+pub use self::namespace::Namespace;
+use self::{interface::Interface, netlink::Netlink, redirect::Mark, tap::Tap};
+use crate::{
+    error::{Error, Explain, Result},
+    sandbox::random_u64,
+};
+
+/// Most network devices of a microVM.
+pub const MAX_NICS: u8 = 8;
+
+/// Annotation that sets how many interfaces a namespace may get between create and start.
+pub const NICS_ANNOTATION: &str = "dev.isopod.nics";
+
+/// What has to be removed from a namespace that outlives the sandbox, as it stands in state.json.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// Where the namespace is.
+    namespace: PathBuf,
+    /// By which the sandbox's redirects are known.
+    mark: Mark,
+}
+
+/// The network devices of a microVM, and what they are connected with. Disconnected when dropped.
+#[derive(Debug)]
+pub(crate) struct Network {
+    namespace: Namespace,
+    netlink: Option<Netlink>,
+    mark: Mark,
+    nics: Vec<Nic>,
+    /// Indices of the interfaces that have a redirect.
+    connected: Vec<u32>,
+    /// There was no interface when the container was created.
+    was_empty: bool,
+}
+
+/// A network device of the microVM.
+#[derive(Debug)]
+struct Nic {
+    tap: Tap,
+    /// Which the guest finds in the device.
+    mac: [u8; 6],
+    mtu: Option<u16>,
+}
+
+impl Network {
+    /// The network of a namespace that this process is in already. Nothing has been made yet.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no random numbers.
+    pub(crate) fn new(namespace: Namespace) -> Result<Self> {
+        Ok(Self {
+            namespace,
+            netlink: None,
+            mark: Mark::new()?,
+            nics: Vec::new(),
+            connected: Vec::new(),
+            was_empty: false,
+        })
+    }
+
+    /// What a `delete` needs to know, should this process be killed.
+    pub(crate) fn taken(&self) -> Option<Taken> {
+        match &self.namespace {
+            Namespace::Path(path) => {
+                Some(Taken { namespace: path.clone(), mark: self.mark.clone() })
+            }
+            Namespace::None | Namespace::Own => None,
+        }
+    }
+
+    /// Makes a tap for each interface that is there, or `spares` of them if none is, and returns what
+    /// the guest has to do with them.
+    ///
+    /// # Errors
+    ///
+    /// If the namespace has what a microVM cannot have, or is another one's already.
+    pub(crate) fn connect(&mut self, vcpus: u8, spares: u8) -> Result<Option<agent::Network>> {
+        if self.namespace == Namespace::None {
+            return Ok(None);
+        }
+        let netlink = self.netlink.insert(Netlink::open()?);
+        let addresses = interface::addresses(netlink)?;
+        let interfaces = interface::scan(netlink, &addresses)?;
+        self.was_empty = interfaces.is_empty();
+        if self.was_empty {
+            for number in 0..spares.min(MAX_NICS) {
+                let tap = Tap::new(netlink, number.into(), vcpus);
+                let tap = tap.map_err(|e| self.namespace.explain(e))?;
+                self.nics.push(Nic { tap, mac: random_mac()?, mtu: None });
+            }
+            return Ok(None);
+        }
+        if interfaces.len() > MAX_NICS.into() {
+            return Err(Error::new(format!(
+                "{} has {} interfaces, and a microVM can have {MAX_NICS} at most",
+                self.namespace.name(),
+                interfaces.len()
+            )));
+        }
+        for interface in &interfaces {
+            redirect::claim(netlink, interface).map_err(|e| self.namespace.explain(e))?;
+        }
+        for (number, interface) in interfaces.iter().enumerate() {
+            let mtu = u16::try_from(interface.mtu).map_err(|_| mtu_too_large(interface))?;
+            let tap = Tap::new(netlink, number, vcpus).map_err(|e| self.namespace.explain(e))?;
+            self.nics.push(Nic { tap, mac: interface.mac, mtu: Some(mtu) });
+        }
+        self.redirect(&interfaces, addresses).map(Some)
+    }
+
+    /// Looks again at a namespace that was empty, and connects what is there now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::connect`], or there are more interfaces than devices.
+    pub(crate) fn fill(&mut self) -> Result<Option<agent::Network>> {
+        let Some(netlink) = self.netlink.as_ref().filter(|_| self.was_empty) else {
+            return Ok(None);
+        };
+        let addresses = interface::addresses(netlink)?;
+        let interfaces = interface::scan(netlink, &addresses)?;
+        if interfaces.is_empty() {
+            return Ok(None);
+        }
+        if interfaces.len() > self.nics.len() {
+            return Err(Error::new(format!(
+                "{} got {} interfaces after the container was created, and its microVM has {} spare \
+                 network devices: set the annotation {NICS_ANNOTATION}, or nics in {}, to {0}",
+                self.namespace.name(),
+                interfaces.len(),
+                self.nics.len(),
+                crate::settings::CONFIG_FILE,
+            )));
+        }
+        for interface in &interfaces {
+            redirect::claim(netlink, interface).map_err(|e| self.namespace.explain(e))?;
+        }
+        self.was_empty = false;
+        self.redirect(&interfaces, addresses).map(Some)
+    }
+
+    /// Connects the interfaces with the first taps, one by one.
+    fn redirect(
+        &mut self,
+        interfaces: &[Interface],
+        addresses: Vec<netlink_packet_route::address::AddressMessage>,
+    ) -> Result<agent::Network> {
+        let Some(netlink) = &self.netlink else { return Ok(agent::Network::default()) };
+        // Read before anything changes hands.
+        let requests = addressing::requests(netlink, interfaces, addresses)?;
+        let settings = interface::settings(interfaces)?;
+        let mut guest = agent::Network { requests, settings, ..Default::default() };
+        for (interface, nic) in interfaces.iter().zip(&self.nics) {
+            redirect::connect(netlink, interface, &nic.tap, &self.mark)
+                .map_err(|e| self.namespace.explain(e))?;
+            self.connected.push(interface.index);
+            guest.interfaces.push(agent::NetworkInterface {
+                device_mac: nic.mac.to_vec(),
+                mac: interface.mac.to_vec(),
+                name: interface.name.clone(),
+                index: interface.index,
+                mtu: interface.mtu,
+                up: interface.up,
+                ..Default::default()
+            });
+        }
+        Ok(guest)
+    }
+
+    /// The devices as the VMM is told of them.
+    pub(crate) fn config(&self) -> Vec<NetConfig> {
+        let numbers = |fds: &[std::os::fd::OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
+        self.nics
+            .iter()
+            .map(|nic| NetConfig {
+                tap_fds: numbers(&nic.tap.queues),
+                vhost_fds: numbers(&nic.tap.vhosts),
+                mac: nic.mac,
+                mtu: nic.mtu,
+            })
+            .collect()
+    }
+
+    /// Leaves the taps to the VMM alone, so that they go with it.
+    pub(crate) fn hand_over(&mut self) {
+        for nic in &mut self.nics {
+            nic.tap.queues.clear();
+            nic.tap.vhosts.clear();
+        }
+    }
+
+    /// Leaves the interfaces as they were.
+    pub(crate) fn disconnect(&mut self) {
+        let Some(netlink) = &self.netlink else { return };
+        for index in self.connected.drain(..) {
+            // An interface that is gone has taken the redirect along.
+            if let Err(e) = redirect::disconnect(netlink, index, &self.mark) {
+                log::warn!("cannot remove the redirect of interface {index}: {e}");
+            }
+        }
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.disconnect();
+    }
+}
+
+impl Taken {
+    /// Removes the redirects of a sandbox whose processes are gone.
+    ///
+    /// # Errors
+    ///
+    /// If that is not permitted.
+    pub(crate) fn give_back(&self) -> Result<()> {
+        let what = || format!("cannot clean up network namespace {}", self.namespace.display());
+        // Gone, with all that was in it.
+        if !namespace::is_there(&self.namespace) {
+            return Ok(());
+        }
+        let work = || {
+            namespace::enter_path(&self.namespace)?;
+            let netlink = Netlink::open()?;
+            for link in netlink.links().explain(what)? {
+                redirect::disconnect(&netlink, link.header.index, &self.mark).explain(what)?;
+            }
+            Ok(())
+        };
+        // A thread of its own goes there and ends.
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, work).explain(what)?;
+            thread.join().unwrap_or_else(|_| Err(Error::new(what())))
+        })
+    }
+}
+
+fn mtu_too_large(interface: &Interface) -> Error {
+    Error::new(format!(
+        "interface {} has an MTU of {}; that of a microVM's device can be 65535 at most",
+        interface.name, interface.mtu
+    ))
+}
+
+/// A locally administered address for a device that does not have its own yet.
+fn random_mac() -> Result<[u8; 6]> {
+    let [a, b, c, d, e, ..] = random_u64()?.to_ne_bytes();
+    Ok([0x02, a, b, c, d, e])
+}

@@ -1,0 +1,263 @@
+//! Frames between an interface and a tap: what comes in at one goes out at the other, both ways, by
+//! an ingress queueing discipline with one filter (tc-mirred(8)) on each of the two.
+//!
+//! The filter on the interface bears a mark, by which it is known again: the interface is not the
+//! sandbox's, and may outlive it.
+
+use std::{fmt, io};
+
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    tc::{
+        TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption,
+        TcActionType, TcAttribute, TcFilterMatchAll, TcFilterMatchAllOption, TcHandle, TcHeader,
+        TcMessage, TcMirror, TcMirrorActionType, TcOption,
+    },
+};
+use serde::{Deserialize, Serialize};
+
+use super::{interface::Interface, netlink::Netlink, tap::Tap};
+use crate::{
+    error::{Error, Explain, Result},
+    sandbox::random_u64,
+};
+
+/// All marks begin so.
+const MARK_PREFIX: &str = "isopod";
+
+/// `ETH_P_ALL`: frames of every protocol.
+const ETH_P_ALL: u16 = 3;
+
+/// Kinds of queueing disciplines for what comes in.
+const INGRESS: &str = "ingress";
+const CLSACT: &str = "clsact";
+
+/// What tells the redirects of one sandbox from all others: the cookie of their actions, 16 bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct Mark(String);
+
+impl Mark {
+    /// A mark that no other sandbox has.
+    ///
+    /// # Errors
+    ///
+    /// If the kernel has no random numbers.
+    pub(super) fn new() -> Result<Self> {
+        let number = random_u64()? & ((1 << 40) - 1);
+        Ok(Self(format!("{MARK_PREFIX}{number:010x}")))
+    }
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Connects an interface, which has been claimed, with a tap.
+///
+/// # Errors
+///
+/// If somebody has been faster, or this host's kernel cannot do it. Nothing is left on the interface.
+pub(super) fn connect(
+    netlink: &Netlink,
+    interface: &Interface,
+    tap: &Tap,
+    mark: &Mark,
+) -> Result<()> {
+    let what = || format!("cannot redirect interface {} to a tap", interface.name);
+    tap.set_mtu(netlink, interface.mtu)?;
+    netlink.create(qdisc(tap.index)).map_err(|e| lacking(what(), e))?;
+    netlink.create(filter(tap.index, interface.index, mark)).map_err(|e| lacking(what(), e))?;
+    match netlink.create(qdisc(interface.index)) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(taken(interface)),
+        made => made.explain(what)?,
+    }
+    netlink.create(filter(interface.index, tap.index, mark)).map_err(|e| {
+        // What has just been made, and bears no mark yet.
+        let _ = netlink.change(RouteNetlinkMessage::DelQueueDiscipline(qdisc_of(interface.index)));
+        Error::because(what(), e)
+    })
+}
+
+/// The first that fails where the kernel lacks what is needed are those of the tap.
+fn lacking(what: String, e: io::Error) -> Error {
+    match e.kind() {
+        io::ErrorKind::NotFound => Error::new(format!(
+            "{what}: this host's kernel lacks traffic control (`modprobe -a sch_ingress cls_matchall \
+             act_mirred` may load it)"
+        )),
+        _ => Error::because(what, e),
+    }
+}
+
+/// Takes the redirect with this mark from an interface, if it has it.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(super) fn disconnect(netlink: &Netlink, index: u32, mark: &Mark) -> io::Result<()> {
+    match ingress(netlink, index)? {
+        Ingress::Redirect { mark: found, .. } if found == *mark => {
+            netlink.change(RouteNetlinkMessage::DelQueueDiscipline(qdisc_of(index)))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Sees to it that nobody else has the interface.
+///
+/// # Errors
+///
+/// If it is another microVM's, or somebody else handles what comes in at it.
+pub(super) fn claim(netlink: &Netlink, interface: &Interface) -> Result<()> {
+    let what = || format!("cannot look at the traffic control of interface {}", interface.name);
+    match ingress(netlink, interface.index).explain(what)? {
+        Ingress::Nothing => Ok(()),
+        Ingress::Other(kind) => Err(Error::new(format!(
+            "interface {} has a queueing discipline {kind} already, whose filters a microVM would \
+             bypass: remove it (`tc qdisc del dev {0} {kind}`)",
+            interface.name
+        ))),
+        Ingress::Redirect { to, .. } if exists(netlink, to).explain(what)? => Err(taken(interface)),
+        // Its tap is gone, and so is the microVM: nobody has cleaned up after a sandbox process that
+        // was killed.
+        Ingress::Redirect { mark, .. } => disconnect(netlink, interface.index, &mark).explain(what),
+    }
+}
+
+fn taken(interface: &Interface) -> Error {
+    Error::new(format!(
+        "interface {} is used by another microVM: a microVM takes the interfaces of a network \
+         namespace for itself, so containers in different microVMs cannot share one; give each a \
+         network of its own",
+        interface.name
+    ))
+}
+
+/// What handles the frames that come in at an interface.
+enum Ingress {
+    Nothing,
+    /// A redirect of a sandbox, and to which interface.
+    Redirect {
+        mark: Mark,
+        to: u32,
+    },
+    /// Somebody else's discipline of this kind.
+    Other(String),
+}
+
+fn ingress(netlink: &Netlink, index: u32) -> io::Result<Ingress> {
+    let list = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::with_index(signed(index)));
+    let kind = netlink.dump(list)?.into_iter().find_map(|message| match message {
+        RouteNetlinkMessage::NewQueueDiscipline(found)
+            if found.header.index == signed(index) && found.header.parent == TcHandle::INGRESS =>
+        {
+            kind_of(&found)
+        }
+        _ => None,
+    });
+    let Some(kind) = kind else { return Ok(Ingress::Nothing) };
+    if kind != INGRESS {
+        return Ok(Ingress::Other(kind));
+    }
+    let mut list = TcMessage::with_index(signed(index));
+    list.header.parent = TcHandle { major: u16::MAX, minor: 0 };
+    let filters = netlink.dump(RouteNetlinkMessage::GetTrafficFilter(list))?;
+    let redirect = filters.into_iter().find_map(|message| match message {
+        RouteNetlinkMessage::NewTrafficFilter(found) if found.header.index == signed(index) => {
+            redirect_of(&found)
+        }
+        _ => None,
+    });
+    Ok(match redirect {
+        Some((mark, to)) => Ingress::Redirect { mark, to },
+        None => Ingress::Other(kind),
+    })
+}
+
+fn kind_of(message: &TcMessage) -> Option<String> {
+    message.attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Kind(kind) if kind == INGRESS || kind == CLSACT => Some(kind.clone()),
+        _ => None,
+    })
+}
+
+/// The mark and the target of a sandbox's filter.
+fn redirect_of(message: &TcMessage) -> Option<(Mark, u32)> {
+    let options = message.attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Options(options) => Some(options),
+        _ => None,
+    })?;
+    let actions = options.iter().find_map(|option| match option {
+        TcOption::MatchAll(TcFilterMatchAllOption::Action(actions)) => Some(actions),
+        _ => None,
+    })?;
+    let action = actions.first()?;
+    let mark = action.attributes.iter().find_map(|attribute| match attribute {
+        TcActionAttribute::Cookie(cookie) => String::from_utf8(cookie.clone()).ok(),
+        _ => None,
+    })?;
+    let to = action.attributes.iter().find_map(|attribute| match attribute {
+        TcActionAttribute::Options(options) => options.iter().find_map(|option| match option {
+            TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror)) => Some(mirror.ifindex),
+            _ => None,
+        }),
+        _ => None,
+    });
+    // Once its target is gone, the action has none.
+    mark.starts_with(MARK_PREFIX).then(|| (Mark(mark), to.unwrap_or_default()))
+}
+
+fn exists(netlink: &Netlink, index: u32) -> io::Result<bool> {
+    let links = netlink.links()?;
+    Ok(links.iter().any(|link| link.header.index == index))
+}
+
+fn qdisc(index: u32) -> RouteNetlinkMessage {
+    RouteNetlinkMessage::NewQueueDiscipline(qdisc_of(index))
+}
+
+fn qdisc_of(index: u32) -> TcMessage {
+    let mut message = TcMessage::with_index(signed(index));
+    message.header.parent = TcHandle::INGRESS;
+    message.header.handle = TcHandle { major: u16::MAX, minor: 0 };
+    message.attributes.push(TcAttribute::Kind(INGRESS.to_owned()));
+    message
+}
+
+/// A filter that sends every frame which comes in at `from` out at `to`.
+fn filter(from: u32, to: u32, mark: &Mark) -> RouteNetlinkMessage {
+    let mut mirror = TcMirror::default();
+    mirror.generic.action = TcActionType::Stolen;
+    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.ifindex = to;
+    let mut action = TcAction::default();
+    action.attributes = vec![
+        TcActionAttribute::Kind(TcActionMirror::KIND.to_owned()),
+        TcActionAttribute::Cookie(mark.0.clone().into_bytes()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+            mirror,
+        ))]),
+    ];
+    let header = TcHeader {
+        index: signed(from),
+        parent: TcHandle { major: u16::MAX, minor: 0 },
+        // Priority and protocol.
+        info: (1 << 16) | u32::from(ETH_P_ALL.to_be()),
+        ..TcHeader::default()
+    };
+    let attributes = vec![
+        TcAttribute::Kind(TcFilterMatchAll::KIND.to_owned()),
+        TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![
+            action,
+        ]))]),
+    ];
+    RouteNetlinkMessage::NewTrafficFilter(TcMessage::from_parts(header, attributes))
+}
+
+/// Indices of interfaces are positive; traffic control has them in a signed field.
+fn signed(index: u32) -> i32 {
+    index.cast_signed()
+}

@@ -1,0 +1,151 @@
+//! A tap: the host's end of a network device of the microVM.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+};
+
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    link::{LinkAttribute, LinkFlags, LinkMessage},
+};
+
+use super::netlink::Netlink;
+use crate::error::{Error, Explain, Result};
+
+/// Names of taps begin so. A number follows.
+pub(super) const PREFIX: &str = "isopod";
+
+/// Most queue pairs of a device. More vCPUs share them.
+const MAX_QUEUES: u8 = 8;
+
+/// `TUNSETIFF` (linux/if_tun.h).
+const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+
+/// A tap with its queues. It goes when the last descriptor of them is closed.
+#[derive(Debug)]
+pub(super) struct Tap {
+    pub(super) name: String,
+    pub(super) index: u32,
+    /// One for each queue pair.
+    pub(super) queues: Vec<OwnedFd>,
+    /// One `/dev/vhost-net` for each queue pair, if this host has it.
+    pub(super) vhosts: Vec<OwnedFd>,
+}
+
+impl Tap {
+    /// Makes a tap in the network namespace of this process, and brings it up.
+    ///
+    /// # Errors
+    ///
+    /// If the host has no taps, or there is one of this name already.
+    pub(super) fn new(netlink: &Netlink, number: usize, vcpus: u8) -> Result<Self> {
+        let name = format!("{PREFIX}{number}");
+        let count = vcpus.clamp(1, MAX_QUEUES);
+        let queues = (0..count).map(|_| queue(&name, count > 1)).collect::<Result<Vec<_>>>()?;
+        let vhosts = vhosts(count)?;
+        silence(&name)?;
+        let index = rustix::net::netdevice::name_to_index(&socket()?, &name)
+            .explain(|| format!("cannot find the tap {name}"))?;
+        let tap = Self { name, index, queues, vhosts };
+        tap.set_up(netlink, None)?;
+        Ok(tap)
+    }
+
+    /// Takes on the MTU of the interface that it is for.
+    ///
+    /// # Errors
+    ///
+    /// If a tap cannot have it.
+    pub(super) fn set_mtu(&self, netlink: &Netlink, mtu: u32) -> Result<()> {
+        self.set_up(netlink, Some(mtu))
+    }
+
+    fn set_up(&self, netlink: &Netlink, mtu: Option<u32>) -> Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = self.index;
+        link.header.flags = LinkFlags::Up;
+        link.header.change_mask = LinkFlags::Up;
+        link.attributes.extend(mtu.map(LinkAttribute::Mtu));
+        netlink.change(RouteNetlinkMessage::SetLink(link)).explain(|| match mtu {
+            Some(mtu) => format!("cannot give the tap {} an MTU of {mtu}", self.name),
+            None => format!("cannot bring up the tap {}", self.name),
+        })
+    }
+}
+
+fn socket() -> Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+        .explain(|| "cannot open a socket".into())
+}
+
+/// Opens a queue of the tap `name`. The first one makes the tap.
+fn queue(name: &str, several: bool) -> Result<OwnedFd> {
+    const DEVICE: &str = "/dev/net/tun";
+    let file = File::options().read(true).write(true).open(DEVICE).map_err(|e| {
+        let hint = match e.kind() {
+            io::ErrorKind::PermissionDenied => " (isopod has to run as root)",
+            _ => " (is the kernel module tun loaded? `modprobe tun` loads it)",
+        };
+        Error::new(format!("{}{hint}", Error::because(format!("cannot open {DEVICE}"), e)))
+    })?;
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if several {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    // SAFETY: `ifreq` is plain data for which zeros are a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // Shorter than the field, so a NUL stays at its end.
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes an `ifreq`, which lives across the call.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) };
+    if result == 0 {
+        return Ok(file.into());
+    }
+    Err(match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::EBUSY) => Error::new(format!(
+            "there is a tap {name} already: it is used by another microVM, and containers in different \
+             microVMs cannot share a network namespace"
+        )),
+        e if e.kind() == io::ErrorKind::PermissionDenied => {
+            Error::new(format!("no permission to make the tap {name}: isopod has to run as root"))
+        }
+        e => Error::because(format!("cannot make the tap {name}"), e),
+    })
+}
+
+/// `/dev/vhost-net`, once for each queue pair. None if this host has none: the VMM then moves the
+/// packets itself.
+fn vhosts(count: u8) -> Result<Vec<OwnedFd>> {
+    const DEVICE: &str = "/dev/vhost-net";
+    let open = || File::options().read(true).write(true).open(DEVICE);
+    let mut found = Vec::new();
+    for _ in 0..count {
+        match open() {
+            Ok(file) => found.push(file.into()),
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) =>
+            {
+                return Ok(Vec::new());
+            }
+            Err(e) => return Err(e).explain(|| format!("cannot open {DEVICE}")),
+        }
+    }
+    Ok(found)
+}
+
+/// The tap is a wire: the host's own IPv6 must not greet the guest over it.
+fn silence(name: &str) -> Result<()> {
+    let path = Path::new("/proc/sys/net/ipv6/conf").join(name).join("disable_ipv6");
+    match fs::write(&path, "1") {
+        // This host has no IPv6.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written.explain(|| format!("cannot write {}", path.display())),
+    }
+}
