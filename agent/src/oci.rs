@@ -112,12 +112,37 @@ object! {
         oom_score_adj: Option<i32>,
         selinux_label: String,
         command_line: Option<Opaque>,
-        io_priority: Option<Opaque>,
-        scheduler: Option<Opaque>,
+        io_priority: Option<IoPriority>,
+        scheduler: Option<Scheduler>,
         #[serde(rename = "execCPUAffinity")]
-        exec_cpu_affinity: Option<Opaque>,
+        exec_cpu_affinity: ExecCpuAffinity,
     }
 }
+
+object! { IoPriority { class: String, priority: i64, } }
+
+object! {
+    Scheduler {
+        policy: String,
+        nice: i32,
+        priority: i32,
+        flags: Vec<String>,
+        runtime: u64,
+        deadline: u64,
+        period: u64,
+    }
+}
+
+object! {
+    ExecCpuAffinity {
+        /// Before the process is in its cgroup. Here it is born there.
+        initial: String,
+        #[serde(rename = "final")]
+        last: String,
+    }
+}
+
+object! { Personality { domain: String, flags: Vec<String>, } }
 
 object! { ConsoleSize { height: u64, width: u64, } }
 
@@ -169,7 +194,7 @@ object! {
         intel_rdt: Option<Opaque>,
         time_offsets: BTreeMap<String, TimeOffset>,
         seccomp: Option<Opaque>,
-        personality: Option<Opaque>,
+        personality: Option<Personality>,
         memory_policy: Option<Opaque>,
         net_devices: BTreeMap<String, Opaque>,
     }

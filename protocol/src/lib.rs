@@ -3,6 +3,9 @@
 //! Both sides are built from one tree and shipped together, so the contract has one version number
 //! and no negotiation: [`Hello`] carries it, and the host refuses a guest that speaks another.
 
+pub mod mount_option;
+pub mod sysctl;
+
 /// Version of everything in this crate. Raised by any change that one side alone cannot survive.
 pub const PROTOCOL_VERSION: u32 = 2;
 

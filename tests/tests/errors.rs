@@ -141,9 +141,9 @@ fn what_does_not_exist_in_the_kernel_is_named() {
 #[test]
 fn what_this_version_does_not_do_is_refused_by_name() {
     microvm_only!();
-    let unified = json!({ "memory.high": "1000000" });
-    let words = &["config.json", "linux.resources.unified", "not supported"];
-    config_refused(|c| c["linux"]["resources"]["unified"] = unified.clone(), words);
+    let rdma = json!({ "mlx5_0": { "hcaHandles": 3 } });
+    let words = &["config.json", "linux.resources.rdma", "not supported"];
+    config_refused(|c| c["linux"]["resources"]["rdma"] = rdma.clone(), words);
 }
 
 #[test]

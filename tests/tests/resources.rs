@@ -51,6 +51,37 @@ fn limits_are_in_the_containers_cgroup() {
     }
 }
 
+/// Limits that only newer kernels and runtimes have, or only some file systems of groups.
+#[test]
+fn further_limits_are_in_the_containers_cgroup() {
+    microvm_only!();
+    let scope = Scope::new();
+    let resources = json!({
+        "devices": [{ "allow": false, "access": "rwm" }],
+        "cpu": { "quota": 50_000, "period": 100_000, "burst": 20_000, "idle": 1 },
+        "blockIO": { "weight": 500 },
+        "hugepageLimits": [{ "pageSize": "2MB", "limit": 4_194_304 }],
+        "unified": { "memory.high": "67108864", "pids.max": "55", "cpuset.cpus": "7" },
+    });
+    let should_be = [
+        ("cpu.max", "50000 100000"),
+        ("cpu.max.burst", "20000"),
+        ("cpu.idle", "1"),
+        ("io.weight", "default 4950"),
+        ("hugetlb.2MB.max", "4194304"),
+        ("hugetlb.2MB.rsvd.max", "4194304"),
+        ("memory.high", "67108864"),
+        ("pids.max", "55"),
+        ("cpuset.cpus", "0"),
+    ];
+    let paths = should_be.map(|(file, _)| format!("/sys/fs/cgroup/{file}"));
+    let container = scope.container().edit(|c| c["linux"]["resources"] = resources);
+    let seen = files(container, &paths.each_ref().map(String::as_str));
+    for ((file, value), path) in should_be.iter().zip(&paths) {
+        assert_eq!(seen[path]["text"], json!(format!("{value}\n")), "{file}");
+    }
+}
+
 #[test]
 fn the_microvm_has_a_cpu_for_each_of_the_quota() {
     microvm_only!();

@@ -34,7 +34,12 @@ pub(crate) enum Request {
     /// The first process of a container; a config.json follows.
     Create { cgroup: String, filter: Option<Filter>, size: Option<Size> },
     /// A further process of a container; a `process` object follows.
-    Exec { namespaces: Namespaces, filter: Option<Filter>, size: Option<Size> },
+    Exec {
+        namespaces: Namespaces,
+        filter: Option<Filter>,
+        personality: Option<u32>,
+        size: Option<Size>,
+    },
 }
 
 /// Kinds of messages.

@@ -50,6 +50,49 @@ pub(crate) fn check(device: &Device) -> Result<()> {
     node_of(device).map(|_| ())
 }
 
+/// Devices of the kernel itself that any kernel may have, by type and number: memory devices,
+/// terminals, TUN/TAP, FUSE, loop devices. Any other number stands for a device of the
+/// host, or for one that is the guest's own business.
+const PORTABLE: [(FileType, u32, std::ops::RangeInclusive<u32>); 8] = [
+    (FileType::CharacterDevice, 1, 0..=u32::MAX),
+    (FileType::CharacterDevice, 5, 0..=2),
+    (FileType::CharacterDevice, 10, 200..=200),
+    (FileType::CharacterDevice, 10, 203..=203),
+    (FileType::CharacterDevice, 10, 229..=229),
+    (FileType::CharacterDevice, 10, 237..=237),
+    (FileType::CharacterDevice, 136, 0..=u32::MAX),
+    (FileType::BlockDevice, 7, 0..=u32::MAX),
+];
+
+/// Refuses a device that is not in the guest. Its node could be made, and would open nothing, or
+/// something else than was asked for.
+///
+/// # Errors
+///
+/// The device, by its path and number.
+pub(crate) fn check_present(device: &Device) -> Result<()> {
+    let node = node_of(device)?;
+    let kind = match node.kind {
+        FileType::CharacterDevice => "char",
+        FileType::BlockDevice => "block",
+        _ => return Ok(()),
+    };
+    let (major, minor) = (rustix::fs::major(node.device), rustix::fs::minor(node.device));
+    let portable = PORTABLE.iter().any(|(kind, number, minors)| {
+        (*kind, *number) == (node.kind, major) && minors.contains(&minor)
+    });
+    // Pseudo-terminals are not listed there.
+    let there = major == 136 || Path::new(&format!("/sys/dev/{kind}/{major}:{minor}")).exists();
+    if portable && there {
+        return Ok(());
+    }
+    let why = format!(
+        "the microVM has no {kind} device {major}:{minor}, and devices of the host cannot be \
+         reached from it"
+    );
+    Err(Error::invalid(format!("linux.devices[{}]", device.path.display()), why))
+}
+
 fn node_of(device: &Device) -> Result<Node> {
     let field = || format!("linux.devices[{}]", device.path.display());
     if !device.path.is_absolute() || device.path.file_name().is_none() {

@@ -92,6 +92,13 @@ pub(crate) fn attach(cgroup: &OwnedFd, rules: &[DeviceRule]) -> Result<()> {
     attach_program(cgroup, &program).context(|| "attach the device filter of the container")
 }
 
+/// Whether the rules allow every access to every device, as those of privileged containers do.
+pub(crate) fn allow_everything(rules: &[DeviceRule]) -> bool {
+    let all = |rule: &&DeviceRule| rule.kind.unwrap_or(DeviceKind::All) == DeviceKind::All;
+    let last = rules.iter().rposition(|rule| all(&rule));
+    last.is_some_and(|last| rules[last..].iter().all(|rule| rule.allow))
+}
+
 fn parse(rules: &[DeviceRule]) -> Result<Vec<Rule>> {
     let rule = |(i, rule)| {
         parse_rule(rule).map_err(|why| Error::invalid(format!("linux.resources.devices[{i}]"), why))
@@ -317,6 +324,16 @@ mod tests {
         assert_eq!(run(&program, TYPE_CHAR, ACCESS_WRITE, 10, 229), 0);
         assert_eq!(run(&program, TYPE_CHAR, RW, 10, 229), 0);
         assert_eq!(run(&program, TYPE_CHAR, ACCESS_READ, 10, 228), 0);
+    }
+
+    #[test]
+    fn privileged_rules_are_known() {
+        let all = |json: &str| allow_everything(&serde_json::from_str::<Vec<_>>(json).unwrap());
+        assert!(all(r#"[{"allow": false}, {"allow": true, "access": "rwm"}]"#));
+        assert!(all(r#"[{"allow": true}, {"allow": true, "type": "c", "major": 1}]"#));
+        assert!(!all(r#"[{"allow": true}, {"allow": false, "type": "c", "major": 1}]"#));
+        assert!(!all(r#"[{"allow": false}, {"allow": true, "type": "c"}]"#));
+        assert!(!all("[]"));
     }
 
     #[test]

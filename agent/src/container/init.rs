@@ -19,7 +19,7 @@ use super::namespaces::{self, Namespaces};
 use super::seccomp::Filter;
 use super::spec::ContainerSpec;
 use super::terminal::{self, Size, Terminal};
-use super::{credentials, environment, executable, rlimits, rootfs, signals};
+use super::{credentials, environment, executable, rlimits, rootfs, scheduling, signals};
 use crate::error::{Context as _, Error, Result};
 use crate::oci::{NamespaceKind, Process};
 
@@ -58,12 +58,13 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
         Request::Create { cgroup, filter, size } => {
             (enter_new_container(&document, Path::new(&cgroup))?, filter, size)
         }
-        Request::Exec { namespaces, filter, size } => {
+        Request::Exec { namespaces, filter, personality, size } => {
             let container = fds.next().ok_or_else(|| Error::internal("no pidfd was sent"))?;
-            (enter_container(&document, &container, namespaces)?, filter, size)
+            let inside = enter_container(&document, &container, namespaces)?;
+            (Inside { personality, ..inside }, filter, size)
         }
     };
-    let Inside { process, terminal, namespaces } = inside;
+    let Inside { process, terminal, namespaces, personality, further } = inside;
     let terminal = match terminal {
         Some(terminal) => Some(take_terminal(channel, terminal, &process, size)?),
         None => None,
@@ -71,6 +72,10 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
     let stdio: Vec<OwnedFd> = fds.collect();
     connect_stdio(terminal.as_ref(), &stdio, process.user.uid)?;
     drop((terminal, stdio));
+    if let Some(personality) = personality {
+        scheduling::take_on(personality)?;
+    }
+    scheduling::apply(&process, further)?;
     let program = Program::prepare(&process, namespaces, filter)?;
     channel.send(Tag::Ready, &[], &[]).context(|| "report to the agent")?;
     expect(channel, Tag::Start)?;
@@ -90,14 +95,18 @@ struct Inside {
     process: Process,
     terminal: Option<Terminal>,
     namespaces: Namespaces,
+    personality: Option<u32>,
+    /// Not the container's first process.
+    further: bool,
 }
 
 fn enter_new_container(json: &[u8], cgroup: &Path) -> Result<Inside> {
     let spec = ContainerSpec::parse(json)?;
     namespaces::set_up(&spec.spec, &spec.linux, spec.namespaces)?;
     hide()?;
+    let (personality, namespaces) = (spec.personality()?, spec.namespaces);
     let terminal = rootfs::enter(&spec, cgroup)?;
-    Ok(Inside { process: spec.process, terminal, namespaces: spec.namespaces })
+    Ok(Inside { process: spec.process, terminal, namespaces, personality, further: false })
 }
 
 fn enter_container(json: &[u8], container: &OwnedFd, namespaces: Namespaces) -> Result<Inside> {
@@ -115,7 +124,7 @@ fn enter_container(json: &[u8], container: &OwnedFd, namespaces: Namespaces) -> 
     } else {
         None
     };
-    Ok(Inside { process, terminal, namespaces })
+    Ok(Inside { process, terminal, namespaces, personality: None, further: true })
 }
 
 /// Until execve this is the agent's program: processes of the container must not trace it or reach

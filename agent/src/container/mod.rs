@@ -30,6 +30,7 @@ mod processes;
 mod resources;
 mod rlimits;
 mod rootfs;
+mod scheduling;
 pub(crate) mod seccomp;
 mod signals;
 mod spec;
@@ -66,14 +67,15 @@ pub(crate) struct Container {
     execs: Mutex<Execs>,
 }
 
-/// What further processes get where their own specification is silent, and the filter, which is
-/// for all of them.
+/// What further processes get where their own specification is silent, and what is the same for all
+/// of them: filter and personality.
 struct ExecDefaults {
     capabilities: Option<Capabilities>,
     no_new_privileges: Option<bool>,
     oom_score_adj: i32,
     rlimits: Vec<PosixRlimit>,
     filter: Option<Filter>,
+    personality: Option<u32>,
 }
 
 impl Container {
@@ -111,6 +113,7 @@ impl Container {
             oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
             rlimits: spec.process.rlimits.clone().unwrap_or_default(),
             filter: kept,
+            personality: spec.personality()?,
         };
         let namespaces = spec.namespaces;
         if !namespaces.has(NamespaceKind::Pid) {
@@ -224,6 +227,7 @@ impl Container {
                 request: Request::Exec {
                     namespaces: self.namespaces,
                     filter: self.defaults.filter.clone(),
+                    personality: self.defaults.personality,
                     size,
                 },
                 document: &document,

@@ -4,6 +4,7 @@
 //! told are three things for the kernel's mount calls, so they are told apart here, and an option
 //! that would have no effect is refused.
 
+use isopod_protocol::mount_option::{NEUTRAL, REFUSED};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 
 use crate::oci::Mount;
@@ -111,9 +112,8 @@ impl MountOptions {
             "bind" => self.bind = Some(self.bind.unwrap_or(false)),
             "rbind" => self.bind = Some(true),
             "tmpcopyup" => self.copy_up = true,
-            // The defaults, and two that the kernel has dropped.
-            "" | "defaults" | "async" | "nolazytime" | "nomand" | "silent" | "loud" => {}
-            "remount" | "mand" | "idmap" | "ridmap" => {
+            neutral if NEUTRAL.contains(&neutral) => {}
+            refused if REFUSED.contains(&refused) => {
                 return Err(format!("{option:?} is not supported in a sandbox"));
             }
             data => self.data.push(data.to_owned()),
@@ -188,6 +188,17 @@ mod tests {
         let atime = of("tmpfs", &["noatime", "strictatime"]).unwrap().set;
         assert_eq!(atime.set, STRICTATIME);
         assert_eq!(atime.clear, ATIME);
+    }
+
+    #[test]
+    fn every_name_that_the_host_lets_through_has_a_meaning() {
+        use isopod_protocol::mount_option::{ATTRIBUTES, PROPAGATION};
+        for name in ATTRIBUTES {
+            assert!(attribute(name).is_some(), "{name}");
+        }
+        for name in PROPAGATION {
+            assert!(propagation(name).is_some(), "{name}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use isopod_protocol::sysctl::{self, Owner, Refusal};
 use rustix::thread::UnshareFlags;
 
 use crate::error::{Context as _, Error, Result};
@@ -115,50 +116,21 @@ pub(crate) fn check(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resul
     Ok(())
 }
 
-/// System V IPC settings that each IPC namespace has for itself.
-const IPC_SYSCTLS: [&str; 8] =
-    ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"];
-
 /// Only settings that belong to a namespace may be changed: all others are the whole guest's.
 fn check_sysctl(key: &str, namespaces: Namespaces) -> Result<()> {
-    let field = format!("linux.sysctl[{key:?}]");
-    let path = sysctl_path(key);
-    if path.split('/').any(|part| matches!(part, "" | "." | "..")) || path.contains('\0') {
-        return Err(Error::invalid(field, "not the name of a kernel setting"));
-    }
-    let kind = if path.starts_with("net/") {
-        NamespaceKind::Network
-    } else if path.starts_with("fs/mqueue/")
-        || path.strip_prefix("kernel/").is_some_and(|name| IPC_SYSCTLS.contains(&name))
-    {
-        NamespaceKind::Ipc
-    } else if path == "kernel/domainname" {
-        NamespaceKind::Uts
-    } else if path == "kernel/hostname" {
-        return Err(Error::invalid(field, "the field hostname sets it"));
-    } else {
-        return Err(Error::invalid(field, "not a setting of a namespace"));
+    let refusal = |why: &str| Err(Error::invalid(format!("linux.sysctl[{key:?}]"), why));
+    let kind = match sysctl::owner(key) {
+        Ok(Owner::Network) => NamespaceKind::Network,
+        Ok(Owner::Ipc) => NamespaceKind::Ipc,
+        Ok(Owner::Uts) => NamespaceKind::Uts,
+        Err(Refusal::NotAName) => return refusal("not the name of a kernel setting"),
+        Err(Refusal::Hostname) => return refusal("the field hostname sets it"),
+        Err(Refusal::Global) => return refusal("not a setting of a namespace"),
     };
     if namespaces.has(kind) {
         return Ok(());
     }
-    Err(Error::invalid(field, format!("needs a namespace of type {}", kind.word())))
-}
-
-/// Dots separate the parts of a name unless a slash comes first, as sysctl(8) has it; then dots are
-/// part of names such as that of a VLAN interface.
-fn sysctl_path(key: &str) -> String {
-    match key.find(['.', '/']) {
-        Some(at) if key.as_bytes()[at] == b'.' => key
-            .chars()
-            .map(|c| match c {
-                '.' => '/',
-                '/' => '.',
-                c => c,
-            })
-            .collect(),
-        _ => key.to_owned(),
-    }
+    refusal(&format!("needs a namespace of type {}", kind.word()))
 }
 
 /// Writes `/proc/<pid>/{uid,gid}_map` of a process that has just been born into a user namespace.
@@ -212,7 +184,7 @@ pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resu
     }
     // The guest's /proc shows the settings of the namespaces of whoever opens them.
     for (key, value) in &linux.sysctl {
-        let path = Path::new("/proc/sys").join(sysctl_path(key));
+        let path = Path::new("/proc/sys").join(sysctl::path(key));
         let field = || format!("linux.sysctl[{key:?}]");
         match fs::write(path, value) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
@@ -265,12 +237,5 @@ mod tests {
         for key in ["kernel.panic", "kernel.shmmax", "net/../kernel/panic", "net..x", "vm.x"] {
             assert!(check_sysctl(key, namespaces).is_err(), "{key}");
         }
-    }
-
-    #[test]
-    fn names_become_paths() {
-        assert_eq!(sysctl_path("net.ipv4.ip_forward"), "net/ipv4/ip_forward");
-        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/x"), "net/ipv4/conf/eth0.1/x");
-        assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.x"), "net/ipv4/conf/eth0.1/x");
     }
 }

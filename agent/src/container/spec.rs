@@ -41,6 +41,15 @@ impl ContainerSpec {
         self.spec.root.as_ref().map_or(Path::new(""), |root| &root.path)
     }
 
+    /// The number of `linux.personality`, if it is there.
+    ///
+    /// # Errors
+    ///
+    /// It has none.
+    pub(crate) fn personality(&self) -> Result<Option<u32>> {
+        self.linux.personality.as_ref().map(super::scheduling::personality).transpose()
+    }
+
     fn check(&self) -> Result<()> {
         if !self.rootfs().is_absolute() {
             return Err(Error::invalid("root.path", "not an absolute path in the guest"));
@@ -125,15 +134,11 @@ fn check_process(process: &Process, field: &str) -> Result<()> {
         return Err(Error::invalid(format!("{field}.oomScoreAdj"), why));
     }
     check_rlimits(process, field)?;
+    super::scheduling::check(process)?;
     if let Some(capabilities) = &process.capabilities {
         super::credentials::warn(capabilities);
     }
-    for (name, present) in [
-        ("commandLine", process.command_line.is_some()),
-        ("ioPriority", process.io_priority.is_some()),
-        ("scheduler", process.scheduler.is_some()),
-        ("execCPUAffinity", process.exec_cpu_affinity.is_some()),
-    ] {
+    for (name, present) in [("commandLine", process.command_line.is_some())] {
         if present {
             return Err(Error::invalid(format!("{field}.{name}"), "not supported in a sandbox"));
         }
@@ -195,17 +200,24 @@ fn check_mount(i: usize, mount: &Mount) -> Result<()> {
 
 fn check_linux(linux: &Linux) -> Result<()> {
     resources::check(&linux.resources)?;
+    // A privileged container gets a node for each device of its host, and uses few of them.
+    let privileged = super::devices::allow_everything(&linux.resources.devices);
     for device in &linux.devices {
         super::device_nodes::check(device)?;
+        if !privileged {
+            super::device_nodes::check_present(device)?;
+        }
     }
     if !linux.rootfs_propagation.is_empty() {
         super::rootfs::propagation(&linux.rootfs_propagation)?;
+    }
+    if let Some(personality) = &linux.personality {
+        super::scheduling::personality(personality)?;
     }
     for (name, present) in [
         ("seccomp", linux.seccomp.is_some()),
         ("netDevices", !linux.net_devices.is_empty()),
         ("memoryPolicy", linux.memory_policy.is_some()),
-        ("personality", linux.personality.is_some()),
     ] {
         if present {
             return Err(Error::invalid(format!("linux.{name}"), "not supported in a sandbox"));
@@ -262,11 +274,11 @@ mod tests {
         use serde_json::json;
         for (path, value) in [
             (&["linux", "seccomp"][..], json!({"defaultAction": "SCMP_ACT_ALLOW"})),
-            (&["linux", "personality"], json!({"domain": "LINUX32"})),
+            (&["linux", "personality"], json!({"domain": "LINUX64"})),
             (&["linux", "rootfsPropagation"], json!("sideways")),
             (&["linux", "timeOffsets"], json!({"monotonic": {"secs": 1}})),
-            (&["process", "scheduler"], json!({"policy": "SCHED_FIFO"})),
-            (&["process", "ioPriority"], json!({"class": "IOPRIO_CLASS_RT", "priority": 1})),
+            (&["process", "scheduler"], json!({"policy": "SCHED_ISO"})),
+            (&["process", "ioPriority"], json!({"class": "IOPRIO_CLASS_RT", "priority": 8})),
             (&["process", "cwd"], json!("tmp")),
             (&["process", "args"], json!([])),
             (&["process", "oomScoreAdj"], json!(1001)),

@@ -9,7 +9,7 @@ use std::{
 
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::{Bind, kernel, mount_options};
+use super::{Bind, kernel, mount_options, scheduling};
 use crate::error::{Error, Explain, Result};
 
 /// Types of mounts that the guest makes itself.
@@ -76,6 +76,15 @@ pub(super) fn process(process: &Process) -> Result<()> {
             return Err(Error::new(format!("{field} contains a NUL byte")));
         }
     }
+    for (index, entry) in env.iter().enumerate() {
+        let why = match entry.split_once('=') {
+            Some(("", _)) => "has no name in front of its '='",
+            Some(_) => continue,
+            None => "has no '='; entries are NAME=VALUE",
+        };
+        return Err(Error::new(format!("process.env[{index}] is {entry:?}, which {why}")));
+    }
+    scheduling::check(process)?;
     if let Some(umask) = process.user().umask().filter(|umask| *umask > 0o777) {
         return Err(Error::new(format!(
             "process.user.umask is {umask:#o}; it has to be from 0 to 0o777 (511)"
@@ -174,6 +183,32 @@ fn namespaces(spec: &Spec) -> Result<()> {
     {
         return Err(Error::new("linux.uidMappings or gidMappings is set without a user namespace"));
     }
+    for (field, mappings) in
+        [("linux.uidMappings", linux.uid_mappings()), ("linux.gidMappings", linux.gid_mappings())]
+    {
+        let mappings = mappings.as_deref().unwrap_or_default();
+        if mappings.is_empty() && seen.contains(&LinuxNamespaceType::User) {
+            return Err(Error::new(format!("{field} is empty: a user namespace needs mappings")));
+        }
+        if let Some(index) = mappings.iter().position(|mapping| mapping.size() == 0) {
+            return Err(Error::new(format!("{field}[{index}].size is 0: it maps nothing")));
+        }
+    }
+    for (clock, offset) in linux.time_offsets().iter().flatten() {
+        if !matches!(clock.as_str(), "monotonic" | "boottime") {
+            return Err(Error::new(format!(
+                "linux.timeOffsets has {clock:?}; the clocks are monotonic and boottime"
+            )));
+        }
+        if offset.nanosecs().is_some_and(|nanoseconds| nanoseconds >= 1_000_000_000) {
+            return Err(Error::new(format!(
+                "linux.timeOffsets.{clock}.nanosecs has to be less than 1000000000"
+            )));
+        }
+        if !seen.contains(&LinuxNamespaceType::Time) {
+            return Err(Error::new("linux.timeOffsets is set without a time namespace"));
+        }
+    }
     Ok(())
 }
 
@@ -201,8 +236,7 @@ fn mounts(mounts: &[Mount]) -> Result<()> {
         for mappings in [mount.uid_mappings(), mount.gid_mappings()] {
             if mappings.as_ref().is_some_and(|mappings| !mappings.is_empty()) {
                 return Err(Error::new(format!(
-                    "{name} asks for an id-mapped mount, which is not \
-                                               supported"
+                    "{name} asks for an id-mapped mount, which is not supported: virtio-fs has none"
                 )));
             }
         }

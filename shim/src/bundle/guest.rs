@@ -43,13 +43,27 @@ pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
 
 /// Limits with the processors of the guest in place of the host's.
 pub fn guest_processors(resources: &mut LinuxResources, vcpus: u8) {
-    let Some(cpu) = resources.cpu_mut().as_mut() else { return };
-    if let Some(wanted) = cpu.cpus().as_deref().and_then(cpu_list_len) {
-        let last = wanted.min(vcpus.into()).saturating_sub(1);
-        cpu.set_cpus(Some(format!("0-{last}")));
-    }
     // The one memory node that a guest has needs no list.
-    cpu.set_mems(None);
+    if let Some(cpu) = resources.cpu_mut().as_mut() {
+        if let Some(own) = cpu.cpus().as_deref().and_then(|list| guest_cpus(list, vcpus)) {
+            cpu.set_cpus(Some(own));
+        }
+        cpu.set_mems(None);
+    }
+    if let Some(unified) = resources.unified_mut().as_mut() {
+        unified.remove("cpuset.mems");
+        if let Some(cpus) = unified.get_mut("cpuset.cpus")
+            && let Some(own) = guest_cpus(cpus, vcpus)
+        {
+            *cpus = own;
+        }
+    }
+}
+
+/// As many processors as `list` names, of those that the guest has.
+fn guest_cpus(list: &str, vcpus: u8) -> Option<String> {
+    let last = cpu_list_len(list.trim())?.min(vcpus.into()).saturating_sub(1);
+    Some(format!("0-{last}"))
 }
 
 /// Where a bind mount's source is, relative to the container's folder in the shared directory.
@@ -86,6 +100,16 @@ mod tests {
             mounts[1].source().as_deref(),
             Some(Path::new("/run/isopod/shared/web/mounts/1"))
         );
+    }
+
+    #[test]
+    fn processors_of_unified_limits_too() {
+        let spec = r#"{"ociVersion":"1.0.2","linux":{"resources":{"unified":
+            {"cpuset.cpus":"4-6","cpuset.mems":"0","memory.high":"1"}}}}"#;
+        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], 2);
+        let resources = guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
+        let unified = resources.unified().as_ref().unwrap();
+        assert_eq!((unified["cpuset.cpus"].as_str(), unified.len()), ("0-1", 2));
     }
 
     #[test]

@@ -3,14 +3,11 @@
 
 use std::collections::HashMap;
 
-use oci_spec::runtime::{Linux, LinuxMemory, LinuxNamespaceType};
+use isopod_protocol::sysctl::{self, Owner, Refusal};
+use oci_spec::runtime::{Linux, LinuxCpu, LinuxMemory, LinuxNamespaceType, LinuxResources};
 
-use super::cpu_list_len;
+use super::{cpu_list_len, unsupported::NO_HOST_DEVICE};
 use crate::error::{Error, Result};
-
-/// System V IPC settings that each IPC namespace has for itself.
-const IPC_SYSCTLS: [&str; 8] =
-    ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"];
 
 /// Checks limits and settings.
 ///
@@ -22,6 +19,10 @@ pub(super) fn check(linux: &Linux) -> Result<()> {
         if let Some(memory) = resources.memory() {
             self::memory(memory)?;
         }
+        if let Some(cpu) = resources.cpu() {
+            self::cpu(cpu)?;
+        }
+        unified(resources)?;
         let cpus = resources.cpu().as_ref().and_then(|cpu| cpu.cpus().as_deref());
         if let Some(list) = cpus.map(str::trim).filter(|list| !list.is_empty())
             && cpu_list_len(list).is_none()
@@ -34,6 +35,58 @@ pub(super) fn check(linux: &Linux) -> Result<()> {
     sysctls(linux.sysctl().as_ref(), |kind| {
         linux.namespaces().iter().flatten().any(|namespace| namespace.typ() == kind)
     })
+}
+
+/// What the kernel would refuse by a number.
+fn cpu(cpu: &LinuxCpu) -> Result<()> {
+    let set = |value: Option<u64>| value.is_some_and(|value| value != 0);
+    if cpu.idle().is_some_and(|idle| !matches!(idle, 0 | 1)) {
+        return Err(Error::new("linux.resources.cpu.idle has to be 0 or 1"));
+    }
+    if cpu.idle() == Some(1) && set(cpu.shares()) {
+        return Err(Error::new(
+            "linux.resources.cpu.shares has no meaning with linux.resources.cpu.idle 1: leave one out",
+        ));
+    }
+    let quota = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).filter(|n| *n > 0);
+    match (cpu.burst().filter(|burst| *burst > 0), quota) {
+        (Some(burst), None) => Err(Error::new(format!(
+            "linux.resources.cpu.burst is {burst}, without a linux.resources.cpu.quota to exceed"
+        ))),
+        (Some(burst), Some(quota)) if burst > quota => Err(Error::new(format!(
+            "linux.resources.cpu.burst is {burst}; it cannot be more than \
+             linux.resources.cpu.quota, {quota}"
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Interface files of cgroup v2, by name and value.
+fn unified(resources: &LinuxResources) -> Result<()> {
+    for (file, value) in resources.unified().iter().flatten() {
+        let field = format!("linux.resources.unified has {file:?}");
+        let named = file.contains('.') && !file.starts_with("cgroup.");
+        if !named || file.contains(['/', '\0']) {
+            return Err(Error::new(format!(
+                "{field}, which is not the interface file of a controller"
+            )));
+        }
+        if file.starts_with("io.") && value.contains(':') {
+            return Err(Error::new(format!(
+                "{field} with {value:?}, which is not supported: {NO_HOST_DEVICE}"
+            )));
+        }
+        if file == "cpuset.mems" && !matches!(value.trim(), "" | "0") {
+            return Err(Error::new(format!(
+                "{field} with {value:?}, which is not supported: a microVM has one memory node, \
+                 which is 0"
+            )));
+        }
+        if file == "cpuset.cpus" && cpu_list_len(value.trim()).is_none() {
+            return Err(Error::new(format!("{field} with {value:?}, which is not a list of CPUs")));
+        }
+    }
+    Ok(())
 }
 
 /// The specification's swap is memory and swap together.
@@ -60,40 +113,19 @@ fn sysctls(
 ) -> Result<()> {
     for name in settings.into_iter().flatten().map(|(name, _)| name) {
         let refusal = |why: &str| Err(Error::new(format!("linux.sysctl has {name:?}, {why}")));
-        let path = sysctl_path(name);
-        if path.split('/').any(|part| matches!(part, "" | "." | "..")) || path.contains('\0') {
-            return refusal("which is not the name of a kernel setting");
-        }
-        let ipc = path.strip_prefix("kernel/").is_some_and(|name| IPC_SYSCTLS.contains(&name));
-        let (kind, namespace) = if path.starts_with("net/") {
-            (LinuxNamespaceType::Network, "network")
-        } else if path.starts_with("fs/mqueue/") || ipc {
-            (LinuxNamespaceType::Ipc, "ipc")
-        } else if path == "kernel/domainname" {
-            (LinuxNamespaceType::Uts, "uts")
-        } else if path == "kernel/hostname" {
-            return refusal("which the field hostname sets");
-        } else {
-            return refusal("which is not a setting of a namespace");
+        let (kind, namespace) = match sysctl::owner(name) {
+            Ok(Owner::Network) => (LinuxNamespaceType::Network, "network"),
+            Ok(Owner::Ipc) => (LinuxNamespaceType::Ipc, "ipc"),
+            Ok(Owner::Uts) => (LinuxNamespaceType::Uts, "uts"),
+            Err(Refusal::NotAName) => return refusal("which is not the name of a kernel setting"),
+            Err(Refusal::Hostname) => return refusal("which the field hostname sets"),
+            Err(Refusal::Global) => return refusal("which is not a setting of a namespace"),
         };
         if !has(kind) {
             return refusal(&format!("which needs a {namespace} namespace of its own"));
         }
     }
     Ok(())
-}
-
-/// Dots separate the parts of a name unless a slash comes first, as sysctl(8) has it.
-fn sysctl_path(name: &str) -> String {
-    let swapped = |c| match c {
-        '.' => '/',
-        '/' => '.',
-        c => c,
-    };
-    match name.find(['.', '/']) {
-        Some(at) if name[at..].starts_with('.') => name.chars().map(swapped).collect(),
-        _ => name.to_owned(),
-    }
 }
 
 #[cfg(test)]

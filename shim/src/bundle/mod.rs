@@ -2,11 +2,15 @@
 
 mod check;
 mod default;
+#[cfg(test)]
+mod fields;
 mod guest;
 mod kernel;
 mod mount_options;
+mod scheduling;
 mod seccomp;
 mod size;
+mod spelling;
 mod unknown;
 mod unsupported;
 mod update;
@@ -18,7 +22,7 @@ use std::{
 };
 
 use oci_spec::runtime::{Process, Spec};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 pub(crate) use self::guest::shared_name;
@@ -110,8 +114,6 @@ impl Bundle {
         if let Some(linux) = spec.linux_mut() {
             seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
             linux.set_seccomp(None);
-            // Only the personality that every process has anyway gets here.
-            linux.set_personality(None);
         }
         Ok(Self { dir, spec, seccomp, rootfs, binds, vm, network, nics })
     }
@@ -128,11 +130,13 @@ const WHAT_A_BUNDLE_IS: &str = "name a directory with a config.json and a root f
 /// As [`Bundle::load`].
 pub fn load_process(path: &Path) -> Result<Process> {
     let text = fs::read(path).explain(|| format!("cannot read {}", path.display()))?;
-    let process: Process = serde_json::from_slice(&text).explain(|| path.display().to_string())?;
-    let raw: Value = serde_json::from_slice(&text).explain(|| path.display().to_string())?;
+    let what = || path.display().to_string();
+    let mut raw: Value = serde_json::from_slice(&text).explain(what)?;
+    spelling::correct(&mut raw);
+    let process: Process = typed(&text, &raw).explain(what)?;
     unsupported::refuse_process(&raw)?;
-    let kept = serde_json::to_value(&process).explain(|| path.display().to_string())?;
-    unknown::warn(&path.display().to_string(), &raw, &kept);
+    let kept = serde_json::to_value(&process).explain(what)?;
+    unknown::warn(&what(), &raw, &kept);
     check::process(&process)?;
     Ok(process)
 }
@@ -148,15 +152,26 @@ pub fn check_process(process: &Process) -> Result<()> {
 
 fn parse_spec(path: &Path, text: &[u8]) -> Result<Spec> {
     // As an object first: the types would take a list for one without fields.
-    let raw: Map<String, Value> =
-        serde_json::from_slice(text).explain(|| path.display().to_string())?;
-    let spec: Spec = serde_json::from_slice(text).explain(|| path.display().to_string())?;
-    let raw = Value::Object(raw);
+    let what = || path.display().to_string();
+    let raw: Map<String, Value> = serde_json::from_slice(text).explain(what)?;
+    let mut raw = Value::Object(raw);
+    if let Some(process) = raw.get_mut("process") {
+        spelling::correct(process);
+    }
+    let spec: Spec = typed(text, &raw).explain(what)?;
     unsupported::refuse(&raw)?;
     let kept = serde_json::to_value(&spec).explain(|| path.display().to_string())?;
     unknown::warn("config.json", &raw, &kept);
-    unsupported::note_host_only(&raw);
+    unsupported::note_no_effect(&raw);
     Ok(spec)
+}
+
+/// A document, corrected, as its type. An error names the line where the text has one.
+fn typed<T: DeserializeOwned>(text: &[u8], corrected: &Value) -> serde_json::Result<T> {
+    match (T::deserialize(corrected), serde_json::from_slice::<T>(text)) {
+        (Err(_), Err(with_line)) => Err(with_line),
+        (result, _) => result,
+    }
 }
 
 fn canonical_dir(path: &Path, what: &str) -> Result<PathBuf> {

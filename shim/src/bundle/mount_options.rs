@@ -1,40 +1,9 @@
 //! Checks of mount options, as far as they can be told without the file system that takes them.
 
+use isopod_protocol::mount_option::{ATTRIBUTES, NEUTRAL, PROPAGATION, REFUSED};
 use oci_spec::runtime::Mount;
 
 use crate::error::{Error, Result};
-
-/// Attributes of a mount. With a leading `r`, of all mounts below it too.
-const ATTRIBUTES: &[&str] = &[
-    "ro",
-    "rw",
-    "nosuid",
-    "suid",
-    "nodev",
-    "dev",
-    "noexec",
-    "exec",
-    "nodiratime",
-    "diratime",
-    "nosymfollow",
-    "symfollow",
-    "noatime",
-    "atime",
-    "relatime",
-    "norelatime",
-    "strictatime",
-    "nostrictatime",
-];
-
-/// Propagation, with or without a leading `r`.
-const PROPAGATION: &[&str] = &["private", "shared", "slave", "unbindable"];
-
-/// Options that ask for what is anyway.
-const NEUTRAL: &[&str] =
-    &["", "defaults", "async", "nolazytime", "nomand", "silent", "loud", "bind", "rbind"];
-
-/// Options that the guest cannot honour.
-const REFUSED: &[&str] = &["remount", "mand", "idmap", "ridmap"];
 
 /// Checks the options of a mount, which is called `name`.
 ///
@@ -60,7 +29,10 @@ pub(super) fn check(name: &str, mount: &Mount, bind: bool) -> Result<()> {
 
 fn is_of_a_bind(option: &str) -> bool {
     let known = |option| ATTRIBUTES.contains(&option) || PROPAGATION.contains(&option);
-    NEUTRAL.contains(&option) || known(option) || option.strip_prefix('r').is_some_and(known)
+    matches!(option, "bind" | "rbind")
+        || NEUTRAL.contains(&option)
+        || known(option)
+        || option.strip_prefix('r').is_some_and(known)
 }
 
 #[cfg(test)]

@@ -83,6 +83,9 @@ impl VmSize {
 
 fn vcpus(spec: &Spec, host_cpus: u64) -> Result<u64> {
     let default = host_cpus.min(DEFAULT_VCPUS);
+    if let Some(list) = unified(spec, "cpuset.cpus").and_then(cpu_list_len) {
+        return Ok(list);
+    }
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
     let Some(cpu) = resources.and_then(|resources| resources.cpu().as_ref()) else {
         return Ok(default);
@@ -101,13 +104,21 @@ fn vcpus(spec: &Spec, host_cpus: u64) -> Result<u64> {
     }
 }
 
+/// The value of an interface file in `linux.resources.unified`, which is written last.
+fn unified<'a>(spec: &'a Spec, file: &str) -> Option<&'a str> {
+    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+    resources.unified().as_ref()?.get(file).map(|value| value.trim())
+}
+
 fn memory_mib(spec: &Spec) -> u64 {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    resources
+    let limit = resources
         .and_then(|resources| resources.memory().as_ref())
         .and_then(|memory| memory.limit())
         .and_then(|limit| u64::try_from(limit).ok())
-        .filter(|limit| *limit > 0)
+        .filter(|limit| *limit > 0);
+    unified(spec, "memory.max")
+        .map_or(limit, |text| text.parse().ok().filter(|limit| *limit > 0))
         .map_or(DEFAULT_MEMORY_MIB, |limit| with_overhead(limit.div_ceil(1 << 20)))
 }
 
@@ -178,6 +189,20 @@ mod tests {
         assert_eq!(limits("{}", r#"{"limit":104857601}"#).memory_mib, 168);
         assert_eq!(limits("{}", r#"{"limit":-1}"#).memory_mib, 2048);
         assert_eq!(limits("{}", r#"{"limit":9223372036854775807}"#).memory_mib, 16_000);
+    }
+
+    #[test]
+    fn unified_limits_decide_too() {
+        let unified = |files: &str| {
+            size(&format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"resources":{{
+                    "memory":{{"limit":104857600}},"unified":{files}}}}}}}"#
+            ))
+            .unwrap()
+        };
+        assert_eq!(unified(r#"{"memory.max":"209715200"}"#).memory_mib, 269);
+        assert_eq!(unified(r#"{"memory.max":"max"}"#).memory_mib, 2048);
+        assert_eq!(unified(r#"{"memory.high":"1","cpuset.cpus":"3,4,9"}"#).vcpus, 3);
     }
 
     #[test]

@@ -4,6 +4,9 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
+/// Why limits on devices of the host cannot be honoured.
+pub(super) const NO_HOST_DEVICE: &str = "block devices of the host are not in the microVM";
+
 const NO_LISTENER: &str = "a listener on the host cannot reach system calls in a microVM";
 
 /// Refused when set to anything but their neutral value, with the reason.
@@ -16,42 +19,47 @@ const REFUSED: &[(&str, &str)] = &[
     ("/vm", "kernel and image are set in the configuration of isopod, not by the container"),
     ("/uidMappings", "the specification has it under linux"),
     ("/gidMappings", "the specification has it under linux"),
-    ("/linux/timeOffsets", "clocks of a container cannot be shifted yet"),
     ("/linux/seccomp/listenerPath", NO_LISTENER),
     ("/linux/seccomp/listenerMetadata", NO_LISTENER),
-    ("/linux/intelRdt", "cache allocation of the host does not reach into a microVM"),
     ("/linux/netDevices", "devices of the host cannot be moved into a microVM"),
     ("/linux/memoryPolicy", "a microVM has one memory node"),
-    ("/linux/resources/blockIO", "it is not honoured by this version"),
-    ("/linux/resources/hugepageLimits", "it is not honoured by this version"),
-    ("/linux/resources/network", "it is not honoured by this version"),
+    ("/linux/resources/blockIO/leafWeight", "cgroup v2, which the guest uses, has no such weight"),
+    ("/linux/resources/blockIO/weightDevice", NO_HOST_DEVICE),
+    ("/linux/resources/blockIO/throttleReadBpsDevice", NO_HOST_DEVICE),
+    ("/linux/resources/blockIO/throttleWriteBpsDevice", NO_HOST_DEVICE),
+    ("/linux/resources/blockIO/throttleReadIOPSDevice", NO_HOST_DEVICE),
+    ("/linux/resources/blockIO/throttleWriteIOPSDevice", NO_HOST_DEVICE),
+    ("/linux/resources/network/classID", "cgroup v2, which the guest uses, does not mark packets"),
+    ("/linux/resources/network/priorities", "cgroup v2, which the guest uses, has none"),
     ("/linux/resources/rdma", "a microVM has no RDMA devices"),
-    ("/linux/resources/unified", "it is not honoured by this version"),
-    ("/linux/resources/memory/kernel", "cgroup v2, which the guest uses, has no such limit"),
-    ("/linux/resources/memory/kernelTCP", "cgroup v2, which the guest uses, has no such limit"),
-    ("/linux/resources/memory/swappiness", "cgroup v2, which the guest uses, has no such setting"),
     ("/linux/resources/memory/disableOOMKiller", "cgroup v2, which the guest uses, cannot do it"),
     ("/linux/resources/cpu/realtimeRuntime", "cgroup v2, which the guest uses, cannot do it"),
     ("/linux/resources/cpu/realtimePeriod", "cgroup v2, which the guest uses, cannot do it"),
-    ("/linux/resources/cpu/idle", "it is not honoured by this version"),
-    ("/linux/resources/cpu/burst", "it is not honoured by this version"),
+    ("/linux/personality/flags", "the specification defines none"),
 ];
 
 /// Where an update's fields are in a config.json.
 const RESOURCES: &str = "/linux/resources";
 
 /// As [`REFUSED`], relative to a `process` object.
-const REFUSED_IN_PROCESS: &[(&str, &str)] = &[
-    ("/commandLine", "it is for another operating system"),
-    ("/scheduler", "it is not honoured by this version"),
-    ("/ioPriority", "it is not honoured by this version"),
-    ("/execCPUAffinity", "it is not honoured by this version"),
+const REFUSED_IN_PROCESS: &[(&str, &str)] =
+    &[("/commandLine", "it is for another operating system")];
+
+/// Accepted without effect, which is documented and logged, with the reason.
+const NO_EFFECT: &[(&str, &str)] = &[
+    ("/process/apparmorProfile", INSTEAD),
+    ("/process/selinuxLabel", INSTEAD),
+    ("/process/user/username", "users have numbers on Linux"),
+    ("/process/execCPUAffinity/initial", "processes are born in the container's cgroup"),
+    ("/linux/mountLabel", INSTEAD),
+    ("/linux/intelRdt", "the microVM has no cache of its own to allocate"),
+    ("/linux/resources/memory/kernel", "it is part of linux.resources.memory.limit"),
+    ("/linux/resources/memory/kernelTCP", "it is part of linux.resources.memory.limit"),
+    ("/linux/resources/memory/swappiness", "the guest has no swap"),
+    ("/linux/resources/memory/useHierarchy", "limits hold for groups below too, always"),
 ];
 
-/// Settings of the host's security modules. The microVM takes their place, so they
-/// have no effect, which is documented and logged.
-const HOST_ONLY: &[&str] =
-    &["/process/apparmorProfile", "/process/selinuxLabel", "/linux/mountLabel"];
+const INSTEAD: &str = "the microVM takes its place";
 
 /// Refuses a config.json that asks for what this version cannot do.
 ///
@@ -64,21 +72,6 @@ pub(super) fn refuse(config: &Value) -> Result<()> {
         refuse_from(process, "process", REFUSED_IN_PROCESS)?;
     }
     refuse_memory_nodes("config.json", config.pointer("/linux/resources"))?;
-    match config.pointer("/linux/personality/domain").and_then(Value::as_str) {
-        None | Some("LINUX") => {}
-        Some(other) => {
-            return Err(Error::new(format!(
-                "linux.personality is {other}, which this version does not support: only LINUX is"
-            )));
-        }
-    }
-    if config.pointer("/linux/personality/flags").is_some_and(|flags| !is_neutral(flags)) {
-        return Err(refusal(
-            "config.json",
-            "linux.personality.flags",
-            "the specification defines none",
-        ));
-    }
     Ok(())
 }
 
@@ -119,10 +112,10 @@ fn refuse_memory_nodes(name: &str, resources: Option<&Value>) -> Result<()> {
 }
 
 /// Logs the fields that are accepted and have no effect.
-pub(super) fn note_host_only(config: &Value) {
-    for pointer in HOST_ONLY {
+pub(super) fn note_no_effect(config: &Value) {
+    for (pointer, reason) in NO_EFFECT {
         if config.pointer(pointer).is_some_and(|value| !is_neutral(value)) {
-            log::debug!("{} has no effect: the microVM takes its place", dotted("", pointer));
+            log::debug!("{} has no effect: {reason}", dotted("", pointer));
         }
     }
 }
@@ -164,17 +157,30 @@ mod tests {
 
     #[test]
     fn each_unsupported_field_is_refused_by_its_name() {
-        for (config, name) in [
-            (json!({"hooks": {"startContainer": [{"path": "/x"}]}}), "hooks.startContainer"),
-            (json!({"linux": {"timeOffsets": {"monotonic": {"secs": 5}}}}), "linux.timeOffsets"),
-            (json!({"linux": {"intelRdt": {"closID": "x"}}}), "linux.intelRdt"),
-            (json!({"linux": {"resources": {"unified": {"a": "b"}}}}), "linux.resources.unified"),
-            (json!({"process": {"scheduler": {"policy": "SCHED_FIFO"}}}), "process.scheduler"),
-            (json!({"linux": {"resources": {"cpu": {"mems": "0-1"}}}}), "linux.resources.cpu.mems"),
-            (json!({"linux": {"personality": {"domain": "LINUX32"}}}), "linux.personality"),
+        for (config, message) in [
+            (
+                json!({"linux": {"netDevices": {"eth1": {"name": "x"}}}}),
+                "config.json sets linux.netDevices, which is not supported: devices of the host \
+                 cannot be moved into a microVM",
+            ),
+            (
+                json!({"linux": {"resources": {"blockIO":
+                    {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}}}}),
+                "config.json sets linux.resources.blockIO.throttleReadBpsDevice, which is not \
+                 supported: block devices of the host are not in the microVM",
+            ),
+            (
+                json!({"process": {"commandLine": "x"}}),
+                "config.json sets process.commandLine, which is not supported: it is for another \
+                 operating system",
+            ),
+            (
+                json!({"linux": {"resources": {"cpu": {"mems": "0-1"}}}}),
+                "config.json sets linux.resources.cpu.mems, which is not supported: a microVM has \
+                 one memory node, which is 0",
+            ),
         ] {
-            let error = refuse(&config).unwrap_err();
-            assert!(error.message.contains(name), "{error}");
+            assert_eq!(refuse(&config).unwrap_err().message, message);
         }
     }
 
@@ -183,11 +189,10 @@ mod tests {
         refuse(&json!({
             "hooks": {"prestart": [], "poststop": null},
             "linux": {
-                "timeOffsets": {"monotonic": {"secs": 0}},
-                "personality": {"domain": "LINUX"},
+                "personality": {"domain": "LINUX", "flags": []},
                 "resources": {
                     "blockIO": {"weight": 0},
-                    "memory": {"kernel": -1, "disableOOMKiller": false, "swappiness": null},
+                    "memory": {"disableOOMKiller": false},
                     "cpu": {"shares": 0, "realtimePeriod": 0, "mems": "0"}
                 }
             }

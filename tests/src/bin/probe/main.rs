@@ -13,6 +13,7 @@ mod network;
 mod parallel;
 mod posix;
 mod report;
+mod schedule;
 mod stream;
 
 use std::path::Path;

@@ -32,6 +32,7 @@ pub(crate) fn report() -> Value {
         },
         "no_new_privs": field("NoNewPrivs"),
         "seccomp": field("Seccomp"),
+        "schedule": crate::schedule::report(),
         "umask": format!("{:04o}", mask.bits()),
         "rlimits": rlimits(),
         "cwd": std::env::current_dir().expect("getcwd"),
@@ -92,7 +93,7 @@ fn rlimits() -> Value {
 }
 
 fn namespaces() -> BTreeMap<String, String> {
-    let all = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
+    let all = ["cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"];
     let link = |name: &&str| fs::read_link(format!("/proc/self/ns/{name}")).ok();
     all.iter()
         .filter_map(|name| Some(((*name).to_owned(), link(name)?.to_string_lossy().into_owned())))
