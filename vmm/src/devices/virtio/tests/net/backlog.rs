@@ -1,6 +1,6 @@
 //! A driver that makes no room, and what is held goes on.
 
-use super::wire::{HEADER_LEN, Wire, frame, in_namespace, make_room, packet, take, transmit};
+use super::wire::{HEADER_LEN, Wire, frame, make_room, packet, take, transmit, with_each_mover};
 use crate::devices::virtio::state::OwnState;
 use crate::devices::virtio::tests::driver::{Driver, EVENT_IDX};
 use crate::devices::virtio::tests::state::state;
@@ -10,10 +10,10 @@ const TRANSMIT: usize = 1;
 
 #[test]
 fn frames_wait_for_room_and_are_not_lost() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         for declined in [0, EVENT_IDX] {
             let wire = Wire::new(1);
-            let mut driver = Driver::started_without(Box::new(wire.device()), declined);
+            let mut driver = Driver::started_without(Box::new(wire.device(mover)), declined);
             for n in 0..50 {
                 wire.send(&frame(500, n));
             }
@@ -33,9 +33,9 @@ fn frames_wait_for_room_and_are_not_lost() {
 
 #[test]
 fn a_held_device_loses_no_chain() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::new(1);
-        let mut driver = Driver::found(Box::new(wire.device()));
+        let mut driver = Driver::found(Box::new(wire.device(mover)));
         assert_eq!(state(&mut driver).device, None, "not in service");
         driver.start();
         let room = make_room(&mut driver, RECEIVE, 40, 1600);
@@ -58,9 +58,9 @@ fn a_held_device_loses_no_chain() {
 
 #[test]
 fn frames_that_come_while_it_is_held_are_delivered() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         for n in 0..50 {
             let room = make_room(&mut driver, RECEIVE, 1, 1600);
             wire.send(&frame(400, n));

@@ -1,6 +1,8 @@
 //! What no driver does.
 
-use super::wire::{HEADER_LEN, Wire, frame, in_namespace, make_room, packet, take, transmit};
+use super::wire::{
+    HEADER_LEN, Mover, Wire, frame, in_namespace, make_room, packet, take, transmit,
+};
 use crate::devices::virtio::tests::driver::{Buffer, Driver, INDIRECT, NEXT, WRITE};
 
 const RECEIVE: usize = 0;
@@ -21,7 +23,7 @@ fn still_serves(driver: &mut Driver, wire: &Wire) {
 fn packets_that_are_none_are_dropped() {
     in_namespace(|| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(Mover::Threads)));
         let long: Vec<Buffer> = (0..100).map(|n| (AT + n * 4096, 4096, false)).collect();
         let chains: [&[Buffer]; 8] = [
             &[(AT, 0, false)],
@@ -46,7 +48,7 @@ fn packets_that_are_none_are_dropped() {
 fn headers_that_lie_send_nothing_wrong() {
     in_namespace(|| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(Mover::Threads)));
         for (flags, gso, hdr_len, gso_size, start, offset) in [
             (1, 0, 0, 0, u16::MAX, u16::MAX),
             (1, 0, 0, 0, 200, 0),
@@ -74,7 +76,7 @@ fn headers_that_lie_send_nothing_wrong() {
 fn room_that_is_none_is_given_back_empty() {
     in_namespace(|| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(Mover::Threads)));
         let chains: [&[Buffer]; 6] = [
             &[(AT, 11, true)],
             &[(AT, 0, true)],
@@ -101,7 +103,7 @@ fn room_that_is_none_is_given_back_empty() {
 fn rings_that_loop_or_run_ahead_hold_up_nobody() {
     in_namespace(|| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(Mover::Threads)));
         let memory = driver.memory.clone();
         for queue in [RECEIVE, TRANSMIT] {
             let writable = if queue == RECEIVE { WRITE } else { 0 };
@@ -136,7 +138,7 @@ fn rings_that_loop_or_run_ahead_hold_up_nobody() {
 fn the_host_may_take_the_tap_away() {
     in_namespace(|| {
         let mut wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(Mover::Threads)));
         make_room(&mut driver, RECEIVE, 4, 1600);
         wire.take_down();
         // As with a wire that is cut: what is sent is lost, and nothing else happens.

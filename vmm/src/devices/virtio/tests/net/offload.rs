@@ -1,6 +1,6 @@
 //! Checksums and segments, left to whoever does them last.
 
-use super::wire::{HEADER_LEN, MAC, Wire, in_namespace, make_room, take, transmit};
+use super::wire::{HEADER_LEN, MAC, Wire, make_room, take, transmit, with_each_mover};
 use crate::devices::virtio::tests::driver::Driver;
 
 const RECEIVE: usize = 0;
@@ -73,9 +73,9 @@ fn wire() -> Wire {
 
 #[test]
 fn the_guest_gets_segments_whole_and_says_so() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = wire();
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         let room = make_room(&mut driver, RECEIVE, 100, 2048);
         let frame = segment(60_000);
         wire.send(&[&header(GSO_TCPV4, 1460)[..], &frame].concat());
@@ -89,9 +89,9 @@ fn the_guest_gets_segments_whole_and_says_so() {
 
 #[test]
 fn a_guest_without_segments_gets_frames() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = wire();
-        let mut driver = Driver::started_without(Box::new(wire.device()), GUEST_TSO4);
+        let mut driver = Driver::started_without(Box::new(wire.device(mover)), GUEST_TSO4);
         let room = make_room(&mut driver, RECEIVE, 100, 2048);
         wire.send(&[&header(GSO_TCPV4, 1460)[..], &segment(6000)].concat());
         let mut data = 0;
@@ -115,9 +115,9 @@ fn a_guest_without_segments_gets_frames() {
 
 #[test]
 fn what_the_guest_leaves_to_do_is_passed_on() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = wire();
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         let frame = segment(50_000);
         let packet = [&header(GSO_TCPV4, 1448)[..], &[0, 0], &frame].concat();
         transmit(&mut driver, TRANSMIT, &packet, &[HEADER_LEN, HEADERS, 4096, 4096]);

@@ -1,6 +1,6 @@
 //! Several queue pairs, and the control queue that says how many are in use.
 
-use super::wire::{HEADER_LEN, Wire, frame, in_namespace, make_room, transmit};
+use super::wire::{HEADER_LEN, Wire, frame, make_room, transmit, with_each_mover};
 use crate::devices::virtio::state::OwnState;
 use crate::devices::virtio::tests::driver::Driver;
 use crate::devices::virtio::tests::state::state;
@@ -70,9 +70,9 @@ fn reached(driver: &mut Driver, wire: &Wire) -> Vec<usize> {
 
 #[test]
 fn frames_use_the_pairs_that_the_driver_wants() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::of("tap0", PAIRS, 0x0800);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         assert_eq!(driver.queues.len(), CONTROL + 1);
         assert_eq!(driver.config::<2>(8), (PAIRS as u16).to_le_bytes());
         for round in 0..2 {
@@ -101,9 +101,9 @@ fn frames_use_the_pairs_that_the_driver_wants() {
 
 #[test]
 fn other_commands_are_refused() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::of("tap0", PAIRS, 0x0800);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         for pairs in [0, PAIRS as u16 + 1, u16::MAX] {
             assert_eq!(set_pairs(&mut driver, pairs), ERROR);
         }
@@ -132,9 +132,9 @@ fn other_commands_are_refused() {
 
 #[test]
 fn a_driver_may_do_without() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::of("tap0", PAIRS, 0x0800);
-        let mut driver = Driver::found(Box::new(wire.device()));
+        let mut driver = Driver::found(Box::new(wire.device(mover)));
         for declined in [MQ, CTRL_VQ] {
             driver.reset();
             driver.write(0x70, 3);

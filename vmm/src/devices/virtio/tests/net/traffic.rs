@@ -1,7 +1,8 @@
 //! Frames both ways, in whatever pieces the driver has made.
 
 use super::wire::{
-    HEADER_LEN, MAC, Wire, config, frame, in_namespace, make_room, open_tap, packet, take, transmit,
+    HEADER_LEN, MAC, Mover, Wire, config, frame, in_namespace, make_room, open_tap, packet, take,
+    transmit, with_each_mover,
 };
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::tests::driver::{Driver, EVENT_IDX};
@@ -11,8 +12,8 @@ const TRANSMIT: usize = 1;
 
 #[test]
 fn the_guest_finds_what_was_configured() {
-    in_namespace(|| {
-        let mut driver = Driver::started(Box::new(Wire::new(1).device()));
+    with_each_mover(|mover| {
+        let mut driver = Driver::started(Box::new(Wire::new(1).device(mover)));
         assert_eq!(driver.read(8), 1);
         assert_eq!(driver.config::<6>(0), MAC);
         assert_eq!(driver.config::<6>(6), [1, 0, 1, 0, 120, 5], "link up, one pair, 1400");
@@ -22,9 +23,9 @@ fn the_guest_finds_what_was_configured() {
 
 #[test]
 fn frames_go_out_whole_however_they_are_cut() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         for (seed, pieces) in
             [&[][..], &[HEADER_LEN], &[1, 5, 3, 7, 900], &[10, 2, 14], &[300; 4]].iter().enumerate()
         {
@@ -37,10 +38,10 @@ fn frames_go_out_whole_however_they_are_cut() {
 
 #[test]
 fn many_frames_keep_their_order() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         for declined in [0, EVENT_IDX] {
             let wire = Wire::new(1);
-            let mut driver = Driver::started_without(Box::new(wire.device()), declined);
+            let mut driver = Driver::started_without(Box::new(wire.device(mover)), declined);
             // More than a turn, and around the ring.
             for round in 0..8 {
                 for n in 0..100u8 {
@@ -60,9 +61,9 @@ fn many_frames_keep_their_order() {
 
 #[test]
 fn frames_come_in_with_a_header() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         let room = make_room(&mut driver, RECEIVE, 8, 2048);
         for (seed, len) in [(1, 60), (2, 1514), (3, 777)] {
             wire.send(&frame(len, seed));
@@ -76,10 +77,10 @@ fn frames_come_in_with_a_header() {
 
 #[test]
 fn a_frame_is_spread_over_small_buffers() {
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::new(1);
         wire.set_mtu(9000);
-        let mut driver = Driver::started(Box::new(wire.device()));
+        let mut driver = Driver::started(Box::new(wire.device(mover)));
         // The header itself needs not lie in one piece.
         let room = make_room(&mut driver, RECEIVE, 200, 61);
         let long = frame(9014, 4);
@@ -100,14 +101,15 @@ fn a_frame_is_spread_over_small_buffers() {
 #[test]
 fn without_merging_a_frame_takes_one_chain_or_is_lost() {
     const MRG_RXBUF: u64 = 1 << 15;
-    in_namespace(|| {
+    with_each_mover(|mover| {
         let wire = Wire::new(1);
-        let mut driver = Driver::started_without(Box::new(wire.device()), MRG_RXBUF);
+        let mut driver = Driver::started_without(Box::new(wire.device(mover)), MRG_RXBUF);
         let room = make_room(&mut driver, RECEIVE, 8, 1000);
         wire.send(&frame(1400, 5));
         wire.send(&frame(900, 6));
         let (packet, count) = take(&mut driver, RECEIVE, &room);
-        assert_eq!(count, 1, "also when it is not negotiated (5.1.6.4.1)");
+        // Also when merging is not negotiated (5.1.6.4.1), which vhost-net leaves out.
+        assert!(count == 1 || mover == Mover::Kernel);
         assert_eq!(packet[HEADER_LEN..], frame(900, 6));
     });
 }

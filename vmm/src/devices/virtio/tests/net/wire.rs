@@ -18,8 +18,29 @@ pub(super) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 /// `struct virtio_net_hdr_v1`.
 pub(super) const HEADER_LEN: usize = 12;
 
+const VHOST_NET: &str = "/dev/vhost-net";
+
 /// For local experiments (IEEE 802), so that no protocol of the host answers.
 const ETHERTYPE: u16 = 0x88b5;
+
+/// Who moves the packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mover {
+    /// Threads of the device.
+    Threads,
+    /// The kernel's vhost-net.
+    Kernel,
+}
+
+/// Runs `test` for each mover that this machine has.
+pub(super) fn with_each_mover(test: impl Fn(Mover) + Sync) {
+    in_namespace(|| test(Mover::Threads));
+    if fs::exists(VHOST_NET).unwrap() {
+        in_namespace(|| test(Mover::Kernel));
+    } else {
+        eprintln!("left out in part: needs {VHOST_NET}");
+    }
+}
 
 /// Runs `test` on a thread with a network namespace of its own. Nothing is left of either.
 pub(super) fn in_namespace(test: impl FnOnce() + Send) {
@@ -135,9 +156,14 @@ impl Wire {
     }
 
     /// A device on this tap.
-    pub(super) fn device(&self) -> Net {
-        let taps = self.taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
-        Net::new(taps, Vec::new(), &config()).unwrap()
+    pub(super) fn device(&self, mover: Mover) -> Net {
+        let taps: Vec<_> = self.taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
+        let open = || File::options().read(true).write(true).open(VHOST_NET).unwrap().into();
+        let vhost = match mover {
+            Mover::Threads => Vec::new(),
+            Mover::Kernel => taps.iter().map(|_| open()).collect(),
+        };
+        Net::new(taps, vhost, &config()).unwrap()
     }
 
     pub(super) fn send(&self, frame: &[u8]) {
