@@ -3,14 +3,15 @@
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::x86_64::layout;
 use crate::arch::x86_64::state::{StateError, VmState};
 use crate::bus::{Bus, BusDevice};
-use crate::devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
+use crate::devices::virtio::registers::RegisterPages;
 use crate::devices::virtio::{self, Interrupt, VirtioDevice};
 use crate::end::EndSignal;
 use crate::memory::GuestRam;
@@ -35,8 +36,8 @@ pub enum VmError {
         /// Why not.
         source: kvm_ioctls::Error,
     },
-    /// The host gives no event descriptor for the end of the machine.
-    #[error("making an event descriptor: {0}")]
+    /// The host gives no event descriptor or address space for the machine.
+    #[error("making the machine's event descriptors and registers: {0}")]
     Event(std::io::Error),
     /// The device needs a host resource that is not to be had.
     #[error("the {device} device: making its event descriptors: {source}")]
@@ -65,6 +66,10 @@ pub struct Vm {
     /// Port devices.
     pub ports: Bus,
     devices: u32,
+    registers: RegisterPages,
+    /// Takes the driver's acknowledgement of each interrupt, which nobody needs; so it is an exit to
+    /// KVM but not to this process.
+    acknowledged: EventFd,
     end: Arc<EndSignal>,
 }
 
@@ -87,7 +92,14 @@ impl Vm {
         if kvm.get_api_version() != KVM_API_VERSION {
             return Err(VmError::Api(kvm.get_api_version()));
         }
-        for cap in [Cap::Irqchip, Cap::Ioeventfd, Cap::Irqfd, Cap::UserMemory, Cap::ImmediateExit] {
+        for cap in [
+            Cap::Irqchip,
+            Cap::Ioeventfd,
+            Cap::Irqfd,
+            Cap::UserMemory,
+            Cap::ReadonlyMem,
+            Cap::ImmediateExit,
+        ] {
             if !kvm.check_extension(cap) {
                 return Err(VmError::Missing(cap));
             }
@@ -107,10 +119,29 @@ impl Vm {
             mmio: Bus::default(),
             ports: Bus::default(),
             devices: 0,
+            registers: RegisterPages::new(layout::VIRTIO_MMIO_LEN as usize)
+                .map_err(VmError::Event)?,
+            acknowledged: EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::Event)?,
             end: Arc::new(EndSignal::new().map_err(VmError::Event)?),
         };
         vm.register_ram()?;
+        vm.register_registers()?;
         Ok(vm)
+    }
+
+    /// Lets guests read the devices' registers like memory.
+    fn register_registers(&self) -> Result<(), VmError> {
+        let region = kvm_userspace_memory_region {
+            slot: self.ram.parts().len() as u32,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: layout::VIRTIO_MMIO_START,
+            memory_size: layout::VIRTIO_MMIO_LEN,
+            userspace_addr: self.registers.host_addr(),
+        };
+        // SAFETY: the range is a whole mapping that `self.registers` keeps for as long as the VM
+        // lives; RAM has none of these guest addresses.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(ioctl("registering the devices' registers"))
     }
 
     fn register_ram(&self) -> Result<(), VmError> {
@@ -189,8 +220,8 @@ impl Vm {
         if irq > layout::IRQ_LAST {
             return Err(VmError::TooManyDevices);
         }
-        let address =
-            layout::VIRTIO_MMIO_START + u64::from(self.devices) * layout::VIRTIO_MMIO_SIZE;
+        let offset = u64::from(self.devices) * layout::VIRTIO_MMIO_SIZE;
+        let address = layout::VIRTIO_MMIO_START + offset;
         self.devices += 1;
         let name = virtio::name(device.device_type());
         let failed = |source| VmError::Device { device: name, source };
@@ -200,6 +231,7 @@ impl Vm {
             device,
             self.ram.memory().clone(),
             Interrupt::new(line),
+            self.registers.window(offset as usize),
             Arc::clone(&self.end),
         )
         .map_err(failed)?;
@@ -209,6 +241,10 @@ impl Vm {
                 .register_ioevent(kick, &notify, queue)
                 .map_err(ioctl("registering a queue's kick"))?;
         }
+        let acknowledge = IoEventAddress::Mmio(address + INTERRUPT_ACK);
+        self.fd
+            .register_ioevent(&self.acknowledged, &acknowledge, NoDatamatch)
+            .map_err(ioctl("registering the acknowledgement of interrupts"))?;
         let device: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(transport));
         self.mmio.insert(address, layout::VIRTIO_MMIO_SIZE, device);
         Ok(MmioSlot { address, irq })

@@ -49,6 +49,9 @@ pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 /// Size of a virtio-mmio register window.
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 
+/// Size of all windows: one for each interrupt line.
+pub const VIRTIO_MMIO_LEN: u64 = (IRQ_LAST - VIRTIO_IRQ_FIRST + 1) as u64 * VIRTIO_MMIO_SIZE;
+
 /// IO-APIC registers, where KVM's in-kernel one is.
 pub const IOAPIC_START: u32 = 0xfec0_0000;
 

@@ -8,15 +8,15 @@
 //! ```
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::registers::RegisterWindow;
 use super::state::{MmioState, QueueState};
-use super::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+use super::{Activation, ActiveQueue, INTERRUPT_USED_RING, Interrupt, VirtioDevice};
 use crate::bus::BusDevice;
 use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
@@ -67,10 +67,34 @@ mod register {
     pub(super) const SHM_BASE_HIGH: u64 = 0xbc;
     pub(super) const CONFIG_GENERATION: u64 = 0xfc;
     pub(super) const CONFIG: u64 = 0x100;
+
+    /// Those that can be read; all others are zero.
+    pub(super) const READABLE: [u64; 14] = [
+        MAGIC,
+        VERSION,
+        DEVICE_ID,
+        VENDOR_ID,
+        DEVICE_FEATURES,
+        QUEUE_NUM_MAX,
+        QUEUE_READY,
+        INTERRUPT_STATUS,
+        STATUS,
+        SHM_LEN_LOW,
+        SHM_LEN_HIGH,
+        SHM_BASE_LOW,
+        SHM_BASE_HIGH,
+        CONFIG_GENERATION,
+    ];
 }
 
-/// Offset of the register that an ioeventfd watches.
+/// Offset of the register that ioeventfds watch for kicks.
 pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
+
+/// Offset of the register that is written after each interrupt, to no effect.
+pub const INTERRUPT_ACK: u64 = register::INTERRUPT_ACK;
+
+/// What is shown of a configuration space, in bytes; none here is longer.
+const CONFIG_LEN: u64 = 64;
 
 /// The transport's own state, apart from what its queues hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,12 +114,13 @@ pub struct MmioTransport {
     queues: Vec<Queue>,
     kicks: Vec<EventFd>,
     interrupt: Interrupt,
+    window: RegisterWindow,
     end: Arc<EndSignal>,
 }
 
 impl MmioTransport {
-    /// Puts `device` behind a transport whose interrupts go to `interrupt`. A device that cannot go
-    /// on says so by `end`.
+    /// Puts `device` behind a transport whose interrupts go to `interrupt`, and whose registers show
+    /// in `window`. A device that cannot go on says so by `end`.
     ///
     /// # Errors
     ///
@@ -104,6 +129,7 @@ impl MmioTransport {
         device: Box<dyn VirtioDevice>,
         memory: GuestMemoryMap,
         interrupt: Interrupt,
+        window: RegisterWindow,
         end: Arc<EndSignal>,
     ) -> std::io::Result<Self> {
         let kicks = device
@@ -113,7 +139,26 @@ impl MmioTransport {
             .collect::<std::io::Result<_>>()?;
         let queues = new_queues(device.as_ref());
         let state = TransportState::default();
-        Ok(Self { device, memory, state, queues, kicks, interrupt, end })
+        let transport = Self { device, memory, state, queues, kicks, interrupt, window, end };
+        transport.show();
+        transport.show_config();
+        Ok(transport)
+    }
+
+    /// Puts what the guest can read into its window.
+    fn show(&self) {
+        for offset in register::READABLE {
+            self.window.store(offset, self.read_register(offset));
+        }
+    }
+
+    /// The same for the configuration space, which no device here ever changes.
+    fn show_config(&self) {
+        for offset in (0..CONFIG_LEN).step_by(4) {
+            let mut bytes = [0; 4];
+            self.device.read_config(offset, &mut bytes);
+            self.window.store(register::CONFIG + offset, u32::from_le_bytes(bytes));
+        }
     }
 
     /// Everything that the driver has made of the device. Its workers are held meanwhile; the vCPUs
@@ -126,7 +171,6 @@ impl MmioTransport {
         self.device.hold();
         let state = MmioState {
             transport: self.state,
-            interrupt_status: self.interrupt.status.load(Ordering::SeqCst),
             queues: self.queues.iter().map(|queue| QueueState::of(queue, false)).collect(),
             device: self.device.state(),
         };
@@ -156,7 +200,7 @@ impl MmioTransport {
             },
             register::QUEUE_NUM_MAX => self.selected().map_or(0, |q| q.max_size().into()),
             register::QUEUE_READY => self.selected().map_or(0, |q| q.ready().into()),
-            register::INTERRUPT_STATUS => self.interrupt.status(),
+            register::INTERRUPT_STATUS => self.interrupt_status(),
             register::STATUS => self.state.status,
             // No shared memory regions: the length of one that does not exist is all ones.
             register::SHM_LEN_LOW
@@ -168,6 +212,10 @@ impl MmioTransport {
         }
     }
 
+    fn interrupt_status(&self) -> u32 {
+        if self.state.status & STATUS_DRIVER_OK != 0 { INTERRUPT_USED_RING } else { 0 }
+    }
+
     fn write_register(&mut self, offset: u64, value: u32) {
         match offset {
             register::DEVICE_FEATURES_SEL => self.state.device_features_sel = value,
@@ -175,9 +223,6 @@ impl MmioTransport {
             register::DRIVER_FEATURES => self.set_driver_features(value),
             register::QUEUE_SEL => self.state.queue_sel = value,
             register::QUEUE_NOTIFY => self.notify(value),
-            register::INTERRUPT_ACK => {
-                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
-            }
             register::STATUS => self.set_status(value),
             _ => self.write_queue_register(offset, value),
         }
@@ -286,7 +331,6 @@ impl MmioTransport {
         }
         self.state = TransportState::default();
         self.queues = new_queues(self.device.as_ref());
-        self.interrupt.reset();
         for kick in &self.kicks {
             // Kicks for the queues of before mean nothing now; no kick is an error to a read.
             let _ = kick.read();
@@ -343,6 +387,9 @@ impl BusDevice for MmioTransport {
             && offset < register::CONFIG
         {
             self.write_register(offset, u32::from_le_bytes(value));
+            if offset != register::QUEUE_NOTIFY && offset != register::INTERRUPT_ACK {
+                self.show();
+            }
         }
     }
 }

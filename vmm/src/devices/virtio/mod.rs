@@ -6,6 +6,7 @@ pub mod chain;
 pub mod fs;
 pub mod mmio;
 pub mod net;
+pub mod registers;
 pub mod rng;
 pub mod state;
 #[cfg(test)]
@@ -15,7 +16,7 @@ pub mod worker;
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering, fence};
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
@@ -26,7 +27,7 @@ use self::worker::Hold;
 use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
 
-/// Bit of `InterruptStatus` that says that a used ring has changed (4.2.2).
+/// Bit of `InterruptStatus` that says that a used ring may have changed (4.2.2).
 const INTERRUPT_USED_RING: u32 = 1;
 
 /// A device behind the transport. It is inactive until the driver says `DRIVER_OK`.
@@ -325,42 +326,26 @@ impl ActiveQueue {
 }
 
 /// The interrupt line of one device.
+///
+/// It is raised for used rings only, and belongs to this device alone. So `InterruptStatus` says for
+/// as long as the device is in service that a ring may have changed, nothing has to be counted up or
+/// acknowledged, and the host's kernel can raise the line as well.
 #[derive(Clone)]
-pub struct Interrupt {
-    status: Arc<AtomicU32>,
-    line: Arc<EventFd>,
-    /// The host's kernel raises the line without telling anybody here.
-    bypassed: Arc<AtomicBool>,
-}
+pub struct Interrupt(Arc<EventFd>);
 
 impl Interrupt {
     /// A line that is raised through `line`, an irqfd.
     pub fn new(line: EventFd) -> Self {
-        Self { status: Arc::default(), line: Arc::new(line), bypassed: Arc::default() }
+        Self(Arc::new(line))
     }
 
-    /// The line, for the host's kernel to raise. The status then always says that a ring may have
-    /// changed, which it does not have to have: drivers look.
-    fn bypass(&self) -> &EventFd {
-        self.bypassed.store(true, Ordering::SeqCst);
-        &self.line
-    }
-
-    /// `InterruptStatus`.
-    fn status(&self) -> u32 {
-        let bypassed = self.bypassed.load(Ordering::SeqCst);
-        self.status.load(Ordering::SeqCst) | if bypassed { INTERRUPT_USED_RING } else { 0 }
-    }
-
-    fn reset(&self) {
-        self.status.store(0, Ordering::SeqCst);
-        self.bypassed.store(false, Ordering::SeqCst);
+    fn line(&self) -> &EventFd {
+        &self.0
     }
 
     fn trigger(&self) {
-        self.status.fetch_or(INTERRUPT_USED_RING, Ordering::SeqCst);
         // It only fails when the counter is full, and then the interrupt is pending already.
-        let _ = self.line.write(1);
+        let _ = self.0.write(1);
     }
 }
 

@@ -97,8 +97,6 @@ pub enum OwnState {
 pub struct MmioState {
     /// The transport's registers.
     pub transport: TransportState,
-    /// `InterruptStatus`.
-    pub interrupt_status: u32,
     /// The queues as their registers show them.
     pub queues: Vec<QueueState>,
     /// The device, if it is in service and can tell.

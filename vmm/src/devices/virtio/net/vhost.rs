@@ -112,7 +112,7 @@ impl VhostPair {
             };
             backend.set_vring_addr(index, &rings)?;
             backend.set_vring_kick(index, &active.kick)?;
-            backend.set_vring_call(index, active.interrupt.bypass())?;
+            backend.set_vring_call(index, active.interrupt.line())?;
             backend.set_tap(index, true)?;
         }
         self.running = true;

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
 use crate::devices::virtio::mmio::MmioTransport;
+use crate::devices::virtio::registers::{RegisterPages, RegisterWindow};
 use crate::devices::virtio::worker::borrow;
 use crate::devices::virtio::{Interrupt, VirtioDevice};
 use crate::end::EndSignal;
@@ -36,6 +37,8 @@ pub(super) fn memory() -> GuestMemoryMap {
 
 pub(super) struct Driver {
     pub(super) transport: MmioTransport,
+    /// The registers as the guest reads them without an exit.
+    shown: RegisterWindow,
     pub(super) memory: GuestMemoryMap,
     pub(super) queues: Vec<Ring>,
     pub(super) end: Arc<EndSignal>,
@@ -52,11 +55,13 @@ impl Driver {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt::new(line.try_clone().unwrap());
         let end = Arc::new(EndSignal::new().unwrap());
+        let window = RegisterPages::new(0x2000).unwrap().window(0x1000);
+        let (ram, shown) = (memory.clone(), window.clone());
         let transport =
-            MmioTransport::new(device, memory.clone(), interrupt, Arc::clone(&end)).unwrap();
+            MmioTransport::new(device, ram, interrupt, window, Arc::clone(&end)).unwrap();
         let kicks =
             transport.worker_kicks().map(|(n, kick)| (n, kick.try_clone().unwrap())).collect();
-        Self { transport, memory, queues: Vec::new(), end, line, kicks, declined: 0 }
+        Self { transport, shown, memory, queues: Vec::new(), end, line, kicks, declined: 0 }
     }
 
     /// A device in service.
@@ -91,7 +96,9 @@ impl Driver {
     pub(super) fn read(&mut self, register: u64) -> u32 {
         let mut bytes = [0; 4];
         self.transport.read(register, &mut bytes);
-        u32::from_le_bytes(bytes)
+        let value = u32::from_le_bytes(bytes);
+        assert_eq!(self.shown.load(register), value, "register {register:#x}");
+        value
     }
 
     pub(super) fn write(&mut self, register: u64, value: u32) {
@@ -101,6 +108,9 @@ impl Driver {
     pub(super) fn config<const N: usize>(&mut self, offset: u64) -> [u8; N] {
         let mut bytes = [0xff; N];
         self.transport.read(0x100 + offset, &mut bytes);
+        for (at, byte) in (0x100 + offset..).zip(bytes) {
+            assert_eq!(self.shown.load(at & !3).to_le_bytes()[at as usize & 3], byte);
+        }
         bytes
     }
 
