@@ -3,6 +3,7 @@
 //! Both sides are built from one tree and shipped together, so the contract has one version number
 //! and no negotiation: [`Hello`] carries it, and the host refuses a guest that speaks another.
 
+pub mod capability;
 pub mod mount_option;
 pub mod sysctl;
 

@@ -17,4 +17,5 @@ pub mod sandbox;
 pub mod settings;
 pub mod signal;
 pub mod state;
+pub mod stats;
 pub mod terminal;

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::error::{Context as _, Error, Result};
 use crate::log::log_warn;
@@ -183,6 +185,22 @@ impl Cgroup {
         field(&text, "oom_kill").unwrap_or(0)
     }
 
+    /// Changes of what [`Self::oom_kills`] counts.
+    ///
+    /// # Errors
+    ///
+    /// This kernel does not account for memory.
+    pub(crate) fn watch_memory_events(&self) -> Result<Watch> {
+        let path = self.path.join("memory.events");
+        let context = || format!("watch {}", path.display());
+        let file = fs::File::open(&path).context(context)?;
+        // SAFETY: the file is owned by what is returned and never given out, so it stays open, and the
+        // same file, for as long as it is registered.
+        let registered = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) };
+        let file = registered.map_err(io::Error::from).context(context)?;
+        Ok(Watch(file))
+    }
+
     /// Kills every process with SIGKILL, also those that are being forked.
     ///
     /// # Errors
@@ -301,6 +319,28 @@ impl Cgroup {
             at += 1;
         }
         Ok(groups)
+    }
+}
+
+/// An interface file whose changes can be waited for.
+pub(crate) struct Watch(AsyncFd<fs::File>);
+
+impl Watch {
+    /// Waits for the next change since this was made or since the last call has returned. Who reads
+    /// after that reads at least this change.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be read any more.
+    pub(crate) async fn changed(&mut self) -> Result<()> {
+        let context = || "watch a cgroup";
+        let mut ready = self.0.ready(Interest::PRIORITY).await.context(context)?;
+        ready.clear_ready();
+        // The kernel signals the next change only to who has read this one.
+        let mut file = ready.get_inner();
+        io::Seek::rewind(&mut file).context(context)?;
+        io::copy(&mut file, &mut io::sink()).context(context)?;
+        Ok(())
     }
 }
 

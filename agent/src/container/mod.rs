@@ -34,13 +34,14 @@ mod scheduling;
 pub(crate) mod seccomp;
 mod signals;
 mod spec;
+mod stats;
 pub(crate) mod stdio;
 pub(crate) mod terminal;
 
 use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use isopod_protocol::agent::{Network, ProcessInfo};
+use isopod_protocol::agent::{ContainerStats, Network, ProcessInfo};
 
 use self::cgroup::Cgroup;
 use self::channel::Request;
@@ -313,6 +314,37 @@ impl Container {
         self.check_not_ended()?;
         let cgroup = Arc::clone(&self.cgroup);
         blocking(move || resources::update(&cgroup, &resources_json)).await
+    }
+
+    /// What the container uses, and what it may.
+    ///
+    /// # Errors
+    ///
+    /// The cgroup cannot be read.
+    pub(crate) async fn stats(&self) -> Result<ContainerStats> {
+        let (cgroup, pid) = (Arc::clone(&self.cgroup), self.init.pid());
+        blocking(move || stats::read(&cgroup, pid)).await
+    }
+
+    /// Waits until the count of processes that the kernel has killed for the memory limit is not
+    /// `seen`, or the container has ended. Returns the count, and whether it has.
+    ///
+    /// # Errors
+    ///
+    /// The cgroup cannot be watched.
+    pub(crate) async fn wait_oom(&self, seen: u64) -> Result<(u64, bool)> {
+        let mut events = self.cgroup.watch_memory_events()?;
+        loop {
+            let ended = self.init.has_ended();
+            let count = self.cgroup.oom_kills();
+            if count != seen || ended {
+                return Ok((count, ended));
+            }
+            tokio::select! {
+                changed = events.changed() => changed?,
+                _ = self.init.wait() => {}
+            }
+        }
     }
 
     fn check_not_ended(&self) -> Result<()> {

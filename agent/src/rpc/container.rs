@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use isopod_protocol::agent::{
-    ContainerRef, CreateContainerRequest, Empty, ProcessList, ProcessStarted, SetupNetworkRequest,
-    UpdateContainerRequest,
+    ContainerRef, ContainerStats, CreateContainerRequest, Empty, OomKills, ProcessList,
+    ProcessStarted, SetupNetworkRequest, UpdateContainerRequest, WaitOomRequest,
 };
 
 use crate::container::seccomp::Filter;
@@ -64,4 +64,13 @@ pub(super) async fn update(
 pub(super) async fn delete(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<Empty> {
     sandbox.delete(&request.container_id).await?;
     Ok(Empty::default())
+}
+
+pub(super) async fn stats(sandbox: Arc<Sandbox>, request: ContainerRef) -> Result<ContainerStats> {
+    sandbox.container(&request.container_id)?.stats().await
+}
+
+pub(super) async fn wait_oom(sandbox: Arc<Sandbox>, request: WaitOomRequest) -> Result<OomKills> {
+    let (count, ended) = sandbox.container(&request.container_id)?.wait_oom(request.seen).await?;
+    Ok(OomKills { count, ended, ..OomKills::default() })
 }

@@ -12,9 +12,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use isopod_protocol::agent::{
-    ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, ProcessExit, ProcessList,
-    ProcessRef, ProcessStarted, ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest,
-    SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest,
+    ContainerRef, ContainerStats, CreateContainerRequest, Empty, ExecProcessRequest, OomKills,
+    ProcessExit, ProcessList, ProcessRef, ProcessStarted, ResizeTerminalRequest,
+    SetupNetworkRequest, SetupSandboxRequest, SignalProcessRequest, StreamTokens, TerminalSize,
+    UpdateContainerRequest, WaitOomRequest,
 };
 use isopod_protocol::agent_ttrpc::Agent;
 use protobuf::MessageField;
@@ -110,6 +111,19 @@ impl Agent for AgentService {
         r: UpdateContainerRequest,
     ) -> ttrpc::Result<Empty> {
         self.run(move |sandbox| container::update(sandbox, r)).await
+    }
+
+    async fn container_stats(
+        &self,
+        _: &TtrpcContext,
+        r: ContainerRef,
+    ) -> ttrpc::Result<ContainerStats> {
+        self.run(move |sandbox| container::stats(sandbox, r)).await
+    }
+
+    async fn wait_oom(&self, _: &TtrpcContext, r: WaitOomRequest) -> ttrpc::Result<OomKills> {
+        // Changes nothing, as above.
+        container::wait_oom(Arc::clone(&self.0), r).await.map_err(status)
     }
 
     async fn delete_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {

@@ -2,6 +2,7 @@
 
 mod check;
 mod default;
+mod features;
 #[cfg(test)]
 mod fields;
 mod guest;
@@ -28,6 +29,7 @@ use serde_json::{Map, Value};
 pub(crate) use self::guest::shared_name;
 pub use self::{
     default::{capabilities, default_spec, write_spec},
+    features::features,
     guest::{guest_processors, guest_spec},
     seccomp::Filter,
     size::{VmSize, cpu_list_len},

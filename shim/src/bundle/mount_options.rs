@@ -35,6 +35,18 @@ fn is_of_a_bind(option: &str) -> bool {
         || option.strip_prefix('r').is_some_and(known)
 }
 
+/// All options that are not a file system's own, sorted.
+pub(super) fn known() -> Vec<String> {
+    let recursive =
+        [ATTRIBUTES, PROPAGATION].concat().into_iter().map(|option| format!("r{option}"));
+    let plain = [ATTRIBUTES, PROPAGATION, NEUTRAL, &["bind", "rbind", "tmpcopyup"]].concat();
+    let plain = plain.into_iter().filter(|option| !option.is_empty()).map(str::to_owned);
+    let mut all: Vec<String> = plain.chain(recursive).collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@
 //! hundred names has to get into the guest. What is not said by the specification is as with runc.
 
 mod enosys;
+mod features;
 
 use std::{
     collections::BTreeSet,
@@ -24,6 +25,7 @@ use oci_spec::runtime::{
 use rustix::fs::{MemfdFlags, memfd_create};
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::features::{features, library_version};
 use crate::error::{Error, Explain, Result};
 
 /// Most instructions that a kernel takes (`BPF_MAXINSNS` in linux/bpf_common.h).
@@ -152,16 +154,23 @@ fn action(what: &str, action: Action, errno: Option<u32>) -> Result<ScmpAction> 
 fn architectures(profile: &LinuxSeccomp) -> BTreeSet<Abi> {
     let listed = profile.architectures().iter().flatten();
     listed
-        .filter_map(|arch| match arch {
-            Arch::ScmpArchNative | Arch::ScmpArchX86_64 => Some(Abi::X8664),
-            Arch::ScmpArchX86 => Some(Abi::X86),
-            Arch::ScmpArchX32 => Some(Abi::X32),
-            other => {
-                log::debug!("linux.seccomp.architectures: {other} cannot run in the guest");
-                None
+        .filter_map(|arch| {
+            let abi = abi(arch);
+            if abi.is_none() {
+                log::debug!("linux.seccomp.architectures: {arch} cannot run in the guest");
             }
+            abi
         })
         .collect()
+}
+
+fn abi(arch: &Arch) -> Option<Abi> {
+    match arch {
+        Arch::ScmpArchNative | Arch::ScmpArchX86_64 => Some(Abi::X8664),
+        Arch::ScmpArchX86 => Some(Abi::X86),
+        Arch::ScmpArchX32 => Some(Abi::X32),
+        _ => None,
+    }
 }
 
 /// How system calls can be made in a guest.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Annotation that sets the number of vCPUs.
-const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
+pub(super) const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
 
 /// Annotation that sets the guest's memory in MiB.
 pub(super) const MEMORY_ANNOTATION: &str = "dev.isopod.memory_mib";

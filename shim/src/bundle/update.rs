@@ -49,8 +49,11 @@ pub fn update_resources(
     if let Some(pids) = update.pids().filter(|pids| pids.limit() != 0) {
         after.set_pids(Some(pids));
     }
-    if let Some(io) = update.block_io() {
-        after.set_block_io(Some(merge_io(before.block_io().clone().unwrap_or_default(), io)));
+    // All else of it is about devices of the host.
+    if let Some(weight) = update.block_io().as_ref().and_then(LinuxBlockIo::weight)
+        && weight != 0
+    {
+        after.block_io_mut().get_or_insert_default().set_weight(Some(weight));
     }
     if let Some(pages) = update.hugepage_limits().as_ref().filter(|pages| !pages.is_empty()) {
         let new = |size: &str| pages.iter().any(|page| page.page_size() == size);
@@ -155,30 +158,6 @@ fn merge_cpu(before: LinuxCpu, update: &LinuxCpu) -> LinuxCpu {
     after
 }
 
-fn merge_io(before: LinuxBlockIo, update: &LinuxBlockIo) -> LinuxBlockIo {
-    let mut after = before;
-    if let Some(weight) = update.weight().filter(|weight| *weight != 0) {
-        after.set_weight(Some(weight));
-    }
-    let given = |list: &Option<Vec<_>>| list.as_ref().is_some_and(|list| !list.is_empty());
-    if given(update.throttle_read_bps_device()) {
-        after.set_throttle_read_bps_device(update.throttle_read_bps_device().clone());
-    }
-    if given(update.throttle_write_bps_device()) {
-        after.set_throttle_write_bps_device(update.throttle_write_bps_device().clone());
-    }
-    if given(update.throttle_read_iops_device()) {
-        after.set_throttle_read_iops_device(update.throttle_read_iops_device().clone());
-    }
-    if given(update.throttle_write_iops_device()) {
-        after.set_throttle_write_iops_device(update.throttle_write_iops_device().clone());
-    }
-    if update.weight_device().as_ref().is_some_and(|list| !list.is_empty()) {
-        after.set_weight_device(update.weight_device().clone());
-    }
-    after
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,11 +181,7 @@ mod tests {
             r#"{"memory": {"limit": 0}, "cpu": {"shares": 0, "cpus": ""}, "pids": {"limit": 0},
                 "blockIO": {"weight": 0}, "devices": [{"allow": true, "access": "rwm"}]}"#,
         ] {
-            let mut after = updated(before, neutral).unwrap();
-            if after.block_io().as_ref().is_some_and(|io| *io == LinuxBlockIo::default()) {
-                after.set_block_io(None);
-            }
-            assert_eq!(after, resources(before), "{neutral}");
+            assert_eq!(updated(before, neutral).unwrap(), resources(before), "{neutral}");
         }
         let update = r#"{"memory": {"limit": 200}, "cpu": {"quota": -1}, "pids": {"limit": -1}}"#;
         let after = updated(before, update).unwrap();

@@ -2,16 +2,20 @@
 
 mod bundle;
 mod check;
+mod checkpoint;
 mod create;
 mod creation;
 mod delete;
+mod events;
 mod exec;
+mod features;
 mod kill;
 mod list;
 mod pause;
 mod ps;
 mod resume;
 mod run;
+mod spec;
 mod start;
 mod state;
 mod update;
@@ -104,6 +108,18 @@ enum Verb {
     Ps(ps::Ps),
     /// Unpack an image into a new bundle: isopod bundle oci:DIR[:TAG] BUNDLE
     Bundle(bundle::Bundle),
+    /// Tell what a container uses, and when the kernel kills a process of it for its memory limit.
+    Events(events::Events),
+    /// Write a config.json to start from.
+    Spec(spec::Spec),
+    /// Print what of the runtime specification is supported, as JSON.
+    Features,
+    /// Not supported.
+    #[command(hide = true)]
+    Checkpoint(checkpoint::Refused),
+    /// Not supported.
+    #[command(hide = true)]
+    Restore(checkpoint::Refused),
     /// Show what this host has and lacks for running microVMs.
     Check,
     /// The process that owns a microVM. Started by create and run.
@@ -192,6 +208,11 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         Verb::Update(update) => update.run(&global),
         Verb::Ps(ps) => ps.run(&global),
         Verb::Bundle(bundle) => bundle.run(),
+        Verb::Events(events) => events.run(&global),
+        Verb::Spec(spec) => spec.run(),
+        Verb::Features => features::run(),
+        Verb::Checkpoint(refused) => refused.run("checkpoint"),
+        Verb::Restore(refused) => refused.run("restore"),
         Verb::Check => check::run(),
         Verb::Sandbox(_) | Verb::ExecRelay(_) => Ok(1),
     }

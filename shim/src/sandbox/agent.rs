@@ -6,9 +6,9 @@ use ttrpc::{Code, r#async::transport::Socket, context::Context};
 use isopod_protocol::{
     AGENT_PORT, SHARED_TAG,
     agent::{
-        ContainerRef, CreateContainerRequest, Empty, ExecProcessRequest, Network, ProcessInfo,
-        ProcessRef, ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest,
-        SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest,
+        ContainerRef, ContainerStats, CreateContainerRequest, Empty, ExecProcessRequest, Network,
+        ProcessInfo, ProcessRef, ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest,
+        SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -209,6 +209,22 @@ impl Agent {
     pub(super) async fn processes(&self) -> Result<Vec<ProcessInfo>> {
         let answer = self.client.list_processes(Context::default(), &self.container()).await;
         answer.map(|list| list.processes).map_err(|e| explain("cannot list the processes", e))
+    }
+
+    /// What the container uses.
+    pub(super) async fn stats(&self) -> Result<ContainerStats> {
+        let answer = self.client.container_stats(Context::default(), &self.container()).await;
+        answer.map_err(|e| explain("cannot ask what the container uses", e))
+    }
+
+    /// Waits until the count of the container's processes that the kernel has killed for its memory
+    /// limit is not `seen`, or the container has ended. Returns the count, and whether it has.
+    pub(super) async fn wait_oom(&self, seen: u64) -> Result<(u64, bool)> {
+        let request =
+            WaitOomRequest { container_id: self.container_id.clone(), seen, ..Default::default() };
+        let answer = self.client.wait_oom(Context::default(), &request).await;
+        let kills = answer.map_err(|e| explain("cannot watch the container's memory", e))?;
+        Ok((kills.count, kills.ended))
     }
 
     fn container(&self) -> ContainerRef {

@@ -1,0 +1,77 @@
+//! `events`: what a container uses, and when the kernel has killed a process of it.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{Global, print};
+use crate::{
+    error::{Error, Explain, Result},
+    sandbox::inspect::{self, News},
+    state::{Id, StateDir, Status},
+    stats::{Event, Stats},
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Events {
+    /// How often to tell what the container uses, as in 5s or 1m30s.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = interval)]
+    interval: Duration,
+    /// Tell what the container uses now, and nothing more.
+    #[arg(long)]
+    stats: bool,
+    /// The container.
+    id: String,
+}
+
+impl Events {
+    pub(super) fn run(self, global: &Global) -> Result<u8> {
+        let id = Id::parse(&self.id)?;
+        let dir = StateDir::open(&global.root, &id)?;
+        let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
+        if matches!(status, Status::Creating | Status::Stopped) {
+            return Err(Error::new(format!("container {id} is not running: it is {status}")));
+        }
+        let tell = |news: News| {
+            let id = id.to_string();
+            line(&match news {
+                News::Stats(read) => Event::Stats { id, data: Box::new(Stats::of(&read)) },
+                News::Oom => Event::Oom { id },
+            })
+        };
+        if self.stats {
+            tell(News::Stats(Box::new(inspect::stats(&dir, &id)?)))?;
+        } else {
+            inspect::follow(&dir, &id, self.interval, tell)?;
+        }
+        Ok(0)
+    }
+}
+
+fn line(event: &Event) -> Result<()> {
+    let json = serde_json::to_string(event).explain(|| "cannot write an event".into())?;
+    print(&format!("{json}\n"))
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(interval) if !interval.is_zero() => Ok(interval),
+        Ok(_) => Err("the interval has to be longer than 0".to_owned()),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intervals_are_those_of_runcs_callers() {
+        assert_eq!(interval("5s"), Ok(Duration::from_secs(5)));
+        assert_eq!(interval("1m30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(interval("250ms"), Ok(Duration::from_millis(250)));
+        for bad in ["0s", "-1s", "5", "", "soon"] {
+            assert!(interval(bad).is_err(), "{bad}");
+        }
+    }
+}

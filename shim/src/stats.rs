@@ -1,0 +1,438 @@
+//! What a container uses, in the form that `events` of runc has: its `types.Stats`, names and units
+//! and all, with cgroup v2 read as runc reads it.
+//!
+//! The figures are files of the guest's kernel and come from the guest. What cannot be read in them is
+//! left out or 0; nothing in them can do more than be wrong.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::Serialize;
+
+use isopod_protocol::agent::ContainerStats;
+
+/// Most interfaces, devices or processors that are shown.
+const MAX_SHOWN: usize = 1024;
+
+/// A limit of nothing.
+const UNLIMITED: u64 = u64::MAX;
+
+/// A line of `events`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum Event {
+    /// What a container uses.
+    Stats {
+        /// The container.
+        id: String,
+        /// The figures.
+        data: Box<Stats>,
+    },
+    /// The kernel has killed a process of it for its memory limit.
+    Oom {
+        /// The container.
+        id: String,
+    },
+}
+
+/// What a container uses, and what it may.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+pub struct Stats {
+    cpu: Cpu,
+    cpuset: Cpuset,
+    memory: Memory,
+    pids: Pids,
+    blkio: Blkio,
+    hugetlb: BTreeMap<String, Hugetlb>,
+    intel_rdt: IntelRdt,
+    /// Those of the container but its loopback; `None` if it has no other.
+    network_interfaces: Option<Vec<NetworkInterface>>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct Cpu {
+    usage: CpuUsage,
+    throttling: Throttling,
+}
+
+/// In nanoseconds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct CpuUsage {
+    #[serde(skip_serializing_if = "is_zero")]
+    total: u64,
+    kernel: u64,
+    user: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Throttling {
+    #[serde(skip_serializing_if = "is_zero")]
+    periods: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    throttled_periods: u64,
+    /// In nanoseconds.
+    #[serde(skip_serializing_if = "is_zero")]
+    throttled_time: u64,
+}
+
+/// What is not in cgroup v2 is 0, as with runc.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct Cpuset {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cpus: Vec<u16>,
+    cpu_exclusive: u64,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    mems: Vec<u16>,
+    mem_hardwall: u64,
+    mem_exclusive: u64,
+    memory_migrate: u64,
+    memory_spread_page: u64,
+    memory_spread_slab: u64,
+    memory_pressure: u64,
+    sched_load_balance: u64,
+    sched_relax_domain_level: i64,
+}
+
+/// In bytes.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct Memory {
+    #[serde(skip_serializing_if = "is_zero")]
+    cache: u64,
+    usage: MemoryEntry,
+    /// Memory and swap together.
+    swap: MemoryEntry,
+    kernel: MemoryEntry,
+    #[serde(rename = "kernelTCP")]
+    kernel_tcp: MemoryEntry,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    raw: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct MemoryEntry {
+    limit: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    usage: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    max: u64,
+    failcnt: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct Pids {
+    #[serde(skip_serializing_if = "is_zero")]
+    current: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    limit: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Blkio {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    io_service_bytes_recursive: Vec<BlkioEntry>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    io_serviced_recursive: Vec<BlkioEntry>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct BlkioEntry {
+    #[serde(skip_serializing_if = "is_zero")]
+    major: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    minor: u64,
+    op: &'static str,
+    #[serde(skip_serializing_if = "is_zero")]
+    value: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct Hugetlb {
+    #[serde(skip_serializing_if = "is_zero")]
+    usage: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    max: u64,
+    failcnt: u64,
+}
+
+/// Nothing of the host's reaches into a microVM.
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+struct IntelRdt {}
+
+#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct NetworkInterface {
+    name: String,
+    rx_bytes: u64,
+    rx_packets: u64,
+    rx_errors: u64,
+    rx_dropped: u64,
+    tx_bytes: u64,
+    tx_packets: u64,
+    tx_errors: u64,
+    tx_dropped: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+impl Stats {
+    /// From what the agent has read.
+    pub fn of(read: &ContainerStats) -> Self {
+        let files = Files(&read.cgroup_files);
+        Self {
+            cpu: cpu(&files),
+            cpuset: Cpuset {
+                cpus: list(files.text("cpuset.cpus.effective")),
+                mems: list(files.text("cpuset.mems.effective")),
+                ..Cpuset::default()
+            },
+            memory: memory(&files),
+            pids: Pids {
+                current: files.number("pids.current"),
+                // No limit is 0 here.
+                limit: Some(files.number("pids.max")).filter(|n| *n != UNLIMITED).unwrap_or(0),
+            },
+            blkio: blkio(files.text("io.stat")),
+            hugetlb: hugetlb(&files),
+            intel_rdt: IntelRdt::default(),
+            network_interfaces: Some(interfaces(&read.network_devices))
+                .filter(|interfaces| !interfaces.is_empty()),
+        }
+    }
+}
+
+/// Interface files by their names.
+struct Files<'a>(&'a HashMap<String, String>);
+
+impl<'a> Files<'a> {
+    fn text(&self, name: &str) -> &'a str {
+        self.0.get(name).map_or("", |text| text.trim())
+    }
+
+    /// A number, or `max`.
+    fn number(&self, name: &str) -> u64 {
+        match self.text(name) {
+            "max" => UNLIMITED,
+            text => text.parse().unwrap_or(0),
+        }
+    }
+
+    /// The lines `key number` of a file.
+    fn fields(&self, name: &str) -> BTreeMap<String, u64> {
+        let field = |line: &str| {
+            let (key, number) = line.split_once(' ')?;
+            Some((key.to_owned(), number.trim().parse().ok()?))
+        };
+        self.text(name).lines().take(MAX_SHOWN).filter_map(field).collect()
+    }
+}
+
+fn cpu(files: &Files<'_>) -> Cpu {
+    let fields = files.fields("cpu.stat");
+    let count = |name: &str| fields.get(name).copied().unwrap_or(0);
+    let nanoseconds = |name: &str| count(name).saturating_mul(1000);
+    Cpu {
+        usage: CpuUsage {
+            total: nanoseconds("usage_usec"),
+            kernel: nanoseconds("system_usec"),
+            user: nanoseconds("user_usec"),
+        },
+        throttling: Throttling {
+            periods: count("nr_periods"),
+            throttled_periods: count("nr_throttled"),
+            throttled_time: nanoseconds("throttled_usec"),
+        },
+    }
+}
+
+fn memory(files: &Files<'_>) -> Memory {
+    let raw = files.fields("memory.stat");
+    let events = files.fields("memory.events");
+    let usage = MemoryEntry {
+        limit: files.number("memory.max"),
+        usage: files.number("memory.current"),
+        max: files.number("memory.peak"),
+        failcnt: events.get("max").copied().unwrap_or(0),
+    };
+    let swap = files.number("memory.swap.max");
+    let swap = MemoryEntry {
+        limit: if swap == UNLIMITED { swap } else { swap.saturating_add(usage.limit) },
+        usage: files.number("memory.swap.current").saturating_add(usage.usage),
+        ..MemoryEntry::default()
+    };
+    let cache = raw.get("file").copied().unwrap_or(0);
+    Memory { cache, usage, swap, raw, ..Memory::default() }
+}
+
+/// Lines such as `254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`.
+fn blkio(text: &str) -> Blkio {
+    let mut found = Blkio::default();
+    for line in text.lines().take(MAX_SHOWN) {
+        let mut words = line.split_ascii_whitespace();
+        let device = words.next().and_then(|device| {
+            let (major, minor) = device.split_once(':')?;
+            Some((major.parse().ok()?, minor.parse().ok()?))
+        });
+        let Some((major, minor)) = device else { continue };
+        for (key, value) in words.filter_map(|word| word.split_once('=')) {
+            let (entries, op) = match key {
+                "rbytes" => (&mut found.io_service_bytes_recursive, "Read"),
+                "wbytes" => (&mut found.io_service_bytes_recursive, "Write"),
+                "rios" => (&mut found.io_serviced_recursive, "Read"),
+                "wios" => (&mut found.io_serviced_recursive, "Write"),
+                _ => continue,
+            };
+            entries.push(BlkioEntry { major, minor, op, value: value.parse().unwrap_or(0) });
+        }
+    }
+    found
+}
+
+fn hugetlb(files: &Files<'_>) -> BTreeMap<String, Hugetlb> {
+    let sizes = files.0.keys().filter_map(|name| {
+        let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+        size.bytes().all(|b| b.is_ascii_alphanumeric()).then_some(size)
+    });
+    sizes
+        .take(MAX_SHOWN)
+        .map(|size| {
+            let events = files.fields(&format!("hugetlb.{size}.events"));
+            let usage = files.number(&format!("hugetlb.{size}.current"));
+            let failcnt = events.get("max").copied().unwrap_or(0);
+            (size.to_owned(), Hugetlb { usage, max: 0, failcnt })
+        })
+        .collect()
+}
+
+/// The lines of /proc/net/dev: a name, then eight figures of what was received and eight of what was
+/// sent. Not the loopback.
+fn interfaces(text: &str) -> Vec<NetworkInterface> {
+    let interface = |line: &str| {
+        let (name, figures) = line.trim().split_once(':')?;
+        let figures: Vec<u64> =
+            figures.split_ascii_whitespace().map_while(|n| n.parse().ok()).collect();
+        let ([rx_bytes, rx_packets, rx_errors, rx_dropped, ..], sent) =
+            figures.split_at_checked(8)?
+        else {
+            return None;
+        };
+        let [tx_bytes, tx_packets, tx_errors, tx_dropped, ..] = sent else { return None };
+        (name != "lo").then(|| NetworkInterface {
+            name: name.to_owned(),
+            rx_bytes: *rx_bytes,
+            rx_packets: *rx_packets,
+            rx_errors: *rx_errors,
+            rx_dropped: *rx_dropped,
+            tx_bytes: *tx_bytes,
+            tx_packets: *tx_packets,
+            tx_errors: *tx_errors,
+            tx_dropped: *tx_dropped,
+        })
+    };
+    text.lines().filter_map(interface).take(MAX_SHOWN).collect()
+}
+
+/// Numbers in a list such as `0-3,8`.
+fn list(text: &str) -> Vec<u16> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.trim().parse::<u16>().ok()?..=last.trim().parse::<u16>().ok()?)
+    };
+    text.split(',').filter_map(range).flatten().take(MAX_SHOWN).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn stats(files: &[(&str, &str)], network: &str) -> Value {
+        let read = ContainerStats {
+            cgroup_files: files.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            network_devices: network.to_owned(),
+            ..Default::default()
+        };
+        serde_json::to_value(Stats::of(&read)).unwrap()
+    }
+
+    #[test]
+    fn files_become_runcs_figures() {
+        let network = "Inter-|   Receive   |  Transmit\n face |bytes    packets errs\n    lo: 1 2 3 4 5 \
+                       6 7 8 9 10 11 12 13 14 15 16\n  eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n";
+        let seen = stats(
+            &[
+                ("cpu.stat", "usage_usec 30\nuser_usec 10\nsystem_usec 20\nnr_periods 4"),
+                ("cpuset.cpus.effective", "0-1,3\n"),
+                ("memory.current", "4096"),
+                ("memory.max", "8192"),
+                ("memory.swap.max", "100"),
+                ("memory.swap.current", "1"),
+                ("memory.stat", "anon 5\nfile 6"),
+                ("memory.events", "low 0\nmax 7\noom 1"),
+                ("pids.current", "3"),
+                ("pids.max", "max"),
+                ("io.stat", "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6"),
+                ("hugetlb.2MB.current", "9"),
+                ("hugetlb.2MB.events", "max 2"),
+            ],
+            network,
+        );
+        assert_eq!(seen["cpu"]["usage"], json!({"total": 30000, "kernel": 20000, "user": 10000}));
+        assert_eq!(seen["cpu"]["throttling"], json!({"periods": 4}));
+        assert_eq!(seen["cpuset"]["cpus"], json!([0, 1, 3]));
+        let usage = json!({"limit": 8192, "usage": 4096, "failcnt": 7});
+        assert_eq!(seen["memory"]["usage"], usage);
+        assert_eq!(seen["memory"]["swap"], json!({"limit": 8292, "usage": 4097, "failcnt": 0}));
+        assert_eq!(
+            (&seen["memory"]["cache"], &seen["memory"]["raw"]["anon"]),
+            (&json!(6), &json!(5))
+        );
+        assert_eq!(seen["pids"], json!({"current": 3}));
+        assert_eq!(
+            seen["blkio"]["ioServicedRecursive"],
+            json!([{"major": 254, "op": "Read", "value": 3}, {"major": 254, "op": "Write", "value": 4}])
+        );
+        assert_eq!(seen["hugetlb"], json!({"2MB": {"usage": 9, "failcnt": 2}}));
+        let interfaces = seen["network_interfaces"].as_array().unwrap();
+        assert_eq!(interfaces.len(), 1);
+        assert_eq!(
+            (&interfaces[0]["Name"], &interfaces[0]["TxPackets"]),
+            (&json!("eth0"), &json!(10))
+        );
+    }
+
+    #[test]
+    fn a_hostile_guest_gets_nothing_but_wrong_figures() {
+        let seen = stats(
+            &[
+                ("cpu.stat", "usage_usec 18446744073709551615\nuser_usec -1\n\nx"),
+                ("cpuset.cpus.effective", "0-65535,0-65535,5-1,-,x"),
+                ("memory.max", "max"),
+                ("memory.swap.max", "18446744073709551614"),
+                ("memory.current", "18446744073709551615"),
+                ("io.stat", "::: a=b\n1:2\n1:2 rbytes=x =\n"),
+                ("hugetlb.../x.current", "1"),
+                ("hugetlb.current", "1"),
+            ],
+            ":\n:::\neth0:1 2\n\u{1b}[2J: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16",
+        );
+        assert_eq!(seen["cpu"]["usage"]["total"], json!(u64::MAX));
+        assert_eq!(seen["cpuset"]["cpus"].as_array().unwrap().len(), MAX_SHOWN);
+        assert_eq!(seen["memory"]["swap"]["limit"], json!(u64::MAX));
+        assert_eq!(seen["hugetlb"], json!({}));
+        assert_eq!(stats(&[], "")["network_interfaces"], Value::Null);
+    }
+
+    #[test]
+    fn events_are_lines_of_json() {
+        let oom = Event::Oom { id: "c".into() };
+        assert_eq!(serde_json::to_value(oom).unwrap(), json!({"type": "oom", "id": "c"}));
+        let event = Event::Stats { id: "c".into(), data: Box::default() };
+        let event = serde_json::to_value(event).unwrap();
+        assert_eq!((&event["type"], &event["id"]), (&json!("stats"), &json!("c")));
+        assert!(event["data"]["memory"].is_object());
+    }
+}
