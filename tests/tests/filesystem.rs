@@ -172,6 +172,44 @@ fn options_of_bind_mounts_are_kept() {
     assert!(["nosuid", "nodev", "noexec"].iter().all(|o| has.contains(o)), "{has:?}");
 }
 
+/// On the host the directory has a file system of its own mounted below.
+#[test]
+fn recursive_options_hold_below() {
+    let scope = Scope::new();
+    let dir = source(&scope);
+    fs::create_dir(dir.join("below")).unwrap();
+    let mount =
+        format!("mount -t tmpfs none {0} && echo x > {0}/file", dir.join("below").display());
+    let run = |options: &[&str], script: &str| {
+        let container = scope.container().shell(script);
+        let container = container.mount("/data", "bind", dir.to_str().unwrap(), options);
+        container.command_with_bundle("run", &[]).after_mounting(&mount).output().ok().stdout
+    };
+    let script = "cp /bin/busybox /data/below/true 2>/dev/null && echo written; \
+                  /data/below/true 2>/dev/null && echo run; cat /data/below/file";
+    assert_eq!(run(&["rbind"], script), "written\nrun\nx\n");
+    assert_eq!(run(&["rbind", "rnoexec"], script), "written\nx\n");
+    assert_eq!(run(&["rbind", "rro"], script), "x\n");
+    // Without `rbind` it is not there.
+    assert_eq!(run(&["bind"], "ls /data/below"), "");
+}
+
+#[test]
+fn a_tmpfs_can_start_with_what_the_image_has() {
+    let scope = Scope::new();
+    let script = "cat /etc/group | head -n 1; echo more >> /etc/group && tail -n 1 /etc/group; \
+                  /bin/probe mounts";
+    let container = scope.container().shell(script);
+    let container = container.mount("/etc", "tmpfs", "tmpfs", &["tmpcopyup", "mode=755"]);
+    let out = container.run().ok();
+    let mut lines = out.stdout.lines();
+    assert_eq!((lines.next(), lines.next()), (Some("root:x:0:"), Some("more")), "{out}");
+    let mounts: Value = serde_json::from_str(lines.next().unwrap()).unwrap();
+    assert_eq!(mounts["/etc"]["type"], json!("tmpfs"));
+    let image = fs::read_to_string(container.bundle.rootfs("/etc/group")).unwrap();
+    assert!(!image.contains("more"), "{image}");
+}
+
 #[test]
 fn a_missing_bind_source_is_an_error_that_names_it() {
     let scope = Scope::new();

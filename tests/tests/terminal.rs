@@ -41,6 +41,20 @@ fn create_sends_the_terminal_over_the_console_socket() {
 }
 
 #[test]
+fn the_terminal_begins_with_its_size() {
+    let scope = Scope::new();
+    let console = ConsoleSocket::bind(scope.dir());
+    let container = with_terminal(&scope, &["sh", "-c", "stty size; read x"])
+        .edit(|c| c["process"]["consoleSize"] = json!({ "height": 31, "width": 117 }));
+    let created = container.detach("create", &["--console-socket", console.path()]);
+    let mut terminal = console.terminal();
+    container.start().ok();
+    terminal.screen.line_with("31 117");
+    terminal.keys("\n");
+    created.wait();
+}
+
+#[test]
 fn run_detached_follows_the_terminals_size() {
     let scope = Scope::new();
     let console = ConsoleSocket::bind(scope.dir());

@@ -233,10 +233,14 @@ fn mounts(mounts: &[Mount]) -> Result<()> {
         if mount.destination().components().any(|part| part == Component::ParentDir) {
             return Err(Error::new(format!("{name} has .. in its destination")));
         }
-        for mappings in [mount.uid_mappings(), mount.gid_mappings()] {
+        for (field, mappings) in
+            [("uidMappings", mount.uid_mappings()), ("gidMappings", mount.gid_mappings())]
+        {
             if mappings.as_ref().is_some_and(|mappings| !mappings.is_empty()) {
                 return Err(Error::new(format!(
-                    "{name} asks for an id-mapped mount, which is not supported: virtio-fs has none"
+                    "mounts[{index}].{field} ({}) asks for an id-mapped mount, which is not \
+                     supported: virtio-fs has none",
+                    mount.destination().display()
                 )));
             }
         }

@@ -185,4 +185,6 @@ fn canonical_dir(path: &Path, what: &str) -> Result<PathBuf> {
 }
 
 #[cfg(test)]
+mod support;
+#[cfg(test)]
 mod tests;
