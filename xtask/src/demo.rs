@@ -8,7 +8,7 @@ use lexopt::prelude::*;
 
 use crate::apt::{self, Need};
 use crate::bundle::Given;
-use crate::lab::{Ended, Input, Options, Run, Show};
+use crate::lab::{self, Ended, Input, Options, Run, Show};
 use crate::place::{self, Place};
 use crate::progress::{say, step};
 use crate::{build, bundle};
@@ -130,14 +130,8 @@ fn prepare(place: &Place, dir: &Path) -> Result<()> {
     let Some(config) = given.without_terminal()? else { return Ok(()) };
     say("the bundle asks for a terminal and the lab has none: it runs there with `terminal` false");
     // The lab's view of the bundle, not the user's file.
-    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
-    place.must(&[
-        "cp",
-        "--remove-destination",
-        "--",
-        &text(&config)?,
-        &text(&dir.join("config.json"))?,
-    ])
+    let to = dir.join("config.json");
+    place.must(&["cp", "--remove-destination", "--", lab::text(&config)?, lab::text(&to)?])
 }
 
 /// Runs `isopod run` with `args`.

@@ -67,9 +67,8 @@ impl Place {
         }
         let name = from.file_name().context("a directory to copy has no name")?;
         let to = Path::new(BROUGHT).join(name);
-        let path = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
         self.must(&["mkdir", "-p", BROUGHT])?;
-        self.must(&["cp", "-a", "--", &path(from)?, &path(&to)?])?;
+        self.must(&["cp", "-a", "--", lab::text(from)?, lab::text(&to)?])?;
         Ok(to)
     }
 
@@ -81,7 +80,7 @@ impl Place {
             return Ok(());
         }
         for (number, path) in lab::hidden(paths).into_iter().enumerate() {
-            let path = path.to_str().context("a path is not UTF-8")?;
+            let path = lab::text(&path)?;
             // An overlay's directories are best named relatively: any byte may be in `path`.
             self.must(&["sh", "-c", EXPOSE, "expose", path, &number.to_string()])
                 .with_context(|| format!("cannot show {path} to the lab"))?;

@@ -10,6 +10,7 @@ use std::process::Stdio;
 use anyhow::{Context as _, Result, bail};
 
 use super::kernel::LabKernel;
+use super::text;
 use crate::process::{capture, command};
 use crate::repository;
 
@@ -118,10 +119,6 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 
 fn write_file(path: &Path, content: &str) -> Result<()> {
     fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn text(path: &Path) -> Result<&str> {
-    path.to_str().with_context(|| format!("{} is not UTF-8, which the lab needs", path.display()))
 }
 
 /// `text` as one word of a shell.

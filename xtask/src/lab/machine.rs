@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
-use super::{Options, PORT_PREFIX, PORTS};
+use super::{Options, PORT_PREFIX, PORTS, text};
 use crate::process::{bound_to_us, inheriting, tail};
 
 /// Where Debian has the virtiofsd of its QEMU package, and the one of its own.
@@ -20,6 +20,11 @@ const VIRTIOFSD_RUST: &str = "/usr/libexec/virtiofsd";
 /// Whether Debian's QEMU package brought a virtiofsd; newer releases have a package for it.
 pub(super) fn has_qemus_virtiofsd() -> bool {
     Path::new(VIRTIOFSD).exists()
+}
+
+/// Whether there is any virtiofsd to start.
+pub(super) fn has_virtiofsd() -> bool {
+    has_qemus_virtiofsd() || Path::new(VIRTIOFSD_RUST).exists()
 }
 
 /// Kernel command line: a quick boot, and a console for what goes wrong.
@@ -137,7 +142,7 @@ fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
     let fd = listener.as_raw_fd();
     let log = dir.join(format!("virtiofsd-{name}.log"));
     let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-    let source = source.to_str().context("a shared directory's name is not UTF-8")?;
+    let source = text(source)?;
 
     let mut command = if has_qemus_virtiofsd() {
         let mut command = Command::new(VIRTIOFSD);

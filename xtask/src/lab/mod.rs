@@ -71,10 +71,11 @@ pub(crate) fn needs() -> impl Iterator<Item = Need> {
     NEEDS.into_iter().chain(own.then_some(VIRTIOFSD))
 }
 
-/// Installs what the lab needs. Asked again after the first installation, [`needs`] knows all.
+/// Installs what the lab needs: what a release may have in a package of its own only when the rest,
+/// which may bring it, is there.
 fn install() -> Result<()> {
     apt::ensure(NEEDS)?;
-    apt::ensure(needs())
+    if machine::has_virtiofsd() { Ok(()) } else { apt::ensure([VIRTIOFSD]) }
 }
 
 /// What kind of lab to boot.
@@ -162,8 +163,7 @@ impl Run {
     }
 
     fn to_json(&self) -> Result<Vec<u8>> {
-        let cwd = self.cwd.to_str().context("the working directory is not UTF-8")?;
-        let value = json!({ "argv": self.argv, "env": self.env, "cwd": cwd });
+        let value = json!({ "argv": self.argv, "env": self.env, "cwd": text(&self.cwd)? });
         Ok(value.to_string().into_bytes())
     }
 
@@ -270,6 +270,11 @@ pub(crate) fn prepare() -> Result<()> {
 /// Those of `paths` that a lab does not show as they are on this machine; see [`initramfs::hidden`].
 pub(crate) fn hidden(paths: &[PathBuf]) -> Vec<PathBuf> {
     initramfs::hidden(paths, &repository::target())
+}
+
+/// A path as text, which is how the lab is told of it.
+pub(crate) fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("{} is not UTF-8, which the lab needs", path.display()))
 }
 
 /// Where the files of the lab called `name` are while it runs.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -93,6 +93,11 @@ fn in_labs(programs: Vec<TestProgram>, product: &Path) -> Result<Tally> {
     Ok(total)
 }
 
+/// What `mutex` guards. A thread that panicked with it left nothing half done: all is changed at once.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Programs that wait for a lab.
 type Queue = Mutex<VecDeque<TestProgram>>;
 
@@ -108,7 +113,7 @@ impl Labs<'_> {
     fn work(&self, options: &lab::Options, queue: &Queue) {
         let mut site: Option<Site> = None;
         loop {
-            if queue.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            if lock(queue).is_empty() {
                 return;
             }
             let ready = match site.take().map_or_else(|| self.boot(options), Ok) {
@@ -118,7 +123,7 @@ impl Labs<'_> {
                     return;
                 }
             };
-            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+            let next = lock(queue).pop_front();
             let Some(program) = next else { return };
             let what = format!("end-to-end tests in the lab: {}", program.name);
             let tally = match step(&what, || ready.run(&program, true)) {
@@ -131,7 +136,7 @@ impl Labs<'_> {
                     Tally::failure(format!("{} (its lab was lost)", program.name))
                 }
             };
-            self.total.lock().unwrap_or_else(PoisonError::into_inner).add(&tally);
+            lock(&self.total).add(&tally);
         }
     }
 
@@ -171,7 +176,7 @@ impl Site {
         let ended = self.place.run(&run, Input::Nothing, &mut show);
         if whole {
             static TERMINAL: Mutex<()> = Mutex::new(());
-            let _one = TERMINAL.lock().unwrap_or_else(PoisonError::into_inner);
+            let _one = lock(&TERMINAL);
             say(format!("what {} printed:", program.name));
             Show::Through.stdout(&output).context("cannot write output")?;
         }
