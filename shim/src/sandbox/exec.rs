@@ -198,7 +198,7 @@ impl Exec {
             }
         };
         if !matches!(self.terminal, Some(Terminal::Inherited { .. })) {
-            stdio::release(stdio::Release::InputAndOutput)?;
+            stdio::release(stdio::Release::but_for_messages())?;
         }
         let (tokens, streams) = local.connect(dir).await?;
         let (caller, process) = (agent.clone(), self.process.clone());

@@ -311,11 +311,7 @@ async fn create_container(
             (Local::terminal(console.as_fd())?, size, Some(console))
         }
     };
-    // What goes to a log file can do without standard error.
-    stdio::release(match crate::logger::file() {
-        Some(_) => Release::All,
-        None => Release::InputAndOutput,
-    })?;
+    stdio::release(Release::but_for_messages())?;
     let (tokens, streams) = local.connect(dir).await?;
     let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds, launch.vm.vcpus);
     agent.create_container(&spec, launch.seccomp.as_ref(), tokens, size, network).await?;

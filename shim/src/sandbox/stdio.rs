@@ -102,6 +102,17 @@ pub enum Release {
     All,
 }
 
+impl Release {
+    /// What a process gives up whose messages go to the log file, or, if it has none, to whoever
+    /// started it: containerd waits for the end of a standard error that it does not pass on.
+    pub fn but_for_messages() -> Self {
+        match crate::logger::file() {
+            Some(_) => Self::All,
+            None => Self::InputAndOutput,
+        }
+    }
+}
+
 /// Points this process's standard streams at `/dev/null`. Copies of them stay as they are: when the
 /// relays close theirs, whoever is at the other end hears of it, and not only when this process ends.
 ///
