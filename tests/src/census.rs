@@ -80,10 +80,7 @@ fn processes(view: &View<'_>, found: &mut BTreeSet<String>) {
         let known = ["isopod", "isopod-vmm", "isopod-agent", "runc"].contains(&&*process.name);
         let counted = descends(&all, *pid, view.keeper) || (view.all && known);
         if counted && !ended {
-            let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            let line = String::from_utf8_lossy(&line).replace('\0', " ");
-            let zombie = if process.state == 'Z' { " zombie" } else { "" };
-            found.insert(format!("process {pid} ({}){zombie} {line}", process.name));
+            found.insert(line(*pid, process));
         }
         descriptors(*pid, view, found);
     }
@@ -110,6 +107,24 @@ fn all_processes() -> BTreeMap<i32, Process> {
         all.insert(pid, Process { name, state, parent });
     }
     all
+}
+
+/// The living descendants of `root`, a line each.
+pub(crate) fn descendants(root: i32, found: &mut BTreeSet<String>) {
+    let all = all_processes();
+    for (pid, process) in &all {
+        let ended = process.state == 'Z' && process.parent == root;
+        if !ended && descends(&all, *pid, root) {
+            found.insert(line(*pid, process));
+        }
+    }
+}
+
+fn line(pid: i32, process: &Process) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let line = String::from_utf8_lossy(&line).replace('\0', " ");
+    let zombie = if process.state == 'Z' { " zombie" } else { "" };
+    format!("process {pid} ({}){zombie} {line}", process.name)
 }
 
 fn descends(all: &BTreeMap<i32, Process>, mut pid: i32, from: i32) -> bool {

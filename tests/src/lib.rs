@@ -27,6 +27,7 @@ mod bundle;
 mod census;
 mod command;
 mod container;
+pub mod engine;
 pub mod keeper;
 mod netns;
 pub mod pattern;

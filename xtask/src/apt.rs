@@ -201,9 +201,17 @@ impl Offer {
     }
 }
 
-/// A private apt configuration, in the cache, that knows the backports of the archive that the
-/// machine itself uses, as options for apt.
-fn backports() -> Result<Vec<String>> {
+/// The address of the Debian archive that the machine itself uses.
+///
+/// # Errors
+///
+/// The machine is no Debian, or apt has no package source for its release.
+pub(crate) fn archive() -> Result<String> {
+    release_and_archive().map(|(_, archive)| archive)
+}
+
+/// The machine's release, and the archive that it has its packages from.
+fn release_and_archive() -> Result<(String, String)> {
     let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
     let codename = release
         .lines()
@@ -222,7 +230,13 @@ fn backports() -> Result<Vec<String>> {
         .lines()
         .find_map(|line| line.strip_prefix(&wanted))
         .with_context(|| format!("apt has no package source for Debian {codename} main"))?;
+    Ok((codename.to_owned(), archive.to_owned()))
+}
 
+/// A private apt configuration, in the cache, that knows the backports of the archive that the
+/// machine itself uses, as options for apt.
+fn backports() -> Result<Vec<String>> {
+    let (codename, archive) = release_and_archive()?;
     let dir = cache::root()?.join("apt");
     let lists = dir.join("lists");
     fs::create_dir_all(&lists).with_context(|| format!("cannot create {}", lists.display()))?;

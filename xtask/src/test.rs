@@ -1,7 +1,9 @@
 //! `cargo xtask test`: the unit tests, then the end-to-end tests against the built product.
 
 mod e2e;
+mod needs;
 mod tally;
+mod tree;
 
 use std::time::Instant;
 
@@ -48,7 +50,8 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         bail!("--unit and --e2e leave nothing to test");
     }
     let lab = if e2e { place::needs(false)? } else { Vec::new() };
-    apt::ensure(build::needs().chain(lab))?;
+    let engines = if e2e { needs::NEEDS.as_slice() } else { &[] };
+    apt::ensure(build::needs().chain(lab).chain(engines.iter().copied()))?;
     let mut total = Tally::default();
     if unit {
         total.add(&or_failure("unit tests", unit_tests(filter.as_deref())));

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value as Json;
 
 use super::tally::Tally;
+use super::tree::TREES;
 use crate::build::{self, cargo};
 use crate::lab::{self, Input, Lab, Run, Show};
 use crate::place::{self, Place};
@@ -32,9 +33,15 @@ pub(super) fn run(filter: Option<&str>) -> Result<Tally> {
     let probe = step("compile the tests' probe", || build::compile(&["isopod-tests"]))?;
     build::place(&probe.join("isopod-probe"), &product.join("isopod-probe"))?;
     let programs = step("compile the end-to-end tests", test_programs)?;
-    let programs = choose(programs, filter)?;
+    let mut programs = choose(programs, filter)?;
     if programs.is_empty() {
         return Ok(Tally::default());
+    }
+    // Before a lab looks at this machine's files.
+    for program in &mut programs {
+        if let Some(tree) = TREES.iter().find(|tree| tree.program == program.name) {
+            program.tree = Some((tree.variable, tree.ensure()?));
+        }
     }
     if !place::is_here(false)? {
         return in_labs(programs, &product);
@@ -168,9 +175,13 @@ impl Site {
         }
         run.cwd = "/".into();
         run.quiet_limit = Some(SILENCE);
-        let run = run
+        let mut run = run
             .env("ISOPOD_BIN_DIR", self.product.display().to_string())
             .env("ISOPOD_TEST_DIR", SCRATCH);
+        if let Some((variable, tree)) = &program.tree {
+            self.place.expose(std::slice::from_ref(tree))?;
+            run = run.env(variable, lab::text(tree)?);
+        }
         let mut output = Vec::new();
         let mut show = if whole { Show::Only(&mut output) } else { Show::Also(&mut output) };
         let ended = self.place.run(&run, Input::Nothing, &mut show);
@@ -190,6 +201,8 @@ struct TestProgram {
     path: PathBuf,
     /// Runs only tests whose names contain it.
     filter: Option<String>,
+    /// The Debian tree that it needs, and the variable that tells it where that is.
+    tree: Option<(&'static str, PathBuf)>,
 }
 
 /// Compiles the end-to-end tests.
@@ -215,5 +228,6 @@ fn test_program(message: &str) -> Option<TestProgram> {
     let message: Json = serde_json::from_str(message).ok()?;
     let is_test = message["profile"]["test"] == true;
     let path = message["executable"].as_str().filter(|_| is_test)?.into();
-    Some(TestProgram { name: message["target"]["name"].as_str()?.to_owned(), path, filter: None })
+    let name = message["target"]["name"].as_str()?.to_owned();
+    Some(TestProgram { name, path, filter: None, tree: None })
 }

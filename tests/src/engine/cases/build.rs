@@ -1,0 +1,32 @@
+//! Images built under the runtime.
+
+use std::fs;
+
+use crate::engine::{IMAGE, Run, With};
+
+/// Docker's own builder runs each `RUN` in a container of the default runtime.
+pub fn build(run: &Run<'_>) {
+    let dir = run.engine.dir().join(run.name("context"));
+    fs::create_dir(&dir).expect("a directory");
+    fs::write(dir.join("data"), "copied\n").expect("a file");
+    let recipe = format!(
+        "FROM {IMAGE}\nENV FROM_BUILD=yes\nCOPY data /data\nWORKDIR /work\n\
+         RUN uname -r >kernel && cat /data >>kernel && adduser -D -H bob\n\
+         RUN mkdir -p deep/er && ln -s ../kernel deep/er/link && chmod 4755 /work/kernel\n\
+         USER bob\nCMD [\"sh\", \"-c\", \"id -un; cat kernel; stat -c %a kernel; echo $FROM_BUILD\"]\n"
+    );
+    fs::write(dir.join("Dockerfile"), recipe).expect("a recipe");
+    run.engine.set_default_runtime(run.with);
+    let image = run.name("image");
+    let built = run.output(&["build", "--tag", &image, &dir.to_string_lossy()]);
+    run.engine.set_default_runtime(With::Runc);
+    let log = built.ok();
+    assert!(log.stdout.contains("Successfully built"), "{log}");
+    let said = run.end(run.command_of(&image, "run", &["--rm"], &[])).ok().stdout;
+    let lines: Vec<&str> = said.lines().collect();
+    let host = run.end(run.engine.inside(&["uname", "-r"])).ok().stdout;
+    assert_eq!(lines[0], "bob");
+    assert_eq!(lines[1] != host.trim(), run.isopod(), "{said}");
+    assert_eq!(lines[2..], ["copied", "4755", "yes"]);
+    run.ok(&["rmi", &image]);
+}

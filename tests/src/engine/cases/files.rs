@@ -1,0 +1,84 @@
+//! What a container sees of files, and what it may do to them.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::engine::Run;
+
+fn directory(run: &Run<'_>, name: &str) -> String {
+    let path = run.engine.dir().join(run.name(name));
+    fs::create_dir(&path).expect("a directory");
+    path.to_string_lossy().into_owned()
+}
+
+/// Directories and single files of the host, to read and to write, and named volumes.
+pub fn volumes(run: &Run<'_>) {
+    let dir = directory(run, "shared");
+    fs::write(format!("{dir}/from-host"), "host\n").expect("a file");
+    fs::write(format!("{dir}/single"), "one\n").expect("a file");
+    let volume = run.name("volume");
+    run.ok(&["volume", "create", &volume]);
+    let options = [
+        &format!("--volume={dir}:/rw") as &str,
+        &format!("--volume={dir}:/ro:ro"),
+        &format!("--volume={dir}/single:/etc/single:ro"),
+        &format!("--volume={dir}/single:/etc/writable"),
+        &format!("--volume={volume}:/volume"),
+    ];
+    let script = "cat /rw/from-host /etc/single; echo container >/rw/from-container; \
+                  echo two >>/etc/writable; echo kept >/volume/file; sync; \
+                  touch /ro/no 2>&1; echo no 2>&1 >>/etc/single";
+    let output = run.run(&options, &["sh", "-c", script]);
+    let said = format!("{}{}", output.stdout, output.stderr);
+    assert!(said.starts_with("host\none\n"), "{output}");
+    assert_eq!(said.matches("Read-only file system").count(), 2, "{output}");
+    let read = |name: &str| fs::read_to_string(format!("{dir}/{name}")).unwrap_or_default();
+    assert_eq!((&*read("from-container"), &*read("single")), ("container\n", "one\ntwo\n"));
+    let kept = run.stdout(&[&format!("--volume={volume}:/again")], &["cat", "/again/file"]);
+    assert_eq!(kept, "kept");
+    run.ok(&["volume", "rm", &volume]);
+}
+
+/// `--tmpfs`, `--shm-size`, `--read-only`.
+pub fn memory_file_systems(run: &Run<'_>) {
+    let options = ["--read-only", "--tmpfs=/scratch:size=3m,mode=1777,noexec", "--shm-size=5m"];
+    let seen = run.probe(&options, &["mounts"]);
+    assert_eq!(seen["/scratch"]["type"], json!("tmpfs"));
+    assert!(has(&seen["/scratch"]["super"], "size=3072k"), "{seen}");
+    assert!(has(&seen["/scratch"]["options"], "noexec"), "{seen}");
+    assert!(has(&seen["/dev/shm"]["super"], "size=5120k"), "{seen}");
+    assert!(has(&seen["/"]["options"], "ro"), "{seen}");
+    let script = "touch /no 2>&1; echo yes >/scratch/yes; cat /scratch/yes";
+    let said = run.shell(&options, script);
+    assert!(said.contains("Read-only file system") && said.ends_with("yes"), "{said}");
+}
+
+fn has(options: &Value, one: &str) -> bool {
+    options.as_array().is_some_and(|all| all.contains(&json!(one)))
+}
+
+/// `cp` both ways, with a container that runs and one that does not.
+pub fn copy(run: &Run<'_>) {
+    let dir = directory(run, "copies");
+    fs::create_dir(format!("{dir}/tree")).expect("a directory");
+    fs::write(format!("{dir}/tree/file"), "sent\n").expect("a file");
+    let container = run.start(&[], &["sleep", "1000"]);
+    run.ok(&["cp", &format!("{dir}/tree"), &format!("{}:/tree", container.name)]);
+    assert_eq!(container.shell("cat /tree/file"), "sent");
+    container.shell("echo answer >/answer");
+    run.ok(&["cp", &format!("{}:/answer", container.name), &format!("{dir}/answer")]);
+    assert_eq!(fs::read_to_string(format!("{dir}/answer")).unwrap_or_default(), "answer\n");
+    container.ok(&["stop", "--time", "0"]);
+    run.ok(&["cp", &format!("{}:/tree/file", container.name), &format!("{dir}/again")]);
+    assert_eq!(fs::read_to_string(format!("{dir}/again")).unwrap_or_default(), "sent\n");
+    container.remove();
+}
+
+/// What a container writes to its own root shows in `diff` and stays for its next start.
+pub fn own_root(run: &Run<'_>) {
+    let container = run.make("run", &[], &["sh", "-c", "echo new >/new; rm /etc/group"]);
+    let diff = container.ok(&["diff"]);
+    assert!(diff.contains("A /new") && diff.contains("D /etc/group"), "{diff}");
+    container.remove();
+}

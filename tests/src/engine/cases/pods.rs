@@ -1,0 +1,100 @@
+//! What Podman has and Docker has not.
+
+use std::fs;
+
+use crate::bundle::Bundle;
+use crate::engine::{IMAGE, Run};
+
+/// `--rootfs`: a directory in the place of an image.
+pub fn rootfs(run: &Run<'_>) {
+    let bundle = Bundle::new(run.engine.dir().join(run.name("bundle")));
+    let rootfs = bundle.rootfs("/");
+    let options = ["--rm", "--rootfs"];
+    let command = run.command_of(
+        &rootfs.to_string_lossy(),
+        "run",
+        &options,
+        &["sh", "-c", "echo hi >/new; cat /new"],
+    );
+    assert_eq!(run.end(command).ok().stdout, "hi\n");
+    assert_eq!(fs::read_to_string(bundle.rootfs("/new")).unwrap_or_default(), "hi\n");
+}
+
+/// A pod without an infra container: containers that only share a name and a life.
+pub fn pod_without_infra(run: &Run<'_>) {
+    let pod = run.name("pod");
+    run.ok(&["pod", "create", "--infra=false", "--share=", "--name", &pod]);
+    let members = ["a", "b"].map(|_| run.start(&["--pod", &pod], &["sleep", "1000"]));
+    assert_eq!(members[1].shell("echo alive"), "alive");
+    run.ok(&["pod", "stop", "--time", "0", &pod]);
+    run.ok(&["pod", "start", &pod]);
+    assert_eq!(members[0].shell("echo again"), "again");
+    run.ok(&["pod", "rm", "--force", "--time", "0", &pod]);
+}
+
+/// A pod with an infra container: its members join that one's namespaces, which another microVM
+/// cannot, and says so.
+pub fn pod_with_infra(run: &Run<'_>) {
+    let pod = run.name("pod");
+    let infra = format!("--infra-image={IMAGE}");
+    run.ok(&[
+        "pod",
+        "create",
+        &infra,
+        "--infra-command=sleep 1000",
+        "--share-parent=false",
+        "--name",
+        &pod,
+    ]);
+    let container = run.named();
+    let command = run.command(
+        "run",
+        &["--detach", "--name", &container.name, "--pod", &pod],
+        &["sleep", "1000"],
+    );
+    let member = run.end(command);
+    if run.isopod() {
+        assert_ne!(member.status, 0, "{member}");
+        assert!(member.stderr.contains("namespace"), "{member}");
+    } else {
+        member.ok();
+        assert_eq!(container.shell("hostname"), pod);
+    }
+    run.ok(&["pod", "rm", "--force", "--time", "0", &pod]);
+}
+
+/// `healthcheck run` runs a command in the container and believes its status.
+pub fn healthcheck(run: &Run<'_>) {
+    let options = ["--health-cmd=test -e /well", "--health-interval=disable", "--health-retries=1"];
+    let container = run.start(&options, &["sleep", "1000"]);
+    assert_ne!(run.output(&["healthcheck", "run", &container.name]).status, 0);
+    container.shell("touch /well");
+    run.ok(&["healthcheck", "run", &container.name]);
+    assert_eq!(container.inspect(".State.Health.Status"), "healthy");
+    container.remove();
+}
+
+/// The unit of `generate systemd`: what systemd would run to start, stop and start again.
+pub fn generated_unit(run: &Run<'_>) {
+    let container = run.make("create", &[], &["sh", "-c", "echo up; exec sleep 1000"]);
+    let unit = container.ok(&["generate", "systemd", "--name", "--time", "1"]);
+    let unit = unit.replace("\\\n", " ");
+    let command = |key: &str| -> Vec<String> {
+        let line = unit.lines().find_map(|line| line.strip_prefix(key));
+        let line = line.unwrap_or_else(|| panic!("no {key} in {unit}"));
+        // The client's own options are those of the engine's.
+        let verb = line.split_whitespace().skip_while(|word| !["start", "stop"].contains(word));
+        verb.map(str::to_owned).collect()
+    };
+    let call = |key: &str| {
+        let words = command(key);
+        run.ok(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    };
+    for _ in 0..2 {
+        call("ExecStart=");
+        assert_eq!(container.inspect(".State.Running"), "true");
+        call("ExecStop=");
+        assert_eq!(container.inspect(".State.Running"), "false");
+    }
+    container.remove();
+}

@@ -1,0 +1,60 @@
+//! Looking at containers from outside.
+
+use crate::engine::Run;
+
+/// `top` shows the container's processes.
+pub fn top(run: &Run<'_>) {
+    let container = run.start_shell(&[], "sleep 1111 & sleep 2222");
+    container.shell("until [ $(ps -o args | grep -c '^sleep') = 2 ]; do :; done");
+    let table = container.ok(&["top"]);
+    assert!(table.contains("sleep 1111") && table.contains("sleep 2222"), "{table}");
+    container.remove();
+}
+
+/// `stats` shows memory in use and processes.
+pub fn stats(run: &Run<'_>) {
+    let container = run.start(&["--memory=300m"], &["sleep", "1000"]);
+    let format = "{{.MemUsage}};{{.PIDs}}";
+    let line = run.ok(&["stats", "--no-stream", "--format", format, &container.name]);
+    let (memory, pids) = line.split_once(';').unwrap_or_else(|| panic!("{line}"));
+    let (used, limit) = memory.split_once(" / ").unwrap_or_else(|| panic!("{line}"));
+    assert!(!used.starts_with("0B") && used.ends_with('B'), "{line}");
+    assert!(["300MiB", "314.6MB"].contains(&limit), "{line}");
+    assert_eq!(pids, "1");
+    container.remove();
+}
+
+/// `inspect` and `ps` tell of a process of the host's that is the container.
+pub fn inspect(run: &Run<'_>) {
+    let container = run.start(&[], &["sleep", "1000"]);
+    let pid = container.inspect(".State.Pid");
+    let process = run.end(run.engine.inside(&["cat", &format!("/proc/{pid}/comm")])).ok();
+    let expected = if run.isopod() { "isopod" } else { "sleep" };
+    assert!(process.stdout.starts_with(expected), "{process}");
+    let names = run.ok(&["ps", "--format", "{{.Names}} {{.Status}}"]);
+    assert!(names.starts_with(&format!("{} Up", container.name)), "{names}");
+    container.remove();
+}
+
+/// `events` tells of a container's life in order.
+pub fn events(run: &Run<'_>) {
+    let container = run.named();
+    let command = run.command("run", &["--name", &container.name], &["sh", "-c", "exit 6"]);
+    assert_eq!(run.end(command).status, 6);
+    container.remove();
+    let filter = format!("container={}", container.name);
+    let format = if run.podman() { "{{.Status}}" } else { "{{.Action}}" };
+    let options = ["events", "--since=10m", "--until=0s", "--filter", &filter, "--format", format];
+    let said = run.ok(&options);
+    let said: Vec<&str> = said.lines().collect();
+    let order: Vec<&str> = ["create", "start", "die", "died", "destroy", "remove"]
+        .into_iter()
+        .filter(|action| said.contains(action))
+        .collect();
+    let expected: &[&str] = if run.podman() {
+        &["create", "start", "died", "remove"]
+    } else {
+        &["create", "start", "die", "destroy"]
+    };
+    assert_eq!(order, expected, "{said:?}");
+}

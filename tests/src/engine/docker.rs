@@ -1,0 +1,116 @@
+//! Docker: its daemon as a child of the engine's keeper, with a containerd of its own.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::{Engine, IMAGE, Kind, With};
+use crate::command::{Command, DEADLINE};
+
+/// Not what else may be called docker in `PATH`.
+const CLIENT: &str = "/usr/bin/docker";
+const DAEMON: &str = "/usr/sbin/dockerd";
+
+/// How long to wait before looking again whether a thing of somebody else's has come.
+const LOOK: Duration = Duration::from_millis(100);
+
+impl Engine {
+    /// Debian's docker.io of this machine.
+    pub fn docker() -> Self {
+        Self::start_docker(None)
+    }
+
+    /// The docker.io of a Debian tree.
+    pub fn docker_of(tree: &Path) -> Self {
+        Self::start_docker(Some(tree))
+    }
+
+    fn start_docker(tree: Option<&Path>) -> Self {
+        let mut engine = Self::build(Kind::Docker, tree);
+        engine.configure(With::Runc);
+        let script = "exec \"$0\" --config-file \"$1/daemon.json\" >\"$1/daemon.log\" 2>&1";
+        let dir = engine.path("");
+        let job = engine.inside(&["sh", "-c", script, DAEMON, dir.trim_end_matches('/')]).spawn();
+        let daemon = job.pid;
+        engine.daemon = Some(daemon);
+        engine.await_socket(daemon);
+        // Answered when the daemon is up.
+        engine.client(With::Runc).args(["version"]).output().ok();
+        engine.import();
+        engine
+    }
+
+    /// Writes the daemon's configuration. `default` is the runtime of a container that names none.
+    fn configure(&self, default: With) {
+        let config = json!({
+            "data-root": self.path("docker"),
+            "exec-root": "/run/docker",
+            "pidfile": "/run/docker.pid",
+            "hosts": [format!("unix://{}", self.path("docker.sock"))],
+            "runtimes": { "isopod": { "path": With::Isopod.path() } },
+            "default-runtime": default.name(),
+            "cgroup-parent": self.cgroup(),
+            "exec-opts": ["native.cgroupdriver=cgroupfs"],
+            "storage-driver": "overlay2",
+            "shutdown-timeout": 15,
+        });
+        fs::write(self.dir().join("daemon.json"), config.to_string()).expect("daemon.json");
+    }
+
+    /// Has the daemon use another runtime for containers that name none.
+    pub fn set_default_runtime(&self, default: With) {
+        self.configure(default);
+        let said = |log: &str| log.matches("Reloaded configuration").count();
+        let before = said(&self.daemon_log());
+        let daemon = self.daemon.expect("a daemon");
+        self.scope.keeper().signal(daemon, libc::SIGHUP).expect("a daemon that lives");
+        let begun = Instant::now();
+        while said(&self.daemon_log()) == before {
+            assert!(begun.elapsed() < DEADLINE, "dockerd: {}", self.daemon_log());
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// What the daemon has logged, or nothing.
+    pub fn daemon_log(&self) -> String {
+        fs::read_to_string(self.dir().join("daemon.log")).unwrap_or_default()
+    }
+
+    /// Until the daemon listens; it answers later.
+    fn await_socket(&self, daemon: i32) {
+        let begun = Instant::now();
+        while UnixStream::connect(self.dir().join("docker.sock")).is_err() {
+            let ended = self.scope.keeper().ended(daemon);
+            let late = begun.elapsed() > DEADLINE;
+            assert!(ended.is_none() && !late, "no dockerd: {ended:?} {}", self.daemon_log());
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    pub(super) fn docker_client(&self) -> Command<'_> {
+        let host = format!("unix://{}", self.path("docker.sock"));
+        // What a person has in a home directory is not for tests.
+        let config = self.path("client");
+        self.inside(&[CLIENT, "--config", &config, "--host", &host]).env("DOCKER_BUILDKIT", "0")
+    }
+
+    pub(super) fn docker_script(&self) -> String {
+        let (config, socket) = (self.path("client"), self.path("docker.sock"));
+        format!("#!/bin/sh\nexec {CLIENT} --config {config} --host unix://{socket} \"$@\"\n")
+    }
+
+    fn import(&self) {
+        let archive = self.image_archive();
+        self.client(With::Runc).args(["import", &archive, IMAGE]).output().ok();
+    }
+
+    pub(super) fn end_daemon(&self, daemon: i32) {
+        self.scope.keeper().signal(daemon, libc::SIGTERM).expect("a daemon that lives");
+        let end = self.scope.keeper().wait(daemon, DEADLINE);
+        let end = end.unwrap_or_else(|| panic!("dockerd does not end: {}", self.daemon_log()));
+        assert_eq!(end.status(), 0, "dockerd: {}", self.daemon_log());
+    }
+}

@@ -1,0 +1,176 @@
+//! Container engines under test: Docker and Podman, each with runc and with Isopod.
+//!
+//! An engine lives in namespaces of its own (`world.sh`), below a scope's keeper, so that it meets no
+//! engine of the machine and all that it and its runtimes make can be counted. It is started once for
+//! a test program, because that takes an emulated machine twenty seconds. The program is a table of
+//! [`Case`]s, each of which runs with runc first, which proves it, and then with Isopod.
+
+mod case;
+pub mod cases;
+mod docker;
+mod image;
+mod podman;
+mod remains;
+mod run;
+mod suite;
+
+use std::path::Path;
+
+use crate::command::Command;
+use crate::reader::Reader;
+use crate::runtime::runtime;
+use crate::scope::Scope;
+
+pub use case::{Case, Expect};
+pub use run::{Container, Run};
+pub use suite::main;
+
+/// The image that cases run: busybox, and the probe as `/bin/probe`.
+pub const IMAGE: &str = "isopod-test";
+
+const WORLD: &str = include_str!("world.sh");
+
+/// The OCI runtime that an engine is told to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum With {
+    /// runc: proves the case.
+    Runc,
+    /// What is under test.
+    Isopod,
+}
+
+impl With {
+    /// Its name, for people and for Docker.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Isopod => "isopod",
+        }
+    }
+
+    /// Its program.
+    pub fn path(self) -> String {
+        match self {
+            Self::Runc => "/usr/sbin/runc".to_owned(),
+            Self::Isopod => runtime().path.to_string_lossy().into_owned(),
+        }
+    }
+}
+
+/// The Debian tree that a variable names; `cargo xtask test` makes it.
+pub fn tree(variable: &str) -> String {
+    match std::env::var(variable) {
+        Ok(tree) if Path::new(&tree).is_dir() => tree,
+        other => panic!("{variable} names no tree ({other:?}); run `cargo xtask test`"),
+    }
+}
+
+/// What follows the last `::`.
+#[doc(hidden)]
+pub const fn last_of(path: &str) -> &str {
+    let bytes = path.as_bytes();
+    let mut at = bytes.len();
+    while at > 0 && bytes[at - 1] != b':' && bytes[at - 1] != b' ' {
+        at -= 1;
+    }
+    path.split_at(at).1
+}
+
+/// Which engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// The machine's own Docker, or that of a tree.
+    Docker,
+    /// The machine's own Podman.
+    Podman,
+}
+
+/// A container engine that runs.
+#[derive(Debug)]
+pub struct Engine {
+    /// Which it is.
+    pub kind: Kind,
+    scope: Scope,
+    /// The process that keeps the engine's namespaces.
+    world: i32,
+    _world_output: Reader,
+    /// Docker's daemon.
+    daemon: Option<i32>,
+}
+
+impl Engine {
+    /// The world of an engine, still without it.
+    fn build(kind: Kind, tree: Option<&Path>) -> Self {
+        let scope = Scope::new();
+        let dir = scope.dir().to_string_lossy().into_owned();
+        let tree = tree.map(|tree| tree.to_string_lossy().into_owned()).unwrap_or_default();
+        let programs = runtime().path.parent().unwrap_or(Path::new("/")).to_string_lossy();
+        let job = scope
+            .program(&["unshare", "--mount", "--net", "--propagation=private", "sh", "-c", WORLD])
+            .args(["world", &dir, &tree, &programs])
+            .spawn();
+        let (world, mut output, mut errors) = (job.pid, job.stdout, job.stderr);
+        let ready = output.line();
+        assert_eq!(ready.as_deref(), Some("ready"), "no world: {}", errors.so_far());
+        let mut engine = Self { kind, scope, world, _world_output: output, daemon: None };
+        engine.make_cgroup();
+        engine
+    }
+
+    /// Any program in the engine's world.
+    pub fn inside(&self, argv: &[&str]) -> Command<'_> {
+        let target = self.world.to_string();
+        self.scope.program(&["nsenter", "--target", &target, "--mount", "--net", "--"]).args(argv)
+    }
+
+    /// The engine's client, told to use a runtime where that has to be said before the verb.
+    pub fn client(&self, with: With) -> Command<'_> {
+        match self.kind {
+            Kind::Docker => self.docker_client(),
+            Kind::Podman => self.podman_client(with),
+        }
+    }
+
+    /// A shell script that calls the client as a person would, who has one engine only.
+    pub fn client_script(&self) -> String {
+        match self.kind {
+            Kind::Docker => self.docker_script(),
+            Kind::Podman => self.podman_script(),
+        }
+    }
+
+    /// The engine's directory, seen in its world too.
+    pub fn dir(&self) -> &Path {
+        self.scope.dir()
+    }
+
+    /// A path in the engine's directory, as text.
+    pub fn path(&self, name: &str) -> String {
+        self.dir().join(name).to_string_lossy().into_owned()
+    }
+
+    /// Below which all containers' cgroups are, from the root of the tree.
+    pub fn cgroup(&self) -> String {
+        format!("/isopod-{}", self.scope.name())
+    }
+
+    fn make_cgroup(&mut self) {
+        let path = format!("/sys/fs/cgroup{}", self.cgroup());
+        // Where the tree is not that of cgroup v2 alone, the engine makes its own ones.
+        if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+            std::fs::create_dir(&path).unwrap_or_else(|e| panic!("cannot make {path}: {e}"));
+        }
+    }
+
+    /// Ends the engine and fails if it, or a runtime, has left anything behind.
+    pub fn end(mut self) {
+        if let Some(daemon) = self.daemon.take() {
+            self.end_daemon(daemon);
+        }
+        let path = format!("/sys/fs/cgroup{}", self.cgroup());
+        remains::remove_empty_cgroups(Path::new(&path));
+        self.scope.keeper().signal(self.world, libc::SIGKILL).expect("the world's keeper");
+        self.scope.keeper().wait(self.world, crate::DEADLINE).expect("the world's end");
+        // The scope counts what is left of all.
+    }
+}

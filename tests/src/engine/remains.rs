@@ -1,0 +1,114 @@
+//! Counting what a case leaves of its containers, in the engine's world and outside it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use super::Engine;
+use crate::census;
+
+/// How long an engine may take to tidy up after it has said that a container is gone.
+const TIDY: Duration = Duration::from_secs(60);
+
+/// Files below /run that engines make once and keep: locks, and what is there for the next time.
+const KEPT: [&str; 11] = [
+    "/run/containers",
+    "/run/crun",
+    "/run/libpod",
+    "/run/lock",
+    "/run/netns",
+    "/run/netavark",
+    "/run/runc",
+    "/run/xtables.lock",
+    "/run/isopod",
+    "/run/isopod/default",
+    "/run/ebtables.lock",
+];
+
+/// Docker removes the mount points of network namespaces once a minute, and mounts are counted; Podman
+/// keeps the files of its name server.
+const KEPT_BELOW: [&str; 2] = ["/run/docker/netns/", "/run/containers/networks/"];
+
+/// What can be counted of an engine, a line each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Remains(BTreeSet<String>);
+
+impl Remains {
+    pub(super) fn of(engine: &Engine) -> Self {
+        let mut found = BTreeSet::new();
+        census::descendants(engine.scope.keeper().pid(), &mut found);
+        let world = format!("/proc/{}", engine.world);
+        mounts(&format!("{world}/mountinfo"), "", &mut found);
+        // None of the engine's may show outside its world.
+        for outside in ["/proc/1/mountinfo", "/proc/self/mountinfo"] {
+            mounts(outside, engine.scope.name(), &mut found);
+        }
+        interfaces(&format!("{world}/net/dev"), &mut found);
+        cgroups(Path::new("/sys/fs/cgroup"), engine.scope.name(), &mut found);
+        files(Path::new(&format!("{world}/root/run")), "/run", &mut found);
+        Self(found)
+    }
+
+    /// What has come since `before`, as soon as that is nothing, or when it stays.
+    pub(super) fn left_since(engine: &Engine, before: &Self) -> Vec<String> {
+        let begun = Instant::now();
+        loop {
+            let now = Self::of(engine);
+            let come: Vec<String> = now.0.difference(&before.0).cloned().collect();
+            if come.is_empty() || begun.elapsed() > TIDY {
+                return come;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
+
+fn mounts(table: &str, name: &str, found: &mut BTreeSet<String>) {
+    let text = fs::read_to_string(table).unwrap_or_else(|e| panic!("{table}: {e}"));
+    for line in text.lines().filter(|line| line.contains(name)) {
+        // Not the numbers in front, which are given again.
+        let what: Vec<&str> = line.split(' ').skip(3).collect();
+        found.insert(format!("mount in {table}: {}", what.join(" ")));
+    }
+}
+
+fn interfaces(table: &str, found: &mut BTreeSet<String>) {
+    let text = fs::read_to_string(table).unwrap_or_else(|e| panic!("{table}: {e}"));
+    let names = text.lines().filter_map(|line| line.split_once(':'));
+    found.extend(names.map(|(name, _)| format!("interface {}", name.trim())));
+}
+
+fn cgroups(at: &Path, name: &str, found: &mut BTreeSet<String>) {
+    let Ok(entries) = fs::read_dir(at) else { return };
+    for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir()) {
+        if path.to_string_lossy().contains(name) {
+            found.insert(format!("cgroup {}", path.display()));
+        }
+        cgroups(&path, name, found);
+    }
+}
+
+fn files(at: &Path, shown: &str, found: &mut BTreeSet<String>) {
+    let Ok(entries) = fs::read_dir(at) else { return };
+    for entry in entries.flatten() {
+        let shown = format!("{shown}/{}", entry.file_name().to_string_lossy());
+        let kept = KEPT.contains(&&*shown) || KEPT_BELOW.iter().any(|dir| shown.starts_with(dir));
+        if !kept {
+            found.insert(format!("file {shown}"));
+        }
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            files(&entry.path(), &shown, found);
+        }
+    }
+}
+
+/// Removes a cgroup with those in it. One that has processes stays, and is counted.
+pub(super) fn remove_empty_cgroups(at: &Path) {
+    for entry in fs::read_dir(at).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_empty_cgroups(&entry.path());
+        }
+    }
+    let _ = fs::remove_dir(at);
+}

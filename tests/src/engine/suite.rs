@@ -1,0 +1,170 @@
+//! The test program around a table of cases: each with runc, then each with Isopod, in one engine.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Instant;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+use super::remains::Remains;
+use super::{Case, Engine, Expect, Run, With};
+
+/// Starts the engine.
+type Start = fn() -> Engine;
+
+struct Suite {
+    start: Start,
+    state: State,
+    /// What is there when no container is, for each runtime: after its first container.
+    idle: HashMap<With, Remains>,
+    /// What was said with runc.
+    proof: HashMap<&'static str, String>,
+}
+
+enum State {
+    Idle,
+    Up(Box<Engine>),
+    Failed(String),
+}
+
+/// A case to run, and where its outcome goes.
+type Job = (Case, With, Sender<Result<(), Failed>>);
+
+/// Runs the cases that the command line chooses, which is that of any Rust test program. The engine is
+/// started for the first of them and ended after the last; what it leaves then fails the program.
+pub fn main(start: Start, cases: &[Case]) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // They share an engine, and are counted one by one.
+    arguments.test_threads = Some(1);
+    let (jobs, queue) = channel::<Job>();
+    // The engine belongs to one thread for as long as it lives.
+    let worker = std::thread::spawn(move || Suite::new(start).serve(&queue));
+    let mut trials = Vec::new();
+    for with in [With::Runc, With::Isopod] {
+        for &case in cases.iter().filter(|case| case.with.contains(&with)) {
+            let jobs = jobs.clone();
+            trials.push(Trial::test(format!("{}::{}", with.name(), case.name), move || {
+                let (outcome, answer) = channel();
+                let sent = jobs.send((case, with, outcome)).is_ok();
+                sent.then(|| answer.recv().ok()).flatten().unwrap_or(Err("no suite".into()))
+            }));
+        }
+    }
+    drop(jobs);
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    match worker.join() {
+        Ok(()) => conclusion.exit_code(),
+        Err(panic) => {
+            eprintln!("the engine's end: {}", words(&*panic));
+            ExitCode::from(101)
+        }
+    }
+}
+
+impl Suite {
+    fn new(start: Start) -> Self {
+        Self { start, state: State::Idle, idle: HashMap::new(), proof: HashMap::new() }
+    }
+
+    /// Runs what is asked for, until nobody can ask any more.
+    fn serve(mut self, queue: &Receiver<Job>) {
+        while let Ok((case, with, outcome)) = queue.recv() {
+            // Whoever asked waits for it.
+            let _ = outcome.send(self.test(&case, with));
+        }
+        if let State::Up(engine) = self.state {
+            engine.end();
+        }
+    }
+
+    fn test(&mut self, case: &Case, with: With) -> Result<(), Failed> {
+        self.start()?;
+        let State::Up(engine) = &self.state else { return Err("no engine".into()) };
+        let idle = self.idle.entry(with).or_insert_with(|| {
+            // What a runtime and an engine make once is no remainder of a case.
+            let first = Run::new(engine, with, "first");
+            first.run(&[], &["true"]);
+            let _ = catch_unwind(AssertUnwindSafe(|| first.remove_containers()));
+            Remains::of(engine)
+        });
+        let began = Instant::now();
+        let run = Run::new(engine, with, case.name);
+        let mut outcome =
+            catch_unwind(AssertUnwindSafe(|| (case.run)(&run))).map_err(|panic| words(&*panic));
+        if let Expect::NotYet { why, says } = case.isopod
+            && with == With::Isopod
+        {
+            outcome = not_yet(outcome, why, says);
+        }
+        let tidied = catch_unwind(AssertUnwindSafe(|| run.remove_containers()));
+        let left = Remains::left_since(engine, idle);
+        if !left.is_empty() {
+            // Told once, not for each case that follows.
+            *idle = Remains::of(engine);
+            let left = format!("left behind:\n{}", left.join("\n"));
+            outcome = Err(outcome.err().map_or(left.clone(), |why| format!("{why}\n{left}")));
+        }
+        if let Err(panic) = tidied {
+            outcome = outcome.and(Err(words(&*panic)));
+        }
+        eprintln!("{} in {:.1} s", run.name("took"), began.elapsed().as_secs_f64());
+        let said = run.said();
+        let result = outcome.map_err(|why| self.explain(case, with, &why, &said).into());
+        if with == With::Runc {
+            self.proof.insert(case.name, said);
+        }
+        result
+    }
+
+    fn start(&mut self) -> Result<(), Failed> {
+        if let State::Idle = self.state {
+            let began = Instant::now();
+            let started = catch_unwind(self.start);
+            eprintln!("the engine's start took {:.1} s", began.elapsed().as_secs_f64());
+            self.state = match started {
+                Ok(engine) => State::Up(Box::new(engine)),
+                Err(panic) => State::Failed(words(&*panic)),
+            };
+        }
+        match &self.state {
+            State::Failed(why) => Err(format!("no engine: {why}").into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A failure with all that was said, and beside it what was said with runc.
+    fn explain(&self, case: &Case, with: With, why: &str, said: &str) -> String {
+        let mut text = format!("{why}\n=== with {}\n{said}", with.name());
+        if with == With::Isopod
+            && let Some(proof) = self.proof.get(case.name)
+        {
+            text.push_str(&format!("=== with runc\n{proof}"));
+        }
+        if let State::Up(engine) = &self.state {
+            let log = engine.daemon_log();
+            let lines: Vec<&str> = log.lines().collect();
+            let last = &lines[lines.len().saturating_sub(15)..];
+            text.push_str(&format!("=== the daemon's last lines\n{}", last.join("\n")));
+        }
+        text
+    }
+}
+
+/// The outcome of a case that is listed as not passed yet.
+fn not_yet(outcome: Result<(), String>, why: &str, says: &[&str]) -> Result<(), String> {
+    match outcome {
+        Ok(()) => Err(format!("it passes, and is listed as not yet passing ({why})")),
+        Err(text) => match says.iter().find(|words| !text.contains(**words)) {
+            None => Ok(()),
+            Some(words) => Err(format!("it should fail ({why}) with {words:?}, not with: {text}")),
+        },
+    }
+}
+
+/// What a panic says.
+fn words(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()
+}

@@ -1,0 +1,36 @@
+//! The Docker of a newer Debian, which connects a container to its networks between `create` and
+//! `start`: in a tree of its own.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use isopod_tests::case;
+use isopod_tests::engine::cases::{exec, life, network, process, watch};
+use isopod_tests::engine::{Case, Engine, main as suite, tree};
+
+/// Docker's name server listens on the loopback of the container's namespace on the host.
+const NAMES: &str = "a guest cannot ask Docker's name server";
+
+const CASES: &[Case] = &[
+    case!(process::exit_statuses),
+    case!(process::terminal),
+    case!(exec::exec),
+    case!(life::detached),
+    case!(life::stop),
+    case!(life::restart),
+    case!(watch::stats),
+    case!(network::bridge),
+    case!(network::publish),
+    case!(network::names_on_a_network).not_yet(NAMES, &["bad address"]),
+    case!(network::connect),
+    case!(network::none),
+    case!(network::host),
+];
+
+fn start() -> Engine {
+    Engine::docker_of(Path::new(&tree("ISOPOD_TEST_DOCKER_TREE")))
+}
+
+fn main() -> ExitCode {
+    suite(start, CASES)
+}

@@ -1,0 +1,26 @@
+//! What the end-to-end tests use of Debian beside the product: container engines, and what their
+//! tests look at them with. apt starts none of them where policy-rc.d says so; the tests start their
+//! own, in namespaces of their own.
+
+use crate::apt::Need;
+
+const ENGINE: &str = "engine under test";
+const NETWORK: &str = "networks of engines";
+const IMAGE: &str = "images for engines";
+
+/// Installed where the tests are run, for all of them.
+pub(super) const NEEDS: [Need; 13] = [
+    Need { package: "docker.io", purpose: ENGINE },
+    Need { package: "podman", purpose: ENGINE },
+    Need { package: "runc", purpose: "runtime to prove tests" },
+    Need { package: "crun", purpose: "runtime to prove tests" },
+    Need { package: "catatonit", purpose: "init of engines" },
+    Need { package: "netavark", purpose: NETWORK },
+    Need { package: "aardvark-dns", purpose: NETWORK },
+    Need { package: "iptables", purpose: NETWORK },
+    Need { package: "iproute2", purpose: NETWORK },
+    Need { package: "busybox-static", purpose: IMAGE },
+    Need { package: "debootstrap", purpose: IMAGE },
+    Need { package: "skopeo", purpose: IMAGE },
+    Need { package: "umoci", purpose: IMAGE },
+];

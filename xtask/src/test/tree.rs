@@ -1,0 +1,90 @@
+//! Debian trees that tests run engines and workloads in: made once by debootstrap, in the cache.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::process::{command, run_logged};
+use crate::progress::{say, step};
+use crate::{apt, cache, repository};
+
+/// A root file system with packages of a Debian release.
+#[derive(Debug)]
+pub(super) struct Tree {
+    /// The test program that needs it.
+    pub(super) program: &'static str,
+    /// The variable that tells that program where it is.
+    pub(super) variable: &'static str,
+    suite: &'static str,
+    packages: &'static [&'static str],
+}
+
+/// All trees.
+pub(super) const TREES: [Tree; 2] = [
+    Tree {
+        program: "docker_newer",
+        variable: "ISOPOD_TEST_DOCKER_TREE",
+        suite: "trixie",
+        packages: &["docker.io", "docker-cli", "iptables", "iproute2"],
+    },
+    Tree {
+        program: "workloads",
+        variable: "ISOPOD_TEST_WORKLOAD_TREE",
+        suite: "bookworm",
+        packages: &[
+            "redis-server",
+            "redis-tools",
+            "nginx-light",
+            "python3-minimal",
+            "libpython3-stdlib",
+            "make",
+            "gcc",
+            "libc6-dev",
+        ],
+    },
+];
+
+/// What no program in a tree reads.
+const WASTE: [&str; 6] = [
+    "var/cache/apt",
+    "var/lib/apt/lists",
+    "usr/share/doc",
+    "usr/share/man",
+    "usr/share/locale",
+    "usr/share/info",
+];
+
+impl Tree {
+    /// The tree's root directory, from the cache or else made, which takes minutes.
+    pub(super) fn ensure(&self) -> Result<PathBuf> {
+        let packages = self.packages.join(",");
+        let waste = WASTE.join(",");
+        let parts = [("suite", self.suite), ("packages", &packages), ("waste", &waste)];
+        let key = cache::key(parts.map(|(name, value)| (name, value.as_bytes())));
+        cache::entry("tree", &key, |dir| {
+            let what = format!("make a tree of Debian {} for {}", self.suite, self.program);
+            say(format!("    {}", self.packages.join(" ")));
+            step(&what, || self.make(dir, &packages))
+        })
+    }
+
+    fn make(&self, dir: &Path, packages: &str) -> Result<()> {
+        let archive = apt::archive()?;
+        // What debootstrap mounts in the tree goes with its mount namespace, however it ends.
+        let mut debootstrap = command("unshare");
+        debootstrap.args(["--mount", "--propagation=private", "debootstrap", "--variant=minbase"]);
+        debootstrap.args([&format!("--include={packages}"), self.suite]).arg(dir).arg(archive);
+        debootstrap.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
+        run_logged(&mut debootstrap, &repository::target().join("debootstrap.log"))?;
+        for waste in WASTE {
+            let path = dir.join(waste);
+            if path.exists() {
+                fs::remove_dir_all(&path)
+                    .and_then(|()| fs::create_dir(&path))
+                    .with_context(|| format!("cannot empty {}", path.display()))?;
+            }
+        }
+        Ok(())
+    }
+}
