@@ -19,6 +19,21 @@ pub const STREAM_PORT: u32 = 1025;
 /// vsock port on the host to which the agent sends one [`Hello`] line when it serves both ports.
 pub const READY_PORT: u32 = 1024;
 
+/// vsock port on the host to which the agent passes what a container asks the name server of its
+/// engine. A connection is one question: [`RESOLVE_DATAGRAM`], then question and answer, each with
+/// its length before it as two bytes, big endian; or [`RESOLVE_STREAM`], then a stream.
+pub const RESOLVER_PORT: u32 = 1025;
+
+/// A question that came in a datagram.
+pub const RESOLVE_DATAGRAM: u8 = b'd';
+
+/// Questions that come in a stream.
+pub const RESOLVE_STREAM: u8 = b's';
+
+/// Longest datagram to or from a name server, in bytes. Those that are longer are cut off, and
+/// whoever asked cannot read them and asks by a stream.
+pub const MAX_DATAGRAM: usize = 16 * 1024;
+
 /// Tag of the virtio-fs device that holds the sandbox's shared directory.
 pub const SHARED_TAG: &str = "isopod";
 

@@ -365,3 +365,39 @@ fn resolv_conf_follows_the_host() {
     created.wait();
     assert_eq!(created.stdout.rest(), "nameserver 192.0.2.2\noptions ndots:0\n");
 }
+
+/// Docker serves names at this address of the namespace's loopback, and asks others from there.
+#[test]
+fn the_engines_name_server_is_reached_and_reaches_others() {
+    const SERVER: &str = "127.0.0.11:53";
+    let scope = Scope::alone();
+    let (inner, outer) = Netns::pair(&scope, 1500);
+    let probe = runtime().probe.to_string_lossy().into_owned();
+    let file = scope.dir().join("resolv.conf");
+    std::fs::write(&file, "nameserver 192.0.2.1\n").unwrap();
+    let script = format!(
+        "{PROBE_PATH} udp-client {SERVER} 20 17 1200 && {PROBE_PATH} tcp-client {SERVER} 100001 && \
+         ping -c 1 10.77.0.1"
+    );
+    let container = scope.container().join(&inner).capabilities(&["CAP_NET_RAW"]).shell(&script);
+    let source = file.to_str().unwrap();
+    let container = container.mount("/etc/resolv.conf", "bind", source, &["rbind"]);
+    let mut created = container.create();
+    std::fs::write(&file, "nameserver 127.0.0.11\noptions ndots:0\n").unwrap();
+    let mut datagrams = inner.program(&[&probe, "udp-server", SERVER]).spawn();
+    let mut streams = inner.program(&[&probe, "tcp-server", SERVER, "100001"]).spawn();
+    datagrams.stdout.line_with("listening");
+    streams.stdout.line_with("listening");
+    container.start().ok();
+    // The name server's own question, from the namespace on the host.
+    let mut others = outer.program(&[&probe, "udp-server", "10.77.0.1:53"]).spawn();
+    others.stdout.line_with("listening");
+    inner.program(&[&probe, "udp-client", "10.77.0.1:53", "20", "500"]).output().ok();
+    others.output().ok();
+    for exchanged in ["exchanged 20", "exchanged 100001", "1 packets received"] {
+        created.stdout.line_with(exchanged);
+    }
+    created.wait();
+    datagrams.output().ok();
+    streams.output().ok();
+}

@@ -3,6 +3,7 @@
 
 mod loopback;
 mod netlink;
+mod resolver;
 
 use std::fs;
 use std::os::fd::AsFd as _;
@@ -90,5 +91,10 @@ fn set_up_inside(network: &Network) -> Result<()> {
             .request(&request.message)
             .context(|| format!("set up {} of the network", request.what))?;
     }
-    Ok(())
+    if network.resolver.is_empty() {
+        return Ok(());
+    }
+    let address = network.resolver.parse();
+    let address = address.map_err(|_| Error::invalid("resolver", &network.resolver))?;
+    resolver::serve(address)
 }

@@ -19,6 +19,7 @@ mod interface;
 mod namespace;
 mod netlink;
 mod redirect;
+mod resolver;
 mod tap;
 
 use std::{os::fd::AsRawFd, path::PathBuf};
@@ -28,6 +29,7 @@ use isopod_vmm::config::NetConfig;
 use serde::{Deserialize, Serialize};
 
 pub use self::namespace::Namespace;
+pub(crate) use self::resolver::{RESOLV_CONF, RESOLVER};
 use self::{interface::Interface, netlink::Netlink, redirect::Mark, tap::Tap};
 use crate::{
     error::{Error, Explain, Result},
@@ -56,10 +58,12 @@ pub(crate) struct Network {
     netlink: Option<Netlink>,
     mark: Mark,
     nics: Vec<Nic>,
-    /// Indices of the interfaces that have a redirect.
-    connected: Vec<u32>,
+    /// Interfaces that have a redirect, and indices of their taps.
+    connected: Vec<(Interface, u32)>,
     /// There was no interface when the container was created.
     was_empty: bool,
+    /// The container's /etc/resolv.conf on the host.
+    resolv_conf: Option<PathBuf>,
 }
 
 /// A network device of the microVM.
@@ -77,7 +81,7 @@ impl Network {
     /// # Errors
     ///
     /// If the kernel has no random numbers.
-    pub(crate) fn new(namespace: Namespace) -> Result<Self> {
+    pub(crate) fn new(namespace: Namespace, resolv_conf: Option<PathBuf>) -> Result<Self> {
         Ok(Self {
             namespace,
             netlink: None,
@@ -85,6 +89,7 @@ impl Network {
             nics: Vec::new(),
             connected: Vec::new(),
             was_empty: false,
+            resolv_conf,
         })
     }
 
@@ -138,12 +143,28 @@ impl Network {
         self.redirect(&interfaces, addresses).map(Some)
     }
 
-    /// Looks again at a namespace that was empty, and connects what is there now.
+    /// It has a namespace, new or not, which this process is in.
+    pub(crate) fn has_namespace(&self) -> bool {
+        self.namespace != Namespace::None
+    }
+
+    /// Looks again at what an engine does between create and start: it may have filled a namespace that
+    /// was empty, and serve names in it.
     ///
     /// # Errors
     ///
     /// As [`Self::connect`], or there are more interfaces than devices.
-    pub(crate) fn fill(&mut self) -> Result<Option<agent::Network>> {
+    pub(crate) fn complete(&mut self) -> Result<Option<agent::Network>> {
+        let mut network = self.fill()?;
+        if self.has_namespace() && resolver::is_named_in(self.resolv_conf.as_deref())? {
+            self.serve_names()?;
+            network.get_or_insert_default().resolver = RESOLVER.to_string();
+        }
+        Ok(network)
+    }
+
+    /// Connects what is there now in a namespace that was empty.
+    fn fill(&mut self) -> Result<Option<agent::Network>> {
         let Some(netlink) = self.netlink.as_ref().filter(|_| self.was_empty) else {
             return Ok(None);
         };
@@ -183,7 +204,7 @@ impl Network {
         for (interface, nic) in interfaces.iter().zip(&self.nics) {
             redirect::connect(netlink, interface, &nic.tap, &self.mark)
                 .map_err(|e| self.namespace.explain(e))?;
-            self.connected.push(interface.index);
+            self.connected.push((interface.clone(), nic.tap.index));
             guest.interfaces.push(agent::NetworkInterface {
                 device_mac: nic.mac.to_vec(),
                 mac: interface.mac.to_vec(),
@@ -195,6 +216,17 @@ impl Network {
             });
         }
         Ok(guest)
+    }
+
+    /// Lets the name server in the namespace ask others: what is answered comes in at the interfaces,
+    /// and would be the guest's.
+    fn serve_names(&self) -> Result<()> {
+        let Some(netlink) = &self.netlink else { return Ok(()) };
+        resolver::reserve_ports()?;
+        for (interface, tap) in &self.connected {
+            redirect::pass_names(netlink, interface, *tap, &self.mark)?;
+        }
+        Ok(())
     }
 
     /// The devices as the VMM is told of them.
@@ -222,10 +254,10 @@ impl Network {
     /// Leaves the interfaces as they were.
     pub(crate) fn disconnect(&mut self) {
         let Some(netlink) = &self.netlink else { return };
-        for index in self.connected.drain(..) {
+        for (interface, _) in self.connected.drain(..) {
             // An interface that is gone has taken the redirect along.
-            if let Err(e) = redirect::disconnect(netlink, index, &self.mark) {
-                log::warn!("cannot remove the redirect of interface {index}: {e}");
+            if let Err(e) = redirect::disconnect(netlink, interface.index, &self.mark) {
+                log::warn!("cannot remove the redirect of interface {}: {e}", interface.name);
             }
         }
     }

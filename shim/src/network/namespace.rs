@@ -17,6 +17,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
+use super::resolver::RESOLV_CONF;
 use crate::error::{Error, Explain, Result};
 
 /// `NS_GET_NSTYPE` (linux/nsfs.h): which `CLONE_NEW*` made the namespace.
@@ -113,7 +114,7 @@ fn not_permitted(e: Errno, what: &str) -> Error {
 /// Engines mount one in every container, so a bundle without is one that wants no network at all.
 fn mounts_resolv_conf(spec: &Spec) -> bool {
     let mounts = spec.mounts().iter().flatten();
-    mounts.map(|mount| mount.destination()).any(|path| path == Path::new("/etc/resolv.conf"))
+    mounts.map(|mount| mount.destination()).any(|path| path == RESOLV_CONF)
 }
 
 fn host_network(how: &str) -> Error {

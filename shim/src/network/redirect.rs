@@ -10,13 +10,14 @@ use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{
         TcAction, TcActionAttribute, TcActionMirror, TcActionMirrorOption, TcActionOption,
-        TcActionType, TcAttribute, TcFilterMatchAll, TcFilterMatchAllOption, TcHandle, TcHeader,
-        TcMessage, TcMirror, TcMirrorActionType, TcOption,
+        TcActionType, TcAttribute, TcFilterMatchAll, TcFilterMatchAllOption, TcFilterU32,
+        TcFilterU32Option, TcHandle, TcHeader, TcMessage, TcMirror, TcMirrorActionType, TcOption,
+        TcU32Key, TcU32Selector, TcU32SelectorFlags,
     },
 };
 use serde::{Deserialize, Serialize};
 
-use super::{interface::Interface, netlink::Netlink, tap::Tap};
+use super::{interface::Interface, netlink::Netlink, resolver::PORTS, tap::Tap};
 use crate::{
     error::{Error, Explain, Result},
     sandbox::random_u64,
@@ -27,6 +28,10 @@ const MARK_PREFIX: &str = "isopod";
 
 /// `ETH_P_ALL`: frames of every protocol.
 const ETH_P_ALL: u16 = 3;
+
+/// `ETH_P_IP` and `ETH_P_ARP`.
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_ARP: u16 = 0x0806;
 
 /// Kinds of queueing disciplines for what comes in.
 const INGRESS: &str = "ingress";
@@ -229,9 +234,23 @@ fn qdisc_of(index: u32) -> TcMessage {
 
 /// A filter that sends every frame which comes in at `from` out at `to`.
 fn filter(from: u32, to: u32, mark: &Mark) -> RouteNetlinkMessage {
+    let mirred = mirred(TcMirrorActionType::EgressRedir, TcActionType::Stolen, to, mark);
+    match_all(from, Priority::Redirect, ETH_P_ALL, mirred)
+}
+
+/// What the filters of an interface are for, in the order in which the kernel tries them.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+enum Priority {
+    AddressResolution = 1,
+    NameServer = 2,
+    Redirect = 3,
+}
+
+fn mirred(kind: TcMirrorActionType, then: TcActionType, to: u32, mark: &Mark) -> TcAction {
     let mut mirror = TcMirror::default();
-    mirror.generic.action = TcActionType::Stolen;
-    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.generic.action = then;
+    mirror.eaction = kind;
     mirror.ifindex = to;
     let mut action = TcAction::default();
     action.attributes = vec![
@@ -241,20 +260,84 @@ fn filter(from: u32, to: u32, mark: &Mark) -> RouteNetlinkMessage {
             mirror,
         ))]),
     ];
+    action
+}
+
+fn match_all(at: u32, priority: Priority, protocol: u16, action: TcAction) -> RouteNetlinkMessage {
+    let options = vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![action]))];
+    new_filter(at, priority, protocol, TcFilterMatchAll::KIND, options)
+}
+
+fn new_filter(
+    at: u32,
+    priority: Priority,
+    protocol: u16,
+    kind: &str,
+    options: Vec<TcOption>,
+) -> RouteNetlinkMessage {
     let header = TcHeader {
-        index: signed(from),
+        index: signed(at),
         parent: TcHandle { major: u16::MAX, minor: 0 },
-        // Priority and protocol.
-        info: (1 << 16) | u32::from(ETH_P_ALL.to_be()),
+        info: ((priority as u32) << 16) | u32::from(protocol.to_be()),
         ..TcHeader::default()
     };
-    let attributes = vec![
-        TcAttribute::Kind(TcFilterMatchAll::KIND.to_owned()),
-        TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![
-            action,
-        ]))]),
-    ];
+    let attributes = vec![TcAttribute::Kind(kind.to_owned()), TcAttribute::Options(options)];
     RouteNetlinkMessage::NewTrafficFilter(TcMessage::from_parts(header, attributes))
+}
+
+/// Leaves the answers of name servers to ports of the namespace's own to this host's stack, and lets
+/// it learn of neighbours beside the guest. Both have the same addresses, so what they say of
+/// themselves is the same.
+///
+/// # Errors
+///
+/// If this host's kernel cannot do it.
+pub(super) fn pass_names(
+    netlink: &Netlink,
+    interface: &Interface,
+    tap: u32,
+    mark: &Mark,
+) -> Result<()> {
+    let what = || format!("cannot let the name server of interface {} ask others", interface.name);
+    let copy = mirred(TcMirrorActionType::EgressMirror, TcActionType::Ok, tap, mark);
+    let copy = match_all(interface.index, Priority::AddressResolution, ETH_P_ARP, copy);
+    netlink.create(copy).map_err(|e| lacking(what(), e))?;
+    for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_TCP] {
+        let protocol = protocol.cast_unsigned();
+        netlink.create(pass_answers(interface.index, protocol)).explain(what)?;
+    }
+    Ok(())
+}
+
+/// A filter that takes IPv4 packets from port 53 to one of [`PORTS`], and does nothing with them. What
+/// comes in fragments, or with options, is the guest's.
+fn pass_answers(at: u32, protocol: u32) -> RouteNetlinkMessage {
+    /// The port of name servers.
+    const DOMAIN: u32 = 53;
+    let ports = u32::from(PORTS.0);
+    let key = |off, mask, val| {
+        let mut key = TcU32Key::default();
+        (key.off, key.mask, key.val) = (off, mask, val);
+        key
+    };
+    let keys = vec![
+        // Version 4, and a header of 20 bytes.
+        key(0, 0xff00_0000, 0x4500_0000),
+        // Neither first nor later fragment.
+        key(4, 0x0000_3fff, 0),
+        key(8, 0x00ff_0000, protocol << 16),
+        key(20, 0xffff_0000 | ports, (DOMAIN << 16) | ports),
+    ];
+    let mut selector = TcU32Selector::default();
+    selector.flags = TcU32SelectorFlags::Terminal;
+    selector.nkeys = u8::try_from(keys.len()).unwrap_or(u8::MAX);
+    selector.keys = keys;
+    let options = vec![
+        // Any class will do: that there is one makes it the end.
+        TcOption::U32(TcFilterU32Option::ClassId(TcHandle { major: 1, minor: 1 })),
+        TcOption::U32(TcFilterU32Option::Selector(selector)),
+    ];
+    new_filter(at, Priority::NameServer, ETH_P_IP, TcFilterU32::KIND, options)
 }
 
 /// Indices of interfaces are positive; traffic control has them in a signed field.

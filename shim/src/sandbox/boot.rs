@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use isopod_protocol::{Hello, SHARED_TAG};
 use isopod_vmm::config::{FileRef, FsCache, FsConfig, VmConfig, VsockConfig};
 
-use super::{launch::Launch, ready::GuestConnections, share::Share, vmm::Vmm};
+use super::{launch::Launch, ready::GuestConnections, resolver::Resolver, share::Share, vmm::Vmm};
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
     host,
@@ -94,6 +94,7 @@ pub(super) fn start(
 pub(super) async fn wait_for_agent(
     vmm: &Vmm,
     connections: GuestConnections,
+    resolver: Option<Resolver>,
     limit: Duration,
 ) -> Result<Hello> {
     let hello = tokio::select! {
@@ -106,7 +107,7 @@ pub(super) async fn wait_for_agent(
     };
     match hello {
         Ok(result) => {
-            tokio::spawn(connections.refuse());
+            tokio::spawn(connections.serve(resolver));
             result
         }
         Err(_) => Err(hint(

@@ -263,7 +263,7 @@ impl Lifecycle {
     ///
     /// An engine may have given the container its network only now.
     fn start(&mut self) -> JoinHandle<Result<()>> {
-        let (agent, network) = (self.agent.clone(), self.network.fill());
+        let (agent, network) = (self.agent.clone(), self.network.complete());
         tokio::spawn(async move {
             if let Some(network) = network? {
                 agent.setup_network(network).await?;

@@ -24,6 +24,7 @@ pub mod launch;
 mod lifecycle;
 pub mod process;
 mod ready;
+mod resolver;
 mod server;
 mod share;
 pub mod signals;

@@ -1,6 +1,9 @@
 //! `main` of the sandbox process.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+};
 
 use isopod_protocol::agent;
 use oci_spec::runtime::LinuxResources;
@@ -14,6 +17,7 @@ use super::{
     hooks::{self, Point, RuntimeNamespace},
     launch::{Descriptors, Given, Launch, Terminal, read_document},
     lifecycle::{Lifecycle, START_TIMEOUT},
+    resolver::Resolver,
     server::{self, Launcher, Server},
     share::{self, Share},
     signals::Signals,
@@ -22,11 +26,11 @@ use super::{
     vmm::Vmm,
 };
 use crate::{
-    bundle::guest_spec,
+    bundle::{Bind, guest_spec},
     cgroup::Place,
     clock,
     error::{Error, Explain, Result},
-    network::Network,
+    network::{self, Network},
     state::{PROCESS_FILE, ProcessId, Record, StateDir, Status},
     terminal::Size,
 };
@@ -139,7 +143,7 @@ impl Sandbox {
     /// Builds everything, up to a container whose process waits to be started.
     async fn create(&mut self) -> Result<Created> {
         let mut record = self.record()?;
-        let network = Network::new(self.launch.network.clone())?;
+        let network = Network::new(self.launch.network.clone(), self.resolv_conf())?;
         record.network = network.taken();
         self.dir.write_record(&record)?;
         self.record = Some(record.clone());
@@ -162,7 +166,9 @@ impl Sandbox {
         let vmm = self.vmm.insert(vmm);
         record.vmm = Some(vmm.id());
         self.dir.write_record(&record)?;
-        let hello = boot::wait_for_agent(vmm, connections, self.launch.boot_timeout).await?;
+        let resolver = network.has_namespace().then(|| Resolver::new(network::RESOLVER));
+        let limit = self.launch.boot_timeout;
+        let hello = boot::wait_for_agent(vmm, connections, resolver, limit).await?;
         self.timeline.ready = Some(clock::monotonic_us());
         self.timeline.guest = Some(GuestBoot {
             kernel: hello.kernel,
@@ -186,6 +192,15 @@ impl Sandbox {
             Some(cgroup) => cgroup.enter(),
             None => Ok(()),
         }
+    }
+
+    /// The file on the host that is the container's /etc/resolv.conf, if the engine mounts one.
+    fn resolv_conf(&self) -> Option<PathBuf> {
+        let mounts = self.launch.spec.mounts().as_ref()?;
+        let mounted = |bind: &&Bind| {
+            mounts.get(bind.mount).is_some_and(|mount| mount.destination() == network::RESOLV_CONF)
+        };
+        self.launch.binds.iter().find(mounted).map(|bind| bind.source.clone())
     }
 
     /// Lets the world know that the container is created. Whoever hears it can talk to the socket

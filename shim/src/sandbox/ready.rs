@@ -13,9 +13,9 @@ use tokio::{
     net::UnixStream,
 };
 
-use isopod_protocol::{Hello, PROTOCOL_VERSION, READY_PORT};
+use isopod_protocol::{Hello, PROTOCOL_VERSION, READY_PORT, RESOLVER_PORT};
 
-use super::{printable, wait_for};
+use super::{printable, resolver::Resolver, wait_for};
 use crate::error::{Error, Explain, Result};
 
 /// Longest hello in bytes.
@@ -58,9 +58,14 @@ impl GuestConnections {
         }
     }
 
-    /// Closes every further connection that the guest makes: there is nothing on the host for it.
-    pub(super) async fn refuse(self) {
-        while let Ok(Some(_)) = self.next().await {}
+    /// Passes further connections that the guest makes on to where they belong, and closes those for
+    /// which there is nothing on the host.
+    pub(super) async fn serve(self, resolver: Option<Resolver>) {
+        while let Ok(Some((port, stream))) = self.next().await {
+            if let Some(resolver) = resolver.as_ref().filter(|_| port == RESOLVER_PORT) {
+                resolver.take(stream);
+            }
+        }
     }
 
     /// The next connection and its port; `None` when the VMM has closed its end.
