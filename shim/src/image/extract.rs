@@ -226,7 +226,7 @@ fn copy<R: Read>(
     }
 }
 
-pub(super) fn write_error(error: io::Error) -> Error {
+fn write_error(error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::because(
             "no room for its content; the bundle needs a file system with more space",

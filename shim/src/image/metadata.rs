@@ -1,6 +1,10 @@
 //! Owner, permissions, times and extended attributes of what a layer brings.
 
-use std::{ffi::CStr, os::fd::AsRawFd};
+use std::{
+    ffi::CStr,
+    os::fd::AsRawFd,
+    sync::atomic::{AtomicBool, Ordering},
+};
 
 use rustix::{
     fd::OwnedFd,
@@ -26,6 +30,9 @@ const HOST_ONLY: [&[u8]; 5] = [
     b"system.nfs4_acl",
     b"trusted.overlay.",
 ];
+
+/// That the file system lacks attributes has been said.
+static WARNED: AtomicBool = AtomicBool::new(false);
 
 /// Whose absence changes what a program may do.
 const NEEDED: &[u8] = b"security.capability";
@@ -114,11 +121,17 @@ fn is_host_only(name: &[u8]) -> bool {
 fn result(name: &[u8], result: rustix::io::Result<()>, entry: &Entry) -> Result<()> {
     match result {
         Err(Errno::NOTSUP) if name != NEEDED => {
-            log::warn!(
+            let message = format!(
                 "{}: the file system here has no attributes such as {}; it goes without",
                 quoted(&entry.path),
                 quoted(name)
             );
+            // Where there is one there may be thousands.
+            if WARNED.swap(true, Ordering::Relaxed) {
+                log::debug!("{message}");
+            } else {
+                log::warn!("{message}, and others may too");
+            }
             Ok(())
         }
         result => result.explain(|| format!("cannot set its attribute {}", quoted(name))),

@@ -3,7 +3,7 @@
 use std::{
     ffi::{CString, OsStr},
     fs,
-    os::unix::ffi::OsStrExt,
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -120,11 +120,21 @@ fn place(bundle: &Path) -> Result<PathBuf> {
             what()
         )));
     }
+    place_of_empty(bundle)
+}
+
+/// As [`place`], of an empty directory, which the bundle will replace.
+pub(super) fn place_of_empty(bundle: &Path) -> Result<PathBuf> {
+    let what = || format!("the bundle {}", bundle.display());
     let path = fs::canonicalize(bundle).explain(what)?;
-    let device = |path: &Path| {
-        use std::os::unix::fs::MetadataExt;
-        fs::metadata(path).map(|metadata| metadata.dev()).explain(what)
-    };
+    // Whoever is there would be in a directory without a name.
+    if std::env::current_dir().is_ok_and(|here| here == path) {
+        return Err(Error::new(format!(
+            "{} is the working directory; name a new directory in it",
+            what()
+        )));
+    }
+    let device = |path: &Path| fs::metadata(path).map(|metadata| metadata.dev()).explain(what);
     match path.parent() {
         Some(parent) if device(parent)? == device(&path)? => Ok(path),
         _ => Err(Error::new(format!(

@@ -155,3 +155,17 @@ fn catch(signal: i32) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_says_how_far_it_is() {
+        let watch = Watch::new();
+        watch.layer(1, 3, 10 << 20);
+        let mut blob = watch.counted(io::repeat(0).take(5 << 20));
+        io::copy(&mut blob, &mut io::sink()).unwrap();
+        assert!(watch.line().contains("layer 2 of 3, 5 of 10 MiB, 0 s"), "{:?}", watch.line());
+    }
+}

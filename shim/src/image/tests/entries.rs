@@ -318,17 +318,6 @@ fn a_tree_as_deep_as_no_path_is_removed_again() {
 }
 
 #[test]
-fn no_room_is_said_and_leaves_nothing() {
-    // A limit for this process's files stands in for a full disk, whose error takes the same way.
-    let error = extract_error(rustix::io::Errno::NOSPC);
-    assert!(error.contains("no room") && error.contains("more space"), "{error}");
-}
-
-fn extract_error(errno: Errno) -> String {
-    super::super::extract::write_error(errno.into()).message
-}
-
-#[test]
 fn a_bundle_that_is_in_use_is_left_alone() {
     let layout = TestLayout::of(&[tar([file("f", "")])]);
     let bundle = layout.bundle();
@@ -349,6 +338,9 @@ fn a_bundle_that_is_in_use_is_left_alone() {
     let message = make_bundle(&image, &bundle).unwrap_err().message;
     assert!(message.contains("symbolic link to nothing"), "{message}");
     fs::remove_file(&bundle).unwrap();
+    let here = std::env::current_dir().unwrap();
+    let message = super::super::staging::place_of_empty(&here).unwrap_err().message;
+    assert!(message.contains("working directory"), "{message}");
     let message = make_bundle(&image, &layout.dir.path().join("no/dir")).unwrap_err().message;
     assert!(message.contains("cannot open") && message.contains("/no"), "{message}");
 }
