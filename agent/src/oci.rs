@@ -86,10 +86,32 @@ object! {
     Hooks {
         prestart: Option<Opaque>,
         create_runtime: Option<Opaque>,
-        create_container: Vec<Opaque>,
-        start_container: Vec<Opaque>,
+        create_container: Vec<Hook>,
+        start_container: Vec<Hook>,
         poststart: Option<Opaque>,
         poststop: Option<Opaque>,
+    }
+}
+
+object! {
+    Hook {
+        path: PathBuf,
+        args: Vec<String>,
+        env: Vec<String>,
+        /// In seconds.
+        timeout: Option<u64>,
+    }
+}
+
+object! {
+    /// What hooks read on their standard input.
+    State {
+        oci_version: String,
+        id: String,
+        status: String,
+        pid: i32,
+        bundle: PathBuf,
+        annotations: BTreeMap<String, String>,
     }
 }
 

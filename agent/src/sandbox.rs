@@ -17,11 +17,11 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_settime};
 
-use crate::container::Container;
 use crate::container::cgroup;
 use crate::container::seccomp::Filter;
 use crate::container::stdio::Connections;
 use crate::container::terminal::Size;
+use crate::container::{Container, Document};
 use crate::error::{Code, Context as _, Error, Result};
 use crate::log::log_warn;
 use crate::reaper::Reaper;
@@ -82,7 +82,7 @@ impl Sandbox {
     pub(crate) async fn create(
         &self,
         id: String,
-        spec_json: Vec<u8>,
+        document: Document,
         filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
@@ -95,7 +95,7 @@ impl Sandbox {
         };
         let reaper = Arc::clone(&self.reaper);
         let container =
-            Container::create(reaper, id.clone(), spec_json, filter, connections, size, network);
+            Container::create(reaper, id.clone(), document, filter, connections, size, network);
         match container.await {
             Ok(container) => {
                 let pid = container.process("")?.pid();

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::namespaces::Namespaces;
 use super::seccomp::Filter;
 use super::terminal::Size;
+use crate::oci::State;
 
 /// Longest payload of a message. A config.json is far shorter.
 const MAX_PAYLOAD: usize = 64 << 20;
@@ -32,7 +33,7 @@ const MAX_FDS: usize = 4;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// The first process of a container; a config.json follows.
-    Create { cgroup: String, filter: Option<Filter>, size: Option<Size> },
+    Create { cgroup: String, filter: Option<Filter>, size: Option<Size>, state: Option<State> },
     /// A further process of a container; a `process` object follows.
     Exec {
         namespaces: Namespaces,
@@ -87,15 +88,16 @@ impl AsFd for Channel {
 }
 
 impl Channel {
-    /// A connected pair. On the first end nothing waits longer than `patience` for the other.
+    /// A connected pair. On the first end nothing waits longer than `patience`, if that is given,
+    /// for the other.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub(crate) fn pair(patience: Duration) -> io::Result<(Self, OwnedFd)> {
+    pub(crate) fn pair(patience: Option<Duration>) -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(Some(patience))?;
-        ours.set_write_timeout(Some(patience))?;
+        ours.set_read_timeout(patience)?;
+        ours.set_write_timeout(patience)?;
         Ok((Self(ours), theirs.into()))
     }
 
@@ -179,7 +181,7 @@ mod tests {
 
     #[test]
     fn messages_and_descriptors_arrive() {
-        let (ours, theirs) = Channel::pair(Duration::from_secs(60)).unwrap();
+        let (ours, theirs) = Channel::pair(Some(Duration::from_secs(60))).unwrap();
         let theirs = Channel::new(theirs);
         let (read, write) = rustix::pipe::pipe().unwrap();
         ours.send(Tag::Document, b"{}", &[write.as_fd()]).unwrap();
@@ -195,7 +197,7 @@ mod tests {
 
     #[test]
     fn patience_is_bounded() {
-        let (ours, theirs) = Channel::pair(Duration::from_millis(20)).unwrap();
+        let (ours, theirs) = Channel::pair(Some(Duration::from_millis(20))).unwrap();
         assert!(timed_out(&ours.receive().unwrap_err()));
         // More than the socket holds, and nobody reads.
         assert!(timed_out(&ours.send(Tag::Document, &vec![0; 4 << 20], &[]).unwrap_err()));

@@ -19,9 +19,9 @@ use super::namespaces::{self, Namespaces};
 use super::seccomp::Filter;
 use super::spec::ContainerSpec;
 use super::terminal::{self, Size, Terminal};
-use super::{credentials, environment, executable, rlimits, rootfs, scheduling, signals};
+use super::{credentials, environment, executable, hooks, rlimits, rootfs, scheduling, signals};
 use crate::error::{Context as _, Error, Result};
-use crate::oci::{NamespaceKind, Process};
+use crate::oci::{Hook, NamespaceKind, Process, State};
 
 /// `argv[0]` of the agent's program when it is to become a container's process.
 pub const INIT_NAME: &str = "isopod-init";
@@ -55,8 +55,8 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
     let request: Request =
         serde_json::from_slice(&request.payload).map_err(|e| Error::internal(e.to_string()))?;
     let (inside, filter, size) = match request {
-        Request::Create { cgroup, filter, size } => {
-            (enter_new_container(&document, Path::new(&cgroup))?, filter, size)
+        Request::Create { cgroup, filter, size, state } => {
+            (enter_new_container(&document, Path::new(&cgroup), state)?, filter, size)
         }
         Request::Exec { namespaces, filter, personality, size } => {
             let container = fds.next().ok_or_else(|| Error::internal("no pidfd was sent"))?;
@@ -64,7 +64,7 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
             (Inside { personality, ..inside }, filter, size)
         }
     };
-    let Inside { process, terminal, namespaces, personality, further } = inside;
+    let Inside { process, terminal, namespaces, personality, further, start_hooks } = inside;
     let terminal = match terminal {
         Some(terminal) => Some(take_terminal(channel, terminal, &process, size)?),
         None => None,
@@ -79,6 +79,9 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
     let program = Program::prepare(&process, namespaces, filter)?;
     channel.send(Tag::Ready, &[], &[]).context(|| "report to the agent")?;
     expect(channel, Tag::Start)?;
+    if let Some((hooks, state)) = start_hooks {
+        hooks::run("hooks.startContainer", &hooks, state, "created")?;
+    }
     program.execute()
 }
 
@@ -98,15 +101,31 @@ struct Inside {
     personality: Option<u32>,
     /// Not the container's first process.
     further: bool,
+    /// Hooks to run just before the program, with what they read.
+    start_hooks: Option<(Vec<Hook>, State)>,
 }
 
-fn enter_new_container(json: &[u8], cgroup: &Path) -> Result<Inside> {
+fn enter_new_container(json: &[u8], cgroup: &Path, state: Option<State>) -> Result<Inside> {
     let spec = ContainerSpec::parse(json)?;
     namespaces::set_up(&spec.spec, &spec.linux, spec.namespaces)?;
     hide()?;
     let (personality, namespaces) = (spec.personality()?, spec.namespaces);
-    let terminal = rootfs::enter(&spec, cgroup)?;
-    Ok(Inside { process: spec.process, terminal, namespaces, personality, further: false })
+    let hooks = spec.spec.hooks.clone().unwrap_or_default();
+    let given = |hooks: &[Hook]| match &state {
+        None if !hooks.is_empty() => Err(Error::internal("hooks came without a state")),
+        state => Ok(state.clone().filter(|_| !hooks.is_empty())),
+    };
+    let create = given(&hooks.create_container)?;
+    let start = given(&hooks.start_container)?;
+    let terminal = rootfs::enter(&spec, cgroup, || match create {
+        Some(state) => {
+            hooks::run("hooks.createContainer", &hooks.create_container, state, "creating")
+        }
+        None => Ok(()),
+    })?;
+    let start_hooks = start.map(|state| (hooks.start_container, state));
+    let process = spec.process;
+    Ok(Inside { process, terminal, namespaces, personality, further: false, start_hooks })
 }
 
 fn enter_container(json: &[u8], container: &OwnedFd, namespaces: Namespaces) -> Result<Inside> {
@@ -124,7 +143,8 @@ fn enter_container(json: &[u8], container: &OwnedFd, namespaces: Namespaces) -> 
     } else {
         None
     };
-    Ok(Inside { process, terminal, namespaces, personality: None, further: true })
+    let start_hooks = None;
+    Ok(Inside { process, terminal, namespaces, personality: None, further: true, start_hooks })
 }
 
 /// Until execve this is the agent's program: processes of the container must not trace it or reach
@@ -278,7 +298,7 @@ fn join_session_keyring() {
 }
 
 /// A descriptor of the guest that got this far must not get into the container.
-fn close_on_exec() {
+pub(super) fn close_on_exec() {
     // SAFETY: this marks descriptors only; it closes none that is in use.
     unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
 }
@@ -290,6 +310,6 @@ fn to_c(list: &[String]) -> Result<Vec<CString>> {
         .map_err(|_| Error::invalid("process", "contains a NUL character"))
 }
 
-fn pointers(list: &[CString]) -> Vec<*const libc::c_char> {
+pub(super) fn pointers(list: &[CString]) -> Vec<*const libc::c_char> {
     list.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect()
 }

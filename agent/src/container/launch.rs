@@ -28,7 +28,7 @@ const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
 /// How long a process may take for one step towards `execve`. It is among the container's processes
 /// by then, and a signal of theirs or a file system that they serve can stop it for ever.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the process is born.
 pub(crate) enum Birth<'a> {
@@ -48,6 +48,8 @@ impl Birth<'_> {
 
 /// Everything about a process that the agent itself has to apply from outside.
 pub(crate) struct Launch<'a> {
+    /// How long it may take for one step, hooks included. None if these may take for ever.
+    pub(crate) patience: Option<Duration>,
     pub(crate) birth: Birth<'a>,
     pub(crate) cgroup: &'a Cgroup,
     pub(crate) request: Request,
@@ -75,7 +77,7 @@ pub(crate) struct Launched {
 ///
 /// What went wrong, in the process's own words where it has any. The process is then dead.
 pub(crate) fn launch(reaper: &Reaper, launch: Launch<'_>) -> Result<Launched> {
-    let (channel, theirs) = Channel::pair(PATIENCE).context(|| "make a socket pair")?;
+    let (channel, theirs) = Channel::pair(launch.patience).context(|| "make a socket pair")?;
     let (pid, pidfd, exit) = born(reaper, &launch, &theirs)?;
     drop(theirs);
     let mut launched = Launched { pid, pidfd, channel, exit, terminal: None };
@@ -158,9 +160,8 @@ fn unheard(e: io::Error, what: &str) -> Error {
         return Error::internal(format!("{what}: {}", crate::error::reason(&e)));
     }
     Error::internal(format!(
-        "{what}: no answer within {} s (has a process of the container stopped it, or does a file \
-         system of the container not answer?)",
-        PATIENCE.as_secs()
+        "{what}: no answer in time (has a process of the container stopped it, or does a file system \
+         of the container not answer?)"
     ))
 }
 

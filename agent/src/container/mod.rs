@@ -19,6 +19,7 @@ mod devices;
 mod environment;
 mod execs;
 mod executable;
+mod hooks;
 pub(crate) mod init;
 mod launch;
 mod mount_options;
@@ -55,7 +56,7 @@ use self::stdio::{Connections, Pipes};
 use self::terminal::Size;
 use crate::error::{Error, Result};
 use crate::log::log_warn;
-use crate::oci::{Capabilities, NamespaceKind, PosixRlimit};
+use crate::oci::{Capabilities, NamespaceKind, PosixRlimit, State};
 use crate::reaper::Reaper;
 
 /// A container whose first process exists.
@@ -66,6 +67,26 @@ pub(crate) struct Container {
     cgroup: Arc<Cgroup>,
     init: Arc<Process>,
     execs: Mutex<Execs>,
+}
+
+/// What a container is made from.
+pub(crate) struct Document {
+    spec_json: Vec<u8>,
+    /// For hooks, if there are any.
+    state: Option<State>,
+}
+
+impl Document {
+    /// From config.json and the specification's state object, which may be empty.
+    ///
+    /// # Errors
+    ///
+    /// The state is none.
+    pub(crate) fn of(spec_json: Vec<u8>, state_json: &[u8]) -> Result<Self> {
+        let state = (!state_json.is_empty()).then(|| serde_json::from_slice(state_json));
+        let state = state.transpose().map_err(|e| Error::invalid("state_json", e))?;
+        Ok(Self { spec_json, state })
+    }
 }
 
 /// What further processes get where their own specification is silent, and what is the same for all
@@ -88,7 +109,7 @@ impl Container {
     pub(crate) async fn create(
         reaper: Arc<Reaper>,
         id: String,
-        spec_json: Vec<u8>,
+        document: Document,
         filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
@@ -96,7 +117,7 @@ impl Container {
     ) -> Result<Self> {
         let (pipes, stdio) = Pipes::make(&connections)?;
         let kept = filter.clone();
-        let work = move || prepare(&reaper, &id, &spec_json, filter, stdio, size, network.as_ref());
+        let work = move || prepare(&reaper, &id, document, filter, stdio, size, network.as_ref());
         let prepared = blocking(work).await?;
         let Prepared { id, spec, cgroup, launched } = prepared;
         let cgroup = Arc::new(cgroup);
@@ -219,6 +240,7 @@ impl Container {
         let launched = launch::launch(
             reaper,
             Launch {
+                patience: Some(launch::PATIENCE),
                 birth: Birth::Joining {
                     namespaces: self.namespaces,
                     init: self.init.pidfd().as_fd(),
@@ -383,16 +405,17 @@ struct Prepared {
 fn prepare(
     reaper: &Reaper,
     id: &str,
-    spec_json: &[u8],
+    document: Document,
     filter: Option<Filter>,
     stdio: Vec<std::os::fd::OwnedFd>,
     size: Option<Size>,
     network: Option<&Network>,
 ) -> Result<Prepared> {
-    let spec = ContainerSpec::parse(spec_json)?;
+    let spec = ContainerSpec::parse(&document.spec_json)?;
     let cgroup = Cgroup::create(id)?;
     let path = cgroup.path().to_string_lossy().into_owned();
-    let request = Request::Create { cgroup: path, filter, size };
+    let request = Request::Create { cgroup: path, filter, size, state: document.state };
+    let spec_json = &document.spec_json;
     let launched = limit_and_launch(reaper, &cgroup, &spec, spec_json, stdio, request, network);
     match launched {
         Ok(launched) => Ok(Prepared { id: id.to_owned(), spec, cgroup, launched }),
@@ -419,6 +442,7 @@ fn limit_and_launch(
     launch::launch(
         reaper,
         Launch {
+            patience: spec.hooks_limit().and_then(|limit| limit.checked_add(launch::PATIENCE)),
             birth: Birth::New { namespaces: spec.namespaces, linux: &spec.linux, network },
             cgroup,
             request,

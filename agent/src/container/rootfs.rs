@@ -30,13 +30,17 @@ pub(crate) fn propagation(name: &str) -> Result<(MountPropagationFlags, bool)> {
         .ok_or_else(|| Error::invalid("linux.rootfsPropagation", format!("{name:?} is unknown")))
 }
 
-/// Builds the file system and makes it the root of this process. Returns the terminal if the
-/// process is to have one.
+/// Builds the file system and makes it the root of this process, after `before_pivot`. Returns the
+/// terminal if the process is to have one.
 ///
 /// # Errors
 ///
 /// The step that failed.
-pub(crate) fn enter(spec: &ContainerSpec, cgroup: &Path) -> Result<Option<Terminal>> {
+pub(crate) fn enter(
+    spec: &ContainerSpec,
+    cgroup: &Path,
+    before_pivot: impl FnOnce() -> Result<()>,
+) -> Result<Option<Terminal>> {
     let root = attach_root(spec.rootfs())?;
     let own_cgroup = !spec.namespaces.has(NamespaceKind::Cgroup);
     let context = MountContext { root: root.as_fd(), cgroup: own_cgroup.then_some(cgroup) };
@@ -66,6 +70,7 @@ pub(crate) fn enter(spec: &ContainerSpec, cgroup: &Path) -> Result<Option<Termin
     for path in &spec.linux.masked_paths {
         mask(root.as_fd(), path)?;
     }
+    before_pivot()?;
     pivot(&root)?;
     finish_root(spec, &root)?;
     Ok(terminal)

@@ -4,10 +4,11 @@
 //! knows what the guest can do.
 
 use std::path::{Component, Path};
+use std::time::Duration;
 
 use super::mount_options::MountOptions;
 use super::namespaces::{self, Namespaces};
-use super::resources;
+use super::{hooks, resources};
 use crate::error::{Error, Result};
 use crate::log::log_warn;
 use crate::oci::{Linux, Mount, Process, Spec};
@@ -50,6 +51,13 @@ impl ContainerSpec {
         self.linux.personality.as_ref().map(super::scheduling::personality).transpose()
     }
 
+    /// Longest that one round of hooks in the guest may take. None if it may take for ever.
+    pub(crate) fn hooks_limit(&self) -> Option<Duration> {
+        let Some(hooks) = &self.spec.hooks else { return Some(Duration::ZERO) };
+        let create = hooks::time_limit(&hooks.create_container)?;
+        Some(create.max(hooks::time_limit(&hooks.start_container)?))
+    }
+
     fn check(&self) -> Result<()> {
         if !self.rootfs().is_absolute() {
             return Err(Error::invalid("root.path", "not an absolute path in the guest"));
@@ -62,14 +70,8 @@ impl ContainerSpec {
         check_linux(&self.linux)?;
         if let Some(hooks) = &self.spec.hooks {
             // The others run on the host.
-            for (name, list) in [
-                ("hooks.createContainer", &hooks.create_container),
-                ("hooks.startContainer", &hooks.start_container),
-            ] {
-                if !list.is_empty() {
-                    return Err(Error::invalid(name, "hooks inside the sandbox are not supported"));
-                }
-            }
+            hooks::check("hooks.createContainer", &hooks.create_container)?;
+            hooks::check("hooks.startContainer", &hooks.start_container)?;
         }
         for (name, present) in [
             ("windows", self.spec.windows.is_some()),
@@ -270,6 +272,22 @@ mod tests {
     }
 
     #[test]
+    fn hooks_are_checked() {
+        use serde_json::json;
+        for (hook, why) in [
+            (json!({"path": "x"}), "[0].path: not an absolute path"),
+            (json!({"path": "/x", "timeout": 0}), "[0].timeout: not more than 0"),
+            (json!({"path": "/x", "timeout": -1}), "invalid value"),
+            (json!({"path": "/x", "user": "me"}), "unknown field `user`"),
+        ] {
+            for point in ["createContainer", "startContainer"] {
+                let message = refused(&["hooks"], json!({ (point): [hook] }));
+                assert!(message.contains(why), "{message}");
+            }
+        }
+    }
+
+    #[test]
     fn unsupported_fields_are_named() {
         use serde_json::json;
         for (path, value) in [
@@ -284,7 +302,6 @@ mod tests {
             (&["process", "oomScoreAdj"], json!(1001)),
             (&["process", "rlimits"], json!([{"type": "RLIMIT_CORE", "soft": 2, "hard": 1}])),
             (&["hostname"], json!("x")),
-            (&["hooks"], json!({"startContainer": [{"path": "/x"}]})),
             (&["mounts"], json!([{"destination": "/a/../b", "type": "tmpfs"}])),
         ] {
             let message = refused(path, value);

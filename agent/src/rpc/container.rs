@@ -7,6 +7,7 @@ use isopod_protocol::agent::{
     ProcessStarted, SetupNetworkRequest, UpdateContainerRequest, WaitOomRequest,
 };
 
+use crate::container::Document;
 use crate::container::seccomp::Filter;
 use crate::error::Result;
 use crate::sandbox::Sandbox;
@@ -18,9 +19,10 @@ pub(super) async fn create(
     let size = super::size(&request.terminal_size)?;
     let streams = super::claim(&sandbox.streams, request.streams).await?;
     let filter = Filter::of(&request.seccomp_filter, request.seccomp_flags)?;
-    let (id, spec) = (request.container_id, request.spec_json);
+    let document = Document::of(request.spec_json, &request.state_json)?;
+    let id = request.container_id;
     let network = request.network.into_option();
-    let pid = sandbox.create(id, spec, filter, streams, size, network).await?;
+    let pid = sandbox.create(id, document, filter, streams, size, network).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 

@@ -4,7 +4,7 @@ use std::{
     collections::HashSet,
     fs,
     os::unix::fs::FileTypeExt,
-    path::{Component, Path},
+    path::{Component, Path, PathBuf},
 };
 
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
@@ -126,6 +126,24 @@ fn hooks(hooks: &Hooks) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Finds the programs of the hooks that are brought into the guest.
+pub(super) fn guest_hooks(spec: &Spec) -> Result<Vec<PathBuf>> {
+    let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_deref());
+    let hooks = hooks.unwrap_or_default().iter().enumerate();
+    hooks
+        .map(|(index, hook)| {
+            let name = format!("hooks.createContainer[{index}]");
+            let path = hook.path().display();
+            let found = fs::canonicalize(hook.path())
+                .explain(|| format!("{name}: cannot find its program {path}"))?;
+            if found.is_file() {
+                return Ok(found);
+            }
+            Err(Error::new(format!("{name}: {path} is not a file")))
+        })
+        .collect()
 }
 
 fn hook(name: &str, hook: &Hook) -> Result<()> {

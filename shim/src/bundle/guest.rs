@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
+use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, LinuxResources, Spec};
 
 use isopod_protocol::SHARED_DIR;
 
@@ -14,9 +14,9 @@ use super::{Bind, cpu_list_len};
 /// host.
 pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
     let mut spec = spec.clone();
-    // They run on the host.
-    spec.set_hooks(None);
     let shared = Path::new(SHARED_DIR).join(id);
+    let hooks = spec.hooks_mut().take().and_then(|hooks| guest_hooks(hooks, &shared));
+    spec.set_hooks(hooks);
     if let Some(root) = spec.root_mut().as_mut() {
         root.set_path(shared.join("rootfs"));
     }
@@ -66,6 +66,28 @@ fn guest_cpus(list: &str, vcpus: u8) -> Option<String> {
     Some(format!("0-{last}"))
 }
 
+/// The hooks that run in the guest, if there are any.
+fn guest_hooks(mut hooks: Hooks, shared: &Path) -> Option<Hooks> {
+    for (index, hook) in hooks.create_container_mut().iter_mut().flatten().enumerate() {
+        if hook.args().as_ref().is_none_or(Vec::is_empty) {
+            hook.set_args(Some(vec![hook.path().to_string_lossy().into_owned()]));
+        }
+        hook.set_path(shared.join(shared_hook(index)));
+    }
+    let mut guest = Hooks::default();
+    guest.set_create_container(hooks.create_container_mut().take());
+    guest.set_start_container(hooks.start_container_mut().take());
+    let any = |hooks: &Option<Vec<Hook>>| hooks.as_ref().is_some_and(|hooks| !hooks.is_empty());
+    let some = any(guest.create_container()) || any(guest.start_container());
+    some.then_some(guest)
+}
+
+/// Where the program of a createContainer hook is, relative to the container's folder in the shared
+/// directory.
+pub(crate) fn shared_hook(index: usize) -> PathBuf {
+    Path::new("hooks").join(index.to_string())
+}
+
 /// Where a bind mount's source is, relative to the container's folder in the shared directory.
 pub(crate) fn shared_name(bind: &Bind) -> PathBuf {
     Path::new("mounts").join(bind.mount.to_string())
@@ -110,6 +132,26 @@ mod tests {
         let resources = guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
         let unified = resources.unified().as_ref().unwrap();
         assert_eq!((unified["cpuset.cpus"].as_str(), unified.len()), ("0-1", 2));
+    }
+
+    #[test]
+    fn only_hooks_of_the_guest_get_there() {
+        let hooks = |json: &str| {
+            let spec = format!(r#"{{"ociVersion":"1.0.2","hooks":{json}}}"#);
+            guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], 1).hooks().clone()
+        };
+        assert_eq!(hooks(r#"{"createRuntime":[{"path":"/x"}],"startContainer":[]}"#), None);
+        let guest = hooks(
+            r#"{"poststop":[{"path":"/x"}],"startContainer":[{"path":"/s"}],
+                "createContainer":[{"path":"/a","args":["b"]},{"path":"/c","args":[]}]}"#,
+        );
+        let expected: Hooks = serde_json::from_str(
+            r#"{"startContainer":[{"path":"/s"}],"createContainer":[
+                {"path":"/run/isopod/shared/web/hooks/0","args":["b"]},
+                {"path":"/run/isopod/shared/web/hooks/1","args":["/c"]}]}"#,
+        )
+        .unwrap();
+        assert_eq!(guest, Some(expected));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use oci_spec::runtime::{Process, Spec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-pub(crate) use self::guest::shared_name;
+pub(crate) use self::guest::{shared_hook, shared_name};
 pub use self::{
     default::{capabilities, default_spec, write_spec},
     features::features,
@@ -56,6 +56,8 @@ pub struct Bundle {
     pub rootfs: PathBuf,
     /// The bind mounts, in the order of `mounts`.
     pub binds: Vec<Bind>,
+    /// The programs of the createContainer hooks, which the guest runs: absolute paths on the host.
+    pub hooks: Vec<PathBuf>,
     /// Size of the microVM.
     pub vm: VmSize,
     /// Which namespace's network the container gets.
@@ -109,6 +111,7 @@ impl Bundle {
         let root = spec.root().as_ref().ok_or_else(|| Error::new("config.json has no root"))?;
         let rootfs = canonical_dir(&dir.join(root.path()), "root.path")?;
         let binds = check::binds(&dir, &spec)?;
+        let hooks = check::guest_hooks(&spec)?;
         let vm = VmSize::of(&spec)?;
         let network = Namespace::of(&spec)?;
         let nics = size::nics(&spec)?;
@@ -117,7 +120,7 @@ impl Bundle {
             seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
             linux.set_seccomp(None);
         }
-        Ok(Self { dir, spec, seccomp, rootfs, binds, vm, network, nics })
+        Ok(Self { dir, spec, seccomp, rootfs, binds, hooks, vm, network, nics })
     }
 }
 

@@ -121,9 +121,8 @@ fn each_mistake_is_named() {
             "process.oomScoreAdj is 2000; it has to be from -1000 to 1000",
         ),
         (
-            failure(|c| c["hooks"] = json!({"startContainer": [{"path": "/x"}]})),
-            "config.json sets hooks.startContainer, which is not supported: hooks inside the \
-             microVM are not run by this version",
+            failure(|c| c["hooks"] = json!({"createContainer": [{"path": "/no/such"}]})),
+            "hooks.createContainer[0]: cannot find its program /no/such: no such file or directory",
         ),
         (
             failure(|c| c["hooks"] = json!({"poststop": [{"path": "x"}]})),

@@ -11,8 +11,6 @@ const NO_LISTENER: &str = "a listener on the host cannot reach system calls in a
 
 /// Refused when set to anything but their neutral value, with the reason.
 const REFUSED: &[(&str, &str)] = &[
-    ("/hooks/createContainer", "hooks inside the microVM are not run by this version"),
-    ("/hooks/startContainer", "hooks inside the microVM are not run by this version"),
     ("/solaris", "it is for another operating system"),
     ("/windows", "it is for another operating system"),
     ("/zos", "it is for another operating system"),

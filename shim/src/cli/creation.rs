@@ -165,6 +165,7 @@ impl CreateOptions {
             spec: bundle.spec,
             seccomp: bundle.seccomp,
             binds: bundle.binds,
+            hooks: bundle.hooks,
             vm: bundle.vm,
             network: bundle.network,
             spare_nics,

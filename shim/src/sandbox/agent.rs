@@ -1,6 +1,7 @@
 //! Calls to the agent. What it answers comes from the guest and is treated so.
 
 use oci_spec::runtime::{LinuxResources, Process, Spec};
+use serde_json::Value;
 use ttrpc::{Code, r#async::transport::Socket, context::Context};
 
 use isopod_protocol::{
@@ -63,11 +64,12 @@ impl Agent {
             .map_err(|e| explain("cannot set up the guest", e))
     }
 
-    /// Builds the container.
+    /// Builds the container. `state` is for hooks in the guest.
     pub(super) async fn create_container(
         &self,
         spec: &Spec,
         seccomp: Option<&Filter>,
+        state: Option<&Value>,
         streams: StreamTokens,
         size: Option<Size>,
         network: Option<Network>,
@@ -80,6 +82,7 @@ impl Agent {
             seccomp_filter: seccomp.map(Filter::bytes).unwrap_or_default(),
             seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
             network: network.into(),
+            state_json: state.map(|state| state.to_string().into_bytes()).unwrap_or_default(),
             ..Default::default()
         };
         self.client

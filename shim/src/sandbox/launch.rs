@@ -45,6 +45,8 @@ pub struct Launch {
     pub seccomp: Option<Filter>,
     /// Its bind mounts.
     pub binds: Vec<Bind>,
+    /// The programs of its createContainer hooks.
+    pub hooks: Vec<PathBuf>,
     /// Size of the microVM.
     pub vm: VmSize,
     /// Which namespace's network it gets.

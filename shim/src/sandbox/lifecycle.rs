@@ -156,7 +156,7 @@ impl Lifecycle {
                         self.record.status = Status::Running;
                         self.save();
                         if hooks::any(Point::Poststart, &self.record) {
-                            starting = Some(Starting::new(Step::Hooks, self.poststart(), answer));
+                            starting = Some(Starting::new(Step::Hooks, self.poststart(), answer, None));
                             continue;
                         }
                     }
@@ -198,7 +198,7 @@ impl Lifecycle {
                                 && changes.is_empty()
                                 && self.may_start(exit) =>
                         {
-                            starting = Some(Starting::new(Step::Process, self.start(), answer));
+                            starting = Some(Starting::new(Step::Process, self.start(), answer, self.start_limit()));
                         }
                         Request::Start => {
                             let _ = answer.send(Err(self.wrong_state("start", exit)));
@@ -270,6 +270,12 @@ impl Lifecycle {
             }
             agent.start_container().await
         })
+    }
+
+    /// How long that may take. None if a startContainer hook may take for ever.
+    fn start_limit(&self) -> Option<Duration> {
+        let hooks = self.record.hooks.as_ref().and_then(|h| h.start_container().as_deref());
+        hooks::time_limit(hooks.unwrap_or_default())?.checked_add(START_TIMEOUT)
     }
 
     /// Runs the poststart hooks, beside the task that owns the state as well.
@@ -353,8 +359,13 @@ struct Starting {
 }
 
 impl Starting {
-    fn new(step: Step, task: JoinHandle<Result<()>>, answer: oneshot::Sender<Result<()>>) -> Self {
-        let deadline = (step == Step::Process).then(|| Instant::now() + START_TIMEOUT);
+    fn new(
+        step: Step,
+        task: JoinHandle<Result<()>>,
+        answer: oneshot::Sender<Result<()>>,
+        limit: Option<Duration>,
+    ) -> Self {
+        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
         Self { step, task: AbortOnDrop(task), answer, deadline }
     }
 

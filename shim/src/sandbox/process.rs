@@ -3,10 +3,12 @@
 use std::{
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
+    time::Duration,
 };
 
 use isopod_protocol::agent;
 use oci_spec::runtime::LinuxResources;
+use serde_json::Value;
 use tokio::net::UnixListener;
 
 use super::{
@@ -177,8 +179,13 @@ impl Sandbox {
             memory_used_kib: hello.memory_used_kib,
         });
         let (launch, dir) = (&self.launch, &self.dir);
-        let limit = START_TIMEOUT.max(launch.boot_timeout);
-        let create = create_container(launch, dir, guest_network);
+        let create_hooks =
+            launch.spec.hooks().as_ref().and_then(|h| h.create_container().as_deref());
+        // If one of them may take for ever, so may the creation.
+        let hooks = hooks::time_limit(create_hooks.unwrap_or_default()).unwrap_or(Duration::MAX);
+        let limit = START_TIMEOUT.max(launch.boot_timeout).saturating_add(hooks);
+        let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
+        let create = create_container(launch, dir, state.as_ref(), guest_network);
         let (agent, relay, console) =
             in_guest(vmm, "creating the container", limit, create).await?;
         self.timeline.created = Some(clock::monotonic_us());
@@ -313,6 +320,7 @@ fn resources(launch: &Launch) -> LinuxResources {
 async fn create_container(
     launch: &Launch,
     dir: &StateDir,
+    state: Option<&Value>,
     network: Option<agent::Network>,
 ) -> Result<(Agent, Relay, Option<OwnedFd>)> {
     let agent = Agent::connect(dir, &launch.id, String::new()).await?;
@@ -329,7 +337,7 @@ async fn create_container(
     stdio::release(Release::but_for_messages())?;
     let (tokens, streams) = local.connect(dir).await?;
     let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds, launch.vm.vcpus);
-    agent.create_container(&spec, launch.seccomp.as_ref(), tokens, size, network).await?;
+    agent.create_container(&spec, launch.seccomp.as_ref(), state, tokens, size, network).await?;
     Ok((agent, streams.relay()?, console))
 }
 

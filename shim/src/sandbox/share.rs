@@ -3,6 +3,7 @@
 //! ```text
 //! <state dir>/shared          a small tmpfs, read-only once built; root of the VMM and of virtio-fs
 //!   <container id>/rootfs     the bundle's root file system
+//!   <container id>/hooks/<n>  program of the n-th createContainer hook
 //!   <container id>/mounts/<n> source of the n-th mount of config.json, if that is a bind mount
 //! ```
 //!
@@ -31,7 +32,7 @@ use rustix::{
 
 use super::launch::Launch;
 use crate::{
-    bundle::shared_name,
+    bundle::{shared_hook, shared_name},
     error::{Error, Explain, Result},
     state::{SHARED, StateDir},
 };
@@ -94,6 +95,14 @@ impl Share {
                 make_file(&target)?;
             }
             bind(&volume.source, &target, volume.recursive, volume.read_only)?;
+        }
+        if !launch.hooks.is_empty() {
+            make_dir(&container.join("hooks"))?;
+        }
+        for (index, program) in launch.hooks.iter().enumerate() {
+            let target = container.join(shared_hook(index));
+            make_file(&target)?;
+            bind(program, &target, false, true)?;
         }
         // Nothing but mounts belongs in it, so the guest cannot fill the host's memory through it.
         mount_remount(&share.path, flags() | MountFlags::BIND | MountFlags::RDONLY, c"")
