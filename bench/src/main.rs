@@ -8,6 +8,7 @@ mod boot;
 mod clock;
 mod cycle;
 mod figure;
+mod net;
 mod qemu;
 mod runtime;
 mod sizes;
@@ -20,10 +21,11 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, bail};
 
 const HELP: &str = "\
-Usage: isopod-bench boot|cycle --programs DIR --bundle DIR [--runs N] [--json FILE]
+Usage: isopod-bench boot|cycle|net --programs DIR --bundle DIR [--runs N] [--json FILE]
 
   boot             a microVM until its agent is ready, and `run`, beside QEMU
   cycle            create, start, wait, delete, and exec, beside runc and crun
+  net              traffic between a container and the host, beside runc and QEMU
 
   --programs DIR   where isopod, isopod-vmm, vmlinux and isopod.initramfs are
   --bundle DIR     an OCI bundle whose process is /bin/true
@@ -53,6 +55,9 @@ fn run() -> Result<()> {
     let measure = match words.next().as_deref() {
         Some("boot") => boot::measure,
         Some("cycle") => cycle::measure,
+        Some("net") => net::measure,
+        // What `net` runs in containers.
+        Some("peer") => return net::peer(&words.next().context("peer of whom?")?),
         Some("--help" | "-h") => {
             println!("{HELP}");
             return Ok(());

@@ -42,15 +42,27 @@ impl Runtime {
     /// If any of them fails, or the container's process does.
     pub(crate) fn cycle(&self, bundle: &Path) -> Result<f64> {
         let start = clock::now()?;
+        self.start(bundle)?.wait()?;
+        Ok(clock::now()? - start)
+    }
+
+    /// A container as `bundle` says, but for `change`.
+    ///
+    /// # Errors
+    ///
+    /// If a call fails.
+    pub(crate) fn start_changed(
+        &self,
+        bundle: &Path,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<Running<'_>> {
+        self.start(&self.changed(bundle, change)?)
+    }
+
+    fn start(&self, bundle: &Path) -> Result<Running<'_>> {
         let pid = self.create(bundle)?;
         self.call(["start", ID])?;
-        let ended = waitpid(pid, None).context("cannot wait for the container")?;
-        self.call(["delete", ID])?;
-        let took = clock::now()? - start;
-        match ended {
-            WaitStatus::Exited(_, 0) => Ok(took),
-            other => bail!("{}: the container ended with {other:?}", self.name),
-        }
+        Ok(Running { runtime: self, pid })
     }
 
     /// Units of `exec` of /bin/true, each of `runs` times, in a container that does nothing.
@@ -59,31 +71,28 @@ impl Runtime {
     ///
     /// If a call fails.
     pub(crate) fn execs(&self, bundle: &Path, runs: usize) -> Result<Vec<f64>> {
-        let idle = self.idle_bundle(bundle)?;
-        let pid = self.create(&idle)?;
-        self.call(["start", ID])?;
+        let sleep = json!(["/bin/sleep", "1000000"]);
+        let running = self.start_changed(bundle, |config| config["process"]["args"] = sleep)?;
         let mut took = Vec::new();
         for _ in 0..=runs {
             let start = clock::now()?;
             self.call(["exec", ID, "/bin/true"])?;
             took.push(clock::now()? - start);
         }
-        self.call(["kill", ID, "KILL"])?;
-        waitpid(pid, None).context("cannot wait for the container")?;
-        self.call(["delete", ID])?;
+        running.kill()?;
         // The first warms the page cache.
         Ok(took.split_off(1))
     }
 
-    /// A bundle as `bundle`, whose process waits.
-    fn idle_bundle(&self, bundle: &Path) -> Result<PathBuf> {
+    /// A bundle with the root file system of `bundle` and a changed config.json.
+    fn changed(&self, bundle: &Path, change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
         let bundle = std::path::absolute(bundle)?;
         let path = bundle.join("config.json");
         let text = fs::read(&path).with_context(|| path.display().to_string())?;
         let mut config: Value = serde_json::from_slice(&text).context("config.json")?;
         config["root"]["path"] = json!(bundle.join("rootfs"));
-        config["process"]["args"] = json!(["/bin/sleep", "1000000"]);
-        let dir = self.dir.path().join("idle");
+        change(&mut config);
+        let dir = self.dir.path().join("bundle");
         fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
         fs::write(dir.join("config.json"), config.to_string()).context("config.json")?;
         Ok(dir)
@@ -124,5 +133,36 @@ impl Runtime {
             bail!("{command:?}: {status}: {}", said.trim());
         }
         Ok(())
+    }
+}
+
+/// A container that runs.
+pub(crate) struct Running<'a> {
+    runtime: &'a Runtime,
+    pid: Pid,
+}
+
+impl Running<'_> {
+    /// Waits for its end and deletes it.
+    ///
+    /// # Errors
+    ///
+    /// If its process did not succeed, or it cannot be deleted.
+    pub(crate) fn wait(self) -> Result<()> {
+        match self.delete()? {
+            WaitStatus::Exited(_, 0) => Ok(()),
+            other => bail!("{}: the container ended with {other:?}", self.runtime.name),
+        }
+    }
+
+    fn kill(self) -> Result<()> {
+        self.runtime.call(["kill", ID, "KILL"])?;
+        self.delete().map(drop)
+    }
+
+    fn delete(&self) -> Result<WaitStatus> {
+        let ended = waitpid(self.pid, None).context("cannot wait for the container")?;
+        self.runtime.call(["delete", ID])?;
+        Ok(ended)
     }
 }

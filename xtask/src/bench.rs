@@ -13,13 +13,16 @@ use crate::progress::step;
 use crate::{apt, build, bundle, repository};
 
 const HELP: &str = "\
-Usage: cargo xtask bench boot|cycle [--runs N] [--json FILE]
+Usage: cargo xtask bench boot|cycle|net [--runs N] [--json FILE]
 
   boot          a microVM until its agent is ready, and `run`, beside QEMU
   cycle         create, start, wait, delete, and exec, beside runc and crun
+  net           traffic between a container and the host, beside runc and QEMU
 
   --runs N      runs of each measurement, the least counts [3]
   --json FILE   also write the figures to FILE";
+
+const BENCHMARKS: [&str; 3] = ["boot", "cycle", "net"];
 
 /// The runtimes beside which a cycle is measured.
 const PEERS: [Need; 2] = [
@@ -44,8 +47,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    let Some(benchmark) = benchmark.filter(|name| ["boot", "cycle"].contains(&name.as_str()))
-    else {
+    let Some(benchmark) = benchmark.filter(|name| BENCHMARKS.contains(&name.as_str())) else {
         bail!("which benchmark?\n{HELP}");
     };
     apt::ensure(build::needs().chain(place::needs(true)?).chain(PEERS))?;
