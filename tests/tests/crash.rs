@@ -123,6 +123,20 @@ fn delete_force_needs_nobodys_help() {
     }
 }
 
+/// A guest that does not answer cannot outlive SIGKILL.
+#[test]
+fn kill_needs_nobodys_help() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    let vmm = scope.child(created.pid, VMM);
+    scope.program(&["kill", "-STOP", &vmm.to_string()]).output().ok();
+    // It is not running any more when it answers.
+    container.kill("KILL").one_line_error(&["container not running"]);
+    assert_lost(&scope, &container, &created);
+}
+
 #[test]
 fn a_command_that_waits_is_told() {
     microvm_only!();

@@ -48,6 +48,10 @@ pub(super) const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// microVM is ended under it.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a process may take to die of SIGKILL when only that was asked for: nothing but a guest
+/// that does not answer takes so long, and it must not be able to outlive its killing.
+const KILL_TIMEOUT: Duration = Duration::from_secs(15);
+
 /// How long the guest may take to flush its file systems and to shut down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -126,6 +130,7 @@ impl Lifecycle {
         let mut starting: Option<Starting> = None;
         let mut changes = Changes::default();
         let mut deadline: Option<Instant> = None;
+        let mut killed: Option<Instant> = None;
         // Its size may have been set while the container was created.
         self.follow_console();
         loop {
@@ -134,7 +139,8 @@ impl Lifecycle {
                 changes.begin(self, exit);
             }
             let give_up = async {
-                match deadline {
+                // Who killed it waits for the output, whoever destroys it does not.
+                match deadline.or(killed.filter(|_| exit.is_none())) {
                     Some(deadline) => sleep_until(deadline).await,
                     None => std::future::pending().await,
                 }
@@ -220,6 +226,9 @@ impl Lifecycle {
                             let _ = answer.send(Ok(()));
                         }
                         Request::Kill { signal, all } => {
+                            if signal == signals::KILL {
+                                killed.get_or_insert(Instant::now() + KILL_TIMEOUT);
+                            }
                             let agent = self.agent.clone();
                             tokio::spawn(async move {
                                 let _ = answer.send(agent.signal(signal, all).await);
