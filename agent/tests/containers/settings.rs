@@ -132,7 +132,7 @@ pub(crate) async fn refused_by_name(d: &Driver) {
         ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_ALLOW"}), "linux.seccomp"),
         ("/linux/namespaces/0/path", json!("/proc/1/ns/pid"), "linux.namespaces[pid].path"),
         ("/linux/sysctl", json!({"kernel.panic": "1"}), "kernel.panic"),
-        ("/process/scheduler", json!({"policy": "SCHED_FIFO"}), "process.scheduler"),
+        ("/process/scheduler", json!({"policy": "SCHED_ISO"}), "process.scheduler.policy"),
         ("/process/env", json!(["A=b", "PLAIN"]), "process.env[1]"),
         ("/mounts/0/options", json!(["idmap"]), "mounts[0].options"),
     ];
