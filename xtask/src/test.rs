@@ -23,6 +23,7 @@ Usage: cargo xtask test [--unit | --e2e] [FILTER]
 
   FILTER    only tests whose names contain it; all tests of an end-to-end program of this very name
             (`stdio` for tests/tests/stdio.rs)
+            docker, docker_newer, podman, workloads: these take long, and run only if named
   --unit    only the unit tests
   --e2e     only the end-to-end tests
 
@@ -50,8 +51,14 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         bail!("--unit and --e2e leave nothing to test");
     }
     let lab = if e2e { place::needs(false)? } else { Vec::new() };
-    let engines = if e2e { needs::NEEDS.as_slice() } else { &[] };
-    apt::ensure(build::needs().chain(lab).chain(engines.iter().copied()))?;
+    let mut programs = Vec::new();
+    if e2e {
+        programs.extend(needs::NEEDS);
+        if e2e::needs_engines(filter.as_deref()) {
+            programs.extend(needs::ENGINES);
+        }
+    }
+    apt::ensure(build::needs().chain(lab).chain(programs))?;
     let mut total = Tally::default();
     if unit {
         total.add(&or_failure("unit tests", unit_tests(filter.as_deref())));

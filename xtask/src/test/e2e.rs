@@ -27,6 +27,15 @@ const SCRATCH: &str = "/tmp/isopod-tests";
 /// The test program that needs a machine with two processors.
 const NEEDS_TWO_CPUS: &str = "smp";
 
+/// The test programs that drive container engines, most cases of them twice: hours in labs of one
+/// processor. Run when they are named.
+const ENGINES: [&str; 4] = ["docker", "docker_newer", "podman", "workloads"];
+
+/// Whether `filter` names a program that drives engines, or cases of them, such as `runc::attach`.
+pub(super) fn needs_engines(filter: Option<&str>) -> bool {
+    filter.is_some_and(|filter| ENGINES.contains(&filter) || filter.contains("::"))
+}
+
 /// Builds what is tested and the tests, and runs those that `filter` chooses.
 pub(super) fn run(filter: Option<&str>) -> Result<Tally> {
     let product = build::build()?;
@@ -58,7 +67,10 @@ pub(super) fn run(filter: Option<&str>) -> Result<Tally> {
 }
 
 /// The programs that have tests which `filter` chooses, each with what it is to be told.
-fn choose(programs: Vec<TestProgram>, filter: Option<&str>) -> Result<Vec<TestProgram>> {
+fn choose(mut programs: Vec<TestProgram>, filter: Option<&str>) -> Result<Vec<TestProgram>> {
+    if !needs_engines(filter) {
+        programs.retain(|program| !ENGINES.contains(&program.name.as_str()));
+    }
     let Some(filter) = filter else { return Ok(programs) };
     let mut chosen = Vec::new();
     for mut program in programs {

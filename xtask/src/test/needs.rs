@@ -8,19 +8,23 @@ const ENGINE: &str = "engine under test";
 const NETWORK: &str = "networks of engines";
 const IMAGE: &str = "images for engines";
 
-/// Installed where the tests are run, for all of them.
-pub(super) const NEEDS: [Need; 13] = [
+/// For the end-to-end tests that run without being named.
+pub(super) const NEEDS: [Need; 5] = [
+    Need { package: "runc", purpose: "runtime to prove tests" },
+    Need { package: "iproute2", purpose: NETWORK },
+    Need { package: "busybox-static", purpose: IMAGE },
+    Need { package: "skopeo", purpose: IMAGE },
+    Need { package: "umoci", purpose: IMAGE },
+];
+
+/// For those that drive engines, beside [`NEEDS`].
+pub(super) const ENGINES: [Need; 8] = [
     Need { package: "docker.io", purpose: ENGINE },
     Need { package: "podman", purpose: ENGINE },
-    Need { package: "runc", purpose: "runtime to prove tests" },
     Need { package: "crun", purpose: "runtime to prove tests" },
     Need { package: "catatonit", purpose: "init of engines" },
     Need { package: "netavark", purpose: NETWORK },
     Need { package: "aardvark-dns", purpose: NETWORK },
     Need { package: "iptables", purpose: NETWORK },
-    Need { package: "iproute2", purpose: NETWORK },
-    Need { package: "busybox-static", purpose: IMAGE },
     Need { package: "debootstrap", purpose: IMAGE },
-    Need { package: "skopeo", purpose: IMAGE },
-    Need { package: "umoci", purpose: IMAGE },
 ];
