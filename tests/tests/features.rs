@@ -100,10 +100,11 @@ fn what_it_promises_is_kept() {
         let all = json!(seen.linux.capabilities);
         c["process"]["capabilities"] =
             json!({ "bounding": all, "permitted": all, "effective": all, "inheritable": all });
+        // A static program, on the host as in the container.
         let hooks: Value = seen
             .hooks
             .iter()
-            .map(|hook| (hook.clone(), json!([{ "path": "/bin/true" }])))
+            .map(|hook| (hook.clone(), json!([{ "path": "/bin/busybox", "args": ["true"] }])))
             .collect::<serde_json::Map<_, _>>()
             .into();
         c["hooks"] = hooks;

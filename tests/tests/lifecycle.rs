@@ -299,11 +299,17 @@ fn delete_force_needs_no_readable_state() {
     let scope = Scope::new();
     let container = sleeper(&scope);
     let created = container.start_new();
+    let cgroup = fs::read_to_string(format!("/proc/{}/cgroup", created.pid)).unwrap();
     container.kill("KILL").ok();
     created.wait();
     fs::write(scope.root().join(&container.id).join("state.json"), "{").unwrap();
     container.delete().one_line_error(&["state.json"]);
-    container.delete_force().ok();
+    let said = container.delete_force().ok().stderr;
+    assert!(said.contains("state.json") && said.contains("cgroup"), "{said}");
+    // What only the state could tell.
+    if let Some(path) = cgroup.strip_prefix("0::/") {
+        fs::remove_dir(Path::new("/sys/fs/cgroup").join(path.trim_end())).unwrap();
+    }
     scope.assert_nothing_left();
 }
 

@@ -40,7 +40,17 @@ impl Delete {
                 "container {id} is being created or deleted by somebody else"
             )));
         }
-        event_loop()?.block_on(remove(&dir, self.record(&dir)?.as_ref()))?;
+        let record = match dir.record() {
+            Err(error) if self.force => {
+                log::warn!(
+                    "{error}; which cgroup it had, and what it made in a network namespace of \
+                     others, is not known and stays"
+                );
+                None
+            }
+            record => record?,
+        };
+        event_loop()?.block_on(remove(&dir, record.as_ref()))?;
         Ok(0)
     }
 
