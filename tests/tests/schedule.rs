@@ -136,7 +136,7 @@ fn clocks_are_shifted_as_asked() {
         c["linux"]["namespaces"].as_array_mut().unwrap().push(json!({ "type": "time" }));
         c["linux"]["timeOffsets"] = json!({
             "boottime": { "secs": 5_000_000, "nanosecs": 7 },
-            "monotonic": { "secs": -2 , "nanosecs": 0 },
+            "monotonic": { "secs": 90, "nanosecs": 0 },
         });
     });
     let mut created = container.start_new();
@@ -145,7 +145,7 @@ fn clocks_are_shifted_as_asked() {
     assert!(seconds > 5_000_000.0, "{uptime}");
     let offsets = [created.stdout.line().unwrap(), created.stdout.line().unwrap()];
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
-    assert_eq!(words(&offsets[0]), ["monotonic", "-2", "0"]);
+    assert_eq!(words(&offsets[0]), ["monotonic", "90", "0"]);
     assert_eq!(words(&offsets[1]), ["boottime", "5000000", "7"]);
     let out = container.exec(["cat", "/proc/uptime"]).ok();
     assert!(out.stdout.starts_with("50"), "{out}");

@@ -40,8 +40,10 @@ pub(crate) mod stdio;
 pub(crate) mod terminal;
 
 use std::os::fd::AsFd as _;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use isopod_protocol::SHARED_DIR;
 use isopod_protocol::agent::{ContainerStats, Network, ProcessInfo};
 
 use self::cgroup::Cgroup;
@@ -67,6 +69,8 @@ pub(crate) struct Container {
     cgroup: Arc<Cgroup>,
     init: Arc<Process>,
     execs: Mutex<Execs>,
+    /// What its bind mounts show.
+    binds: Vec<PathBuf>,
 }
 
 /// What a container is made from.
@@ -142,7 +146,9 @@ impl Container {
             kill_rest_at_exit(Arc::clone(&init), Arc::clone(&cgroup));
         }
         let execs = Mutex::default();
-        Ok(Self { id, namespaces, defaults, cgroup, init, execs })
+        let sources = spec.spec.mounts.iter().filter_map(|mount| mount.source.clone());
+        let binds = sources.filter(|source| source.starts_with(SHARED_DIR)).collect();
+        Ok(Self { id, namespaces, defaults, cgroup, init, execs, binds })
     }
 
     /// Gives the container's network namespace what was not there when it was created.
@@ -165,6 +171,12 @@ impl Container {
     /// Why it failed, or that the container is not in the state for it.
     pub(crate) async fn start(&self) -> Result<()> {
         self.check_not_ended()?;
+        let binds = self.binds.clone();
+        blocking(move || {
+            binds.iter().for_each(|source| mounts::look_again(source));
+            Ok(())
+        })
+        .await?;
         self.init.start().await
     }
 

@@ -6,7 +6,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, FileType, OFlags};
+use rustix::fs::{AtFlags, CWD, FileType, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags,
@@ -241,4 +241,12 @@ pub(crate) fn set_propagation(
 
 fn mount_attr(set: u64, clear: u64, propagation: u64) -> libc::mount_attr {
     libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 }
+}
+
+/// Asks the host about a bind mount's source anew. Engines write /etc/resolv.conf and /etc/hosts
+/// between create and start, and what the guest knows of a file's size is good for a second.
+pub(crate) fn look_again(source: &Path) {
+    let flags = AtFlags::STATX_FORCE_SYNC;
+    // A source that is gone by now is for whoever opens it to complain about.
+    let _ = rustix::fs::statx(CWD, source, flags, StatxFlags::BASIC_STATS);
 }
