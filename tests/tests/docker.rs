@@ -8,9 +8,6 @@ use isopod_tests::engine::cases::{
 };
 use isopod_tests::engine::{Case, Engine, main as suite};
 
-/// Docker's name server listens on the loopback of the container's namespace on the host.
-const NAMES: &str = "a guest cannot ask Docker's name server";
-
 const CASES: &[Case] = &[
     case!(process::exit_statuses),
     case!(process::streams),
@@ -43,7 +40,7 @@ const CASES: &[Case] = &[
     case!(security::privileged),
     case!(network::bridge),
     case!(network::publish),
-    case!(network::names_on_a_network).not_yet(NAMES, &["bad address"]),
+    case!(network::names_on_a_network),
     case!(network::none),
     case!(network::host),
     case!(network::of_another_container),

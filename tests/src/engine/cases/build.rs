@@ -11,9 +11,9 @@ pub fn build(run: &Run<'_>) {
     fs::write(dir.join("data"), "copied\n").expect("a file");
     let recipe = format!(
         "FROM {IMAGE}\nENV FROM_BUILD=yes\nCOPY data /data\nWORKDIR /work\n\
-         RUN uname -r >kernel && cat /data >>kernel && adduser -D -H bob\n\
+         RUN uname -r >kernel && cat /data >>kernel\n\
          RUN mkdir -p deep/er && ln -s ../kernel deep/er/link && chmod 4755 /work/kernel\n\
-         USER bob\nCMD [\"sh\", \"-c\", \"id -un; cat kernel; stat -c %a kernel; echo $FROM_BUILD\"]\n"
+         USER alice\nCMD [\"sh\", \"-c\", \"id -un; cat kernel; stat -c %a kernel; echo $FROM_BUILD\"]\n"
     );
     fs::write(dir.join("Dockerfile"), recipe).expect("a recipe");
     run.engine.set_default_runtime(run.with);
@@ -25,7 +25,7 @@ pub fn build(run: &Run<'_>) {
     let said = run.end(run.command_of(&image, "run", &["--rm"], &[])).ok().stdout;
     let lines: Vec<&str> = said.lines().collect();
     let host = run.end(run.engine.inside(&["uname", "-r"])).ok().stdout;
-    assert_eq!(lines[0], "bob");
+    assert_eq!(lines[0], "alice");
     assert_eq!(lines[1] != host.trim(), run.isopod(), "{said}");
     assert_eq!(lines[2..], ["copied", "4755", "yes"]);
     run.ok(&["rmi", &image]);
