@@ -69,6 +69,10 @@ fn mounts(table: &str, name: &str, found: &mut BTreeSet<String>) {
     for line in text.lines().filter(|line| line.contains(name)) {
         // Not the numbers in front, which are given again.
         let what: Vec<&str> = line.split(' ').skip(3).collect();
+        // Docker keeps the namespace of `--network host`, its own, once it was asked for.
+        if what.get(1) == Some(&"/run/docker/netns/default") {
+            continue;
+        }
         found.insert(format!("mount in {table}: {}", what.join(" ")));
     }
 }

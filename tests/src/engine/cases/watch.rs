@@ -37,7 +37,7 @@ pub fn stats(run: &Run<'_>) {
 pub fn inspect(run: &Run<'_>) {
     let container = run.start(&[], &["sleep", "1000"]);
     let pid = container.inspect(".State.Pid");
-    let process = run.end(run.engine.inside(&["cat", &format!("/proc/{pid}/comm")])).ok();
+    let process = run.end(run.engine.inside(&["cat", &format!("/proc/{pid}/cmdline")])).ok();
     let expected = if run.isopod() { "isopod" } else { "sleep" };
     assert!(process.stdout.starts_with(expected), "{process}");
     let names = run.ok(&["ps", "--format", "{{.Names}} {{.Status}}"]);
