@@ -16,7 +16,7 @@ use crate::{
         self,
         launch::{self, Launched},
     },
-    state::{Id, PROCESS_FILE, StateDir, Status},
+    state::{Id, PROCESS_FILE, Record, StateDir, Status},
     terminal::{self, RawMode},
 };
 
@@ -88,7 +88,8 @@ impl Exec {
             )));
         }
         let dir = StateDir::open(&global.root, &id)?;
-        let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
+        let record = dir.record()?;
+        let status = record.as_ref().map_or(Status::Creating, Record::current_status);
         if status == Status::Paused && !self.ignore_paused {
             return Err(Error::new(format!(
                 "cannot exec in a paused container: {id} is paused (resume it first, or use \
@@ -104,7 +105,13 @@ impl Exec {
         bundle::check_process(&process)?;
         let wanted = process.terminal().unwrap_or(false);
         let terminal = find_terminal(wanted, self.detach, self.console_socket.as_deref())?;
-        let exec = sandbox::exec::Exec { id, state_dir: dir.path().to_owned(), process, terminal };
+        let exec = sandbox::exec::Exec {
+            id,
+            state_dir: dir.path().to_owned(),
+            process,
+            terminal,
+            memory_mib: record.map_or(0, |record| record.vm.memory_mib),
+        };
         if self.detach { self.detach(&dir, &exec) } else { self.attend(&exec) }
     }
 

@@ -53,6 +53,8 @@ pub struct Exec {
     pub process: Process,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
+    /// The microVM's memory.
+    pub memory_mib: u64,
 }
 
 /// Where the call that starts the process is.
@@ -238,7 +240,7 @@ impl Exec {
             Ok(exit) => exit,
             Err(error) => self.exit_with_container(dir, end, error).await?,
         };
-        relay.finished().await;
+        relay.finished(self.memory_mib << 20).await;
         Ok(exit)
     }
 

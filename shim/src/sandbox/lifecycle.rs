@@ -131,6 +131,7 @@ impl Lifecycle {
         let mut changes = Changes::default();
         let mut deadline: Option<Instant> = None;
         let mut killed: Option<Instant> = None;
+        let memory = self.record.vm.memory_mib << 20;
         // Its size may have been set while the container was created.
         self.follow_console();
         loop {
@@ -177,7 +178,7 @@ impl Lifecycle {
                     }
                 }
                 finished = changes.finished() => changes.settle(self, finished),
-                () = self.relay.finished(), if exit.is_some() && starting.is_none() => {
+                () = self.relay.finished(memory), if exit.is_some() && starting.is_none() => {
                     if let Some(exit) = exit {
                         return Outcome::Exited(exit);
                     }

@@ -13,14 +13,23 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::net::UnixStream,
     },
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     thread,
+    time::Duration,
 };
 
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
 };
-use tokio::{io::AsyncWriteExt, sync::oneshot};
+use tokio::{
+    io::AsyncWriteExt,
+    sync::oneshot,
+    time::{Instant, timeout_at},
+};
 
 use isopod_protocol::{STREAM_PORT, agent::StreamTokens};
 
@@ -32,6 +41,17 @@ use crate::{
 
 /// How much is read at a time: what a socket's buffer holds by default is a little more.
 const BUFFER_LEN: usize = 128 * 1024;
+
+/// How much longer a guest may take for what a process wrote before it ended. The agent has all of
+/// it, and ends the stream behind it.
+const PATIENCE: Patience = Patience { interval: Duration::from_secs(1), intervals: 30 };
+
+/// How long somebody is waited for, as far as it is noticed: by a look each interval.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    interval: Duration,
+    intervals: u32,
+}
 
 /// The local ends of a process's standard streams. A missing one is `/dev/null` in the guest.
 #[derive(Debug, Default)]
@@ -161,30 +181,103 @@ impl Streams {
         for stream in self.outputs.into_iter().flatten() {
             let (done, finished) = oneshot::channel();
             let Stream { local, remote, .. } = stream;
+            let flow = Arc::new(Flow::new(remote));
+            let looked_at = Arc::downgrade(&flow);
             start("output", move || {
-                relay_output(&remote, &local);
+                relay_output(&flow, &local);
+                // Closed before anybody hears of the end.
+                drop((flow, local));
                 // Nobody waits any more, if this fails.
                 let _ = done.send(());
             })?;
-            outputs.push(finished);
+            outputs.push(Output { flow: looked_at, finished, ended_at: None, waited: 0 });
         }
-        Ok(Relay { outputs })
+        Ok(Relay { outputs, next_look: None })
+    }
+}
+
+/// Output on its way from the guest: what the thread that relays it shares with who waits for it.
+#[derive(Debug)]
+struct Flow {
+    remote: UnixStream,
+    /// Bytes that the guest has sent so far.
+    received: AtomicU64,
+    /// The thread waits for the guest, and not for whoever reads here.
+    waiting: AtomicBool,
+}
+
+impl Flow {
+    fn new(remote: UnixStream) -> Self {
+        Self { remote, received: AtomicU64::new(0), waiting: AtomicBool::new(false) }
+    }
+
+    /// What the guest sends next.
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.waiting.store(true, Ordering::Relaxed);
+        let received = (&self.remote).read(buffer);
+        self.waiting.store(false, Ordering::Relaxed);
+        if let Ok(length) = received {
+            self.received.fetch_add(length as u64, Ordering::Relaxed);
+        }
+        received
+    }
+}
+
+/// An output that is relayed.
+#[derive(Debug)]
+struct Output {
+    /// The thread has it, and closes it at its end.
+    flow: Weak<Flow>,
+    finished: oneshot::Receiver<()>,
+    /// How much had been sent when its process was known to have ended.
+    ended_at: Option<u64>,
+    /// In how many looks since then the guest was waited for.
+    waited: u32,
+}
+
+impl Output {
+    /// Ends the stream if the guest takes too long, or sends more than it can have had. Time in which
+    /// nobody reads here is not the guest's.
+    fn look(&mut self, most: u64, patience: Patience) {
+        let Some(flow) = self.flow.upgrade() else { return };
+        let received = flow.received.load(Ordering::Relaxed);
+        let ended_at = *self.ended_at.get_or_insert(received);
+        self.waited += u32::from(flow.waiting.load(Ordering::Relaxed));
+        if self.waited > patience.intervals || received - ended_at > most {
+            log::warn!("the guest does not end the output of a process that has ended: cut off");
+            // What has been received is still there to be read.
+            let _ = flow.remote.shutdown(Shutdown::Both);
+        }
     }
 }
 
 /// Running relays.
 #[derive(Debug, Default)]
 pub struct Relay {
-    outputs: Vec<oneshot::Receiver<()>>,
+    outputs: Vec<Output>,
+    next_look: Option<Instant>,
 }
 
 impl Relay {
-    /// Waits until all output of the guest has been written. Can be waited for again if cancelled.
-    pub async fn finished(&mut self) {
+    /// Waits until all output of a process that has ended has been written, for as long as it takes
+    /// whoever reads it, and at most half a minute for the guest. That cannot have kept more than
+    /// `most` bytes, the size of its memory. Can be waited for again if cancelled.
+    pub async fn finished(&mut self, most: u64) {
+        self.finished_within(most, PATIENCE).await;
+    }
+
+    async fn finished_within(&mut self, most: u64, patience: Patience) {
         while let Some(output) = self.outputs.last_mut() {
+            let look = *self.next_look.get_or_insert_with(|| Instant::now() + patience.interval);
             // An error means that the thread is gone, which is as finished as can be.
-            let _ = output.await;
-            self.outputs.pop();
+            if timeout_at(look, &mut output.finished).await.is_ok() {
+                self.outputs.pop();
+                continue;
+            }
+            self.next_look = None;
+            for output in &mut self.outputs {
+                output.look(most, patience);
+            }
         }
     }
 }
@@ -273,12 +366,11 @@ fn wait_for_input(local: &OwnedFd, remote: &UnixStream) -> io::Result<bool> {
     }
 }
 
-/// Copies from `remote` to `local` until either ends.
-fn relay_output(remote: &UnixStream, local: &OwnedFd) {
+/// Copies from the guest to `local` until either ends.
+fn relay_output(flow: &Flow, local: &OwnedFd) {
     let mut buffer = vec![0; BUFFER_LEN];
-    let mut remote_in = remote;
     loop {
-        let length = match remote_in.read(&mut buffer) {
+        let length = match flow.receive(&mut buffer) {
             Ok(0) => return,
             Ok(length) => length,
             Err(e) if e.kind() == ErrorKind::Interrupted => continue,
@@ -290,7 +382,7 @@ fn relay_output(remote: &UnixStream, local: &OwnedFd) {
             if e != Errno::PIPE {
                 log::debug!("output is lost: {e}");
             }
-            let _ = remote.shutdown(Shutdown::Both);
+            let _ = flow.remote.shutdown(Shutdown::Both);
             return;
         }
     }

@@ -42,8 +42,73 @@ fn both_directions_at_once_lose_nothing() {
         assert!(all == sent, "output");
         assert!(arrived.join().unwrap(), "input");
     });
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-    runtime.block_on(relay.finished());
+    runtime().block_on(relay.finished(0));
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
+}
+
+/// A relay of one output, with the end that is read and the guest's.
+fn one_output() -> (Relay, File, UnixStream) {
+    let (read, write) = pipe();
+    let (here, there) = UnixStream::pair().unwrap();
+    let stdout = Stream { local: write, remote: here, token: 1 };
+    let relay = Streams { stdin: None, outputs: [Some(stdout), None] }.relay().unwrap();
+    (relay, read, there)
+}
+
+const IMPATIENT: Patience = Patience { interval: Duration::from_millis(1), intervals: 20 };
+
+#[test]
+fn a_guest_that_keeps_a_stream_open_is_not_waited_for() {
+    let (mut relay, mut read, mut there) = one_output();
+    there.write_all(b"last words").unwrap();
+    runtime().block_on(relay.finished_within(u64::MAX, IMPATIENT));
+    let mut all = String::new();
+    read.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "last words");
+    assert_eq!(there.write(b"x").unwrap_err().kind(), ErrorKind::BrokenPipe);
+}
+
+#[test]
+fn a_guest_that_never_stops_sending_is_cut_off() {
+    let (mut relay, mut read, mut there) = one_output();
+    thread::scope(|scope| {
+        let sender = scope.spawn(move || while there.write_all(&[b'y'; 4096]).is_ok() {});
+        scope.spawn(move || io::copy(&mut read, &mut io::sink()).unwrap());
+        let endless = Patience { intervals: u32::MAX, ..IMPATIENT };
+        runtime().block_on(relay.finished_within(1 << 20, endless));
+        sender.join().unwrap();
+    });
+}
+
+#[test]
+fn output_waits_for_its_reader_however_long_that_takes() {
+    let (mut relay, mut read, mut there) = one_output();
+    let sent = pattern(1 << 20);
+    thread::scope(|scope| {
+        let sender = scope.spawn(|| {
+            there.write_all(&sent).unwrap();
+            there.shutdown(Shutdown::Write).unwrap();
+        });
+        // The pipe is full, so the relay waits for whoever reads it.
+        let size = rustix::pipe::fcntl_getpipe_size(&read).unwrap() as u64;
+        while rustix::io::ioctl_fionread(&read).unwrap() < size {
+            thread::yield_now();
+        }
+        let looks = Duration::from_millis(10 * u64::from(IMPATIENT.intervals));
+        let finished = relay.finished_within(u64::MAX, IMPATIENT);
+        runtime().block_on(async { tokio::time::timeout(looks, finished).await }).unwrap_err();
+        let reader = scope.spawn(|| {
+            let mut all = Vec::new();
+            read.read_to_end(&mut all).unwrap();
+            all == sent
+        });
+        runtime().block_on(relay.finished(u64::MAX));
+        assert!(reader.join().unwrap());
+        sender.join().unwrap();
+    });
 }
 
 #[test]
@@ -84,8 +149,7 @@ fn a_reader_that_goes_away_closes_the_stream() {
     drop(read);
     let (here, mut there) = UnixStream::pair().unwrap();
     there.write_all(b"x").unwrap();
-    relay_output(&here, &write);
-    drop(here);
+    relay_output(&Flow::new(here), &write);
     assert_eq!(there.read(&mut [0]).unwrap(), 0);
 }
 
