@@ -306,12 +306,36 @@ fn somebody_elses_traffic_control_is_left_alone() {
     microvm_only!();
     let scope = Scope::alone();
     let (inner, _outer) = Netns::pair(&scope, 1500);
+    let tc = |args: &str| inner.program(&["tc"]).args(args.split(' ')).output().ok();
     for kind in ["ingress", "clsact"] {
-        inner.program(&["tc", "qdisc", "add", "dev", "eth0", kind]).output().ok();
+        tc(&format!("qdisc add dev eth0 {kind}"));
+        tc("filter add dev eth0 ingress matchall action drop");
         let error = scope.container().join(&inner).run();
         error.one_line_error(&["eth0", kind, "tc qdisc del"]);
-        inner.program(&["tc", "qdisc", "del", "dev", "eth0", kind]).output().ok();
+        assert!(tc("filter show dev eth0 ingress").stdout.contains("drop"));
+        tc(&format!("qdisc del dev eth0 {kind}"));
     }
+}
+
+/// What is left when a sandbox process is killed between the two halves of a redirect.
+#[test]
+fn half_a_redirect_of_a_killed_sandbox_is_no_obstacle() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let (inner, _outer) = Netns::pair(&scope, 1500);
+    let tc = |args: &str| inner.program(&["tc"]).args(args.split(' ')).output().ok();
+    tc("qdisc add dev eth0 ingress");
+    scope.container().join(&inner).shell("cat /sys/class/net/eth0/address").run().ok();
+    inner.assert_untouched();
+    let container = scope.container().join(&inner).args(["sleep", "1000"]);
+    let created = container.start_new();
+    scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
+    created.wait();
+    scope.wait_for_processes();
+    tc("filter del dev eth0 ingress");
+    assert!(tc("qdisc show dev eth0").stdout.contains("ingress"));
+    container.delete_force().ok();
+    inner.assert_untouched();
 }
 
 #[test]

@@ -285,7 +285,7 @@ impl Taken {
             namespace::enter_path(&self.namespace)?;
             let netlink = Netlink::open()?;
             for link in netlink.links().explain(what)? {
-                redirect::disconnect(&netlink, link.header.index, &self.mark).explain(what)?;
+                redirect::clear(&netlink, link.header.index, &self.mark).explain(what)?;
             }
             Ok(())
         };

@@ -76,14 +76,42 @@ pub(super) fn connect(
     netlink.create(qdisc(tap.index)).map_err(|e| lacking(what(), e))?;
     netlink.create(filter(tap.index, interface.index, mark)).map_err(|e| lacking(what(), e))?;
     match netlink.create(qdisc(interface.index)) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Err(taken(interface)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            // The one that was found empty. Of two filters with one priority the kernel takes the
+            // first, so it cannot become two sandboxes'.
+            if !matches!(ingress(netlink, interface.index).explain(what)?, Ingress::Empty) {
+                return Err(taken(interface));
+            }
+        }
         made => made.explain(what)?,
     }
     netlink.create(filter(interface.index, tap.index, mark)).map_err(|e| {
+        if e.kind() == io::ErrorKind::AlreadyExists {
+            return taken(interface);
+        }
         // What has just been made, and bears no mark yet.
-        let _ = netlink.change(RouteNetlinkMessage::DelQueueDiscipline(qdisc_of(interface.index)));
+        let _ = remove_empty(netlink, interface.index);
         Error::because(what(), e)
     })
+}
+
+/// Removes a discipline without any filter: it does nothing.
+fn remove_empty(netlink: &Netlink, index: u32) -> io::Result<()> {
+    match ingress(netlink, index)? {
+        Ingress::Empty => netlink.change(RouteNetlinkMessage::DelQueueDiscipline(qdisc_of(index))),
+        _ => Ok(()),
+    }
+}
+
+/// Takes what a sandbox that was killed has left on an interface: the redirect with its mark, or the
+/// discipline that was to bear it.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(super) fn clear(netlink: &Netlink, index: u32, mark: &Mark) -> io::Result<()> {
+    disconnect(netlink, index, mark)?;
+    remove_empty(netlink, index)
 }
 
 /// The first that fails where the kernel lacks what is needed are those of the tap.
@@ -119,7 +147,8 @@ pub(super) fn disconnect(netlink: &Netlink, index: u32, mark: &Mark) -> io::Resu
 pub(super) fn claim(netlink: &Netlink, interface: &Interface) -> Result<()> {
     let what = || format!("cannot look at the traffic control of interface {}", interface.name);
     match ingress(netlink, interface.index).explain(what)? {
-        Ingress::Nothing => Ok(()),
+        // An empty one is what a sandbox process leaves that is killed while it makes its redirect.
+        Ingress::Nothing | Ingress::Empty => Ok(()),
         Ingress::Other(kind) => Err(Error::new(format!(
             "interface {} has a queueing discipline {kind} already, whose filters a microVM would \
              bypass: remove it (`tc qdisc del dev {0} {kind}`)",
@@ -144,6 +173,8 @@ fn taken(interface: &Interface) -> Error {
 /// What handles the frames that come in at an interface.
 enum Ingress {
     Nothing,
+    /// A discipline as a redirect of a sandbox has it, without any filter.
+    Empty,
     /// A redirect of a sandbox, and to which interface.
     Redirect {
         mark: Mark,
@@ -170,14 +201,17 @@ fn ingress(netlink: &Netlink, index: u32) -> io::Result<Ingress> {
     let mut list = TcMessage::with_index(signed(index));
     list.header.parent = TcHandle { major: u16::MAX, minor: 0 };
     let filters = netlink.dump(RouteNetlinkMessage::GetTrafficFilter(list))?;
-    let redirect = filters.into_iter().find_map(|message| match message {
-        RouteNetlinkMessage::NewTrafficFilter(found) if found.header.index == signed(index) => {
-            redirect_of(&found)
-        }
-        _ => None,
-    });
-    Ok(match redirect {
+    let filters: Vec<TcMessage> = filters
+        .into_iter()
+        .filter_map(|message| match message {
+            RouteNetlinkMessage::NewTrafficFilter(found) => Some(found),
+            _ => None,
+        })
+        .filter(|found| found.header.index == signed(index))
+        .collect();
+    Ok(match filters.iter().find_map(redirect_of) {
         Some((mark, to)) => Ingress::Redirect { mark, to },
+        None if filters.is_empty() => Ingress::Empty,
         None => Ingress::Other(kind),
     })
 }
