@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use isopod_tests::keeper::End;
-use isopod_tests::{Container, Scope, microvm_only, runtime, skip};
+use isopod_tests::{Container, Netns, Scope, microvm_only, runtime, skip};
 use serde_json::json;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -203,6 +203,62 @@ fn a_cgroup_that_is_in_use_is_refused_and_left_alone() {
     // An empty one that was there may be used, and goes as with runc.
     fs::create_dir(Path::new(ROOT).join(scope.name())).unwrap();
     at(scope.container(), &path).run().ok();
+    scope.assert_nothing_left();
+}
+
+/// Of several that find none there, one makes it.
+#[test]
+fn of_several_at_the_same_time_one_has_it() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let path = format!("/{}/new", scope.name());
+    for _ in 0..3 {
+        let containers: Vec<_> = (0..4).map(|_| at(sleeper(&scope), &path)).collect();
+        let creating = containers.iter().map(|c| c.command_with_bundle("create", &[]).spawn());
+        let mut creating: Vec<_> = creating.collect();
+        let ends: Vec<End> = creating.iter_mut().map(|create| create.wait()).collect();
+        let made = ends.iter().filter(|end| **end == End::Exited(0)).count();
+        assert_eq!(made, 1, "{ends:?}");
+        for (create, _) in creating.iter_mut().zip(ends).filter(|(_, end)| *end != End::Exited(0)) {
+            let said = create.stderr.so_far();
+            assert!(said.contains(&path) && said.contains("linux.cgroupsPath"), "{said}");
+        }
+        // Beside them there are threads of the kernel's for the VMM.
+        let inside = read(&Path::new(ROOT).join(scope.name()).join("new"), "cgroup.procs");
+        let is_sandbox = |pid: &&str| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            command.split(|byte| *byte == 0).any(|word| word == b"sandbox")
+        };
+        assert_eq!(inside.lines().filter(is_sandbox).count(), 1, "{inside}");
+        containers.iter().for_each(|container| drop(container.delete_force().ok()));
+        drop(creating);
+        scope.assert_nothing_left();
+    }
+}
+
+/// What cannot be removed does not keep the rest, and can be removed later.
+#[test]
+fn a_delete_that_fails_in_part_removes_the_rest() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let (inner, outer) = Netns::pair(&scope, 1500);
+    let container = at(sleeper(&scope).join(&inner), &format!("/{}", scope.name()));
+    let created = container.start_new();
+    let dir = cgroup_of(created.pid);
+    scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
+    created.wait();
+    scope.wait_for_processes();
+    // Which may not enter the namespace.
+    let delete = container.command("delete", &["--force"]);
+    let out = delete.through(&["setpriv", "--bounding-set=-sys_admin"]).output();
+    out.one_line_error(&[&inner.path(), "no permission"]);
+    assert!(!dir.exists());
+    assert_eq!(container.status(), "stopped");
+    container.delete().ok();
+    inner.assert_untouched();
+    drop((inner, outer));
     scope.assert_nothing_left();
 }
 

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::FlockOperation,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{MOUNT_POINT, Unit, systemd};
@@ -51,23 +54,44 @@ impl Cgroup {
     ///
     /// If it cannot be made or entered, or is somebody else's.
     pub(crate) fn enter(&self) -> Result<()> {
+        let mut made = Vec::new();
+        self.make_and_join(&mut made).inspect_err(|_| {
+            // Nobody else knows of these.
+            for dir in made.iter().rev() {
+                let _ = fs::remove_dir(dir);
+            }
+        })
+    }
+
+    fn make_and_join(&self, made: &mut Vec<PathBuf>) -> Result<()> {
         let what = || format!("cannot make the cgroup {}", self.dir.display());
-        let mut made = make(&self.dir);
+        let mut tried = make(&self.dir, made);
         for _ in 1..MAKE_ATTEMPTS {
-            if !made.as_ref().is_err_and(|e| e.kind() == ErrorKind::NotFound) {
+            if !tried.as_ref().is_err_and(|e| e.kind() == ErrorKind::NotFound) {
                 break;
             }
-            made = make(&self.dir);
+            tried = make(&self.dir, made);
         }
-        made.explain(what)?;
+        tried.explain(what)?;
         if self.unit.is_some() {
             // systemd has moved this process there.
             return Ok(());
         }
-        if !self.made.contains(&self.dir) {
+        let what = || format!("cannot enter the cgroup {}", self.dir.display());
+        // Two sandboxes that find the same empty one look at it one after the other.
+        let dir = File::open(&self.dir).explain(what)?;
+        rustix::fs::flock(&dir, FlockOperation::LockExclusive).explain(what)?;
+        if !made.contains(&self.dir) {
+            if self.made.contains(&self.dir) {
+                return Err(Error::new(format!(
+                    "the cgroup {} has just been made by somebody else: name another one in \
+                     linux.cgroupsPath",
+                    self.dir.display()
+                )));
+            }
             self.check_unused()?;
         }
-        join(&self.dir).explain(|| format!("cannot enter the cgroup {}", self.dir.display()))
+        join(&self.dir).explain(what)
     }
 
     /// One that was there before may be used, but not shared.
@@ -129,13 +153,15 @@ pub(crate) fn own_path() -> Option<PathBuf> {
         .then(|| if own.is_empty() { dir.into() } else { dir.join(own) })
 }
 
-fn make(dir: &Path) -> io::Result<()> {
+/// Makes a cgroup and those above it, and adds to `made` what was not there.
+fn make(dir: &Path, made: &mut Vec<PathBuf>) -> io::Result<()> {
     let below = dir.strip_prefix(MOUNT_POINT).map_err(io::Error::other)?;
     let mut at = PathBuf::from(MOUNT_POINT);
     for name in below {
         enable_controllers(&at);
         at.push(name);
         match DirBuilder::new().mode(0o755).create(&at) {
+            Ok(()) if !made.contains(&at) => made.push(at.clone()),
             Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
             _ => {}
         }

@@ -19,9 +19,10 @@ use tokio::{
 use super::Global;
 use crate::{
     bundle::Bundle,
-    cgroup::Place,
+    cgroup::{Cgroup, Place},
     error::{Error, Explain, Result},
     host,
+    network::Taken,
     sandbox::{
         control::{MAX_MESSAGE_LEN, Message},
         hooks,
@@ -341,34 +342,45 @@ pub(super) fn describe(status: ExitStatus) -> String {
 }
 
 /// Removes what is left of a container whose sandbox process has ended or is to be killed, and whose
-/// record this is. Then runs its poststop hooks.
+/// record this is. Then runs its poststop hooks. What cannot be removed does not keep the rest: only
+/// the state directory stays then, by which this can be tried again.
 ///
 /// # Errors
 ///
-/// If a process cannot be killed or the directory cannot be removed.
+/// The first of those that kept something.
 pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()> {
-    if let Some(record) = record {
-        for process in [Some(record.sandbox), record.vmm].into_iter().flatten() {
-            if !process.kill(KILL_TIMEOUT) {
-                return Err(Error::new(format!(
-                    "process {} of container {} does not end when it is killed",
-                    process.pid, record.id
-                )));
-            }
+    let network = match record {
+        Some(record) => {
+            end_processes(record)?;
+            record.network.as_ref().map_or(Ok(()), Taken::give_back)
         }
-        if let Some(network) = &record.network {
-            network.give_back()?;
-        }
-    }
+        None => Ok(()),
+    };
     // Whoever else has the lock now is about to remove it too.
     if !dir.try_lock()? {
-        return Ok(());
+        return network;
     }
-    if let Some(cgroup) = record.and_then(|record| record.cgroup.as_ref()) {
-        cgroup.remove()?;
+    let cgroup = record.and_then(|record| record.cgroup.as_ref()).map_or(Ok(()), Cgroup::remove);
+    if let (Err(_), Err(second)) = (&network, &cgroup) {
+        log::warn!("{second}");
     }
+    network.and(cgroup)?;
     if let (true, Some(record)) = (dir.remove()?, record) {
         hooks::run_poststop(record, None).await;
     }
     Ok(())
+}
+
+/// Kills sandbox process and VMM. While one of them lives, what it uses cannot be removed.
+fn end_processes(record: &Record) -> Result<()> {
+    let processes = [Some(record.sandbox), record.vmm].into_iter().flatten();
+    // Both, even if one does not end.
+    let left: Vec<_> = processes.filter(|process| !process.kill(KILL_TIMEOUT)).collect();
+    match left.first() {
+        None => Ok(()),
+        Some(process) => Err(Error::new(format!(
+            "process {} of container {} does not end when it is killed",
+            process.pid, record.id
+        ))),
+    }
 }

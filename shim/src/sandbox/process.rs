@@ -156,6 +156,7 @@ impl Sandbox {
                 return Err(error);
             }
             log::debug!("no cgroup of its own: {error}");
+            self.dir.write_record(&record)?;
         }
         for point in [Point::Prestart, Point::CreateRuntime] {
             hooks::run(point, &record, self.origin.as_ref()).await?;
