@@ -8,6 +8,7 @@ use std::collections::hash_map::Entry;
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,9 +17,9 @@ use isopod_protocol::agent::Network;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_settime};
+use tokio::sync::Notify;
 
 use crate::container::cgroup;
-use crate::container::seccomp::Filter;
 use crate::container::stdio::Connections;
 use crate::container::terminal::Size;
 use crate::container::{Container, Document};
@@ -34,15 +35,17 @@ const MAX_ID: usize = 255;
 pub(crate) struct Sandbox {
     pub(crate) reaper: Arc<Reaper>,
     pub(crate) streams: Arc<Streams>,
-    /// `None` while the container is being created or deleted.
+    /// `None` while the container is being created.
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
+    /// Told when a creation has succeeded or failed.
+    settled: Notify,
     set_up: AtomicBool,
 }
 
 impl Sandbox {
     pub(crate) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
         let set_up = AtomicBool::new(false);
-        Self { reaper, streams, containers: Mutex::default(), set_up }
+        Self { reaper, streams, containers: Mutex::default(), settled: Notify::new(), set_up }
     }
 
     /// Mounts the shared directory, sets the clock and mixes in entropy.
@@ -83,7 +86,6 @@ impl Sandbox {
         &self,
         id: String,
         document: Document,
-        filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
         network: Option<Network>,
@@ -94,30 +96,41 @@ impl Sandbox {
             Entry::Vacant(vacant) => vacant.insert(None),
         };
         let reaper = Arc::clone(&self.reaper);
+        let find = |id: &str| self.container(id);
         let container =
-            Container::create(reaper, id.clone(), document, filter, connections, size, network);
-        match container.await {
-            Ok(container) => {
-                let pid = container.process("")?.pid();
-                self.containers().insert(id, Some(Arc::new(container)));
-                Ok(pid)
-            }
-            Err(e) => {
-                self.containers().remove(&id);
-                Err(e)
-            }
+            Container::create(reaper, id.clone(), document, connections, size, network, find);
+        let created = container.await.and_then(|container| {
+            let pid = container.process("")?.pid();
+            self.containers().insert(id.clone(), Some(Arc::new(container)));
+            Ok(pid)
+        });
+        if created.is_err() {
+            self.containers().remove(&id);
         }
+        self.settled.notify_waiters();
+        created
     }
 
-    /// Forgets a container that has ended.
+    /// Ends and forgets a container, if there is one of this name.
     ///
     /// # Errors
     ///
-    /// It does not exist or has not ended, or something of it cannot be removed; it can then be
-    /// deleted again.
+    /// Something of it cannot be removed; it can then be deleted again.
     pub(crate) async fn delete(&self, id: &str) -> Result<()> {
-        let container = self.container(id)?;
+        let container = loop {
+            let mut settled = pin!(self.settled.notified());
+            // Before the look, so that nothing is missed between the two.
+            settled.as_mut().enable();
+            match self.containers().get(id) {
+                None => return Ok(()),
+                Some(Some(container)) => break Arc::clone(container),
+                Some(None) => {}
+            }
+            settled.await;
+        };
+        container.end().await?;
         container.remove().await?;
+        forget_files().await?;
         let mut containers = self.containers();
         // Unless somebody else has deleted it meanwhile and there is a new one with its name.
         let same = |known: &Arc<Container>| Arc::ptr_eq(known, &container);
@@ -143,6 +156,15 @@ impl Sandbox {
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Has the kernel forget the files that nobody uses: the host holds each one that this kernel knows of,
+/// those of a container that is no more among them, and its file systems with them.
+async fn forget_files() -> Result<()> {
+    let work = || fs::write("/proc/sys/vm/drop_caches", "2");
+    let done =
+        tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?;
+    done.context(|| "have the kernel forget files")
 }
 
 fn check_id(id: &str) -> Result<()> {

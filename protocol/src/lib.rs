@@ -40,6 +40,10 @@ pub const SHARED_TAG: &str = "isopod";
 /// Where the guest mounts the shared directory.
 pub const SHARED_DIR: &str = "/run/isopod/shared";
 
+/// Begins the `path` of a namespace in the specification that the agent gets, when that is the one of
+/// another container of the sandbox: its id follows.
+pub const JOIN_PREFIX: &str = "container:";
+
 /// The first and only message on [`READY_PORT`]: one line of JSON, then the agent closes.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Hello {

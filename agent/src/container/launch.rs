@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use isopod_protocol::agent::Network;
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::Pid;
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
@@ -32,10 +33,26 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the process is born.
 pub(crate) enum Birth<'a> {
-    /// Into new namespaces.
-    New { namespaces: Namespaces, linux: &'a Linux, network: Option<&'a Network> },
+    /// Into new namespaces, and those that it shares with other containers.
+    New {
+        namespaces: Namespaces,
+        linux: &'a Linux,
+        network: Option<&'a Network>,
+        shared: &'a [Shared],
+    },
     /// Into those of the container whose first process this is.
     Joining { namespaces: Namespaces, init: BorrowedFd<'a>, init_pid: i32 },
+}
+
+/// Namespaces of another container, which has to live when they are entered.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// That container's id.
+    pub(crate) container: String,
+    /// Its first process.
+    pub(crate) init: OwnedFd,
+    /// `CLONE_NEW*` bits.
+    pub(crate) bits: u32,
 }
 
 impl Birth<'_> {
@@ -214,14 +231,14 @@ fn born(
     let context = || BIRTH;
     let cgroup = launch.cgroup.dir();
     match &launch.birth {
-        Birth::New { namespaces, linux, .. } => {
+        Birth::New { namespaces, linux, shared, .. } => {
             let user = namespaces.has(NamespaceKind::User);
             let gate =
                 if user { Some(pipe_with(PipeFlags::CLOEXEC).context(context)?) } else { None };
             let gate_fds = gate.as_ref().map(|(read, write)| (read.as_raw_fd(), write.as_raw_fd()));
             let flags = namespaces.clone_flags();
-            let clone = || clone_init(flags, cgroup, channel, gate_fds);
-            let (pid, pidfd, exit) = reaper.spawn(clone).map_err(unborn)?;
+            let clone = || reaper.spawn(|| clone_init(flags, cgroup, channel, gate_fds));
+            let (pid, pidfd, exit) = in_namespaces_of(shared, clone)?;
             if let Some((_, open)) = gate {
                 let opened = namespaces::map_ids(pid, linux)
                     .and_then(|()| rustix::io::write(&open, &[1]).context(context));
@@ -236,7 +253,14 @@ fn born(
         }
         Birth::Joining { namespaces, init, init_pid } => {
             let join = namespaces.has(NamespaceKind::Pid).then_some(*init);
-            let born = |cgroup: &OwnedFd| in_pid_namespace(reaper, join, cgroup, channel);
+            let clone = |cgroup: &OwnedFd| reaper.spawn(|| clone_init(0, cgroup, channel, None));
+            let born = |cgroup: &OwnedFd| match join {
+                None => clone(cgroup),
+                Some(init) => in_thread(|| {
+                    move_into_thread_name_spaces(init, ThreadNameSpaceType::PROCESS_ID)?;
+                    clone(cgroup)
+                }),
+            };
             match born(cgroup) {
                 // The container has groups of its own below, so its top one takes no processes.
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
@@ -248,21 +272,40 @@ fn born(
     }
 }
 
-/// The namespace for children is a thread's own, so a thread of its own goes there and ends.
-fn in_pid_namespace(
-    reaper: &Reaper,
-    join: Option<BorrowedFd<'_>>,
-    cgroup: &OwnedFd,
-    channel: &OwnedFd,
-) -> io::Result<(i32, OwnedFd, ExitReceiver)> {
-    let clone = || reaper.spawn(|| clone_init(0, cgroup, channel, None));
-    let Some(init) = join else { return clone() };
+/// Has `clone` make a process that inherits the namespaces of other containers.
+fn in_namespaces_of<T: Send>(
+    shared: &[Shared],
+    clone: impl FnOnce() -> io::Result<T> + Send,
+) -> Result<T> {
+    if shared.is_empty() {
+        return clone().map_err(unborn);
+    }
+    in_thread(|| {
+        for Shared { container, init, bits } in shared {
+            let flags = ThreadNameSpaceType::from_bits_retain(*bits);
+            if let Err(e) = move_into_thread_name_spaces(init.as_fd(), flags) {
+                return Ok(Err((e, container)));
+            }
+        }
+        clone().map(Ok)
+    })
+    .map_err(unborn)?
+    .map_err(|(e, container)| match e {
+        Errno::SRCH => Error::state(format!(
+            "linux.namespaces: container {container:?}, whose namespaces are to be shared, has ended"
+        )),
+        e => Error::internal(format!(
+            "enter the namespaces of container {container:?}: {}",
+            crate::error::reason(&e.into())
+        )),
+    })
+}
+
+/// Namespaces are a thread's own, so a thread of its own goes there and ends.
+fn in_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     std::thread::scope(|scope| {
-        let born = std::thread::Builder::new().spawn_scoped(scope, || {
-            move_into_thread_name_spaces(init, ThreadNameSpaceType::PROCESS_ID)?;
-            clone()
-        })?;
-        born.join().unwrap_or_else(|_| Err(io::Error::other("the thread failed")))
+        let thread = std::thread::Builder::new().spawn_scoped(scope, work)?;
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread failed")))
     })
 }
 

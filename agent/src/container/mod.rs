@@ -49,14 +49,14 @@ use isopod_protocol::agent::{ContainerStats, Network, ProcessInfo};
 use self::cgroup::Cgroup;
 use self::channel::Request;
 use self::execs::Execs;
-use self::launch::{Birth, Launch, Launched};
-use self::namespaces::Namespaces;
+use self::launch::{Birth, Launch, Launched, Shared};
+use self::namespaces::{Join, Namespaces};
 use self::process::Process;
 use self::seccomp::Filter;
 use self::spec::ContainerSpec;
 use self::stdio::{Connections, Pipes};
 use self::terminal::Size;
-use crate::error::{Error, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::log::log_warn;
 use crate::oci::{Capabilities, NamespaceKind, PosixRlimit, State};
 use crate::reaper::Reaper;
@@ -78,18 +78,24 @@ pub(crate) struct Document {
     spec_json: Vec<u8>,
     /// For hooks, if there are any.
     state: Option<State>,
+    /// Of system calls.
+    filter: Option<Filter>,
 }
 
 impl Document {
-    /// From config.json and the specification's state object, which may be empty.
+    /// From config.json, the specification's state object, which may be empty, and a filter.
     ///
     /// # Errors
     ///
     /// The state is none.
-    pub(crate) fn of(spec_json: Vec<u8>, state_json: &[u8]) -> Result<Self> {
+    pub(crate) fn of(
+        spec_json: Vec<u8>,
+        state_json: &[u8],
+        filter: Option<Filter>,
+    ) -> Result<Self> {
         let state = (!state_json.is_empty()).then(|| serde_json::from_slice(state_json));
         let state = state.transpose().map_err(|e| Error::invalid("state_json", e))?;
-        Ok(Self { spec_json, state })
+        Ok(Self { spec_json, state, filter })
     }
 }
 
@@ -105,7 +111,8 @@ struct ExecDefaults {
 }
 
 impl Container {
-    /// Builds a container up to but not including `execve`.
+    /// Builds a container up to but not including `execve`. `find` tells of the containers whose
+    /// namespaces it may share.
     ///
     /// # Errors
     ///
@@ -114,16 +121,27 @@ impl Container {
         reaper: Arc<Reaper>,
         id: String,
         document: Document,
-        filter: Option<Filter>,
         connections: Connections,
         size: Option<Size>,
         network: Option<Network>,
+        find: impl Fn(&str) -> Result<Arc<Self>>,
     ) -> Result<Self> {
         let (pipes, stdio) = Pipes::make(&connections)?;
-        let kept = filter.clone();
-        let work = move || prepare(&reaper, &id, document, filter, stdio, size, network.as_ref());
-        let prepared = blocking(work).await?;
-        let Prepared { id, spec, cgroup, launched } = prepared;
+        let kept = document.filter.clone();
+        let spec = ContainerSpec::parse(&document.spec_json)?;
+        let shared = spec.joins.iter().map(|join| find(&join.container)?.share(join));
+        let shared = shared.collect::<Result<Vec<_>>>()?;
+        let work = move || {
+            let birth = Birth::New {
+                namespaces: spec.namespaces,
+                linux: &spec.linux,
+                network: network.as_ref(),
+                shared: &shared,
+            };
+            let (cgroup, launched) = prepare(&reaper, &id, &spec, birth, document, stdio, size)?;
+            Ok((id, spec, cgroup, launched))
+        };
+        let (id, spec, cgroup, launched) = blocking(work).await?;
         let cgroup = Arc::new(cgroup);
         let pipes = (!spec.process.terminal).then_some(pipes);
         let init = match Process::new(launched, Arc::clone(&cgroup), 0, pipes, connections) {
@@ -142,7 +160,7 @@ impl Container {
             personality: spec.personality()?,
         };
         let namespaces = spec.namespaces;
-        if !namespaces.has(NamespaceKind::Pid) {
+        if !namespaces.is_own(NamespaceKind::Pid) {
             kill_rest_at_exit(Arc::clone(&init), Arc::clone(&cgroup));
         }
         let execs = Mutex::default();
@@ -151,13 +169,19 @@ impl Container {
         Ok(Self { id, namespaces, defaults, cgroup, init, execs, binds })
     }
 
+    /// Its namespaces, for a container that shares them.
+    fn share(&self, join: &Join) -> Result<Shared> {
+        let init = self.init.pidfd().try_clone().context(|| "duplicate a descriptor")?;
+        Ok(Shared { container: self.id.clone(), init, bits: join.bits })
+    }
+
     /// Gives the container's network namespace what was not there when it was created.
     ///
     /// # Errors
     ///
     /// The container has no network namespace or has ended, or the step that failed.
     pub(crate) async fn set_up_network(&self, network: Network) -> Result<()> {
-        if !self.namespaces.has(NamespaceKind::Network) || self.init.has_ended() {
+        if !self.namespaces.is_own(NamespaceKind::Network) || self.init.has_ended() {
             return Err(Error::state(format!("container {:?} takes no network", self.id)));
         }
         let init = Arc::clone(&self.init);
@@ -388,6 +412,21 @@ impl Container {
         Ok(())
     }
 
+    /// Kills all processes of the container, unless the first one has ended, and waits for that end.
+    ///
+    /// # Errors
+    ///
+    /// The cgroup cannot be used.
+    pub(crate) async fn end(&self) -> Result<()> {
+        if self.init.has_ended() {
+            return Ok(());
+        }
+        let cgroup = Arc::clone(&self.cgroup);
+        blocking(move || cgroup.kill()).await?;
+        self.init.wait().await;
+        Ok(())
+    }
+
     /// Removes what is left of a container whose first process has ended.
     ///
     /// # Errors
@@ -406,31 +445,22 @@ impl Container {
     }
 }
 
-struct Prepared {
-    id: String,
-    spec: ContainerSpec,
-    cgroup: Cgroup,
-    launched: Launched,
-}
-
 /// The part of a creation that blocks.
 fn prepare(
     reaper: &Reaper,
     id: &str,
+    spec: &ContainerSpec,
+    birth: Birth<'_>,
     document: Document,
-    filter: Option<Filter>,
     stdio: Vec<std::os::fd::OwnedFd>,
     size: Option<Size>,
-    network: Option<&Network>,
-) -> Result<Prepared> {
-    let spec = ContainerSpec::parse(&document.spec_json)?;
+) -> Result<(Cgroup, Launched)> {
     let cgroup = Cgroup::create(id)?;
     let path = cgroup.path().to_string_lossy().into_owned();
-    let request = Request::Create { cgroup: path, filter, size, state: document.state };
-    let spec_json = &document.spec_json;
-    let launched = limit_and_launch(reaper, &cgroup, &spec, spec_json, stdio, request, network);
-    match launched {
-        Ok(launched) => Ok(Prepared { id: id.to_owned(), spec, cgroup, launched }),
+    let Document { spec_json, state, filter } = document;
+    let request = Request::Create { cgroup: path, filter, size, state };
+    match limit_and_launch(reaper, &cgroup, spec, &spec_json, birth, stdio, request) {
+        Ok(launched) => Ok((cgroup, launched)),
         Err(e) => {
             if let Err(left) = cgroup.remove() {
                 log_warn!("{left}");
@@ -445,9 +475,9 @@ fn limit_and_launch(
     cgroup: &Cgroup,
     spec: &ContainerSpec,
     spec_json: &[u8],
+    birth: Birth<'_>,
     stdio: Vec<std::os::fd::OwnedFd>,
     request: Request,
-    network: Option<&Network>,
 ) -> Result<Launched> {
     resources::apply(cgroup, &spec.linux.resources)?;
     let terminal = spec.process.terminal;
@@ -455,7 +485,7 @@ fn limit_and_launch(
         reaper,
         Launch {
             patience: spec.hooks_limit().and_then(|limit| limit.checked_add(launch::PATIENCE)),
-            birth: Birth::New { namespaces: spec.namespaces, linux: &spec.linux, network },
+            birth,
             cgroup,
             request,
             document: spec_json,

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use isopod_protocol::JOIN_PREFIX;
 use isopod_protocol::sysctl::{self, Owner, Refusal};
 use rustix::thread::UnshareFlags;
 
@@ -11,7 +12,28 @@ use crate::oci::{IdMapping, Linux, NamespaceKind, Spec};
 
 /// Namespaces as `CLONE_NEW*` bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Namespaces(u32);
+pub(crate) struct Namespaces {
+    /// Those that the container gets of its own.
+    own: u32,
+    /// Those that it shares with another container of the sandbox.
+    joined: u32,
+}
+
+/// The namespaces that a container shares with another one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Join {
+    /// The other container's id.
+    pub(crate) container: String,
+    /// `CLONE_NEW*` bits.
+    pub(crate) bits: u32,
+}
+
+/// What a container can share with another: its processes, and what they reach each other by.
+const JOINABLE: u32 = bit(NamespaceKind::Network)
+    | bit(NamespaceKind::Ipc)
+    | bit(NamespaceKind::Uts)
+    | bit(NamespaceKind::Pid)
+    | bit(NamespaceKind::Cgroup);
 
 /// Made by the process itself and not by `clone3`: a cgroup namespace is rooted at the group that
 /// its maker is in, and the offsets of a time namespace are set before anything enters it.
@@ -32,46 +54,63 @@ const fn bit(kind: NamespaceKind) -> u32 {
 }
 
 impl Namespaces {
-    /// The namespaces that a container gets of its own.
+    /// The namespaces of a container, and whose it shares.
     ///
     /// # Errors
     ///
-    /// A namespace is named twice or by a path, or there is no mount namespace.
-    pub(crate) fn of(linux: &Linux) -> Result<Self> {
-        let mut bits = 0;
+    /// A namespace is named twice, or by a path that no other container's can have, or there is no
+    /// mount namespace.
+    pub(crate) fn of(linux: &Linux) -> Result<(Self, Vec<Join>)> {
+        let mut namespaces = Self { own: 0, joined: 0 };
+        let mut joins: Vec<Join> = Vec::new();
         for namespace in &linux.namespaces {
             let kind = namespace.kind;
-            if !namespace.path.as_os_str().is_empty() {
-                let path = namespace.path.display();
-                let why = format!("{path} cannot be joined from inside a sandbox");
-                let field = format!("linux.namespaces[{}].path", kind.word());
-                return Err(Error::invalid(field, why));
-            }
-            if bits & bit(kind) != 0 {
+            if namespaces.has(kind) {
                 let why = format!("{} is there twice", kind.word());
                 return Err(Error::invalid("linux.namespaces", why));
             }
-            bits |= bit(kind);
+            if namespace.path.as_os_str().is_empty() {
+                namespaces.own |= bit(kind);
+                continue;
+            }
+            let path = namespace.path.to_string_lossy();
+            let container = path.strip_prefix(JOIN_PREFIX).filter(|_| bit(kind) & JOINABLE != 0);
+            let Some(container) = container else {
+                let why = format!("{path} cannot be joined from inside a sandbox");
+                let field = format!("linux.namespaces[{}].path", kind.word());
+                return Err(Error::invalid(field, why));
+            };
+            namespaces.joined |= bit(kind);
+            match joins.iter_mut().find(|join| join.container == container) {
+                Some(join) => join.bits |= bit(kind),
+                None => joins.push(Join { container: container.to_owned(), bits: bit(kind) }),
+            }
         }
-        if bits & bit(NamespaceKind::Mount) == 0 {
+        if !namespaces.is_own(NamespaceKind::Mount) {
             return Err(Error::invalid("linux.namespaces", "a container needs one of type mount"));
         }
-        Ok(Self(bits))
+        Ok((namespaces, joins))
     }
 
+    /// It has one, of its own or another container's.
     pub(crate) fn has(self, kind: NamespaceKind) -> bool {
-        self.0 & bit(kind) != 0
+        (self.own | self.joined) & bit(kind) != 0
+    }
+
+    /// It has one of its own.
+    pub(crate) fn is_own(self, kind: NamespaceKind) -> bool {
+        self.own & bit(kind) != 0
     }
 
     /// Those that `clone3` makes.
     pub(crate) fn clone_flags(self) -> u64 {
-        u64::from(self.0 & !MADE_INSIDE)
+        u64::from(self.own & !MADE_INSIDE)
     }
 
     /// Those that a further process of the container enters by itself. The pid namespace is the one
     /// that it is born in.
     pub(crate) fn join_flags(self) -> u32 {
-        self.0 & !bit(NamespaceKind::Pid)
+        (self.own | self.joined) & !bit(NamespaceKind::Pid)
     }
 }
 
@@ -160,7 +199,7 @@ fn id_map(maps: &[IdMapping]) -> String {
 ///
 /// The first step that failed.
 pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Result<()> {
-    if namespaces.has(NamespaceKind::Cgroup) {
+    if namespaces.is_own(NamespaceKind::Cgroup) {
         unshare(NamespaceKind::Cgroup)?;
     }
     if namespaces.has(NamespaceKind::Time) {
@@ -172,7 +211,7 @@ pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resu
                 .context(|| format!("apply linux.timeOffsets.{clock}"))?;
         }
     }
-    if namespaces.has(NamespaceKind::Network) {
+    if namespaces.is_own(NamespaceKind::Network) {
         crate::network::loopback_up()?;
     }
     if let Some(name) = spec.hostname.as_ref().filter(|name| !name.is_empty()) {
@@ -215,7 +254,8 @@ mod tests {
     fn types_become_bits() {
         let linux =
             linux(r#"{"namespaces": [{"type": "mount"}, {"type": "pid"}, {"type": "cgroup"}]}"#);
-        let namespaces = Namespaces::of(&linux).unwrap();
+        let (namespaces, joins) = Namespaces::of(&linux).unwrap();
+        assert_eq!(joins, []);
         assert_eq!(namespaces.clone_flags(), 0x2002_0000);
         assert_eq!(namespaces.join_flags(), 0x0202_0000);
     }
@@ -230,8 +270,29 @@ mod tests {
     }
 
     #[test]
+    fn those_of_other_containers_are_joined() {
+        let linux = linux(
+            r#"{"namespaces": [{"type": "mount"}, {"type": "pid"},
+                {"type": "network", "path": "container:a"}, {"type": "uts", "path": "container:b"},
+                {"type": "ipc", "path": "container:a"}]}"#,
+        );
+        let (namespaces, joins) = Namespaces::of(&linux).unwrap();
+        assert_eq!(namespaces.clone_flags(), 0x2002_0000);
+        assert_eq!(namespaces.join_flags(), 0x4c02_0000);
+        assert!(namespaces.has(NamespaceKind::Uts) && !namespaces.is_own(NamespaceKind::Uts));
+        let join = |container: &str, bits| Join { container: container.to_owned(), bits };
+        assert_eq!(joins, [join("a", 0x4800_0000), join("b", 0x0400_0000)]);
+        for kind in ["user", "mount", "time"] {
+            let json =
+                format!(r#"{{"namespaces": [{{"type": "{kind}", "path": "container:a"}}]}}"#);
+            let e = Namespaces::of(&serde_json::from_str(&json).unwrap()).unwrap_err();
+            assert!(e.message.contains("cannot be joined"), "{e}");
+        }
+    }
+
+    #[test]
     fn sysctls_of_the_whole_guest_are_refused() {
-        let namespaces = Namespaces(bit(NamespaceKind::Network));
+        let namespaces = Namespaces { own: bit(NamespaceKind::Network), joined: 0 };
         assert!(check_sysctl("net.ipv4.ip_forward", namespaces).is_ok());
         assert!(check_sysctl("net/ipv4/conf/eth0.1/forwarding", namespaces).is_ok());
         for key in ["kernel.panic", "kernel.shmmax", "net/../kernel/panic", "net..x", "vm.x"] {

@@ -7,7 +7,7 @@ use std::path::{Component, Path};
 use std::time::Duration;
 
 use super::mount_options::MountOptions;
-use super::namespaces::{self, Namespaces};
+use super::namespaces::{self, Join, Namespaces};
 use super::{hooks, resources};
 use crate::error::{Error, Result};
 use crate::log::log_warn;
@@ -19,6 +19,8 @@ pub(crate) struct ContainerSpec {
     pub(crate) linux: Linux,
     pub(crate) process: Process,
     pub(crate) namespaces: Namespaces,
+    /// Whose of these it shares.
+    pub(crate) joins: Vec<Join>,
 }
 
 impl ContainerSpec {
@@ -31,8 +33,8 @@ impl ContainerSpec {
         let mut spec: Spec = parse_json("config.json", json)?;
         let process = spec.process.take().ok_or_else(|| Error::invalid("process", "missing"))?;
         let linux = spec.linux.take().ok_or_else(|| Error::invalid("linux", "missing"))?;
-        let namespaces = Namespaces::of(&linux)?;
-        let parsed = Self { spec, linux, process, namespaces };
+        let (namespaces, joins) = Namespaces::of(&linux)?;
+        let parsed = Self { spec, linux, process, namespaces, joins };
         parsed.check()?;
         Ok(parsed)
     }

@@ -19,10 +19,10 @@ pub(super) async fn create(
     let size = super::size(&request.terminal_size)?;
     let streams = super::claim(&sandbox.streams, request.streams).await?;
     let filter = Filter::of(&request.seccomp_filter, request.seccomp_flags)?;
-    let document = Document::of(request.spec_json, &request.state_json)?;
+    let document = Document::of(request.spec_json, &request.state_json, filter)?;
     let id = request.container_id;
     let network = request.network.into_option();
-    let pid = sandbox.create(id, document, filter, streams, size, network).await?;
+    let pid = sandbox.create(id, document, streams, size, network).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::{Bind, kernel, mount_options, scheduling};
+use super::{Bind, kernel, mount_options, pod, scheduling};
 use crate::error::{Error, Explain, Result};
 
 /// Types of mounts that the guest makes itself.
@@ -169,8 +169,9 @@ fn namespaces(spec: &Spec) -> Result<()> {
         if !seen.insert(namespace.typ()) {
             return Err(Error::new(format!("linux.namespaces has {kind} twice")));
         }
-        // That of the network is looked at in full elsewhere.
-        let joins = namespace.typ() != LinuxNamespaceType::Network;
+        // That of the network, and those of a pod, are looked at in full elsewhere.
+        let joins = namespace.typ() != LinuxNamespaceType::Network
+            && pod::of_pod(spec, namespace).is_none();
         if let Some(path) = namespace.path().as_ref().filter(|p| joins && !p.as_os_str().is_empty())
         {
             return Err(Error::new(format!(
@@ -231,7 +232,7 @@ fn namespaces(spec: &Spec) -> Result<()> {
 }
 
 /// As the specification writes it.
-fn name_of(kind: LinuxNamespaceType) -> &'static str {
+pub(super) fn name_of(kind: LinuxNamespaceType) -> &'static str {
     match kind {
         LinuxNamespaceType::Mount => "mount",
         LinuxNamespaceType::Cgroup => "cgroup",

@@ -4,15 +4,22 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, LinuxResources, Spec};
 
-use isopod_protocol::SHARED_DIR;
+use isopod_protocol::{JOIN_PREFIX, SHARED_DIR};
 
 use super::{Bind, cpu_list_len};
+use crate::state::Id;
 
 /// `spec` with the root file system and the sources of bind mounts where the guest finds them:
 /// below the shared directory, in the folder of the container. Processors become those of the guest:
 /// as many as the container may use, from the first of `vcpus` on, whatever their numbers on the
-/// host.
-pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
+/// host. Namespaces of `joins` are those of containers in the same microVM.
+pub fn guest_spec(
+    spec: &Spec,
+    id: &str,
+    binds: &[Bind],
+    vcpus: u8,
+    joins: &[(LinuxNamespaceType, Id)],
+) -> Spec {
     let mut spec = spec.clone();
     let shared = Path::new(SHARED_DIR).join(id);
     let hooks = spec.hooks_mut().take().and_then(|hooks| guest_hooks(hooks, &shared));
@@ -32,6 +39,9 @@ pub fn guest_spec(spec: &Spec, id: &str, binds: &[Bind], vcpus: u8) -> Spec {
     for namespace in linux.and_then(|linux| linux.namespaces_mut().as_mut()).into_iter().flatten() {
         if namespace.typ() == LinuxNamespaceType::Network {
             namespace.set_path(None);
+        }
+        if let Some((_, container)) = joins.iter().find(|(kind, _)| *kind == namespace.typ()) {
+            namespace.set_path(Some(format!("{JOIN_PREFIX}{container}").into()));
         }
     }
     let resources = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut());
@@ -112,7 +122,7 @@ mod tests {
             recursive: true,
             read_only: false,
         };
-        let guest = guest_spec(&spec, "web", &[bind], 1);
+        let guest = guest_spec(&spec, "web", &[bind], 1, &[]);
         let root = guest.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("/run/isopod/shared/web/rootfs"));
         assert_eq!(root.readonly(), Some(true));
@@ -125,10 +135,23 @@ mod tests {
     }
 
     #[test]
+    fn namespaces_of_the_pod_are_those_of_its_containers() {
+        let spec = r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"pid"},
+            {"type":"network","path":"/proc/7/ns/net"},{"type":"uts","path":"/proc/7/ns/uts"}]}}"#;
+        let kinds = [LinuxNamespaceType::Network, LinuxNamespaceType::Uts];
+        let joins = kinds.map(|kind| (kind, Id::parse("pause").unwrap()));
+        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], 1, &joins);
+        let namespaces = guest.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
+        let paths = namespaces.iter().map(|n| n.path().as_ref().map(|path| path.to_str().unwrap()));
+        let joined = Some("container:pause");
+        assert_eq!(paths.collect::<Vec<_>>(), [None, joined, joined]);
+    }
+
+    #[test]
     fn processors_of_unified_limits_too() {
         let spec = r#"{"ociVersion":"1.0.2","linux":{"resources":{"unified":
             {"cpuset.cpus":"4-6","cpuset.mems":"0","memory.high":"1"}}}}"#;
-        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], 2);
+        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], 2, &[]);
         let resources = guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
         let unified = resources.unified().as_ref().unwrap();
         assert_eq!((unified["cpuset.cpus"].as_str(), unified.len()), ("0-1", 2));
@@ -138,7 +161,7 @@ mod tests {
     fn only_hooks_of_the_guest_get_there() {
         let hooks = |json: &str| {
             let spec = format!(r#"{{"ociVersion":"1.0.2","hooks":{json}}}"#);
-            guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], 1).hooks().clone()
+            guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], 1, &[]).hooks().clone()
         };
         assert_eq!(hooks(r#"{"createRuntime":[{"path":"/x"}],"startContainer":[]}"#), None);
         let guest = hooks(
@@ -161,7 +184,7 @@ mod tests {
                 r#"{{"ociVersion":"1.0.2","linux":{{"resources":{{"cpu":
                     {{"cpus":"{list}","mems":"0"}}}}}}}}"#
             );
-            let guest = guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], vcpus);
+            let guest = guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], vcpus, &[]);
             let resources = guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
             let cpu = resources.cpu().as_ref().unwrap();
             assert_eq!(cpu.mems(), &None);

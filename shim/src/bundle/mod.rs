@@ -8,6 +8,7 @@ mod fields;
 mod guest;
 mod kernel;
 mod mount_options;
+mod pod;
 mod scheduling;
 mod seccomp;
 mod size;
@@ -26,14 +27,18 @@ use oci_spec::runtime::{Process, Spec};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-pub(crate) use self::guest::{shared_hook, shared_name};
 pub use self::{
     default::{capabilities, default_spec, write_spec},
     features::features,
     guest::{guest_processors, guest_spec},
+    pod::Joined,
     seccomp::Filter,
     size::{VmSize, cpu_list_len},
-    update::{beyond_vm, parse_resources, update_resources},
+    update::{beyond_vm, check_fits, parse_resources, update_resources},
+};
+pub(crate) use self::{
+    guest::{shared_hook, shared_name},
+    pod::of_pod,
 };
 use crate::{
     error::{Error, Explain, Result},
@@ -64,6 +69,8 @@ pub struct Bundle {
     pub network: Namespace,
     /// How many interfaces that namespace may get after create, if config.json says it.
     pub nics: Option<u8>,
+    /// Which namespaces of its pod it shares, in whose microVM it then lives.
+    pub joined: Vec<Joined>,
 }
 
 /// A bind mount's host side.
@@ -115,12 +122,13 @@ impl Bundle {
         let vm = VmSize::of(&spec)?;
         let network = Namespace::of(&spec)?;
         let nics = size::nics(&spec)?;
+        let joined = pod::joined(&spec)?;
         let mut seccomp = None;
         if let Some(linux) = spec.linux_mut() {
             seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
             linux.set_seccomp(None);
         }
-        Ok(Self { dir, spec, seccomp, rootfs, binds, hooks, vm, network, nics })
+        Ok(Self { dir, spec, seccomp, rootfs, binds, hooks, vm, network, nics, joined })
     }
 }
 

@@ -97,17 +97,26 @@ pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
 
 /// A new limit has to fit into the memory that the microVM was made with.
 fn check_capacity(before: &LinuxResources, memory: &LinuxMemory, vm: VmSize) -> Result<()> {
-    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
     let same = before.memory().and_then(|memory| memory.limit()) == memory.limit();
+    if same { Ok(()) } else { check_fits(memory, vm) }
+}
+
+/// Checks that a microVM of this size, which cannot grow, has what the container may use.
+///
+/// # Errors
+///
+/// If it has not, with what to do.
+pub fn check_fits(memory: &LinuxMemory, vm: VmSize) -> Result<()> {
+    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
     let limit_mib = limit.div_ceil(1 << 20);
     let largest_mib = vm.largest_limit_mib();
-    if same || limit_mib <= largest_mib {
+    if limit_mib <= largest_mib {
         return Ok(());
     }
     Err(Error::new(format!(
         "a memory limit of {limit_mib} MiB is more than the container's microVM can hold: it has {} \
-         MiB, enough for a limit of {largest_mib} MiB, and cannot grow; create the container with \
-         the annotation {} set to {} or more",
+         MiB, enough for a limit of {largest_mib} MiB, and cannot grow; create the container (the \
+         first one of a pod) with the annotation {} set to {} or more",
         vm.memory_mib,
         MEMORY_ANNOTATION,
         with_overhead(limit_mib),

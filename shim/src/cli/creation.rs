@@ -27,6 +27,7 @@ use crate::{
         control::{MAX_MESSAGE_LEN, Message},
         hooks,
         launch::{self, Launch, Launched, Terminal},
+        pod::Membership,
         signals::Signals,
     },
     settings,
@@ -144,6 +145,10 @@ impl CreateOptions {
     ) -> Result<NewContainer> {
         refuse_preserved(self.preserve_fds)?;
         let bundle = Bundle::load(bundle, command)?;
+        let pod = Membership::find(&global.root, &bundle.joined)?;
+        if let Some(pod) = &pod {
+            pod.check(&bundle.network, &bundle.spec)?;
+        }
         let wanted = bundle.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal);
         let terminal =
             find_terminal(wanted.unwrap_or(false), detached, self.console_socket.as_deref())?;
@@ -154,8 +159,10 @@ impl CreateOptions {
         let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = Place::find(path, global.systemd_cgroup, &id)?;
         let spare_nics = if spare_nics { bundle.nics.map_or_else(settings::nics, Ok)? } else { 0 };
-        // Opened again by the sandbox process; this is to fail before anything is made.
-        drop(host::open_kvm()?);
+        if pod.is_none() {
+            // Opened again by the sandbox process; this is to fail before anything is made.
+            drop(host::open_kvm()?);
+        }
         // Handled from here on, so that none leaves behind what is made next.
         let signals = Signals::new()?;
         let dir = StateDir::create(&global.root, &id)?;
@@ -167,7 +174,8 @@ impl CreateOptions {
             seccomp: bundle.seccomp,
             binds: bundle.binds,
             hooks: bundle.hooks,
-            vm: bundle.vm,
+            vm: pod.as_ref().map_or(bundle.vm, |pod| pod.vm),
+            pod,
             network: bundle.network,
             spare_nics,
             artifacts,
@@ -360,11 +368,17 @@ pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()
     if !dir.try_lock()? {
         return network;
     }
+    let pod = match record.and_then(|record| Some((record.pod.as_ref()?, &record.id))) {
+        Some((pod, id)) => pod.clean_up(dir, id).await,
+        None => Ok(()),
+    };
     let cgroup = record.and_then(|record| record.cgroup.as_ref()).map_or(Ok(()), Cgroup::remove);
-    if let (Err(_), Err(second)) = (&network, &cgroup) {
-        log::warn!("{second}");
+    // What can be removed is; what cannot stays for the next try.
+    let mut failures = [network, pod, cgroup].into_iter().filter_map(Result::err);
+    if let Some(first) = failures.next() {
+        failures.for_each(|other| log::warn!("{other}"));
+        return Err(first);
     }
-    network.and(cgroup)?;
     if let (true, Some(record)) = (dir.remove()?, record) {
         hooks::run_poststop(record, None).await;
     }

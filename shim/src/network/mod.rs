@@ -99,7 +99,7 @@ impl Network {
             Namespace::Path(path) => {
                 Some(Taken { namespace: path.clone(), mark: self.mark.clone() })
             }
-            Namespace::None | Namespace::Own => None,
+            Namespace::None | Namespace::Own | Namespace::Pod(_) => None,
         }
     }
 
@@ -110,7 +110,7 @@ impl Network {
     ///
     /// If the namespace has what a microVM cannot have, or is another one's already.
     pub(crate) fn connect(&mut self, vcpus: u8, spares: u8) -> Result<Option<agent::Network>> {
-        if self.namespace == Namespace::None {
+        if !self.has_namespace() {
             return Ok(None);
         }
         let netlink = self.netlink.insert(Netlink::open()?);
@@ -143,9 +143,9 @@ impl Network {
         self.redirect(&interfaces, addresses).map(Some)
     }
 
-    /// It has a namespace, new or not, which this process is in.
+    /// It has a namespace, new or not, which this process is in, and which nobody else serves.
     pub(crate) fn has_namespace(&self) -> bool {
-        self.namespace != Namespace::None
+        matches!(self.namespace, Namespace::Own | Namespace::Path(_))
     }
 
     /// Looks again at what an engine does between create and start: it may have filled a namespace that

@@ -18,7 +18,10 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::resolver::RESOLV_CONF;
-use crate::error::{Error, Explain, Result};
+use crate::{
+    bundle::of_pod,
+    error::{Error, Explain, Result},
+};
 
 /// `NS_GET_NSTYPE` (linux/nsfs.h): which `CLONE_NEW*` made the namespace.
 const NS_GET_NSTYPE: libc::c_ulong = 0xb703;
@@ -33,6 +36,8 @@ pub enum Namespace {
     Own,
     /// The one at this path, made by an engine.
     Path(PathBuf),
+    /// The one at this path, whose interfaces the microVM has already: that of the container's pod.
+    Pod(PathBuf),
 }
 
 impl Namespace {
@@ -58,6 +63,7 @@ impl Namespace {
         };
         match network.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
             None => Ok(Self::Own),
+            Some(path) if of_pod(spec, network).is_some() => Ok(Self::Pod(path.to_owned())),
             Some(path) => {
                 check(path)?;
                 Ok(Self::Path(path.to_owned()))
@@ -76,7 +82,7 @@ impl Namespace {
             // SAFETY: a new network namespace leaves descriptors and memory as they are.
             Self::Own => unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
                 .map_err(|e| not_permitted(e, "make a network namespace")),
-            Self::Path(path) => enter_path(path),
+            Self::Path(path) | Self::Pod(path) => enter_path(path),
         }
     }
 
@@ -91,7 +97,7 @@ impl Namespace {
         match self {
             Self::None => "no network namespace".to_owned(),
             Self::Own => "the container's network namespace".to_owned(),
-            Self::Path(path) => format!("network namespace {}", path.display()),
+            Self::Path(path) | Self::Pod(path) => format!("network namespace {}", path.display()),
         }
     }
 }

@@ -230,6 +230,14 @@ impl Agent {
         Ok((kills.count, kills.ended))
     }
 
+    /// Ends and forgets the container, if it is there.
+    pub(super) async fn delete_container(&self) -> Result<()> {
+        let answer = self.client.delete_container(Context::default(), &self.container()).await;
+        answer
+            .map(drop)
+            .map_err(|e| explain(&format!("cannot end container {}", self.container_id), e))
+    }
+
     fn container(&self) -> ContainerRef {
         ContainerRef { container_id: self.container_id.clone(), ..Default::default() }
     }

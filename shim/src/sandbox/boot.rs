@@ -13,7 +13,10 @@ use tokio::time::timeout;
 use isopod_protocol::{Hello, SHARED_TAG};
 use isopod_vmm::config::{FileRef, FsCache, FsConfig, VmConfig, VsockConfig};
 
-use super::{launch::Launch, ready::GuestConnections, resolver::Resolver, share::Share, vmm::Vmm};
+use super::{
+    launch::Launch, machine::Machine, ready::GuestConnections, resolver::Resolver, share::Share,
+    vmm::Vmm,
+};
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
     host,
@@ -139,7 +142,7 @@ fn hint(mut error: Error) -> Error {
 ///
 /// The failure of `action`, that of the microVM, or that it took too long.
 pub(super) async fn in_guest<T>(
-    vmm: &Vmm,
+    machine: &Machine,
     what: &str,
     limit: Duration,
     action: impl Future<Output = Result<T>>,
@@ -147,19 +150,19 @@ pub(super) async fn in_guest<T>(
     tokio::select! {
         biased;
         result = timeout(limit, action) => match result {
-            Ok(Err(error)) if error.kind == ErrorKind::VmLost => Err(loss(vmm, error).await),
+            Ok(Err(error)) if error.kind == ErrorKind::VmLost => Err(loss(machine, error).await),
             Ok(result) => result,
             Err(_) => Err(Error::new(format!(
                 "{what} took longer than {} seconds in the guest", limit.as_secs()
             ))),
         },
-        end = vmm.ended() => Err(end.explain()),
+        end = machine.ended() => Err(end.explain()),
     }
 }
 
 /// Why a connection to the guest broke: what the VMM says, if it ends too, or else `error`.
-pub(super) async fn loss(vmm: &Vmm, error: Error) -> Error {
-    match timeout(REASON_TIMEOUT, vmm.ended()).await {
+pub(super) async fn loss(machine: &Machine, error: Error) -> Error {
+    match timeout(REASON_TIMEOUT, machine.ended()).await {
         Ok(end) => end.explain(),
         Err(_) => Error { kind: ErrorKind::VmLost, ..error },
     }

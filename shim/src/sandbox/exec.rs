@@ -13,17 +13,13 @@ use std::{
 
 use oci_spec::runtime::Process;
 use serde::{Deserialize, Serialize};
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
-    net::UnixStream as TokioUnixStream,
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{task::JoinHandle, time::timeout};
 
 use super::{
     agent::Agent,
     console,
-    control::{self, Ended, MAX_MESSAGE_LEN, Message, Request},
+    control::{self, Message},
+    ending::ContainerEnd,
     launch::{Descriptors, Given, Terminal, read_document},
     lifecycle::START_TIMEOUT,
     random_u64,
@@ -32,7 +28,7 @@ use super::{
 };
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
-    state::{CONTROL_SOCKET, Exit, Id, StateDir},
+    state::{Exit, Id, StateDir},
     terminal::{self, Size},
 };
 
@@ -268,32 +264,6 @@ impl Exec {
                     cause.unwrap_or(error).message
                 ),
             )),
-        }
-    }
-}
-
-/// A question to the sandbox process that it answers when its container has ended. Asked before
-/// anything is started: at the end nobody can ask any more, and nothing may be left to read.
-struct ContainerEnd(BufReader<TokioUnixStream>);
-
-impl ContainerEnd {
-    async fn watch(dir: &StateDir) -> Result<Self> {
-        let what = || "cannot talk to the sandbox process".to_owned();
-        let mut socket =
-            TokioUnixStream::connect(dir.short_path(CONTROL_SOCKET)).await.explain(what)?;
-        let line = control::line(&Request::Wait).explain(what)?;
-        socket.write_all(&line).await.explain(what)?;
-        Ok(Self(BufReader::new(socket)))
-    }
-
-    /// Waits for the answer; `None` if the sandbox process ends without one.
-    async fn heard(mut self) -> Option<Ended> {
-        let mut line = Vec::new();
-        let mut limited = (&mut self.0).take(MAX_MESSAGE_LEN as u64);
-        limited.read_until(b'\n', &mut line).await.ok()?;
-        match serde_json::from_slice(&line).ok()? {
-            Message::Ended(ended) => Some(*ended),
-            _ => None,
         }
     }
 }

@@ -18,7 +18,7 @@ use std::{
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::control;
+use super::{control, pod::Membership};
 use crate::{
     bundle::{Bind, Filter, VmSize},
     cgroup::{Place, Unit},
@@ -49,6 +49,8 @@ pub struct Launch {
     pub hooks: Vec<PathBuf>,
     /// Size of the microVM.
     pub vm: VmSize,
+    /// The microVM that it is to live in, if that is not one of its own.
+    pub pod: Option<Membership>,
     /// Which namespace's network it gets.
     pub network: Namespace,
     /// Network devices that it gets for a namespace without interfaces.

@@ -17,7 +17,7 @@ use std::{os::fd::OwnedFd, pin::pin, time::Duration};
 use tokio::{
     sync::oneshot,
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 
 use super::{
@@ -26,12 +26,12 @@ use super::{
     change::Changes,
     control::{Ended, Request},
     hooks::{self, Point, RuntimeNamespace},
+    machine::Machine,
     server::{Command, Server},
     share::Share,
     signals::{self, Signals, WINCH},
     stdio::Relay,
     timeline::Timeline,
-    vmm::Vmm,
 };
 use crate::{
     clock,
@@ -52,16 +52,13 @@ const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
 /// that does not answer takes so long, and it must not be able to outlive its killing.
 const KILL_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// How long the guest may take to flush its file systems and to shut down.
-const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// A container that has been created.
 pub(super) struct Lifecycle {
     pub(super) dir: StateDir,
     pub(super) record: Record,
     /// Where its hooks run, if it has any.
     pub(super) origin: Option<RuntimeNamespace>,
-    pub(super) vmm: Vmm,
+    pub(super) machine: Machine,
     pub(super) network: Network,
     pub(super) share: Option<Share>,
     pub(super) agent: Agent,
@@ -87,8 +84,8 @@ impl Lifecycle {
     pub(super) async fn run(mut self, mut server: Server, mut signals: Signals) -> u8 {
         let outcome = self.live(&mut server, &mut signals).await;
         let lost = matches!(outcome, Outcome::Lost(_));
-        self.shut_down(lost).await;
-        self.vmm.fill_timeline(&mut self.timeline);
+        self.machine.leave(&self.agent, lost).await;
+        self.machine.fill_timeline(&mut self.timeline);
         self.timeline.ended = Some(clock::monotonic_us());
         let (exit, error, code) = match outcome {
             Outcome::Exited(exit) => (Some(exit), None, exit.status),
@@ -153,7 +150,7 @@ impl Lifecycle {
                         self.timeline.exited = Some(clock::monotonic_us());
                         exit = Some(ended);
                     }
-                    Err(error) => return Outcome::Lost(loss(&self.vmm, error).await),
+                    Err(error) => return Outcome::Lost(loss(&self.machine, error).await),
                 },
                 result = finish(&mut starting) => {
                     let (result, step, answer) = result;
@@ -183,7 +180,7 @@ impl Lifecycle {
                         return Outcome::Exited(exit);
                     }
                 }
-                end = self.vmm.ended() => return match exit {
+                end = self.machine.ended() => return match exit {
                     Some(exit) => {
                         log::warn!("some of the output may be lost: {}", end.explain());
                         Outcome::Exited(exit)
@@ -314,34 +311,6 @@ impl Lifecycle {
                 log::debug!("{error}");
             }
         });
-    }
-
-    /// Ends the microVM: in order if it can be, and in any case.
-    async fn shut_down(&self, lost: bool) {
-        let shutdown = async {
-            tokio::select! {
-                end = self.vmm.ended() => end,
-                result = self.agent.shutdown() => {
-                    if let Err(error) = result {
-                        log::debug!("{error}");
-                        return self.vmm.stop().await;
-                    }
-                    self.vmm.ended().await
-                }
-            }
-        };
-        if lost {
-            self.vmm.stop().await;
-            return;
-        }
-        match timeout(SHUTDOWN_TIMEOUT, shutdown).await {
-            Ok(end) if end.is_shutdown() => {}
-            Ok(end) => log::debug!("the microVM did not shut down in order: {}", end.explain()),
-            Err(_) => {
-                log::warn!("the guest did not shut down, so its microVM was ended");
-                self.vmm.stop().await;
-            }
-        }
     }
 
     pub(super) fn save(&self) {

@@ -10,18 +10,22 @@
 //! namespace of its own, builds the shared directory ([`share`]), starts the VMM ([`vmm`]), waits
 //! for the agent ([`boot`]) and has it build the container. From then on one task owns the
 //! container's state ([`lifecycle`]). It exits with the container's exit status, which is what
-//! runc's callers wait for. `exec` has a process of its own for each program ([`exec`]).
+//! runc's callers wait for. `exec` has a process of its own for each program ([`exec`]). A container of
+//! a pod has no VMM of its own: it lives in the microVM of the pod's first container ([`pod`]).
 
 mod agent;
 mod boot;
 mod change;
 mod console;
 pub mod control;
+mod ending;
 pub mod exec;
 pub(crate) mod hooks;
 pub mod inspect;
 pub mod launch;
 mod lifecycle;
+mod machine;
+pub mod pod;
 pub mod process;
 mod ready;
 mod resolver;

@@ -19,13 +19,14 @@ use super::{
     hooks::{self, Point, RuntimeNamespace},
     launch::{Descriptors, Given, Launch, Terminal, read_document},
     lifecycle::{Lifecycle, START_TIMEOUT},
+    machine::Machine,
+    pod::{PodShare, PodVm},
     resolver::Resolver,
     server::{self, Launcher, Server},
     share::{self, Share},
     signals::Signals,
     stdio::{self, Local, Relay, Release},
     timeline::{GuestBoot, Timeline},
-    vmm::Vmm,
 };
 use crate::{
     bundle::{Bind, guest_spec},
@@ -54,7 +55,7 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let origin = launch.spec.hooks().as_ref().map(|_| RuntimeNamespace::open(cgroup)).transpose();
     // Before anything starts a thread: a namespace is entered by one thread at a time.
     let (namespace, origin) = match origin {
-        Ok(origin) => (share::enter_namespace().and_then(|()| launch.network.enter()), origin),
+        Ok(origin) => (enter_namespaces(&launch), origin),
         Err(error) => (Err(error), None),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -79,12 +80,20 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
             record: None,
             network: None,
             share: None,
-            vmm: None,
+            machine: None,
         };
         Ok(sandbox.run(namespace, launcher).await)
     });
     drop(state);
     status
+}
+
+/// The mount namespace is for the share, which a pod has already.
+fn enter_namespaces(launch: &Launch) -> Result<()> {
+    if launch.pod.is_none() {
+        share::enter_namespace()?;
+    }
+    launch.network.enter()
 }
 
 /// What has been made so far, so that all of it can be taken down from any point.
@@ -98,7 +107,7 @@ struct Sandbox {
     record: Option<Record>,
     network: Option<Network>,
     share: Option<Share>,
-    vmm: Option<Vmm>,
+    machine: Option<Machine>,
 }
 
 /// What creating a container yields.
@@ -134,7 +143,7 @@ impl Sandbox {
                 let server = Server::start(listener, launcher);
                 match self.hand_over(created) {
                     Some(lifecycle) => lifecycle.run(server, signals).await,
-                    // Cannot be: what was created has a VMM and a network.
+                    // Cannot be: what was created has a microVM and a network.
                     None => 1,
                 }
             }
@@ -161,14 +170,50 @@ impl Sandbox {
         for point in [Point::Prestart, Point::CreateRuntime] {
             hooks::run(point, &record, self.origin.as_ref()).await?;
         }
+        let guest_network = match &self.launch.pod {
+            None => self.boot(&mut record, network).await?,
+            Some(member) => {
+                self.network = Some(network);
+                let share = PodShare::attach(&member.pod, &self.launch)?;
+                self.timeline.shared = Some(clock::monotonic_us());
+                let vm = PodVm::enter(&self.dir, &member.pod, share).await?;
+                self.machine = Some(Machine::Pod(vm));
+                None
+            }
+        };
+        let Some(machine) = &self.machine else { return Err(Error::new("there is no microVM")) };
+        let (launch, dir) = (&self.launch, &self.dir);
+        let create_hooks =
+            launch.spec.hooks().as_ref().and_then(|h| h.create_container().as_deref());
+        // If one of them may take for ever, so may the creation.
+        let hooks = hooks::time_limit(create_hooks.unwrap_or_default()).unwrap_or(Duration::MAX);
+        let limit = START_TIMEOUT.max(launch.boot_timeout).saturating_add(hooks);
+        let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
+        let create = create_container(launch, dir, state.as_ref(), guest_network);
+        let (agent, relay, console) =
+            in_guest(machine, "creating the container", limit, create).await?;
+        self.timeline.created = Some(clock::monotonic_us());
+        record.status = Status::Created;
+        Ok(Created { agent, relay, console, record })
+    }
+
+    /// Makes the microVM and waits until its agent is ready. Returns what the guest has to do for its
+    /// network.
+    async fn boot(
+        &mut self,
+        record: &mut Record,
+        network: Network,
+    ) -> Result<Option<agent::Network>> {
         let network = self.network.insert(network);
         let guest_network = network.connect(self.launch.vm.vcpus, self.launch.spare_nics)?;
         let share = self.share.insert(Share::build(&self.launch, &self.dir)?);
         self.timeline.shared = Some(clock::monotonic_us());
         let (vmm, connections) = boot::start(&self.launch, &self.dir, share, network)?;
-        let vmm = self.vmm.insert(vmm);
         record.vmm = Some(vmm.id());
-        self.dir.write_record(&record)?;
+        let Machine::Own(vmm) = self.machine.insert(Machine::Own(vmm)) else {
+            return Err(Error::new("there is no VMM"));
+        };
+        self.dir.write_record(record)?;
         let resolver = network.has_namespace().then(|| Resolver::new(network::RESOLVER));
         let limit = self.launch.boot_timeout;
         let hello = boot::wait_for_agent(vmm, connections, resolver, limit).await?;
@@ -179,19 +224,7 @@ impl Sandbox {
             ready_us: hello.ready_us,
             memory_used_kib: hello.memory_used_kib,
         });
-        let (launch, dir) = (&self.launch, &self.dir);
-        let create_hooks =
-            launch.spec.hooks().as_ref().and_then(|h| h.create_container().as_deref());
-        // If one of them may take for ever, so may the creation.
-        let hooks = hooks::time_limit(create_hooks.unwrap_or_default()).unwrap_or(Duration::MAX);
-        let limit = START_TIMEOUT.max(launch.boot_timeout).saturating_add(hooks);
-        let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
-        let create = create_container(launch, dir, state.as_ref(), guest_network);
-        let (agent, relay, console) =
-            in_guest(vmm, "creating the container", limit, create).await?;
-        self.timeline.created = Some(clock::monotonic_us());
-        record.status = Status::Created;
-        Ok(Created { agent, relay, console, record })
+        Ok(guest_network)
     }
 
     /// Moves this process into the cgroup of the sandbox, which all its further processes inherit.
@@ -228,13 +261,13 @@ impl Sandbox {
     /// The container, to the task that owns it from now on.
     fn hand_over(self, created: Created) -> Option<Lifecycle> {
         let Created { agent, relay, console, record } = created;
-        let Self { dir, timeline, origin, network, share, vmm, .. } = self;
-        let (vmm, network) = (vmm?, network?);
+        let Self { dir, timeline, origin, network, share, machine, .. } = self;
+        let (machine, network) = (machine?, network?);
         Some(Lifecycle {
             dir,
             record,
             origin,
-            vmm,
+            machine,
             network,
             share,
             agent,
@@ -256,6 +289,7 @@ impl Sandbox {
             sandbox,
             vmm: None,
             vm: launch.vm,
+            pod: launch.pod.as_ref().map(|member| member.pod.clone()),
             resources: resources(launch),
             status: Status::Creating,
             created: clock::timestamp(),
@@ -285,8 +319,10 @@ impl Sandbox {
     }
 
     async fn take_down(&mut self) {
-        if let Some(vmm) = self.vmm.take() {
-            vmm.stop().await;
+        match self.machine.take() {
+            Some(Machine::Own(vmm)) => drop(vmm.stop().await),
+            Some(Machine::Pod(mut vm)) => vm.abandon(&self.dir, &self.launch.id).await,
+            None => {}
         }
         self.network = None;
         self.share = None;
@@ -325,7 +361,9 @@ async fn create_container(
     network: Option<agent::Network>,
 ) -> Result<(Agent, Relay, Option<OwnedFd>)> {
     let agent = Agent::connect(dir, &launch.id, String::new()).await?;
-    agent.setup_sandbox().await?;
+    if launch.pod.is_none() {
+        agent.setup_sandbox().await?;
+    }
     let (local, size, console) = match &launch.terminal {
         None => (Local::inherited()?, None, None),
         Some(Terminal::Inherited { size }) => (Local::inherited_terminal()?, Some(*size), None),
@@ -337,7 +375,9 @@ async fn create_container(
     };
     stdio::release(Release::but_for_messages())?;
     let (tokens, streams) = local.connect(dir).await?;
-    let spec = guest_spec(&launch.spec, launch.id.as_str(), &launch.binds, launch.vm.vcpus);
+    let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();
+    let (id, vcpus) = (launch.id.as_str(), launch.vm.vcpus);
+    let spec = guest_spec(&launch.spec, id, &launch.binds, vcpus, joins);
     agent.create_container(&spec, launch.seccomp.as_ref(), state, tokens, size, network).await?;
     Ok((agent, streams.relay()?, console))
 }

@@ -18,7 +18,7 @@ use std::{
         fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::{DirBuilderExt, OpenOptionsExt},
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::{
@@ -32,7 +32,7 @@ use rustix::{
 
 use super::launch::Launch;
 use crate::{
-    bundle::{shared_hook, shared_name},
+    bundle::{Bind, shared_hook, shared_name},
     error::{Error, Explain, Result},
     state::{SHARED, StateDir},
 };
@@ -59,7 +59,7 @@ pub(super) fn enter_namespace() -> Result<()> {
 /// The shared directory, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Share {
-    path: std::path::PathBuf,
+    path: PathBuf,
     root: OwnedFd,
 }
 
@@ -79,31 +79,10 @@ impl Share {
         mount_change(&path, MountPropagationFlags::SHARED).explain(what)?;
         // From here on, dropping it unmounts.
         let share = Self { root: open_path(&path, OFlags::DIRECTORY).explain(what)?, path };
+        let trees = Trees::open(launch)?;
         let container = share.path.join(launch.id.as_str());
-        make_dir(&container)?;
-        make_dir(&container.join("mounts"))?;
-        let rootfs = container.join("rootfs");
-        make_dir(&rootfs)?;
-        // Writable even if the container's root is read-only: the agent makes missing mount points
-        // in it, as runc does, before it makes its own mount of it read-only.
-        bind(&launch.rootfs, &rootfs, true, false)?;
-        for volume in &launch.binds {
-            let target = container.join(shared_name(volume));
-            if volume.directory {
-                make_dir(&target)?;
-            } else {
-                make_file(&target)?;
-            }
-            bind(&volume.source, &target, volume.recursive, volume.read_only)?;
-        }
-        if !launch.hooks.is_empty() {
-            make_dir(&container.join("hooks"))?;
-        }
-        for (index, program) in launch.hooks.iter().enumerate() {
-            let target = container.join(shared_hook(index));
-            make_file(&target)?;
-            bind(program, &target, false, true)?;
-        }
+        trees.make_places(&container)?;
+        trees.attach(&container)?;
         // Nothing but mounts belongs in it, so the guest cannot fill the host's memory through it.
         mount_remount(&share.path, flags() | MountFlags::BIND | MountFlags::RDONLY, c"")
             .explain(|| format!("cannot make {} read-only", share.path.display()))?;
@@ -124,33 +103,120 @@ impl Drop for Share {
     }
 }
 
+/// What of the host a container shares with its guest: mounts that are complete, with their attributes,
+/// before they are attached anywhere.
+#[derive(Debug)]
+pub(super) struct Trees(Vec<Tree>);
+
+#[derive(Debug)]
+struct Tree {
+    mount: OwnedFd,
+    directory: bool,
+    source: PathBuf,
+    /// Where it goes, relative to the container's folder.
+    place: PathBuf,
+}
+
+impl Trees {
+    /// Opens all that a container shares, as it is mounted for this process.
+    ///
+    /// # Errors
+    ///
+    /// If a source is gone or cannot be bound.
+    pub(super) fn open(launch: &Launch) -> Result<Self> {
+        let tree = |source: &Path, place: PathBuf, directory, recursive, read_only| {
+            let mount = clone(source, recursive, read_only)?;
+            Ok(Tree { mount, directory, source: source.to_owned(), place })
+        };
+        // Writable even if the container's root is read-only: the agent makes missing mount points
+        // in it, as runc does, before it makes its own mount of it read-only.
+        let mut trees = vec![tree(&launch.rootfs, "rootfs".into(), true, true, false)?];
+        for bind in &launch.binds {
+            let Bind { source, directory, recursive, read_only, .. } = bind;
+            trees.push(tree(source, shared_name(bind), *directory, *recursive, *read_only)?);
+        }
+        for (index, program) in launch.hooks.iter().enumerate() {
+            trees.push(tree(program, shared_hook(index), false, false, true)?);
+        }
+        Ok(Self(trees))
+    }
+
+    /// Makes the container's folder and what the mounts are to be attached to.
+    ///
+    /// # Errors
+    ///
+    /// If one of these cannot be made.
+    pub(super) fn make_places(&self, container: &Path) -> Result<()> {
+        make_dir(container)?;
+        for folder in ["mounts", "hooks"] {
+            if self.0.iter().any(|tree| tree.place.starts_with(folder)) {
+                make_dir(&container.join(folder))?;
+            }
+        }
+        for tree in &self.0 {
+            let place = container.join(&tree.place);
+            if tree.directory { make_dir(&place)? } else { make_file(&place)? }
+        }
+        Ok(())
+    }
+
+    /// Attaches the mounts in the container's folder.
+    ///
+    /// # Errors
+    ///
+    /// If one cannot be attached. Those before it are.
+    pub(super) fn attach(&self, container: &Path) -> Result<()> {
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        self.0.iter().try_for_each(|tree| {
+            move_mount(tree.mount.as_fd(), "", CWD, container.join(&tree.place), flags)
+                .explain(|| cannot_share(&tree.source))
+        })
+    }
+}
+
+fn cannot_share(source: &Path) -> String {
+    format!("cannot share {} with the microVM", source.display())
+}
+
 fn flags() -> MountFlags {
     MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC
 }
 
-/// Binds `source` on `target`. The mount is complete, with its attributes, before it is attached.
+/// A mount of `source` that is attached nowhere.
 ///
 /// Device nodes cannot be opened through it: a guest that makes one gets no device of the host. Its
 /// own devices work, since its kernel opens those itself.
-fn bind(source: &Path, target: &Path, recursive: bool, read_only: bool) -> Result<()> {
-    let what = || format!("cannot share {} with the microVM", source.display());
-    let mut clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+fn clone(source: &Path, recursive: bool, read_only: bool) -> Result<OwnedFd> {
+    let what = || cannot_share(source);
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
-        clone |= OpenTreeFlags::AT_RECURSIVE;
+        flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    let tree = open_tree(CWD, source, clone).explain(what)?;
-    set_attributes(tree.as_fd(), read_only).explain(what)?;
-    move_mount(tree.as_fd(), "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).explain(what)
+    let tree = open_tree(CWD, source, flags).explain(what)?;
+    let mut set = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
+    if read_only {
+        set |= libc::MOUNT_ATTR_RDONLY;
+    }
+    change_attributes(tree.as_fd(), set, 0).explain(what)?;
+    Ok(tree)
 }
 
-/// Sets nodev, nosuid and, if asked, read-only on a whole tree of mounts.
-fn set_attributes(tree: BorrowedFd<'_>, read_only: bool) -> std::io::Result<()> {
+/// Another mount of the shared directory at `path`, without what is mounted in it, and writable.
+///
+/// # Errors
+///
+/// If that is not permitted.
+pub(super) fn writable(path: &Path) -> std::io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(CWD, path, flags)?;
+    change_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY)?;
+    Ok(tree)
+}
+
+/// Sets and clears attributes (`MOUNT_ATTR_*`) of a whole tree of mounts.
+fn change_attributes(tree: BorrowedFd<'_>, set: u64, clear: u64) -> std::io::Result<()> {
     use std::os::fd::AsRawFd;
-    let mut attributes = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID;
-    if read_only {
-        attributes |= libc::MOUNT_ATTR_RDONLY;
-    }
-    let attr = libc::mount_attr { attr_set: attributes, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
     // SAFETY: the path is a NUL-terminated string, `attr` is a valid mount_attr that outlives the
     // call, and its size is given; the kernel only reads both (mount_setattr(2)).
     let result = unsafe {

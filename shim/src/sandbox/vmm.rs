@@ -79,6 +79,8 @@ pub(super) struct VmmEnd {
     killed: bool,
     /// The last lines it wrote to its standard error.
     stderr: Vec<String>,
+    /// Why it ended, if it is that of a pod, which its first container knows more about.
+    of_pod: Option<String>,
 }
 
 impl Vmm {
@@ -205,6 +207,11 @@ impl Drop for Vmm {
 }
 
 impl VmmEnd {
+    /// The end of a microVM that another sandbox process owns.
+    pub(super) fn of_pod(why: String) -> Self {
+        Self { of_pod: Some(why), ..Self::default() }
+    }
+
     /// The guest ended as it was asked to.
     pub(super) fn is_shutdown(&self) -> bool {
         self.reason == Some(EndReason::GuestShutdown)
@@ -221,6 +228,9 @@ impl VmmEnd {
 
     /// Why the microVM ended, for a person, with the last lines of console or VMM.
     pub(super) fn explain(&self) -> Error {
+        if let Some(why) = &self.of_pod {
+            return Error::with_kind(ErrorKind::VmLost, why.clone());
+        }
         let message = match (&self.failure, &self.reason) {
             (Some(failure), _) => format!("the microVM could not be started: {failure}"),
             (None, Some(reason)) => describe(reason),

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Id, ProcessId};
-use crate::{bundle::VmSize, cgroup::Cgroup, network::Taken};
+use crate::{bundle::VmSize, cgroup::Cgroup, network::Taken, sandbox::pod::Pod};
 
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +63,9 @@ pub struct Record {
     pub vmm: Option<ProcessId>,
     /// Size of the microVM.
     pub vm: VmSize,
+    /// Whose microVM it is, if that was not made for this container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Pod>,
     /// The limits that hold now, without rules for devices. Processors are the host's.
     pub resources: LinuxResources,
     /// As last written by the sandbox process.

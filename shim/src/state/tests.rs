@@ -11,6 +11,7 @@ fn record(id: &Id, sandbox: ProcessId) -> Record {
         sandbox,
         vmm: None,
         vm: crate::bundle::VmSize { vcpus: 1, memory_mib: 64 },
+        pod: None,
         resources: oci_spec::runtime::LinuxResources::default(),
         status: Status::Running,
         created: "2026-01-01T00:00:00Z".into(),

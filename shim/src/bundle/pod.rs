@@ -1,0 +1,108 @@
+//! Containers of a pod, which share namespaces and therefore a microVM.
+
+use std::path::{Component, Path};
+
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+
+use crate::error::{Error, Result};
+
+/// Annotations by which an engine says what a container is to its pod: those of CRI-O and Podman, and of
+/// containerd. A `container` belongs to a pod whose `sandbox` has been made before it.
+const CONTAINER_TYPES: [&str; 2] =
+    ["io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri.container-type"];
+
+/// A namespace of another container that is to be shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Joined {
+    /// What kind of namespace.
+    pub kind: LinuxNamespaceType,
+    /// The process whose it is: what that container's pid is on the host.
+    pub pid: i32,
+}
+
+/// The namespaces that a container of a pod shares. None if it is no such container.
+///
+/// # Errors
+///
+/// If it is to share one that containers in one microVM cannot.
+pub(super) fn joined(spec: &Spec) -> Result<Vec<Joined>> {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let joined = namespaces.into_iter().flatten().filter_map(|n| Some((n, of_pod(spec, n)?)));
+    joined
+        .map(|(namespace, pid)| match namespace.typ() {
+            LinuxNamespaceType::Mount | LinuxNamespaceType::User | LinuxNamespaceType::Time => {
+                Err(Error::new(format!(
+                    "linux.namespaces: the {kind} namespace of process {pid} cannot be shared: \
+                     containers of a pod can share network, ipc, uts, pid and cgroup",
+                    kind = super::check::name_of(namespace.typ()),
+                )))
+            }
+            kind => Ok(Joined { kind, pid }),
+        })
+        .collect()
+}
+
+/// Whose namespace it is, if the container belongs to a pod and the namespace is another container's.
+pub(crate) fn of_pod(spec: &Spec, namespace: &LinuxNamespace) -> Option<i32> {
+    let annotations = spec.annotations().as_ref()?;
+    let mut types = CONTAINER_TYPES.iter().filter_map(|key| annotations.get(*key));
+    if types.next()? != "container" {
+        return None;
+    }
+    process_of(namespace.path().as_deref()?)
+}
+
+/// The process of a path such as `/proc/17/ns/net`.
+fn process_of(path: &Path) -> Option<i32> {
+    let names: Option<Vec<&str>> = path
+        .components()
+        .skip(1)
+        .map(|part| match part {
+            Component::Normal(name) => name.to_str(),
+            _ => None,
+        })
+        .collect();
+    match names?[..] {
+        ["proc", pid, "ns", _] if path.is_absolute() => pid.parse().ok().filter(|pid| *pid > 0),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(container_type: &str, namespaces: &str) -> Result<Vec<Joined>> {
+        let json = format!(
+            r#"{{"ociVersion":"1.0.2","linux":{{"namespaces":[{namespaces}]}},
+                "annotations":{{"io.kubernetes.cri-o.ContainerType":"{container_type}"}}}}"#
+        );
+        joined(&serde_json::from_str(&json).unwrap())
+    }
+
+    #[test]
+    fn a_container_of_a_pod_shares_what_is_a_processs() {
+        let namespaces = r#"{"type":"network","path":"/proc/17/ns/net"},{"type":"mount"},
+            {"type":"uts","path":"/proc/17/ns/uts"},{"type":"ipc","path":"/run/ipcns/x"}"#;
+        let kinds = [LinuxNamespaceType::Network, LinuxNamespaceType::Uts];
+        assert_eq!(
+            of("container", namespaces).unwrap(),
+            kinds.map(|kind| Joined { kind, pid: 17 })
+        );
+        assert_eq!(of("sandbox", namespaces).unwrap(), []);
+    }
+
+    #[test]
+    fn paths_of_processes() {
+        for path in ["/proc/self/ns/net", "proc/1/ns/net", "/proc/1/fd/3", "/proc/0/ns/net", "/"] {
+            assert_eq!(process_of(Path::new(path)), None, "{path}");
+        }
+        assert_eq!(process_of(Path::new("/proc/1/ns/net")), Some(1));
+    }
+
+    #[test]
+    fn what_cannot_be_shared_is_refused() {
+        let error = of("container", r#"{"type":"user","path":"/proc/17/ns/user"}"#).unwrap_err();
+        assert!(error.message.contains("the user namespace of process 17"), "{error}");
+    }
+}

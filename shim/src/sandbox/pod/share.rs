@@ -1,0 +1,130 @@
+//! What a container of a pod adds to the share of its microVM, and takes out again.
+//!
+//! The share is in the mount namespace of the sandbox process that has made it. A thread goes there,
+//! with mounts that were opened where this process is: that namespace need not have them.
+
+use std::{
+    fs::{self, File},
+    os::fd::{AsFd, AsRawFd},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    mount::{UnmountFlags, unmount},
+    thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
+};
+
+use super::Pod;
+use crate::{
+    error::{Error, Explain, Result},
+    sandbox::{launch::Launch, share::Trees, share::writable},
+    state::{Id, ProcessId, SHARED},
+};
+
+/// A container's part of the share. Removed when dropped.
+#[derive(Debug)]
+pub(in crate::sandbox) struct PodShare {
+    process: ProcessId,
+    /// Where the share is in that process's mount namespace.
+    path: PathBuf,
+    /// The container's folder in it.
+    id: Id,
+}
+
+impl PodShare {
+    /// That of the container `id`, whether anything is there or not.
+    pub(super) fn of(pod: &Pod, id: &Id) -> Self {
+        Self { process: pod.process, path: pod.dir.join(SHARED), id: id.clone() }
+    }
+
+    /// Adds what a container shares to the share of its pod.
+    ///
+    /// # Errors
+    ///
+    /// If a source is gone or cannot be bound, or the sandbox process of the pod is gone. Nothing is
+    /// left mounted.
+    pub(in crate::sandbox) fn attach(pod: &Pod, launch: &Launch) -> Result<Self> {
+        let trees = Trees::open(launch)?;
+        // From here on, dropping it removes what has been made.
+        let share = Self::of(pod, &launch.id);
+        in_mount_namespace(pod.process, || {
+            let what = || format!("cannot add to the share {}", share.path.display());
+            let view = writable(&share.path).explain(what)?;
+            trees.make_places(&within(&view).join(share.id.as_str()))?;
+            trees.attach(&share.path.join(share.id.as_str()))
+        })?;
+        Ok(share)
+    }
+
+    /// Removes all that there is.
+    ///
+    /// # Errors
+    ///
+    /// If a mount or a folder cannot be removed.
+    pub(super) fn remove(&self) -> Result<()> {
+        in_mount_namespace(self.process, || {
+            let container = self.path.join(self.id.as_str());
+            let what = || format!("cannot remove {}", container.display());
+            let view = writable(&self.path).explain(what)?;
+            // In this view nothing is mounted, so what is found are places for mounts and no more.
+            let places = within(&view).join(self.id.as_str());
+            if !places.exists() {
+                return Ok(());
+            }
+            for folder in ["hooks", "mounts"] {
+                for entry in fs::read_dir(places.join(folder)).into_iter().flatten().flatten() {
+                    detach(&container.join(folder).join(entry.file_name())).explain(what)?;
+                }
+            }
+            detach(&container.join("rootfs")).explain(what)?;
+            fs::remove_dir_all(&places).explain(what)
+        })
+    }
+}
+
+impl Drop for PodShare {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            // Gone, and the share with it.
+            if self.process.is_alive() {
+                log::warn!("{error}");
+            }
+        }
+    }
+}
+
+/// Unmounts what is mounted at `path`, if anything is.
+fn detach(path: &Path) -> rustix::io::Result<()> {
+    match unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(()),
+        result => result,
+    }
+}
+
+fn within(view: &impl AsFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", view.as_fd().as_raw_fd()))
+}
+
+/// Does something in the mount namespace of another process, on a thread that goes there and ends.
+fn in_mount_namespace<T: Send>(
+    process: ProcessId,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    let what = || format!("cannot enter the mount namespace of process {}", process.pid);
+    let namespace = File::open(format!("/proc/{}/ns/mnt", process.pid)).explain(what)?;
+    // The pid was still its own when the namespace was opened.
+    if !process.is_alive() {
+        return Err(Error::new(format!("{}: it has ended", what())));
+    }
+    let go = || {
+        // SAFETY: root and working directory become this thread's own, and no other code of it runs.
+        unsafe { unshare_unsafe(UnshareFlags::FS) }.explain(what)?;
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
+            .explain(what)?;
+        work()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, go).explain(what)?;
+        thread.join().unwrap_or_else(|_| Err(Error::new(what())))
+    })
+}

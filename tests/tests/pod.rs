@@ -1,0 +1,271 @@
+//! Containers of a pod: several in one microVM, which share namespaces and nothing else.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::fs;
+
+use isopod_tests::keeper::End;
+use isopod_tests::{Container, Created, Scope, microvm_only};
+use serde_json::{Value, json};
+
+/// What Podman shares by default, as config.json and /proc name it.
+const SHARED: [(&str, &str); 3] = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")];
+
+/// The first container of a pod.
+fn first(scope: &Scope) -> (Container<'_>, Created<'_>) {
+    let container = scope
+        .container()
+        .annotation("io.kubernetes.cri-o.ContainerType", "sandbox")
+        .edit(|c| c["hostname"] = json!("the-pod"))
+        .shell("echo up; exec sleep 1000");
+    let mut created = container.start_new();
+    created.stdout.line_with("up");
+    (container, created)
+}
+
+/// A further container of the pod whose first one has this pid.
+fn member<'a>(scope: &'a Scope, pid: i32) -> Container<'a> {
+    sharing(scope.container(), pid, &SHARED)
+        .annotation("io.kubernetes.cri-o.ContainerType", "container")
+        .shell("echo up; exec sleep 1000")
+}
+
+fn sharing<'a>(container: Container<'a>, pid: i32, shared: &[(&str, &str)]) -> Container<'a> {
+    container.edit(|c| {
+        for namespace in c["linux"]["namespaces"].as_array_mut().unwrap() {
+            let kind = namespace["type"].as_str().unwrap();
+            if let Some((_, file)) = shared.iter().find(|(name, _)| *name == kind) {
+                namespace["path"] = json!(format!("/proc/{pid}/ns/{file}"));
+            }
+        }
+        c.as_object_mut().unwrap().remove("hostname");
+    })
+}
+
+fn up<'a>(container: &Container<'a>) -> Created<'a> {
+    let mut created = container.start_new();
+    created.stdout.line_with("up");
+    created
+}
+
+/// The namespace of a container's processes.
+fn namespace(container: &Container<'_>, file: &str) -> String {
+    container.exec(["readlink", &format!("/proc/self/ns/{file}")]).ok().stdout
+}
+
+fn shell(container: &Container<'_>, script: &str) -> String {
+    container.exec(["sh", "-c", script]).ok().stdout
+}
+
+#[test]
+fn a_container_shares_namespaces_with_the_first() {
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let one = member(&scope, created.pid);
+    let _one = up(&one);
+    for (_, file) in SHARED {
+        assert_eq!(namespace(&first, file), namespace(&one, file), "{file}");
+    }
+    for file in ["mnt", "pid", "cgroup"] {
+        assert_ne!(namespace(&first, file), namespace(&one, file), "{file}");
+    }
+    assert_eq!(shell(&one, "hostname"), "the-pod\n");
+    // What one listens on is heard by the other, on the loopback of both.
+    shell(&one, "echo hello >/page; httpd -p 127.0.0.1:8080 -h /");
+    assert_eq!(shell(&first, "wget -q -O - http://127.0.0.1:8080/page"), "hello\n");
+    // Files and processes are not shared.
+    assert_eq!(first.exec(["test", "-e", "/page"]).status, 1);
+    assert!(!shell(&first, "ps -o args").contains("httpd"));
+    one.delete_force().ok();
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn it_has_no_microvm_of_its_own() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let before = scope.census();
+    let one = member(&scope, created.pid);
+    let other = member(&scope, created.pid);
+    let (mut first_one, _second) = (up(&one), up(&other));
+    let boot_id =
+        |container: &Container<'_>| shell(container, "cat /proc/sys/kernel/random/boot_id");
+    assert_eq!(boot_id(&first), boot_id(&one));
+    assert_eq!(boot_id(&first), boot_id(&other));
+    let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", first_one.pid));
+    assert_eq!(children.unwrap_or_default(), "");
+    // It ends, is deleted and made again, and the others do not notice.
+    one.kill("TERM").ok();
+    assert_eq!(one.kill("KILL").status, 0);
+    assert_eq!(first_one.wait(), End::Exited(137));
+    one.delete().ok();
+    other.delete_force().ok();
+    assert_eq!(scope.census().since(&before), Vec::<String>::new());
+    first_one = up(&one);
+    assert_eq!(boot_id(&first), boot_id(&one));
+    one.kill("KILL").ok();
+    first_one.wait();
+    one.delete().ok();
+    assert_eq!(scope.census().since(&before), Vec::<String>::new());
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn its_exit_status_output_and_volumes_are_its_own() {
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let volume = scope.dir().join("volume");
+    fs::create_dir(&volume).unwrap();
+    fs::write(volume.join("in"), "from the host\n").unwrap();
+    let source = volume.to_string_lossy().into_owned();
+    let one = member(&scope, created.pid)
+        .mount("/volume", "bind", &source, &["rbind", "rw"])
+        .mount("/fixed", "bind", &source, &["rbind", "ro"])
+        .shell("cat /volume/in; echo back >/volume/out; echo err >&2; >/fixed/x; exit 7");
+    let out = one.run();
+    assert_eq!((out.status, out.stdout.as_str()), (7, "from the host\n"), "{out}");
+    assert!(out.stderr.starts_with("err\n") && out.stderr.contains("Read-only"), "{out}");
+    assert_eq!(fs::read_to_string(volume.join("out")).unwrap(), "back\n");
+    // Again, with the same name: nothing of the other is left there.
+    let out = one.run();
+    assert_eq!(out.status, 7, "{out}");
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn its_limits_pauses_and_statistics_are_its_own() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let one = member(&scope, created.pid)
+        .edit(|c| c["linux"]["resources"]["pids"] = json!({ "limit": 11 }));
+    let _one = up(&one);
+    let limit = "cat /sys/fs/cgroup/pids.max";
+    assert_eq!((shell(&one, limit).as_str(), shell(&first, limit).as_str()), ("11\n", "max\n"));
+    one.command("pause", &[]).output().ok();
+    assert_eq!((one.status().as_str(), first.status().as_str()), ("paused", "running"));
+    assert_eq!(shell(&first, "echo runs"), "runs\n");
+    one.command("resume", &[]).output().ok();
+    let events = one.command("events", &["--stats"]).output().ok().stdout;
+    let events: Value = serde_json::from_str(&events).unwrap();
+    assert_eq!(events["data"]["pids"]["limit"], 11, "{events}");
+    one.delete_force().ok();
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn processes_can_be_shared_too() {
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let shared = [&SHARED[..], &[("pid", "pid")]].concat();
+    let one = sharing(member(&scope, created.pid), created.pid, &shared);
+    let _one = up(&one);
+    assert_eq!(namespace(&first, "pid"), namespace(&one, "pid"));
+    let seen = shell(&one, "ps -o pid,args");
+    assert!(seen.lines().any(|line| line.trim() == "1 sleep 1000"), "{seen}");
+    one.kill("KILL").ok();
+    one.delete_force().ok();
+    assert_eq!(shell(&first, "echo lives"), "lives\n");
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn the_end_of_the_first_is_the_end_of_all() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let one = member(&scope, created.pid);
+    let other = up(&one);
+    first.kill("KILL").ok();
+    created.wait();
+    // The guest ends its processes before it goes.
+    assert_eq!(other.wait(), End::Exited(137));
+    assert_eq!(one.status(), "stopped");
+    one.delete().ok();
+    first.delete().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn a_lost_microvm_is_lost_to_all() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let one = member(&scope, created.pid);
+    let mut other = up(&one);
+    scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
+    created.wait();
+    assert_eq!(other.wait(), End::Exited(255));
+    let said = other.stderr.so_far();
+    assert!(said.contains(&first.id) && said.lines().count() == 1, "{said}");
+    assert_eq!(one.status(), "stopped");
+    one.exec(["true"]).one_line_error(&[&one.id]);
+    one.delete().ok();
+    first.delete().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn a_killed_sandbox_process_leaves_nothing_after_delete() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let before = scope.census();
+    let one = member(&scope, created.pid);
+    let other = up(&one);
+    scope.program(&["kill", "-9", &other.pid.to_string()]).output().ok();
+    other.wait();
+    assert_eq!(one.status(), "stopped");
+    one.delete().ok();
+    assert_eq!(scope.census().since(&before), Vec::<String>::new());
+    // In the guest neither: the name is free again.
+    let _again = up(&one);
+    one.delete_force().ok();
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn what_a_running_microvm_cannot_give_is_refused() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let before = scope.census();
+    let refused = |container: Container<'_>, words: &[&str]| {
+        container.run().one_line_error(words);
+    };
+    let one = || member(&scope, created.pid);
+    refused(
+        one().edit(|c| c["linux"]["resources"]["memory"] = json!({ "limit": 4_u64 << 30 })),
+        &["4096 MiB", "2048 MiB", "dev.isopod.memory_mib"],
+    );
+    refused(
+        one().edit(|c| {
+            c["linux"]["namespaces"]
+                .as_array_mut()
+                .unwrap()
+                .push(json!({ "type": "user", "path": format!("/proc/{}/ns/user", created.pid) }));
+            let map = json!([{ "containerID": 0, "hostID": 1000, "size": 10 }]);
+            c["linux"]["uidMappings"] = map.clone();
+            c["linux"]["gidMappings"] = map;
+        }),
+        &["user namespace", "cannot be shared"],
+    );
+    // A process of the host, and a container that says nothing of a pod.
+    refused(sharing(one(), 1, &SHARED), &["process 1 is no container's"]);
+    refused(
+        sharing(scope.container(), created.pid, &SHARED[..1]).args(["true"]),
+        &["--network container:"],
+    );
+    // A program that is not there, when everything else has been made.
+    let missing = one().args(["no-such-program"]).run();
+    assert_eq!(missing.status, 127, "{missing}");
+    assert_eq!(scope.census().since(&before), Vec::<String>::new());
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
