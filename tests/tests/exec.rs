@@ -49,3 +49,32 @@ fn the_last_of_equal_variables_counts() {
     let out = container.command("exec", &options).args(["sh", "-c", "echo $A $B"]).output().ok();
     assert_eq!(out.stdout, "2 4\n");
 }
+
+#[test]
+fn a_process_can_be_in_a_cgroup_below_the_containers() {
+    let scope = Scope::new();
+    let container = scope.container().shell("mkdir -p /sys/fs/cgroup/a/b; echo up; sleep 1000");
+    let container = container.edit(|c| {
+        let mounts = c["mounts"].as_array_mut().unwrap();
+        let cgroup = mounts.iter_mut().find(|m| m["destination"] == "/sys/fs/cgroup").unwrap();
+        cgroup["options"].as_array_mut().unwrap().retain(|option| option != "ro");
+    });
+    let mut created = container.start_new();
+    created.stdout.line_with("up");
+    let exec = |path: &str| {
+        container.command("exec", &["--cgroup", path]).args(["cat", "/proc/self/cgroup"]).output()
+    };
+    for (path, seen) in [("a", "/a"), ("/a/b", "/a/b"), ("a/../a/", "/a"), ("/", "/")] {
+        assert_eq!(exec(path).ok().stdout, format!("0::{seen}\n"), "{path}");
+    }
+    for (path, words) in
+        [("none", "no such cgroup"), ("../..", "leads out"), ("cpu:a", "cgroup v2")]
+    {
+        exec(path).one_line_error(&[path, words]);
+    }
+    // One with controllers for those below takes no processes: then the first process's is another.
+    let move_down = "echo 1 > /sys/fs/cgroup/a/b/cgroup.procs && echo $$ > /sys/fs/cgroup/a/b/cgroup.procs && echo +pids > /sys/fs/cgroup/cgroup.subtree_control";
+    container.exec(["sh", "-c", move_down]).ok();
+    assert_eq!(container.exec(["cat", "/proc/self/cgroup"]).ok().stdout, "0::/a/b\n");
+    exec("/").one_line_error(&["takes no processes"]);
+}

@@ -12,7 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -133,6 +133,30 @@ impl Cgroup {
 
     pub(crate) fn dir(&self) -> &OwnedFd {
         &self.dir
+    }
+
+    /// Opens the group at a path below this one; `/` is this one itself.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or the path leads out of this group.
+    pub(crate) fn below(&self, path: &str) -> Result<OwnedFd> {
+        let below = Path::new(".").join(path.trim_start_matches('/'));
+        let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        rustix::fs::openat2(&self.dir, &below, flags, Mode::empty(), resolve).map_err(|e| {
+            let why = match e {
+                Errno::NOENT | Errno::NOTDIR => "there is no such cgroup in the container",
+                Errno::XDEV => "it leads out of the container's cgroup",
+                e => {
+                    return Error::invalid(
+                        format!("cgroup {path:?}"),
+                        crate::error::reason(&e.into()),
+                    );
+                }
+            };
+            Error::invalid(format!("cgroup {path:?}"), why)
+        })
     }
 
     pub(crate) fn has(&self, file: &str) -> bool {

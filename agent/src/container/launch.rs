@@ -40,8 +40,13 @@ pub(crate) enum Birth<'a> {
         network: Option<&'a Network>,
         shared: &'a [Shared],
     },
-    /// Into those of the container whose first process this is.
-    Joining { namespaces: Namespaces, init: BorrowedFd<'a>, init_pid: i32 },
+    /// Into those of the container whose first process this is, and into this group of it.
+    Joining {
+        namespaces: Namespaces,
+        init: BorrowedFd<'a>,
+        init_pid: i32,
+        group: Option<BorrowedFd<'a>>,
+    },
 }
 
 /// Namespaces of another container, which has to live when they are entered.
@@ -237,7 +242,7 @@ fn born(
                 if user { Some(pipe_with(PipeFlags::CLOEXEC).context(context)?) } else { None };
             let gate_fds = gate.as_ref().map(|(read, write)| (read.as_raw_fd(), write.as_raw_fd()));
             let flags = namespaces.clone_flags();
-            let clone = || reaper.spawn(|| clone_init(flags, cgroup, channel, gate_fds));
+            let clone = || reaper.spawn(|| clone_init(flags, cgroup.as_fd(), channel, gate_fds));
             let (pid, pidfd, exit) = in_namespaces_of(shared, clone)?;
             if let Some((_, open)) = gate {
                 let opened = namespaces::map_ids(pid, linux)
@@ -251,20 +256,30 @@ fn born(
             }
             Ok((pid, pidfd, exit))
         }
-        Birth::Joining { namespaces, init, init_pid } => {
+        Birth::Joining { namespaces, init, init_pid, group } => {
             let join = namespaces.has(NamespaceKind::Pid).then_some(*init);
-            let clone = |cgroup: &OwnedFd| reaper.spawn(|| clone_init(0, cgroup, channel, None));
-            let born = |cgroup: &OwnedFd| match join {
+            let clone =
+                |cgroup: BorrowedFd<'_>| reaper.spawn(|| clone_init(0, cgroup, channel, None));
+            let born = |cgroup: BorrowedFd<'_>| match join {
                 None => clone(cgroup),
                 Some(init) => in_thread(|| {
                     move_into_thread_name_spaces(init, ThreadNameSpaceType::PROCESS_ID)?;
                     clone(cgroup)
                 }),
             };
-            match born(cgroup) {
+            if let Some(group) = group {
+                return born(*group).map_err(|e| match e.raw_os_error() {
+                    Some(libc::EBUSY) => Error::internal(format!(
+                        "{BIRTH}: the cgroup that was asked for takes no processes, since its \
+                         controllers are on for those below it"
+                    )),
+                    _ => unborn(e),
+                });
+            }
+            match born(cgroup.as_fd()) {
                 // The container has groups of its own below, so its top one takes no processes.
                 Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
-                    born(&cgroup_of(*init_pid)?).map_err(unborn)
+                    born(cgroup_of(*init_pid)?.as_fd()).map_err(unborn)
                 }
                 result => result.map_err(unborn),
             }
@@ -321,7 +336,7 @@ fn cgroup_of(pid: i32) -> Result<OwnedFd> {
 /// `clone3` into a cgroup and namespaces, then `execve` of this very program.
 fn clone_init(
     namespaces: u64,
-    cgroup: &OwnedFd,
+    cgroup: BorrowedFd<'_>,
     channel: &OwnedFd,
     gate: Option<(RawFd, RawFd)>,
 ) -> io::Result<(i32, OwnedFd)> {

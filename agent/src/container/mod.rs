@@ -39,7 +39,7 @@ mod stats;
 pub(crate) mod stdio;
 pub(crate) mod terminal;
 
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -214,11 +214,12 @@ impl Container {
         reaper: Arc<Reaper>,
         exec_id: String,
         process_json: Vec<u8>,
+        cgroup: Option<String>,
         connections: Connections,
         size: Option<Size>,
     ) -> Result<i32> {
         self.execs().reserve(&exec_id)?;
-        match self.start_exec(reaper, process_json, connections, size).await {
+        match self.start_exec(reaper, process_json, cgroup, connections, size).await {
             Ok(process) => {
                 let pid = process.pid();
                 self.execs().put(exec_id, process);
@@ -235,6 +236,7 @@ impl Container {
         self: &Arc<Self>,
         reaper: Arc<Reaper>,
         process_json: Vec<u8>,
+        cgroup: Option<String>,
         connections: Connections,
         size: Option<Size>,
     ) -> Result<Arc<Process>> {
@@ -245,7 +247,8 @@ impl Container {
         let (pipes, stdio) = Pipes::make(&connections)?;
         let container = Arc::clone(self);
         let (launched, terminal) =
-            blocking(move || container.launch_exec(&reaper, &process_json, stdio, size)).await?;
+            blocking(move || container.launch_exec(&reaper, &process_json, cgroup, stdio, size))
+                .await?;
         let pipes = (!terminal).then_some(pipes);
         let cgroup = Arc::clone(&self.cgroup);
         let process = Arc::new(Process::new(launched, cgroup, oom_kills, pipes, connections)?);
@@ -258,6 +261,7 @@ impl Container {
         &self,
         reaper: &Reaper,
         process_json: &[u8],
+        cgroup: Option<String>,
         stdio: Vec<std::os::fd::OwnedFd>,
         size: Option<Size>,
     ) -> Result<(Launched, bool)> {
@@ -273,11 +277,13 @@ impl Container {
         }
         let document = serde_json::to_vec(&process).map_err(|e| Error::internal(e.to_string()))?;
         let terminal = process.terminal;
+        let group = cgroup.map(|path| self.cgroup.below(&path)).transpose()?;
         let launched = launch::launch(
             reaper,
             Launch {
                 patience: Some(launch::PATIENCE),
                 birth: Birth::Joining {
+                    group: group.as_ref().map(OwnedFd::as_fd),
                     namespaces: self.namespaces,
                     init: self.init.pidfd().as_fd(),
                     init_pid: self.init.pid(),

@@ -21,7 +21,9 @@ pub(super) async fn exec(
     let streams = super::claim(&sandbox.streams, request.streams).await?;
     let reaper = Arc::clone(&sandbox.reaper);
     let container = sandbox.container(&request.container_id)?;
-    let pid = container.exec(reaper, request.exec_id, request.process_json, streams, size).await?;
+    let cgroup = (!request.cgroup.is_empty()).then_some(request.cgroup);
+    let document = request.process_json;
+    let pid = container.exec(reaper, request.exec_id, document, cgroup, streams, size).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 

@@ -68,7 +68,7 @@ pub(super) struct Exec {
     /// Also in a paused container. The process starts when that goes on, within a minute.
     #[arg(long)]
     ignore_paused: bool,
-    /// Refused: a container has one cgroup, in its microVM.
+    /// Start the process in this cgroup, which the container has made below its own.
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
     /// The container.
@@ -82,11 +82,7 @@ impl Exec {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
         let id = Id::parse(&self.id)?;
         refuse_preserved(self.preserve_fds)?;
-        if let Some(cgroup) = self.cgroup.first() {
-            return Err(Error::new(format!(
-                "--cgroup {cgroup} is not possible: a container has one cgroup, in its microVM"
-            )));
-        }
+        let cgroup = sub_cgroup(&self.cgroup)?;
         let dir = StateDir::open(&global.root, &id)?;
         let record = dir.record()?;
         let status = record.as_ref().map_or(Status::Creating, Record::current_status);
@@ -109,6 +105,7 @@ impl Exec {
             id,
             state_dir: dir.path().to_owned(),
             process,
+            cgroup,
             terminal,
             memory_mib: record.map_or(0, |record| record.vm.memory_mib),
         };
@@ -196,6 +193,21 @@ impl Exec {
     }
 }
 
+/// `--cgroup`, of which runc takes several where there are cgroups v1. The guest has v2.
+fn sub_cgroup(paths: &[String]) -> Result<Option<String>> {
+    match paths {
+        [] => Ok(None),
+        // To runc it is the container's own, too.
+        [path] if path.is_empty() => Ok(Some("/".to_owned())),
+        [path] if !path.contains(':') => Ok(Some(path.clone())),
+        paths => Err(Error::new(format!(
+            "--cgroup {} names controllers, or more than one cgroup: the guest has cgroup v2, where \
+             a process is in one for all controllers; give one path",
+            paths.join(" --cgroup ")
+        ))),
+    }
+}
+
 /// `UID[:GID]`; the rest stays as it was.
 fn parse_user(text: &str, before: &User) -> Result<User> {
     let (uid, gid) = text.split_once(':').map_or((text, None), |(uid, gid)| (uid, Some(gid)));
@@ -266,6 +278,19 @@ mod tests {
         assert_eq!((user.uid(), user.gid()), (1000, 7));
         for bad in ["root", "1000:", ":1", "-1", "4294967296"] {
             assert!(parse_user(bad, &before).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_process_has_one_cgroup() {
+        let of =
+            |paths: &[&str]| sub_cgroup(&paths.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>());
+        assert_eq!(of(&[]).unwrap(), None);
+        assert_eq!(of(&["a/b"]).unwrap().as_deref(), Some("a/b"));
+        assert_eq!(of(&[""]).unwrap().as_deref(), Some("/"));
+        for bad in [&["cpu,memory:a"][..], &["a", "b"], &["cpu:a", "memory:b"]] {
+            let error = of(bad).unwrap_err().message;
+            assert!(error.contains(bad[0]) && error.contains("cgroup v2"), "{error}");
         }
     }
 

@@ -115,10 +115,11 @@ impl Agent {
             .map_err(|e| explain_program("cannot start the container", e))
     }
 
-    /// Runs another process in the container.
+    /// Runs another process in the container, in this group below the container's own.
     pub(super) async fn exec_process(
         &self,
         process: &Process,
+        cgroup: Option<&str>,
         streams: StreamTokens,
         size: Option<Size>,
     ) -> Result<()> {
@@ -127,6 +128,7 @@ impl Agent {
             exec_id: self.exec_id.clone(),
             process_json: serde_json::to_vec(process)
                 .explain(|| "cannot write the process".into())?,
+            cgroup: cgroup.unwrap_or_default().to_owned(),
             streams: Some(streams).into(),
             terminal_size: size.map(terminal_size).into(),
             ..Default::default()

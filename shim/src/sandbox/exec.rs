@@ -47,6 +47,8 @@ pub struct Exec {
     pub state_dir: PathBuf,
     /// The process.
     pub process: Process,
+    /// Path of its cgroup in the guest, below the container's own.
+    pub cgroup: Option<String>,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
     /// The microVM's memory.
@@ -199,8 +201,9 @@ impl Exec {
             stdio::release(stdio::Release::but_for_messages())?;
         }
         let (tokens, streams) = local.connect(dir).await?;
-        let (caller, process) = (agent.clone(), self.process.clone());
-        let task = async move { caller.exec_process(&process, tokens, size).await };
+        let (caller, process, cgroup) = (agent.clone(), self.process.clone(), self.cgroup.clone());
+        let task =
+            async move { caller.exec_process(&process, cgroup.as_deref(), tokens, size).await };
         *call = Call::Made(tokio::spawn(task));
         if let Call::Made(task) = call {
             let answer = task.await;
