@@ -4,7 +4,8 @@
 use std::{collections::HashSet, fs, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
 use oci_spec::runtime::{
-    Capability, LinuxCapabilities, LinuxDeviceCgroup, LinuxResources, Process, Root, Spec,
+    Capability, LinuxCapabilities, LinuxDeviceCgroup, LinuxIdMappingBuilder, LinuxNamespace,
+    LinuxNamespaceType, LinuxResources, Mount, Process, Root, Spec,
 };
 use serde::Serialize;
 use serde_json::{Value, ser::PrettyFormatter};
@@ -41,6 +42,46 @@ pub fn default_spec() -> Spec {
         linux.set_resources(Some(resources));
     }
     spec
+}
+
+/// [`default_spec`] for a user who is not root: whom root of a user namespace is outside. Without a
+/// network namespace and limits, which such a user cannot set up, and with the host's /sys.
+pub fn rootless_spec(uid: u32, gid: u32) -> Spec {
+    let mut spec = default_spec();
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        if mount.destination() == Path::new("/sys") {
+            *mount = host_sys();
+        } else if let Some(options) = mount.options_mut() {
+            // Groups that the user namespace does not have.
+            options.retain(|option| !option.starts_with("gid=") && !option.starts_with("uid="));
+        }
+    }
+    if let Some(linux) = spec.linux_mut() {
+        let root = |outside: u32| {
+            let mapping = LinuxIdMappingBuilder::default().container_id(0_u32).host_id(outside);
+            // All that it has is set, so there is one.
+            Some(mapping.size(1_u32).build().into_iter().collect::<Vec<_>>())
+        };
+        linux.set_uid_mappings(root(uid)).set_gid_mappings(root(gid)).set_resources(None);
+        let namespaces = linux.namespaces_mut().get_or_insert_default();
+        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Network);
+        let mut user = LinuxNamespace::default();
+        user.set_typ(LinuxNamespaceType::User);
+        namespaces.push(user);
+    }
+    spec
+}
+
+/// Who has no network namespace of its own cannot mount one.
+fn host_sys() -> Mount {
+    let options = ["rbind", "nosuid", "noexec", "nodev", "ro"];
+    let mut mount = Mount::default();
+    mount
+        .set_destination("/sys".into())
+        .set_typ(Some("none".to_owned()))
+        .set_source(Some("/sys".into()))
+        .set_options(Some(options.map(str::to_owned).to_vec()));
+    mount
 }
 
 /// `names` as a process gets them. Not inheritable, which would outlive a change of user, and so
@@ -95,17 +136,30 @@ mod tests {
 
     #[test]
     fn differs_from_what_runc_writes_only_where_meant() {
-        let runc = include_str!("testdata/runc-spec.json");
+        let text = spec_text(&default_spec()).unwrap();
+        assert!(text.starts_with(b"{\n\t\""), "not indented");
+        assert_as_runcs(&text, include_str!("testdata/runc-spec.json"), None);
+        let text = spec_text(&rootless_spec(1000, 100)).unwrap();
+        assert_as_runcs(&text, include_str!("testdata/runc-spec-rootless.json"), Some((1000, 100)));
+    }
+
+    #[track_caller]
+    fn assert_as_runcs(text: &[u8], runc: &str, user: Option<(u32, u32)>) {
         let mut expected: Value = serde_json::from_str(runc).unwrap();
         expected["ociVersion"] = json!(SPEC_VERSION);
         expected["hostname"] = json!(HOSTNAME);
         expected["process"]["capabilities"].as_object_mut().unwrap().remove("ambient");
         // As runc writes it on a host with cgroup v2, which the guest is.
         let cgroup = json!({ "type": "cgroup" });
-        expected["linux"]["namespaces"].as_array_mut().unwrap().push(cgroup);
-        let text = spec_text(&default_spec()).unwrap();
-        assert_eq!(serde_json::from_slice::<Value>(&text).unwrap(), expected);
-        assert!(text.starts_with(b"{\n\t\""), "not indented");
+        let namespaces = expected["linux"]["namespaces"].as_array_mut().unwrap();
+        let user_namespace = namespaces.iter().position(|n| n["type"] == "user");
+        namespaces.insert(user_namespace.unwrap_or(namespaces.len()), cgroup);
+        if let Some((uid, gid)) = user {
+            // Those of root, who has called it.
+            expected["linux"]["uidMappings"][0]["hostID"] = json!(uid);
+            expected["linux"]["gidMappings"][0]["hostID"] = json!(gid);
+        }
+        assert_eq!(serde_json::from_slice::<Value>(text).unwrap(), expected);
     }
 
     #[test]

@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 pub use self::{
-    default::{capabilities, default_spec, write_spec},
+    default::{capabilities, default_spec, rootless_spec, write_spec},
     features::features,
     guest::{guest_processors, guest_spec},
     pod::Joined,

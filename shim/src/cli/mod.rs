@@ -69,8 +69,8 @@ struct Global {
     #[arg(long, global = true)]
     systemd_cgroup: bool,
     /// Accepted for callers of runc, and without effect: there are no cgroups of the host to be
-    /// denied.
-    #[arg(long, global = true, value_name = "true|false|auto")]
+    /// denied. Before the verb only: `spec` has one of its own.
+    #[arg(long, value_name = "true|false|auto")]
     rootless: Option<String>,
     /// Accepted for callers of runc, and without effect: CRIU is not used.
     #[arg(long, global = true, value_name = "PATH")]

@@ -66,6 +66,8 @@ fn what_runcs_callers_write_is_understood() {
         &["events", "--interval=5s", "c"],
         &["features"],
         &["spec", "--bundle", "/b"],
+        &["--rootless", "auto", "spec", "--rootless"],
+        &["exec", "--cgroup", "/a", "c", "true"],
         &[
             "checkpoint",
             "--image-path",
