@@ -82,7 +82,7 @@ fn features_have_the_specifications_form() {
     for not in [&linux.apparmor, &linux.selinux, &linux.intel_rdt, &linux.net_devices] {
         assert!(!not.enabled, "{linux:?}");
     }
-    assert!(!linux.mount_extensions.idmap.enabled);
+    assert!(linux.mount_extensions.idmap.enabled);
     assert!(seen.annotations.contains_key("dev.isopod.version"), "{seen:?}");
     let unsafe_ones = &seen.potentially_unsafe_config_annotations;
     assert!(unsafe_ones.contains(&"dev.isopod.memory_mib".to_owned()), "{seen:?}");

@@ -4,7 +4,7 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, chown};
 
-use isopod_tests::{Container, Scope};
+use isopod_tests::{Container, Scope, microvm_only};
 use serde_json::json;
 
 /// What root of the container is outside.
@@ -93,4 +93,74 @@ fn exec_is_in_the_user_namespace_and_another_user_is_mapped() {
     let own = container.exec(["readlink", "/proc/self/ns/user"]).ok().stdout;
     let first = container.exec(["readlink", "/proc/1/ns/user"]).ok().stdout;
     assert_eq!(own, first);
+}
+
+/// Makes file systems that can be mapped, one below the other, with files of two users each.
+fn volume(scope: &Scope) -> (String, String) {
+    let volume = scope.dir().join("mapped").to_string_lossy().into_owned();
+    let (upper, lower) = (format!("{volume}.upper"), format!("{volume}.lower"));
+    let mount = format!(
+        "mkdir -p {volume}; modprobe loop || true; mount -o loop {upper} {volume}; \
+         mount -o loop {lower} {volume}/below"
+    );
+    let script = format!(
+        "set -e; for image in {upper} {lower}; do truncate -s 4M $image; mkfs.ext4 -q $image; done; \
+         mkdir {volume}; modprobe loop || true; mount -o loop {upper} {volume}; \
+         mkdir {volume}/below; umount {volume}; {mount}; \
+         for dir in {volume} {volume}/below; do echo x > $dir/roots; echo x > $dir/theirs; \
+         chmod 600 $dir/*s; chown 5:6 $dir/theirs; done"
+    );
+    scope.program(&["unshare", "--mount", "sh", "-c", &script]).output().ok();
+    (volume, mount)
+}
+
+#[test]
+fn the_files_of_a_mount_can_belong_to_other_ids() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (volume, mount) = volume(&scope);
+    let look = "cd /data; stat -c '%u %g' roots theirs below/roots; cat roots below/roots";
+    let container = |options: &[&str]| {
+        let container = mapped(&scope).capabilities(&["CAP_CHOWN", "CAP_DAC_OVERRIDE"]);
+        container.mount("/data", "bind", &volume, options)
+    };
+    let run = |container: Container<'_>, script: &str| {
+        let container = container.shell(script);
+        container.command_with_bundle("run", &[]).after_mounting(&mount).output()
+    };
+    // As the container's user namespace has it; below the mount nothing is mapped.
+    let out = run(container(&["rbind", "idmap"]), look);
+    assert_eq!(out.stdout, "0 0\n5 6\n65534 65534\nx\n", "{out}");
+    let make = "echo new > /data/new && chown 7:8 /data/new";
+    let out = run(container(&["rbind", "ridmap"]), &format!("{look}; {make}")).ok();
+    assert_eq!(out.stdout, "0 0\n5 6\n0 0\nx\nx\n", "{out}");
+    // What the container makes belongs to the ids of the file system.
+    let stat = format!("{mount}; stat -c '%u %g' {volume}/new");
+    let new = scope.program(&["unshare", "--mount", "sh", "-c", &stat]).output().ok();
+    assert_eq!(new.stdout, "7 8\n");
+    // As the mount says itself, with a user namespace and without.
+    let maps = |uid: u32, gid: u32| {
+        move |c: &mut serde_json::Value| {
+            let mount = c["mounts"].as_array_mut().unwrap().last_mut().unwrap();
+            mount["uidMappings"] = json!([{ "containerID": 0, "hostID": uid, "size": 10 }]);
+            mount["gidMappings"] = json!([{ "containerID": 0, "hostID": gid, "size": 10 }]);
+        }
+    };
+    let stat = "stat -c '%u %g' /data/roots /data/theirs";
+    let out = run(container(&["bind", "idmap"]).edit(maps(BASE + 7, BASE + 8)), stat).ok();
+    assert_eq!(out.stdout, "7 8\n12 14\n");
+    let plain = scope.container().mount("/data", "bind", &volume, &["bind"]);
+    let out = run(plain.edit(maps(1000, 100)), stat).ok();
+    assert_eq!(out.stdout, "1000 100\n1005 106\n");
+}
+
+#[test]
+fn a_mount_that_cannot_be_mapped_is_refused() {
+    microvm_only!();
+    let scope = Scope::new();
+    let container = mapped(&scope).mount("/data", "bind", "/sys/kernel", &["bind", "idmap"]);
+    container.run().one_line_error(&["/sys/kernel", "no id-mapped mounts"]);
+    let container = scope.container().mount("/data", "bind", "/sys/kernel", &["bind", "idmap"]);
+    container.run().one_line_error(&["/data", "user namespace"]);
+    scope.assert_nothing_left();
 }

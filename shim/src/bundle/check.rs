@@ -9,7 +9,7 @@ use std::{
 
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::{Bind, kernel, mount_options, pod, scheduling};
+use super::{Bind, IdMap, kernel, mount_options, pod, scheduling};
 use crate::error::{Error, Explain, Result};
 
 /// Types of mounts that the guest makes itself.
@@ -41,7 +41,7 @@ pub(super) fn spec(spec: &Spec) -> Result<()> {
         self::hooks(hooks)?;
     }
     namespaces(spec)?;
-    mounts(spec.mounts().as_deref().unwrap_or_default())?;
+    mounts(spec)?;
     if let Some(linux) = spec.linux() {
         for device in linux.devices().iter().flatten() {
             absolute("linux.devices", device.path())?;
@@ -245,24 +245,14 @@ pub(super) fn name_of(kind: LinuxNamespaceType) -> &'static str {
     }
 }
 
-fn mounts(mounts: &[Mount]) -> Result<()> {
-    for (index, mount) in mounts.iter().enumerate() {
+fn mounts(spec: &Spec) -> Result<()> {
+    for (index, mount) in spec.mounts().iter().flatten().enumerate() {
         let name = format!("mounts[{index}] ({})", mount.destination().display());
         absolute(&format!("mounts[{index}].destination"), mount.destination())?;
         if mount.destination().components().any(|part| part == Component::ParentDir) {
             return Err(Error::new(format!("{name} has .. in its destination")));
         }
-        for (field, mappings) in
-            [("uidMappings", mount.uid_mappings()), ("gidMappings", mount.gid_mappings())]
-        {
-            if mappings.as_ref().is_some_and(|mappings| !mappings.is_empty()) {
-                return Err(Error::new(format!(
-                    "mounts[{index}].{field} ({}) asks for an id-mapped mount, which is not \
-                     supported: virtio-fs has none",
-                    mount.destination().display()
-                )));
-            }
-        }
+        IdMap::of(&name, mount, is_bind(mount), spec)?;
         mount_options::check(&name, mount, is_bind(mount))?;
         if is_bind(mount) {
             if has_option(mount, "shared") || has_option(mount, "rshared") {
@@ -288,10 +278,10 @@ fn mounts(mounts: &[Mount]) -> Result<()> {
 pub(super) fn binds(bundle: &Path, spec: &Spec) -> Result<Vec<Bind>> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     let binds = mounts.iter().enumerate().filter(|(_, mount)| is_bind(mount));
-    binds.map(|(index, mount)| bind(bundle, index, mount)).collect()
+    binds.map(|(index, mount)| bind(bundle, spec, index, mount)).collect()
 }
 
-fn bind(bundle: &Path, index: usize, mount: &Mount) -> Result<Bind> {
+fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind> {
     let name = format!("mounts[{index}] ({})", mount.destination().display());
     let source = mount
         .source()
@@ -322,6 +312,7 @@ fn bind(bundle: &Path, index: usize, mount: &Mount) -> Result<Bind> {
         directory: kind.is_dir(),
         recursive: has_option(mount, "rbind"),
         read_only: has_option(mount, "ro") || has_option(mount, "rro"),
+        id_map: IdMap::of(&name, mount, true, spec)?,
     })
 }
 

@@ -81,7 +81,7 @@ fn linux() -> LinuxFeature {
     let mut intel_rdt = IntelRdt::default();
     intel_rdt.set_enabled(Some(false));
     let mut idmap = IDMap::default();
-    idmap.set_enabled(Some(false));
+    idmap.set_enabled(Some(true));
     let mut mount_extensions = MountExtensions::default();
     mount_extensions.set_idmap(Some(idmap));
     let mut net_devices = NetDevices::default();
@@ -135,10 +135,10 @@ mod tests {
         let capabilities = linux.capabilities().as_ref().unwrap();
         assert_eq!((capabilities.len(), &*capabilities[0]), (41, "CAP_CHOWN"));
         let options = features.mount_options().as_ref().unwrap();
-        for option in ["ro", "rro", "rbind", "rslave", "tmpcopyup", "noexec"] {
+        for option in ["ro", "rro", "rbind", "rslave", "tmpcopyup", "noexec", "idmap"] {
             assert!(options.contains(&option.to_owned()), "{option}");
         }
-        for option in ["", "idmap", "remount"] {
+        for option in ["", "mand", "remount"] {
             assert!(!options.contains(&option.to_owned()), "{option}");
         }
         let seccomp = linux.seccomp().as_ref().unwrap();

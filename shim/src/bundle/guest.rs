@@ -6,7 +6,7 @@ use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, LinuxResources, Spec};
 
 use isopod_protocol::{JOIN_PREFIX, SHARED_DIR};
 
-use super::{Bind, cpu_list_len};
+use super::{Bind, cpu_list_len, id_map};
 use crate::state::Id;
 
 /// `spec` with the root file system and the sources of bind mounts where the guest finds them:
@@ -31,6 +31,7 @@ pub fn guest_spec(
         for bind in binds {
             if let Some(mount) = mounts.get_mut(bind.mount) {
                 mount.set_source(Some(shared.join(shared_name(bind))));
+                id_map::forget(mount);
             }
         }
     }
@@ -121,6 +122,7 @@ mod tests {
             directory: true,
             recursive: true,
             read_only: false,
+            id_map: None,
         };
         let guest = guest_spec(&spec, "web", &[bind], 1, &[]);
         let root = guest.root().as_ref().unwrap();

@@ -6,6 +6,7 @@ mod features;
 #[cfg(test)]
 mod fields;
 mod guest;
+mod id_map;
 mod kernel;
 mod mount_options;
 mod pod;
@@ -31,6 +32,7 @@ pub use self::{
     default::{capabilities, default_spec, rootless_spec, write_spec},
     features::features,
     guest::{guest_processors, guest_spec},
+    id_map::IdMap,
     pod::Joined,
     seccomp::Filter,
     size::{VmSize, cpu_list_len},
@@ -86,6 +88,9 @@ pub struct Bind {
     pub recursive: bool,
     /// The guest may only read.
     pub read_only: bool,
+    /// Whose its files are instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id_map: Option<IdMap>,
 }
 
 impl Bundle {

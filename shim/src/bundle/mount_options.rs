@@ -3,6 +3,7 @@
 use isopod_protocol::mount_option::{ATTRIBUTES, NEUTRAL, PROPAGATION, REFUSED};
 use oci_spec::runtime::Mount;
 
+use super::id_map;
 use crate::error::{Error, Result};
 
 /// Checks the options of a mount, which is called `name`.
@@ -14,6 +15,9 @@ pub(super) fn check(name: &str, mount: &Mount, bind: bool) -> Result<()> {
     for option in mount.options().iter().flatten().map(String::as_str) {
         let refusal =
             |why: &str| Err(Error::new(format!("{name} has the option {option:?}, which {why}")));
+        if id_map::OPTIONS.contains(&option) {
+            continue;
+        }
         if REFUSED.contains(&option) {
             return refusal("is not supported");
         }
@@ -40,6 +44,7 @@ pub(super) fn known() -> Vec<String> {
     let recursive =
         [ATTRIBUTES, PROPAGATION].concat().into_iter().map(|option| format!("r{option}"));
     let plain = [ATTRIBUTES, PROPAGATION, NEUTRAL, &["bind", "rbind", "tmpcopyup"]].concat();
+    let plain = [&plain[..], &id_map::OPTIONS].concat();
     let plain = plain.into_iter().filter(|option| !option.is_empty()).map(str::to_owned);
     let mut all: Vec<String> = plain.chain(recursive).collect();
     all.sort_unstable();
@@ -63,12 +68,11 @@ mod tests {
             ("bind", &["rbind", "rprivate", "ro", "rro", "nosuid", "rnoexec", "relatime"][..]),
             ("tmpfs", &["mode=1777", "size=64k", "tmpcopyup", "nodev", "strictatime"]),
             ("proc", &["hidepid=2"]),
+            ("bind", &["bind", "ridmap"]),
         ] {
             assert_eq!(failure(kind, options), None);
         }
-        for (kind, option) in
-            [("bind", "mode=755"), ("bind", "idmap"), ("proc", "tmpcopyup"), ("tmpfs", "remount")]
-        {
+        for (kind, option) in [("bind", "mode=755"), ("proc", "tmpcopyup"), ("tmpfs", "remount")] {
             let error = failure(kind, &[option]).unwrap();
             assert!(error.contains(&format!("{option:?}")), "{error}");
         }

@@ -21,6 +21,7 @@ pub mod control;
 mod ending;
 pub mod exec;
 pub(crate) mod hooks;
+mod id_map;
 pub mod inspect;
 pub mod launch;
 mod lifecycle;

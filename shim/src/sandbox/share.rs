@@ -30,7 +30,7 @@ use rustix::{
     thread::{UnshareFlags, unshare_unsafe},
 };
 
-use super::launch::Launch;
+use super::{id_map, launch::Launch};
 use crate::{
     bundle::{Bind, shared_hook, shared_name},
     error::{Error, Explain, Result},
@@ -133,7 +133,11 @@ impl Trees {
         let mut trees = vec![tree(&launch.rootfs, "rootfs".into(), true, true, false)?];
         for bind in &launch.binds {
             let Bind { source, directory, recursive, read_only, .. } = bind;
-            trees.push(tree(source, shared_name(bind), *directory, *recursive, *read_only)?);
+            let tree = tree(source, shared_name(bind), *directory, *recursive, *read_only)?;
+            if let Some(map) = &bind.id_map {
+                id_map::apply(tree.mount.as_fd(), map, source)?;
+            }
+            trees.push(tree);
         }
         for (index, program) in launch.hooks.iter().enumerate() {
             trees.push(tree(program, shared_hook(index), false, false, true)?);
@@ -215,8 +219,18 @@ pub(super) fn writable(path: &Path) -> std::io::Result<OwnedFd> {
 
 /// Sets and clears attributes (`MOUNT_ATTR_*`) of a whole tree of mounts.
 fn change_attributes(tree: BorrowedFd<'_>, set: u64, clear: u64) -> std::io::Result<()> {
-    use std::os::fd::AsRawFd;
     let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+    mount_setattr(tree, true, &attr)
+}
+
+/// Changes the mount that `tree` names, and all below it if asked.
+pub(super) fn mount_setattr(
+    tree: BorrowedFd<'_>,
+    recursive: bool,
+    attr: &libc::mount_attr,
+) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd;
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the path is a NUL-terminated string, `attr` is a valid mount_attr that outlives the
     // call, and its size is given; the kernel only reads both (mount_setattr(2)).
     let result = unsafe {
@@ -224,8 +238,8 @@ fn change_attributes(tree: BorrowedFd<'_>, set: u64, clear: u64) -> std::io::Res
             libc::SYS_mount_setattr,
             tree.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
-            &raw const attr,
+            libc::AT_EMPTY_PATH | recursive,
+            std::ptr::from_ref(attr),
             size_of::<libc::mount_attr>(),
         )
     };
