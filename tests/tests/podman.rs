@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use isopod_tests::case;
 use isopod_tests::engine::cases::{
-    exec, files, life, limits, network, page, pods, process, security, watch,
+    build, exec, files, life, limits, network, page, pods, process, security, watch,
 };
 use isopod_tests::engine::{Case, Engine, main as suite};
 
@@ -25,6 +25,7 @@ const CASES: &[Case] = &[
     case!(life::stop),
     case!(life::kill),
     case!(life::restart),
+    case!(life::restart_policy),
     case!(life::attach),
     case!(life::pause),
     case!(files::volumes),
@@ -52,6 +53,7 @@ const CASES: &[Case] = &[
     case!(watch::inspect),
     case!(watch::events),
     case!(page::page).isopod_only(),
+    case!(build::build),
     case!(pods::rootfs),
     case!(pods::pod_without_infra),
     case!(pods::pod_with_infra),

@@ -25,7 +25,7 @@ log_driver = "k8s-file"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 runtime = "runc"
-static_dir = "{0}/libpod"
+static_dir = "{0}/storage/libpod"
 volume_path = "{0}/volumes"
 tmp_dir = "/run/libpod"
 [engine.runtimes]

@@ -4,7 +4,8 @@ use std::fs;
 
 use crate::engine::{IMAGE, Run, With};
 
-/// Docker's own builder runs each `RUN` in a container of the default runtime.
+/// Docker's own builder runs each `RUN` in a container of the default runtime, Podman's in one of the
+/// runtime that the client is told.
 pub fn build(run: &Run<'_>) {
     let dir = run.engine.dir().join(run.name("context"));
     fs::create_dir(&dir).expect("a directory");
@@ -16,12 +17,20 @@ pub fn build(run: &Run<'_>) {
          USER alice\nCMD [\"sh\", \"-c\", \"id -un; cat kernel; stat -c %a kernel; echo $FROM_BUILD\"]\n"
     );
     fs::write(dir.join("Dockerfile"), recipe).expect("a recipe");
-    run.engine.set_default_runtime(run.with);
     let image = run.name("image");
-    let built = run.output(&["build", "--tag", &image, &dir.to_string_lossy()]);
-    run.engine.set_default_runtime(With::Runc);
-    let log = built.ok();
-    assert!(log.stdout.contains("Successfully built"), "{log}");
+    let dir = dir.to_string_lossy();
+    let said = if run.podman() {
+        let parent = format!("--cgroup-parent={}", run.engine.cgroup());
+        let build = run.client(&["build", "--isolation=oci", &parent, "--tag", &image, &dir]);
+        run.end(build.env("TMPDIR", run.engine.path("")))
+    } else {
+        run.engine.set_default_runtime(run.with);
+        let built = run.output(&["build", "--tag", &image, &dir]);
+        run.engine.set_default_runtime(With::Runc);
+        built
+    };
+    let said = said.ok();
+    assert!(said.stdout.contains("Successfully"), "{said}");
     let said = run.end(run.command_of(&image, "run", &["--rm"], &[])).ok().stdout;
     let lines: Vec<&str> = said.lines().collect();
     let host = run.end(run.engine.inside(&["uname", "-r"])).ok().stdout;
