@@ -9,7 +9,7 @@ use isopod_tests::engine::cases::{
 use isopod_tests::engine::{Case, Engine, main as suite};
 
 /// It enters the namespaces of the process that stands for the container, which are the host's.
-const TOP: &str = "Podman's own `top` looks for processes on the host";
+const TOP: &str = "Podman's own `top`, without options of ps, looks for processes on the host";
 
 const CASES: &[Case] = &[
     case!(process::exit_statuses),
@@ -49,6 +49,7 @@ const CASES: &[Case] = &[
     case!(network::of_another_container),
     case!(network::connect),
     case!(watch::top).not_yet(TOP, &["[kthreadd]"]),
+    case!(watch::top_by_ps),
     case!(watch::stats),
     case!(watch::inspect),
     case!(watch::events),

@@ -158,12 +158,18 @@ impl<'e> Run<'e> {
         Container { run: self, name: self.name(&number.to_string()) }
     }
 
+    /// The verb that takes containers in any state. Podman would ask them to end first, and give them
+    /// ten seconds.
+    fn removal(&self) -> &'static [&'static str] {
+        if self.podman() { &["rm", "--force", "--time=0"] } else { &["rm", "--force"] }
+    }
+
     /// Removes what containers the case has left, and says how many.
     pub(super) fn remove_containers(&self) -> usize {
         let all = self.output(&["ps", "--all", "--quiet"]).ok().stdout;
         let ids: Vec<&str> = all.split_whitespace().collect();
         if !ids.is_empty() {
-            let removed = self.output(&[&["rm", "--force", "--volumes"], &ids[..]].concat());
+            let removed = self.output(&[self.removal(), &["--volumes"], &ids[..]].concat());
             if self.podman() && removed.status != 0 {
                 // The container of a pod goes with it only.
                 self.ok(&["pod", "rm", "--all", "--force"]);
@@ -236,7 +242,7 @@ impl<'e> Container<'_, 'e> {
     /// `rm --force`.
     #[track_caller]
     pub fn remove(&self) {
-        self.ok(&["rm", "--force"]);
+        self.ok(self.run.removal());
     }
 }
 

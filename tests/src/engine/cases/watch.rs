@@ -16,6 +16,16 @@ pub fn top(run: &Run<'_>) {
     container.remove();
 }
 
+/// `top` with options of ps: Podman then runs that one in the container.
+pub fn top_by_ps(run: &Run<'_>) {
+    let container = run.start_shell(&[], "sleep 1111 & sleep 2222");
+    container.shell("until [ $(ps -o args | grep -c '^sleep') = 2 ]; do :; done");
+    let table = run.end(container.command(&["top"], &["-o", "args"])).ok().stdout;
+    let sleepers = table.lines().filter(|line| line.starts_with("sleep ")).count();
+    assert_eq!(sleepers, 2, "{table}");
+    container.remove();
+}
+
 /// `stats` shows memory in use and processes.
 pub fn stats(run: &Run<'_>) {
     let container = run.start(&["--memory=300m"], &["sleep", "1000"]);
@@ -53,8 +63,9 @@ pub fn events(run: &Run<'_>) {
     container.remove();
     let filter = format!("container={}", container.name);
     let format = if run.podman() { "{{.Status}}" } else { "{{.Action}}" };
-    let options = ["events", "--since=10m", "--until=0s", "--filter", &filter, "--format", format];
-    let said = run.ok(&options);
+    // Podman stops reading at that time, even if it has only begun.
+    let end = if run.podman() { "--stream=false" } else { "--until=0s" };
+    let said = run.ok(&["events", "--since=10m", end, "--filter", &filter, "--format", format]);
     let said: Vec<&str> = said.lines().collect();
     let order: Vec<&str> = ["create", "start", "die", "died", "destroy", "remove"]
         .into_iter()
