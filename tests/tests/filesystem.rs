@@ -267,3 +267,48 @@ fn the_root_directory_itself_keeps_its_owner_and_mode() {
     let after = fs::metadata(&root).unwrap();
     assert_eq!((after.mode() & 0o7777, after.gid()), (0o751, 1000));
 }
+
+/// Podman's `cp` enters the mount namespace of the container's pid, and takes its root for the
+/// container's. The host's must not be there.
+#[test]
+fn who_enters_the_mount_namespace_finds_the_container() {
+    let scope = Scope::new();
+    let volume = source(&scope);
+    let container = scope.container().args(["sleep", "1000"]).edit(|c| {
+        let mounts = c["mounts"].as_array_mut().unwrap();
+        let volume = volume.to_string_lossy();
+        mounts.push(json!({
+            "destination": "/data", "source": volume, "options": ["bind", "ro"]
+        }));
+        // In a file system of the guest's own, and through a link that leads out of the root.
+        mounts.push(json!({
+            "destination": "/dev/deep", "source": volume, "options": ["bind"]
+        }));
+        mounts.push(json!({
+            "destination": "/link/linked", "source": volume, "options": ["bind"]
+        }));
+    });
+    symlink("/../../home", container.bundle.rootfs("/link")).unwrap();
+    container.create();
+    let pid = container.state()["pid"].to_string();
+    let enter = |script: &str| {
+        let words = ["nsenter", "--target", &pid, "--mount", "--", "/bin/sh", "-c", script];
+        scope.program(&words).output()
+    };
+    let script = "echo /*; cat /data/file /home/linked/file; ls /proc /dev; echo sent >/sent";
+    let seen = enter(script).ok();
+    let rootfs = fs::read_dir(container.bundle.rootfs("/")).unwrap();
+    let mut names: Vec<String> = rootfs
+        .map(|entry| format!("/{}", entry.unwrap().file_name().to_string_lossy()))
+        .filter(|name| name != "/sent")
+        .collect();
+    names.sort();
+    assert!(seen.stdout.starts_with(&names.join(" ")), "{seen} {names:?}");
+    assert_eq!(seen.stdout.matches("from the host").count(), 2, "{seen}");
+    let refused = enter("echo no >/data/file");
+    assert!(refused.stderr.contains("Read-only file system"), "{refused}");
+    container.start().ok();
+    assert_eq!(container.exec(["cat", "/sent"]).ok().stdout, "sent\n");
+    assert!(!std::path::Path::new("/sent").exists());
+    container.delete_force();
+}

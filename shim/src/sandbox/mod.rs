@@ -35,6 +35,7 @@ mod share;
 pub mod signals;
 pub mod stdio;
 pub mod timeline;
+mod view;
 mod vmm;
 pub mod vsock;
 

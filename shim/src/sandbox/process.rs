@@ -27,6 +27,7 @@ use super::{
     signals::Signals,
     stdio::{self, Local, Relay, Release},
     timeline::{GuestBoot, Timeline},
+    view,
 };
 use crate::{
     bundle::{Bind, guest_spec},
@@ -55,7 +56,7 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let origin = launch.spec.hooks().as_ref().map(|_| RuntimeNamespace::open(cgroup)).transpose();
     // Before anything starts a thread: a namespace is entered by one thread at a time.
     let (namespace, origin) = match origin {
-        Ok(origin) => (enter_namespaces(&launch), origin),
+        Ok(origin) => (share::enter_namespace().and_then(|()| launch.network.enter()), origin),
         Err(error) => (Err(error), None),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -86,14 +87,6 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     });
     drop(state);
     status
-}
-
-/// The mount namespace is for the share, which a pod has already.
-fn enter_namespaces(launch: &Launch) -> Result<()> {
-    if launch.pod.is_none() {
-        share::enter_namespace()?;
-    }
-    launch.network.enter()
 }
 
 /// What has been made so far, so that all of it can be taken down from any point.
@@ -192,6 +185,7 @@ impl Sandbox {
         let create = create_container(launch, dir, state.as_ref(), guest_network);
         let (agent, relay, console) =
             in_guest(machine, "creating the container", limit, create).await?;
+        view::cover(launch)?;
         self.timeline.created = Some(clock::monotonic_us());
         record.status = Status::Created;
         Ok(Created { agent, relay, console, record })

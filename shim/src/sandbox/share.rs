@@ -126,18 +126,18 @@ impl Trees {
     pub(super) fn open(launch: &Launch) -> Result<Self> {
         let tree = |source: &Path, place: PathBuf, directory, recursive, read_only| {
             let mount = clone(source, recursive, read_only)?;
-            Ok(Tree { mount, directory, source: source.to_owned(), place })
+            Ok::<_, Error>(Tree { mount, directory, source: source.to_owned(), place })
         };
         // Writable even if the container's root is read-only: the agent makes missing mount points
         // in it, as runc does, before it makes its own mount of it read-only.
         let mut trees = vec![tree(&launch.rootfs, "rootfs".into(), true, true, false)?];
         for bind in &launch.binds {
-            let Bind { source, directory, recursive, read_only, .. } = bind;
-            let tree = tree(source, shared_name(bind), *directory, *recursive, *read_only)?;
-            if let Some(map) = &bind.id_map {
-                id_map::apply(tree.mount.as_fd(), map, source)?;
-            }
-            trees.push(tree);
+            trees.push(Tree {
+                mount: clone_bind(bind)?,
+                directory: bind.directory,
+                source: bind.source.clone(),
+                place: shared_name(bind),
+            });
         }
         for (index, program) in launch.hooks.iter().enumerate() {
             trees.push(tree(program, shared_hook(index), false, false, true)?);
@@ -190,7 +190,7 @@ fn flags() -> MountFlags {
 ///
 /// Device nodes cannot be opened through it: a guest that makes one gets no device of the host. Its
 /// own devices work, since its kernel opens those itself.
-fn clone(source: &Path, recursive: bool, read_only: bool) -> Result<OwnedFd> {
+pub(super) fn clone(source: &Path, recursive: bool, read_only: bool) -> Result<OwnedFd> {
     let what = || cannot_share(source);
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
@@ -202,6 +202,15 @@ fn clone(source: &Path, recursive: bool, read_only: bool) -> Result<OwnedFd> {
         set |= libc::MOUNT_ATTR_RDONLY;
     }
     change_attributes(tree.as_fd(), set, 0).explain(what)?;
+    Ok(tree)
+}
+
+/// A mount of what a bind mount shows, attached nowhere, with the owners that it is to show.
+pub(super) fn clone_bind(bind: &Bind) -> Result<OwnedFd> {
+    let tree = clone(&bind.source, bind.recursive, bind.read_only)?;
+    if let Some(map) = &bind.id_map {
+        id_map::apply(tree.as_fd(), map, &bind.source)?;
+    }
     Ok(tree)
 }
 

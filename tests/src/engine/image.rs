@@ -17,9 +17,11 @@ impl Engine {
         archive
     }
 
-    /// Imports a directory as an image.
-    pub fn import_tree(&self, tree: &str, image: &str) {
+    /// Imports a directory as an image, without what fits the patterns of `waste`.
+    pub fn import_tree(&self, tree: &str, waste: &[&str], image: &str) {
+        let excludes: String = waste.iter().map(|one| format!("--exclude='{one}' ")).collect();
+        let script = format!("tar -C \"$0\" {excludes} -c . | \"$@\"");
         let client = self.client(With::Runc).args(["import", "-", image]);
-        client.through(&["sh", "-c", "tar -C \"$0\" -c . | \"$@\"", tree]).output().ok();
+        client.through(&["sh", "-c", &script, tree]).output().ok();
     }
 }

@@ -10,7 +10,9 @@ use std::{
 };
 
 use rustix::{
+    fs::{Mode, OFlags, open},
     mount::{UnmountFlags, unmount},
+    process::{chroot, fchdir},
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
 
@@ -105,13 +107,17 @@ fn within(view: &impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", view.as_fd().as_raw_fd()))
 }
 
-/// Does something in the mount namespace of another process, on a thread that goes there and ends.
+/// Does something in the mount namespace of another process, as that one sees it, on a thread that goes
+/// there and ends.
 fn in_mount_namespace<T: Send>(
     process: ProcessId,
     work: impl FnOnce() -> Result<T> + Send,
 ) -> Result<T> {
     let what = || format!("cannot enter the mount namespace of process {}", process.pid);
     let namespace = File::open(format!("/proc/{}/ns/mnt", process.pid)).explain(what)?;
+    // What others find as the root there is a container's.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = open(format!("/proc/{}/root", process.pid), flags, Mode::empty()).explain(what)?;
     // The pid was still its own when the namespace was opened.
     if !process.is_alive() {
         return Err(Error::new(format!("{}: it has ended", what())));
@@ -121,6 +127,7 @@ fn in_mount_namespace<T: Send>(
         unsafe { unshare_unsafe(UnshareFlags::FS) }.explain(what)?;
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
             .explain(what)?;
+        fchdir(&root).and_then(|()| chroot(".")).explain(what)?;
         work()
     };
     std::thread::scope(|scope| {

@@ -12,7 +12,8 @@ pub fn top(run: &Run<'_>) {
         true => ["isopod", "isopod-vmm"],
         false => ["sleep 1111", "sleep 2222"],
     };
-    assert!(expected.iter().all(|line| table.contains(line)), "{table}");
+    assert!(!table.contains("[kthreadd]"), "processes of the host: {table}");
+    assert!(expected.iter().all(|line| table.contains(line)), "only {table}");
     container.remove();
 }
 

@@ -1,0 +1,64 @@
+//! What whoever enters the container's mount namespace finds there.
+//!
+//! Podman's `cp` enters the mount namespace of the container's pid and calls its root the container's.
+//! That pid is the sandbox process, whose namespace has the host's files. So the container's root file
+//! system is mounted over the root of the namespace, with the container's bind mounts in it. A process
+//! that enters starts from what lies on top; the sandbox process, which has been there before, goes on
+//! to see the host.
+
+use std::{
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use rustix::{
+    fs::{CWD, Mode, OFlags, ResolveFlags, openat2},
+    io::Errno,
+    mount::{MoveMountFlags, move_mount},
+};
+
+use super::{launch::Launch, share};
+use crate::{bundle::Bind, error::Explain, error::Result};
+
+/// Covers the root of this process's mount namespace, which has to be its own, with the container's.
+/// A VMM has to have left it by then, for it changes its root in a copy of it.
+///
+/// # Errors
+///
+/// If a source is gone or cannot be bound.
+pub(super) fn cover(launch: &Launch) -> Result<()> {
+    let read_only = launch.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
+    let root = share::clone(&launch.rootfs, true, read_only)?;
+    let what = || "cannot show the container's root in its mount namespace".into();
+    move_mount(root.as_fd(), "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .explain(what)?;
+    let mounts = launch.spec.mounts().as_deref().unwrap_or_default();
+    for bind in &launch.binds {
+        let Some(mount) = mounts.get(bind.mount) else { continue };
+        let Some(place) = find(root.as_fd(), mount.destination()).explain(what)? else { continue };
+        attach(bind, &place)?;
+    }
+    Ok(())
+}
+
+/// A place in the container's root, as its links lead there. None if there is no such: in a file
+/// system of the guest's own, for one.
+fn find(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
+    let (flags, resolve) = (OFlags::PATH | OFlags::CLOEXEC, ResolveFlags::IN_ROOT);
+    match openat2(root, path, flags, Mode::empty(), resolve | ResolveFlags::NO_MAGICLINKS) {
+        Ok(place) => Ok(Some(place)),
+        // AGAIN: its parents are being moved.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::ACCESS | Errno::AGAIN) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn attach(bind: &Bind, place: &OwnedFd) -> Result<()> {
+    let tree = share::clone_bind(bind)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    match move_mount(tree.as_fd(), "", place, "", flags) {
+        // The guest has put a file where a directory was, or the other way round.
+        Err(Errno::NOTDIR | Errno::INVAL) => Ok(()),
+        result => result.explain(|| format!("cannot show {}", bind.source.display())),
+    }
+}
