@@ -20,7 +20,8 @@ pub fn build(run: &Run<'_>) {
     let image = run.name("image");
     let dir = dir.to_string_lossy();
     let said = if run.podman() {
-        let parent = format!("--cgroup-parent={}", run.engine.cgroup());
+        // That of the containers themselves.
+        let parent = format!("--cgroup-parent={}/build", run.engine.cgroup());
         let build = run.client(&["build", "--isolation=oci", &parent, "--tag", &image, &dir]);
         run.end(build.env("TMPDIR", run.engine.path("")))
     } else {
