@@ -123,6 +123,13 @@ impl Engine {
         self.scope.program(&["nsenter", "--target", &target, "--mount", "--net", "--"]).args(argv)
     }
 
+    /// A program of this machine, with the engine's network: its tree may not have such a one.
+    pub fn on_network(&self, argv: &[&str]) -> Command<'_> {
+        self.scope
+            .program(&["nsenter", "--target", &self.world.to_string(), "--net", "--"])
+            .args(argv)
+    }
+
     /// The engine's client, told to use a runtime where that has to be said before the verb.
     pub fn client(&self, with: With) -> Command<'_> {
         match self.kind {

@@ -21,7 +21,7 @@ pub fn bridge(run: &Run<'_>) {
     assert!(inside.contains(&address) && inside.contains("default via"), "{inside}");
     assert!(inside.ends_with("1500"), "{inside}");
     let url = format!("http://{address}/");
-    let fetched = run.end(run.engine.inside(&["busybox", "wget", "-q", "-O-", &url])).ok();
+    let fetched = run.end(run.engine.on_network(&["busybox", "wget", "-q", "-O-", &url])).ok();
     assert_eq!(fetched.stdout, "over-the-bridge\n");
     let from_other = run.stdout(&[], &["wget", "-q", "-O-", &url]);
     assert_eq!(from_other, "over-the-bridge");
@@ -31,7 +31,8 @@ pub fn bridge(run: &Run<'_>) {
 /// `--publish`, on the host's loopback and its other addresses, and no longer once it is gone.
 pub fn publish(run: &Run<'_>) {
     let server = server(run, &["--publish=127.0.0.1:18080:80"], "published");
-    let fetch = || run.engine.inside(&["busybox", "wget", "-q", "-O-", "http://127.0.0.1:18080/"]);
+    let fetch =
+        || run.engine.on_network(&["busybox", "wget", "-q", "-O-", "http://127.0.0.1:18080/"]);
     assert_eq!(run.end(fetch()).ok().stdout, "published\n");
     assert!(server.ok(&["port"]).contains("127.0.0.1:18080"));
     server.ok(&["restart", "--time", "0"]);
