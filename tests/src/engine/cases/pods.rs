@@ -46,6 +46,10 @@ pub fn pod_with_infra(run: &Run<'_>) {
     assert!(boots[0].ends_with(&pod), "{boots:?}");
     members[0].shell("echo hello >/page; httpd -p 127.0.0.1:8080 -h /");
     assert_eq!(members[1].shell("wget -q -O - http://127.0.0.1:8080/page"), "hello");
+    let file = run.engine.path(&run.name("sent"));
+    fs::write(&file, "sent\n").expect("a file");
+    run.ok(&["cp", &file, &format!("{}:/sent", members[1].name)]);
+    assert_eq!(members[1].shell("cat /sent"), "sent");
     run.ok(&["pod", "stop", "--time", "0", &pod]);
     assert_eq!(members[1].inspect(".State.Running"), "false");
     run.ok(&["pod", "start", &pod]);
