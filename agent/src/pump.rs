@@ -209,6 +209,13 @@ pub(crate) async fn input(stream: Connection, sink: Endpoint, mut exit: ExitRece
     }
 }
 
+/// Input to a socket, which stays open for what the process writes to it.
+pub(crate) async fn socket_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
+    if !matches!(copy(&stream, &sink, &mut exit).await, Ok(End::ProcessEnded)) {
+        let _ = rustix::net::shutdown(sink.get_ref(), Shutdown::Write);
+    }
+}
+
 /// Input to a terminal, which stays open when the host's input ends.
 pub(crate) async fn terminal_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
     if matches!(copy(&stream, &sink, &mut exit).await, Ok(End::Source)) {

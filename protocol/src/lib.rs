@@ -16,6 +16,9 @@ pub const AGENT_PORT: u32 = 1024;
 /// vsock port in the guest where the host opens stdio streams.
 pub const STREAM_PORT: u32 = 1025;
 
+/// Most descriptors that a process can have beyond its standard streams.
+pub const MAX_FURTHER_STREAMS: usize = 64;
+
 /// vsock port on the host to which the agent sends one [`Hello`] line when it serves both ports.
 pub const READY_PORT: u32 = 1024;
 

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+use isopod_protocol::MAX_FURTHER_STREAMS;
 use rustix::io::retry_on_intr;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -26,10 +27,11 @@ use crate::oci::State;
 const MAX_PAYLOAD: usize = 64 << 20;
 
 /// Most descriptors with a message.
-const MAX_FDS: usize = 4;
+const MAX_FDS: usize = 4 + MAX_FURTHER_STREAMS;
 
 /// What the process is to become. Descriptors follow in this order: standard input, output and
-/// error, unless there is a terminal; for [`Request::Exec`] before these a pidfd of the container.
+/// error, unless there is a terminal, and what the process has from 3 on; for [`Request::Exec`] before
+/// these a pidfd of the container.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// The first process of a container; a config.json follows.
@@ -103,6 +105,16 @@ impl Channel {
 
     pub(crate) fn new(fd: OwnedFd) -> Self {
         Self(fd.into())
+    }
+
+    /// Leaves the descriptors below `first` to others.
+    ///
+    /// # Errors
+    ///
+    /// There are no more descriptors.
+    pub(crate) fn move_to(&mut self, first: i32) -> io::Result<()> {
+        self.0 = rustix::io::fcntl_dupfd_cloexec(&self.0, first)?.into();
+        Ok(())
     }
 
     /// Sends a message with descriptors.

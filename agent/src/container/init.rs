@@ -32,8 +32,8 @@ pub(crate) const CHANNEL_FD: i32 = 3;
 /// Becomes a container's process, as the agent asks over descriptor 3. Never returns.
 pub fn run_init() -> ! {
     // SAFETY: the agent has put the channel there, and nothing else in this process uses it.
-    let channel = Channel::new(unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) });
-    let e = match become_process(&channel) {
+    let mut channel = Channel::new(unsafe { OwnedFd::from_raw_fd(CHANNEL_FD) });
+    let e = match become_process(&mut channel) {
         Ok(never) => match never {},
         Err(e) => e,
     };
@@ -44,7 +44,7 @@ pub fn run_init() -> ! {
     std::process::exit(128)
 }
 
-fn become_process(channel: &Channel) -> Result<Infallible> {
+fn become_process(channel: &mut Channel) -> Result<Infallible> {
     rustix::io::fcntl_setfd(channel.as_fd(), FdFlags::CLOEXEC).context(|| "mark the channel")?;
     signals::end_on_signals();
     umask(Mode::empty());
@@ -69,9 +69,11 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
         Some(terminal) => Some(take_terminal(channel, terminal, &process, size)?),
         None => None,
     };
-    let stdio: Vec<OwnedFd> = fds.collect();
+    let mut stdio: Vec<OwnedFd> = fds.collect();
+    let further_fds = stdio.split_off(if terminal.is_some() { 0 } else { stdio.len().min(3) });
     connect_stdio(terminal.as_ref(), &stdio, process.user.uid)?;
     drop((terminal, stdio));
+    let further_fds = make_room(channel, further_fds)?;
     if let Some(personality) = personality {
         scheduling::take_on(personality)?;
     }
@@ -82,7 +84,7 @@ fn become_process(channel: &Channel) -> Result<Infallible> {
     if let Some((hooks, state)) = start_hooks {
         hooks::run("hooks.startContainer", &hooks, state, "created")?;
     }
-    program.execute()
+    program.execute(&further_fds)
 }
 
 fn expect(channel: &Channel, tag: Tag) -> Result<Message> {
@@ -183,6 +185,18 @@ fn take_terminal(
     Ok(terminal.slave)
 }
 
+/// Moves the descriptors that the program gets from 3 on, and the channel, out of their way.
+fn make_room(channel: &mut Channel, descriptors: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
+    if descriptors.is_empty() {
+        return Ok(descriptors);
+    }
+    let context = || "make room for descriptors";
+    let first = 3 + i32::try_from(descriptors.len()).unwrap_or(i32::MAX - 3);
+    channel.move_to(first).context(context)?;
+    let moved = descriptors.iter().map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, first));
+    moved.collect::<std::result::Result<_, _>>().context(context)
+}
+
 fn connect_stdio(terminal: Option<&OwnedFd>, stdio: &[OwnedFd], uid: u32) -> Result<()> {
     for target in 0..3 {
         let source = match (terminal, stdio.get(target)) {
@@ -262,10 +276,17 @@ impl Program {
         Ok(Self { path, args: to_c(args)?, env: to_c(&env)?, umask, filter })
     }
 
-    fn execute(self) -> Result<Infallible> {
+    fn execute(self, further: &[OwnedFd]) -> Result<Infallible> {
         umask(self.umask);
         signals::reset();
         close_on_exec();
+        for (target, fd) in (3..).zip(further) {
+            // SAFETY: whatever else has the number is not used any more: channel and descriptors are
+            // above, and nothing but execve follows.
+            if unsafe { libc::dup2(fd.as_raw_fd(), target) } < 0 {
+                return Err(std::io::Error::last_os_error()).context(|| "pass on descriptors");
+            }
+        }
         let args = pointers(&self.args);
         let env = pointers(&self.env);
         // Last, so that a profile has to allow nothing but execve.

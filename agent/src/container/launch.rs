@@ -76,8 +76,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) cgroup: &'a Cgroup,
     pub(crate) request: Request,
     pub(crate) document: &'a [u8],
-    /// Standard input, output and error; none with a terminal.
-    pub(crate) stdio: Vec<OwnedFd>,
+    /// Standard input, output and error, unless there is a terminal, and the descriptors from 3 on.
+    pub(crate) streams: Vec<OwnedFd>,
     pub(crate) oom_score_adj: i32,
     pub(crate) rlimits: &'a [PosixRlimit],
 }
@@ -133,11 +133,11 @@ fn see_through(launched: &mut Launched, launch: Launch<'_>) -> Result<()> {
     }
     let request =
         serde_json::to_vec(&launch.request).map_err(|e| Error::internal(e.to_string()))?;
-    let mut fds = Vec::with_capacity(4);
+    let mut fds = Vec::with_capacity(1 + launch.streams.len());
     if let Birth::Joining { init, .. } = launch.birth {
         fds.push(init);
     }
-    fds.extend(launch.stdio.iter().map(|fd| fd.as_fd()));
+    fds.extend(launch.streams.iter().map(|fd| fd.as_fd()));
     let channel = &launched.channel;
     let sent = channel
         .send(Tag::Request, &request, &fds)
@@ -148,7 +148,7 @@ fn see_through(launched: &mut Launched, launch: Launch<'_>) -> Result<()> {
     {
         return Err(unheard(e, "send the specification to the new process"));
     }
-    drop(launch.stdio);
+    drop(launch.streams);
     launched.terminal = wait_until_ready(channel)?;
     // A process in a user namespace has no right to raise a limit; any other does it itself.
     if launch.birth.namespaces().has(NamespaceKind::User) {

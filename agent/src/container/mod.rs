@@ -126,7 +126,7 @@ impl Container {
         network: Option<Network>,
         find: impl Fn(&str) -> Result<Arc<Self>>,
     ) -> Result<Self> {
-        let (pipes, stdio) = Pipes::make(&connections)?;
+        let (pipes, streams) = Pipes::make(&connections)?;
         let kept = document.filter.clone();
         let spec = ContainerSpec::parse(&document.spec_json)?;
         let shared = spec.joins.iter().map(|join| find(&join.container)?.share(join));
@@ -138,12 +138,12 @@ impl Container {
                 network: network.as_ref(),
                 shared: &shared,
             };
-            let (cgroup, launched) = prepare(&reaper, &id, &spec, birth, document, stdio, size)?;
+            let (cgroup, launched) = prepare(&reaper, &id, &spec, birth, document, streams, size)?;
             Ok((id, spec, cgroup, launched))
         };
         let (id, spec, cgroup, launched) = blocking(work).await?;
         let cgroup = Arc::new(cgroup);
-        let pipes = (!spec.process.terminal).then_some(pipes);
+        let pipes = if spec.process.terminal { pipes.beside_terminal() } else { pipes };
         let init = match Process::new(launched, Arc::clone(&cgroup), 0, pipes, connections) {
             Ok(init) => Arc::new(init),
             Err(e) => {
@@ -244,12 +244,12 @@ impl Container {
             return Err(Error::state(format!("container {:?} is not running", self.id)));
         }
         let oom_kills = self.cgroup.oom_kills();
-        let (pipes, stdio) = Pipes::make(&connections)?;
+        let (pipes, streams) = Pipes::make(&connections)?;
         let container = Arc::clone(self);
         let (launched, terminal) =
-            blocking(move || container.launch_exec(&reaper, &process_json, cgroup, stdio, size))
+            blocking(move || container.launch_exec(&reaper, &process_json, cgroup, streams, size))
                 .await?;
-        let pipes = (!terminal).then_some(pipes);
+        let pipes = if terminal { pipes.beside_terminal() } else { pipes };
         let cgroup = Arc::clone(&self.cgroup);
         let process = Arc::new(Process::new(launched, cgroup, oom_kills, pipes, connections)?);
         process.start().await?;
@@ -262,7 +262,7 @@ impl Container {
         reaper: &Reaper,
         process_json: &[u8],
         cgroup: Option<String>,
-        stdio: Vec<std::os::fd::OwnedFd>,
+        mut streams: Vec<OwnedFd>,
         size: Option<Size>,
     ) -> Result<(Launched, bool)> {
         let mut process = spec::parse_process(process_json)?;
@@ -296,7 +296,7 @@ impl Container {
                     size,
                 },
                 document: &document,
-                stdio: if terminal { Vec::new() } else { stdio },
+                streams: streams.split_off(if terminal { 3 } else { 0 }),
                 oom_score_adj: process.oom_score_adj.unwrap_or(self.defaults.oom_score_adj),
                 rlimits: process.rlimits.as_deref().unwrap_or_default(),
             },
@@ -458,14 +458,14 @@ fn prepare(
     spec: &ContainerSpec,
     birth: Birth<'_>,
     document: Document,
-    stdio: Vec<std::os::fd::OwnedFd>,
+    streams: Vec<OwnedFd>,
     size: Option<Size>,
 ) -> Result<(Cgroup, Launched)> {
     let cgroup = Cgroup::create(id)?;
     let path = cgroup.path().to_string_lossy().into_owned();
     let Document { spec_json, state, filter } = document;
     let request = Request::Create { cgroup: path, filter, size, state };
-    match limit_and_launch(reaper, &cgroup, spec, &spec_json, birth, stdio, request) {
+    match limit_and_launch(reaper, &cgroup, spec, &spec_json, birth, streams, request) {
         Ok(launched) => Ok((cgroup, launched)),
         Err(e) => {
             if let Err(left) = cgroup.remove() {
@@ -482,7 +482,7 @@ fn limit_and_launch(
     spec: &ContainerSpec,
     spec_json: &[u8],
     birth: Birth<'_>,
-    stdio: Vec<std::os::fd::OwnedFd>,
+    mut streams: Vec<OwnedFd>,
     request: Request,
 ) -> Result<Launched> {
     resources::apply(cgroup, &spec.linux.resources)?;
@@ -495,7 +495,7 @@ fn limit_and_launch(
             cgroup,
             request,
             document: spec_json,
-            stdio: if terminal { Vec::new() } else { stdio },
+            streams: streams.split_off(if terminal { 3 } else { 0 }),
             oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
             rlimits: spec.process.rlimits.as_deref().unwrap_or_default(),
         },

@@ -7,7 +7,7 @@ use super::cgroup::Cgroup;
 use super::channel::Channel;
 use super::launch::{self, Launched};
 use super::signals::MAX_SIGNAL;
-use super::stdio::{self, Connections, Pipes};
+use super::stdio::{Connections, Pipes};
 use super::terminal::{self, Size};
 use crate::error::{Code, Context as _, Error, Result};
 use crate::pump::Endpoint;
@@ -36,18 +36,11 @@ impl Process {
         launched: Launched,
         cgroup: Arc<Cgroup>,
         oom_kills_before: u64,
-        pipes: Option<Pipes>,
+        pipes: Pipes,
         connections: Connections,
     ) -> Result<Self> {
         let Launched { pid, pidfd, channel, exit, terminal } = launched;
-        let terminal = match (terminal, pipes) {
-            (Some(master), _) => Some(stdio::connect_terminal(master, connections, &exit)?),
-            (None, Some(pipes)) => {
-                pipes.connect(connections, &exit)?;
-                None
-            }
-            (None, None) => return Err(Error::internal("the process has not sent its terminal")),
-        };
+        let terminal = pipes.connect(connections, terminal, &exit)?;
         let channel = Mutex::new(Some(channel));
         let oom_killed = OnceLock::new();
         Ok(Self { pid, pidfd, exit, terminal, channel, cgroup, oom_kills_before, oom_killed })

@@ -3,11 +3,12 @@
 use std::os::fd::OwnedFd;
 
 use rustix::fs::OFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::Interest;
 
 use super::path;
-use crate::error::{Context as _, Result};
+use crate::error::{Context as _, Error, Result};
 use crate::pump::{self, Endpoint};
 use crate::reaper::ExitReceiver;
 use crate::stream::Connection;
@@ -17,6 +18,16 @@ pub(crate) struct Connections {
     pub(crate) stdin: Option<Connection>,
     pub(crate) stdout: Option<Connection>,
     pub(crate) stderr: Option<Connection>,
+    /// Of the descriptors from 3 on.
+    pub(crate) further: Vec<Further>,
+}
+
+/// The host's connections for a descriptor beyond the standard streams.
+pub(crate) struct Further {
+    /// What the process reads.
+    pub(crate) input: Option<Connection>,
+    /// What the process writes.
+    pub(crate) output: Option<Connection>,
 }
 
 /// The agent's ends of a process's pipes; those that the host has not connected are /dev/null.
@@ -25,26 +36,47 @@ pub(crate) struct Pipes {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+    further: Vec<Option<OwnedFd>>,
+    /// The standard streams are a terminal's.
+    terminal: bool,
 }
 
 impl Pipes {
-    /// Makes the pipes that the connections need, and returns the process's ends as its standard
-    /// input, output and error.
+    /// Makes the pipes that the connections need, and returns the process's ends in the order of its
+    /// descriptors, of which a process with a terminal has no need of the first three.
     ///
     /// # Errors
     ///
     /// The kernel's.
     pub(crate) fn make(connections: &Connections) -> Result<(Self, Vec<OwnedFd>)> {
-        let (input, stdin) = match &connections.stdin {
-            Some(_) => {
-                let (read, write) = pipe()?;
-                (read, Some(write))
-            }
-            None => (null()?, None),
-        };
+        let (input, stdin) = Self::input(connections.stdin.is_some())?;
         let (output, stdout) = Self::output(connections.stdout.is_some())?;
         let (error, stderr) = Self::output(connections.stderr.is_some())?;
-        Ok((Self { stdin, stdout, stderr }, vec![input, output, error]))
+        let mut theirs = vec![input, output, error];
+        let mut further = Vec::new();
+        for Further { input, output } in &connections.further {
+            let (fd, ours) = match (input.is_some(), output.is_some()) {
+                (true, true) => socket()?,
+                (input, false) => Self::input(input)?,
+                (false, true) => Self::output(true)?,
+            };
+            theirs.push(fd);
+            further.push(ours);
+        }
+        Ok((Self { stdin, stdout, stderr, further, terminal: false }, theirs))
+    }
+
+    /// As they are when the standard streams are a terminal's.
+    pub(crate) fn beside_terminal(self) -> Self {
+        Self { further: self.further, terminal: true, ..Self::default() }
+    }
+
+    fn input(connected: bool) -> Result<(OwnedFd, Option<OwnedFd>)> {
+        if !connected {
+            return Ok((null()?, None));
+        }
+        let (read, write) = pipe()?;
+        Ok((read, Some(write)))
     }
 
     fn output(connected: bool) -> Result<(OwnedFd, Option<OwnedFd>)> {
@@ -55,12 +87,27 @@ impl Pipes {
         Ok((write, Some(read)))
     }
 
-    /// Starts moving bytes.
+    /// Starts moving bytes, and returns the terminal for resizing, if it was to have one.
     ///
     /// # Errors
     ///
-    /// A descriptor cannot be registered with the runtime.
-    pub(crate) fn connect(self, connections: Connections, exit: &ExitReceiver) -> Result<()> {
+    /// A descriptor cannot be registered with the runtime, or there is no terminal.
+    pub(crate) fn connect(
+        self,
+        mut connections: Connections,
+        terminal: Option<OwnedFd>,
+        exit: &ExitReceiver,
+    ) -> Result<Option<Endpoint>> {
+        for (fd, further) in self.further.into_iter().zip(connections.further.drain(..)) {
+            if let Some(fd) = fd {
+                connect_further(fd, further, exit)?;
+            }
+        }
+        match (self.terminal, terminal) {
+            (true, Some(master)) => return connect_terminal(master, connections, exit).map(Some),
+            (true, None) => return Err(Error::internal("the process has not sent its terminal")),
+            (false, _) => {}
+        }
         if let (Some(fd), Some(connection)) = (self.stdin, connections.stdin) {
             let sink = endpoint(fd, Interest::WRITABLE | Interest::ERROR)?;
             tokio::spawn(pump::input(connection, sink, exit.clone()));
@@ -72,8 +119,28 @@ impl Pipes {
                 tokio::spawn(pump::output(source, connection, exit.clone()));
             }
         }
-        Ok(())
+        Ok(None)
     }
+}
+
+fn connect_further(fd: OwnedFd, further: Further, exit: &ExitReceiver) -> Result<()> {
+    match (further.input, further.output) {
+        (Some(input), Some(output)) => {
+            let socket = endpoint(fd, Interest::READABLE | Interest::WRITABLE)?;
+            tokio::spawn(pump::socket_input(input, socket.clone(), exit.clone()));
+            tokio::spawn(pump::output(socket, output, exit.clone()));
+        }
+        (Some(input), None) => {
+            let sink = endpoint(fd, Interest::WRITABLE | Interest::ERROR)?;
+            tokio::spawn(pump::input(input, sink, exit.clone()));
+        }
+        (None, Some(output)) => {
+            let source = endpoint(fd, Interest::READABLE)?;
+            tokio::spawn(pump::output(source, output, exit.clone()));
+        }
+        (None, None) => {}
+    }
+    Ok(())
 }
 
 /// Starts moving bytes between a terminal and the host, and returns the terminal for resizing.
@@ -81,7 +148,7 @@ impl Pipes {
 /// # Errors
 ///
 /// The descriptor cannot be registered with the runtime.
-pub(crate) fn connect_terminal(
+fn connect_terminal(
     master: OwnedFd,
     connections: Connections,
     exit: &ExitReceiver,
@@ -109,6 +176,14 @@ fn endpoint(fd: OwnedFd, interest: Interest) -> Result<Endpoint> {
 
 fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe")
+}
+
+/// The process's end of a connection, and the agent's.
+fn socket() -> Result<(OwnedFd, Option<OwnedFd>)> {
+    let flags = SocketFlags::CLOEXEC;
+    let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+        .context(|| "make a socket pair")?;
+    Ok((theirs, Some(ours)))
 }
 
 fn null() -> Result<OwnedFd> {

@@ -21,7 +21,7 @@ use isopod_protocol::agent_ttrpc::Agent;
 use protobuf::MessageField;
 use ttrpc::r#async::TtrpcContext;
 
-use crate::container::stdio::Connections;
+use crate::container::stdio::{Connections, Further};
 use crate::container::terminal::Size;
 use crate::error::{Code, Error, Result};
 use crate::sandbox::Sandbox;
@@ -159,7 +159,14 @@ fn status(e: Error) -> ttrpc::Error {
 
 async fn claim(streams: &Streams, tokens: MessageField<StreamTokens>) -> Result<Connections> {
     let tokens = tokens.unwrap_or_default();
+    let mut further = Vec::new();
+    for stream in tokens.further {
+        let (input, output) = (stream.input, stream.output);
+        let (input, output) = (streams.claim(input).await?, streams.claim(output).await?);
+        further.push(Further { input, output });
+    }
     Ok(Connections {
+        further,
         stdin: streams.claim(tokens.stdin).await?,
         stdout: streams.claim(tokens.stdout).await?,
         stderr: streams.claim(tokens.stderr).await?,

@@ -28,6 +28,7 @@ use crate::{
         hooks,
         launch::{self, Launch, Launched, Terminal},
         pod::Membership,
+        preserved,
         signals::Signals,
     },
     settings,
@@ -56,9 +57,9 @@ pub(super) struct CreateOptions {
     /// Accepted for callers of runc, and without effect: the guest has keyrings of its own.
     #[arg(long)]
     no_new_keyring: bool,
-    /// Only 0: descriptors cannot be passed into a microVM.
+    /// Relay the N descriptors from 3 on too: pipes, connected stream sockets, terminals.
     #[arg(long, value_name = "N", default_value_t = 0)]
-    preserve_fds: u32,
+    preserve_fds: usize,
 }
 
 /// A container that has been created, and the process that owns it.
@@ -71,20 +72,6 @@ pub(super) struct NewContainer {
     /// What has been read of the next message.
     line: Vec<u8>,
     pub(super) writer: OwnedWriteHalf,
-}
-
-/// Refuses a `--preserve-fds` above 0.
-///
-/// # Errors
-///
-/// If it is.
-pub(super) fn refuse_preserved(descriptors: u32) -> Result<()> {
-    if descriptors == 0 {
-        return Ok(());
-    }
-    Err(Error::new(format!(
-        "--preserve-fds {descriptors} is not possible: descriptors cannot be passed into a microVM"
-    )))
 }
 
 /// Where a process's terminal is on the host, from `terminal: true`, `--detach` and
@@ -143,8 +130,13 @@ impl CreateOptions {
         detached: bool,
         spare_nics: bool,
     ) -> Result<NewContainer> {
-        refuse_preserved(self.preserve_fds)?;
-        let bundle = Bundle::load(bundle, command)?;
+        let listening = preserved::listen_fds();
+        let preserved = preserved::find(listening.saturating_add(self.preserve_fds))?;
+        let mut bundle = Bundle::load(bundle, command)?;
+        if let (Some(process), true) = (bundle.spec.process_mut(), listening > 0) {
+            let env = process.env_mut().get_or_insert_default();
+            env.extend([format!("LISTEN_FDS={listening}"), "LISTEN_PID=1".to_owned()]);
+        }
         let pod = Membership::find(&global.root, &bundle.joined)?;
         if let Some(pod) = &pod {
             pod.check(&bundle.network, &bundle.spec)?;
@@ -181,6 +173,7 @@ impl CreateOptions {
             artifacts,
             cgroup,
             terminal: terminal.clone(),
+            preserved,
             kernel_params,
             boot_timeout,
             made: dir.made().to_vec(),
@@ -189,7 +182,7 @@ impl CreateOptions {
             command_us: global.began_us,
         };
         let unit = launch.cgroup.as_ref().and_then(Place::unit);
-        let launched = match launch::spawn("sandbox", &id, &dir, unit, &launch) {
+        let launched = match launch::spawn("sandbox", &id, &dir, unit, &launch.preserved, &launch) {
             Ok(launched) => launched,
             Err(error) => {
                 dir.remove()?;

@@ -7,7 +7,7 @@ use oci_spec::runtime::{Capability, LinuxCapabilities, Process, User};
 
 use super::{
     Global,
-    creation::{find_terminal, refuse_preserved, write_pid},
+    creation::{find_terminal, write_pid},
 };
 use crate::{
     bundle,
@@ -15,6 +15,7 @@ use crate::{
     sandbox::{
         self,
         launch::{self, Launched},
+        preserved,
     },
     state::{Id, PROCESS_FILE, Record, StateDir, Status},
     terminal::{self, RawMode},
@@ -62,9 +63,9 @@ pub(super) struct Exec {
     /// Add a capability to those of the container's process.
     #[arg(short, long, value_name = "CAPABILITY")]
     cap: Vec<String>,
-    /// Only 0: descriptors cannot be passed into a microVM.
+    /// Relay the N descriptors from 3 on too: pipes, connected stream sockets, terminals.
     #[arg(long, value_name = "N", default_value_t = 0)]
-    preserve_fds: u32,
+    preserve_fds: usize,
     /// Also in a paused container. The process starts when that goes on, within a minute.
     #[arg(long)]
     ignore_paused: bool,
@@ -81,7 +82,7 @@ pub(super) struct Exec {
 impl Exec {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
         let id = Id::parse(&self.id)?;
-        refuse_preserved(self.preserve_fds)?;
+        let preserved = preserved::find(self.preserve_fds)?;
         let cgroup = sub_cgroup(&self.cgroup)?;
         let dir = StateDir::open(&global.root, &id)?;
         let record = dir.record()?;
@@ -107,6 +108,7 @@ impl Exec {
             process,
             cgroup,
             terminal,
+            preserved,
             memory_mib: record.map_or(0, |record| record.vm.memory_mib),
         };
         if self.detach { self.detach(&dir, &exec) } else { self.attend(&exec) }
@@ -115,7 +117,7 @@ impl Exec {
     /// Leaves a process behind that relays the streams.
     fn detach(&self, dir: &StateDir, exec: &sandbox::exec::Exec) -> Result<u8> {
         let Launched { mut child, mut socket } =
-            launch::spawn("exec-relay", &exec.id, dir, None, exec)?;
+            launch::spawn("exec-relay", &exec.id, dir, None, &exec.preserved, exec)?;
         let started = sandbox::exec::wait_started(&socket)
             .and_then(|()| match &self.pid_file {
                 Some(path) => write_pid(path, child.id()),

@@ -22,6 +22,7 @@ use super::{
     ending::ContainerEnd,
     launch::{Descriptors, Given, Terminal, read_document},
     lifecycle::START_TIMEOUT,
+    preserved::Preserved,
     random_u64,
     signals::{KILL, Signals, WINCH},
     stdio::{self, Local, Relay},
@@ -51,6 +52,8 @@ pub struct Exec {
     pub cgroup: Option<String>,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
+    /// What it gets beyond the standard streams, from descriptor 3 on.
+    pub preserved: Vec<Preserved>,
     /// The microVM's memory.
     pub memory_mib: u64,
 }
@@ -197,6 +200,7 @@ impl Exec {
                 (Local::terminal(console.as_fd())?, None, Some(console))
             }
         };
+        let local = local.with(&self.preserved)?;
         if !matches!(self.terminal, Some(Terminal::Inherited { .. })) {
             stdio::release(stdio::Release::but_for_messages())?;
         }

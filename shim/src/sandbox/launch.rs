@@ -18,7 +18,7 @@ use std::{
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{control, pod::Membership};
+use super::{control, pod::Membership, preserved::Preserved};
 use crate::{
     bundle::{Bind, Filter, VmSize},
     cgroup::{Place, Unit},
@@ -61,6 +61,8 @@ pub struct Launch {
     pub cgroup: Option<Place>,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
+    /// What its process gets beyond the standard streams, from descriptor 3 on.
+    pub preserved: Vec<Preserved>,
     /// What the operator adds to the guest kernel's command line.
     pub kernel_params: String,
     /// How long the guest may take to boot.
@@ -115,7 +117,8 @@ pub struct Descriptors {
 }
 
 /// Executes this program again as `verb`, in a session of its own, with this process's standard
-/// streams, and in a scope of systemd if there is to be one. Sends it `document`.
+/// streams and the preserved descriptors, and in a scope of systemd if there is to be one. Sends it
+/// `document`.
 ///
 /// # Errors
 ///
@@ -125,6 +128,7 @@ pub fn spawn(
     id: &Id,
     dir: &StateDir,
     unit: Option<&Unit>,
+    preserved: &[Preserved],
     document: &impl Serialize,
 ) -> Result<Launched> {
     let (mut socket, theirs) = UnixStream::pair().explain(|| "cannot make a socket pair".into())?;
@@ -152,6 +156,7 @@ pub fn spawn(
         .arg(format!("--control-fd={}", theirs.as_raw_fd()))
         .arg(format!("--state-fd={}", dir.as_fd().as_raw_fd()));
     let mut inherited = vec![theirs.as_raw_fd(), dir.as_fd().as_raw_fd()];
+    inherited.extend(preserved.iter().map(|one| one.number()));
     if let Some(log) = log {
         command.arg(format!("--log-fd={}", log.as_raw_fd()));
         inherited.push(log.as_raw_fd());
@@ -167,6 +172,8 @@ pub fn spawn(
     }
     let child = command.spawn().explain(|| "cannot start the sandbox process".into())?;
     drop(theirs);
+    // Closed here, so that who is at their other ends hears of it when that process does so.
+    preserved.iter().try_for_each(|one| one.take().map(drop))?;
     control::send(&mut socket, document)
         .explain(|| "cannot hand over to the sandbox process".into())?;
     Ok(Launched { child, socket })

@@ -27,6 +27,7 @@ pub mod launch;
 mod lifecycle;
 mod machine;
 pub mod pod;
+pub mod preserved;
 pub mod process;
 mod ready;
 mod resolver;

@@ -50,6 +50,7 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let began_us = clock::monotonic_us();
     let Given { socket, state } = descriptors.take()?;
     let launch: Launch = read_document(&socket)?;
+    launch.preserved.iter().try_for_each(|one| one.guard())?;
     let path = StateDir::path_of(state.as_fd())?;
     // Hooks run where this process comes from.
     let cgroup = launch.cgroup.as_ref().map(Place::caller);
@@ -367,6 +368,7 @@ async fn create_container(
             (Local::terminal(console.as_fd())?, size, Some(console))
         }
     };
+    let local = local.with(&launch.preserved)?;
     stdio::release(Release::but_for_messages())?;
     let (tokens, streams) = local.connect(dir).await?;
     let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();

@@ -31,9 +31,12 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use isopod_protocol::{STREAM_PORT, agent::StreamTokens};
+use isopod_protocol::{
+    STREAM_PORT,
+    agent::{FurtherStream, StreamTokens},
+};
 
-use super::{random_u64, vsock};
+use super::{preserved::Preserved, random_u64, vsock};
 use crate::{
     error::{Explain, Result},
     state::StateDir,
@@ -59,6 +62,17 @@ pub struct Local {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+    /// The descriptors from 3 on.
+    further: Vec<Further>,
+}
+
+/// A descriptor beyond the standard streams, for each direction that it has.
+#[derive(Debug)]
+struct Further {
+    input: Option<OwnedFd>,
+    output: Option<OwnedFd>,
+    /// The end of the output is said to a socket's other end; the input may still go on.
+    socket: bool,
 }
 
 impl Local {
@@ -72,6 +86,7 @@ impl Local {
             stdin: duplicate(rustix::stdio::stdin())?,
             stdout: duplicate(rustix::stdio::stdout())?,
             stderr: duplicate(rustix::stdio::stderr())?,
+            further: Vec::new(),
         })
     }
 
@@ -90,7 +105,27 @@ impl Local {
     ///
     /// If descriptors have run out.
     pub fn terminal(terminal: BorrowedFd<'_>) -> Result<Self> {
-        Ok(Self { stdin: duplicate(terminal)?, stdout: duplicate(terminal)?, stderr: None })
+        let (stdin, stdout) = (duplicate(terminal)?, duplicate(terminal)?);
+        Ok(Self { stdin, stdout, ..Self::default() })
+    }
+
+    /// Takes over descriptors beyond the standard streams.
+    ///
+    /// # Errors
+    ///
+    /// If one is not open, or descriptors have run out.
+    pub fn with(mut self, preserved: &[Preserved]) -> Result<Self> {
+        for one in preserved {
+            let fd = one.take()?;
+            let (input, output) = match (one.input, one.output) {
+                (true, true) => (duplicate(fd.as_fd())?, Some(fd)),
+                (true, false) => (Some(fd), None),
+                (false, true) => (None, Some(fd)),
+                (false, false) => (None, None),
+            };
+            self.further.push(Further { input, output, socket: one.socket });
+        }
+        Ok(self)
     }
 
     /// Opens the streams to the guest. The tokens are to be sent to the agent.
@@ -103,13 +138,32 @@ impl Local {
         let stdout = connect(dir, self.stdout).await?;
         let stderr = connect(dir, self.stderr).await?;
         let token = |stream: &Option<Stream>| stream.as_ref().map_or(0, |stream| stream.token);
+        let (mut inputs, mut outputs, mut further) = (Vec::new(), Vec::new(), Vec::new());
+        for Further { input, output, socket } in self.further {
+            let input = connect(dir, input).await?;
+            let mut output = connect(dir, output).await?;
+            if let Some(output) = &mut output {
+                output.socket = socket;
+            }
+            further.push(FurtherStream {
+                input: token(&input),
+                output: token(&output),
+                ..Default::default()
+            });
+            inputs.extend(input);
+            outputs.extend(output);
+        }
         let tokens = StreamTokens {
             stdin: token(&stdin),
             stdout: token(&stdout),
             stderr: token(&stderr),
+            further,
             ..Default::default()
         };
-        Ok((tokens, Streams { stdin, outputs: [stdout, stderr] }))
+        inputs.extend(stdin);
+        outputs.extend(stdout);
+        outputs.extend(stderr);
+        Ok((tokens, Streams { inputs, outputs }))
     }
 }
 
@@ -156,13 +210,15 @@ struct Stream {
     local: OwnedFd,
     remote: UnixStream,
     token: u64,
+    /// `local` is a socket, whose other end is to hear of the end of the output.
+    socket: bool,
 }
 
 /// Connected streams that are not relayed yet.
 #[derive(Debug)]
 pub struct Streams {
-    stdin: Option<Stream>,
-    outputs: [Option<Stream>; 2],
+    inputs: Vec<Stream>,
+    outputs: Vec<Stream>,
 }
 
 impl Streams {
@@ -172,19 +228,22 @@ impl Streams {
     ///
     /// If a thread cannot be started.
     pub fn relay(self) -> Result<Relay> {
-        if let Some(Stream { local, remote, .. }) = self.stdin {
+        for Stream { local, remote, .. } in self.inputs {
             // Not waited for: it may be blocked in a read that nobody will ever satisfy, and ends
             // with the process.
-            start("stdin", move || relay_input(&local, &remote))?;
+            start("input", move || relay_input(&local, &remote))?;
         }
         let mut outputs = Vec::new();
-        for stream in self.outputs.into_iter().flatten() {
+        for stream in self.outputs {
             let (done, finished) = oneshot::channel();
-            let Stream { local, remote, .. } = stream;
+            let Stream { local, remote, socket, .. } = stream;
             let flow = Arc::new(Flow::new(remote));
             let looked_at = Arc::downgrade(&flow);
             start("output", move || {
                 relay_output(&flow, &local);
+                if socket {
+                    let _ = rustix::net::shutdown(&local, rustix::net::Shutdown::Write);
+                }
                 // Closed before anybody hears of the end.
                 drop((flow, local));
                 // Nobody waits any more, if this fails.
@@ -300,7 +359,7 @@ async fn connect(dir: &StateDir, local: Option<OwnedFd>) -> Result<Option<Stream
     stream.write_all(&token.to_le_bytes()).await.explain(what)?;
     let remote = stream.into_std().explain(what)?;
     remote.set_nonblocking(false).explain(what)?;
-    Ok(Some(Stream { local, remote, token }))
+    Ok(Some(Stream { local, remote, token, socket: false }))
 }
 
 fn duplicate(fd: BorrowedFd<'_>) -> Result<Option<OwnedFd>> {

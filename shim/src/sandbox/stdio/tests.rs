@@ -21,9 +21,9 @@ fn both_directions_at_once_lose_nothing() {
     let (mut output_read, output_write) = pipe();
     let (stdin_here, mut stdin_there) = UnixStream::pair().unwrap();
     let (stdout_here, mut stdout_there) = UnixStream::pair().unwrap();
-    let stdin = Stream { local: input_read, remote: stdin_here, token: 1 };
-    let stdout = Stream { local: output_write, remote: stdout_here, token: 2 };
-    let mut relay = Streams { stdin: Some(stdin), outputs: [Some(stdout), None] }.relay().unwrap();
+    let stdin = Stream { local: input_read, remote: stdin_here, token: 1, socket: false };
+    let stdout = Stream { local: output_write, remote: stdout_here, token: 2, socket: false };
+    let mut relay = Streams { inputs: vec![stdin], outputs: vec![stdout] }.relay().unwrap();
 
     let sent = pattern(LENGTH);
     thread::scope(|scope| {
@@ -53,8 +53,8 @@ fn runtime() -> tokio::runtime::Runtime {
 fn one_output() -> (Relay, File, UnixStream) {
     let (read, write) = pipe();
     let (here, there) = UnixStream::pair().unwrap();
-    let stdout = Stream { local: write, remote: here, token: 1 };
-    let relay = Streams { stdin: None, outputs: [Some(stdout), None] }.relay().unwrap();
+    let stdout = Stream { local: write, remote: here, token: 1, socket: false };
+    let relay = Streams { inputs: vec![], outputs: vec![stdout] }.relay().unwrap();
     (relay, read, there)
 }
 
