@@ -23,7 +23,8 @@ Usage: cargo xtask test [--unit | --e2e] [FILTER]
 
   FILTER    only tests whose names contain it; all tests of an end-to-end program of this very name
             (`stdio` for tests/tests/stdio.rs)
-            docker, docker_newer, podman, workloads: these take long, and run only if named
+            docker, docker_newer, podman, workloads, `runc::` and `isopod::`: tests of container
+            engines, which run without FILTER too
   --unit    only the unit tests
   --e2e     only the end-to-end tests
 

@@ -27,13 +27,14 @@ const SCRATCH: &str = "/tmp/isopod-tests";
 /// The test program that needs a machine with two processors.
 const NEEDS_TWO_CPUS: &str = "smp";
 
-/// The test programs that drive container engines, most cases of them twice: hours in labs of one
-/// processor. Run when they are named.
-const ENGINES: [&str; 4] = ["docker", "docker_newer", "podman", "workloads"];
+/// The test programs that drive container engines, most cases of them twice. They are the longest of
+/// all, the first of them more so than the last.
+const ENGINES: [&str; 4] = ["docker", "podman", "workloads", "docker_newer"];
 
-/// Whether `filter` names a program that drives engines, or cases of them, such as `runc::attach`.
+/// Whether programs that drive engines run: among all, or by a `filter` that names one or cases of
+/// them, such as `runc::attach`. Other words may be in a case's name too, and do not start an engine.
 pub(super) fn needs_engines(filter: Option<&str>) -> bool {
-    filter.is_some_and(|filter| ENGINES.contains(&filter) || filter.contains("::"))
+    filter.is_none_or(|filter| ENGINES.contains(&filter) || filter.contains("::"))
 }
 
 /// Builds what is tested and the tests, and runs those that `filter` chooses.
@@ -90,8 +91,12 @@ fn choose(mut programs: Vec<TestProgram>, filter: Option<&str>) -> Result<Vec<Te
 /// Runs the programs in as many labs as this machine has processors and memory for.
 fn in_labs(programs: Vec<TestProgram>, product: &Path) -> Result<Tally> {
     lab::prepare()?;
-    let (smp, programs): (Vec<_>, Vec<_>) =
+    let (smp, mut programs): (Vec<_>, Vec<_>) =
         programs.into_iter().partition(|program| program.name == NEEDS_TWO_CPUS);
+    // Whatever is long comes first, lest one lab be busy with it while the others have nothing to do.
+    programs.sort_by_key(|program| {
+        ENGINES.iter().position(|name| *name == program.name).unwrap_or(ENGINES.len())
+    });
     let (count, options) = lab::Options::side_by_side(programs.len());
     let labs = Labs { product, total: Mutex::new(Tally::default()) };
     let queue = Queue::new(VecDeque::from(programs));

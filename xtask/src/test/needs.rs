@@ -8,7 +8,7 @@ const ENGINE: &str = "engine under test";
 const NETWORK: &str = "networks of engines";
 const IMAGE: &str = "images for engines";
 
-/// For the end-to-end tests that run without being named.
+/// For all end-to-end tests.
 pub(super) const NEEDS: [Need; 5] = [
     Need { package: "runc", purpose: "runtime to prove tests" },
     Need { package: "iproute2", purpose: NETWORK },
