@@ -19,10 +19,10 @@ use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::sync::Notify;
 
-use crate::container::cgroup;
+use crate::container::cgroup::{self, Cgroup};
 use crate::container::stdio::Connections;
 use crate::container::terminal::Size;
-use crate::container::{Container, Document};
+use crate::container::{Container, Document, blocking};
 use crate::error::{Code, Context as _, Error, Result};
 use crate::log::log_warn;
 use crate::reaper::Reaper;
@@ -35,11 +35,17 @@ const MAX_ID: usize = 255;
 pub(crate) struct Sandbox {
     pub(crate) reaper: Arc<Reaper>,
     pub(crate) streams: Arc<Streams>,
-    /// `None` while the container is being created.
-    containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
-    /// Told when a creation has succeeded or failed.
+    containers: Mutex<HashMap<String, Known>>,
+    /// Told when a creation gets on, succeeds or fails.
     settled: Notify,
     set_up: AtomicBool,
+}
+
+/// What the table has of a container.
+enum Known {
+    /// It is being created, in this cgroup once that has been made.
+    Creating(Option<Arc<Cgroup>>),
+    There(Arc<Container>),
 }
 
 impl Sandbox {
@@ -93,25 +99,50 @@ impl Sandbox {
         check_id(&id)?;
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => return Err(Error::state(format!("container {id:?} exists"))),
-            Entry::Vacant(vacant) => vacant.insert(None),
+            Entry::Vacant(vacant) => vacant.insert(Known::Creating(None)),
         };
-        let reaper = Arc::clone(&self.reaper);
-        let find = |id: &str| self.container(id);
-        let container =
-            Container::create(reaper, id.clone(), document, connections, size, network, find);
-        let created = container.await.and_then(|container| {
+        let created = self.build(&id, document, connections, size, network).await;
+        let pid = created.and_then(|container| {
             let pid = container.process("")?.pid();
-            self.containers().insert(id.clone(), Some(Arc::new(container)));
+            self.containers().insert(id.clone(), Known::There(Arc::new(container)));
             Ok(pid)
         });
-        if created.is_err() {
+        if pid.is_err() {
             self.containers().remove(&id);
         }
         self.settled.notify_waiters();
+        pid
+    }
+
+    /// Builds a container of which there is nothing yet but its place in the table.
+    async fn build(
+        &self,
+        id: &str,
+        document: Document,
+        connections: Connections,
+        size: Option<Size>,
+        network: Option<Network>,
+    ) -> Result<Container> {
+        let name = id.to_owned();
+        let cgroup = Arc::new(blocking(move || Cgroup::create(&name)).await?);
+        // From here on its processes can be ended by whoever deletes it.
+        self.containers().insert(id.to_owned(), Known::Creating(Some(Arc::clone(&cgroup))));
+        self.settled.notify_waiters();
+        let reaper = Arc::clone(&self.reaper);
+        let find = |id: &str| self.container(id);
+        let made = Arc::clone(&cgroup);
+        let created = Container::create(reaper, made, document, connections, size, network, find);
+        let created = created.await;
+        if created.is_err()
+            && let Err(left) = blocking(move || cgroup.remove()).await
+        {
+            log_warn!("{left}");
+        }
         created
     }
 
-    /// Ends and forgets a container, if there is one of this name.
+    /// Ends and forgets a container, if there is one of this name. Its creation fails, if that is under
+    /// way.
     ///
     /// # Errors
     ///
@@ -121,9 +152,16 @@ impl Sandbox {
             let mut settled = pin!(self.settled.notified());
             // Before the look, so that nothing is missed between the two.
             settled.as_mut().enable();
-            match self.containers().get(id) {
-                None => return Ok(()),
-                Some(Some(container)) => break Arc::clone(container),
+            let creating = match self.containers().get(id) {
+                None => None,
+                Some(Known::There(container)) => break Arc::clone(container),
+                Some(Known::Creating(cgroup)) => Some(cgroup.clone()),
+            };
+            match creating {
+                // Its creation may have looked at files.
+                None => return forget_files().await,
+                // Without its cgroup no process of it can be born any more.
+                Some(Some(cgroup)) => blocking(move || cgroup.remove()).await?,
                 Some(None) => {}
             }
             settled.await;
@@ -133,8 +171,9 @@ impl Sandbox {
         forget_files().await?;
         let mut containers = self.containers();
         // Unless somebody else has deleted it meanwhile and there is a new one with its name.
-        let same = |known: &Arc<Container>| Arc::ptr_eq(known, &container);
-        if containers.get(id).is_some_and(|known| known.as_ref().is_some_and(same)) {
+        if let Some(Known::There(known)) = containers.get(id)
+            && Arc::ptr_eq(known, &container)
+        {
             containers.remove(id);
         }
         Ok(())
@@ -147,13 +186,15 @@ impl Sandbox {
     /// There is none, or it is being created.
     pub(crate) fn container(&self, id: &str) -> Result<Arc<Container>> {
         match self.containers().get(id) {
-            Some(Some(container)) => Ok(Arc::clone(container)),
-            Some(None) => Err(Error::state(format!("container {id:?} is being created"))),
+            Some(Known::There(container)) => Ok(Arc::clone(container)),
+            Some(Known::Creating(_)) => {
+                Err(Error::state(format!("container {id:?} is being created")))
+            }
             None => Err(Error::new(Code::NotFound, format!("no container {id:?}"))),
         }
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+    fn containers(&self) -> MutexGuard<'_, HashMap<String, Known>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -161,10 +202,10 @@ impl Sandbox {
 /// Has the kernel forget the files that nobody uses: the host holds each one that this kernel knows of,
 /// those of a container that is no more among them, and its file systems with them.
 async fn forget_files() -> Result<()> {
-    let work = || fs::write("/proc/sys/vm/drop_caches", "2");
-    let done =
-        tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?;
-    done.context(|| "have the kernel forget files")
+    blocking(|| {
+        fs::write("/proc/sys/vm/drop_caches", "2").context(|| "have the kernel forget files")
+    })
+    .await
 }
 
 fn check_id(id: &str) -> Result<()> {

@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
+use std::time::Instant;
 
 use isopod_tests::keeper::End;
-use isopod_tests::{Container, Created, Scope, microvm_only};
+use isopod_tests::{Container, Created, DEADLINE, Scope, microvm_only};
 use serde_json::{Value, json};
 
 /// What Podman shares by default, as config.json and /proc name it.
@@ -94,7 +95,8 @@ fn it_has_no_microvm_of_its_own() {
     assert_eq!(boot_id(&first), boot_id(&one));
     assert_eq!(boot_id(&first), boot_id(&other));
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", first_one.pid));
-    assert_eq!(children.unwrap_or_default(), "");
+    assert_eq!(children.unwrap(), "");
+    let held = held(&scope, created.pid);
     // It ends, is deleted and made again, and the others do not notice.
     one.kill("TERM").ok();
     assert_eq!(one.kill("KILL").status, 0);
@@ -108,6 +110,90 @@ fn it_has_no_microvm_of_its_own() {
     first_one.wait();
     one.delete().ok();
     assert_eq!(scope.census().since(&before), Vec::<String>::new());
+    // Neither does the microVM hold anything of it.
+    let [mounts, seen, files] = self::held(&scope, created.pid);
+    let of_one = one.bundle.dir.to_string_lossy().into_owned();
+    for list in [&mounts, &seen, &files] {
+        assert!(!list.contains(&of_one) && !list.contains(&one.id), "{list}");
+    }
+    assert!(held.iter().any(|list| list.contains(&one.id)), "{held:?}");
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+/// The mounts of the sandbox process of a pod's first container and of its VMM, and the VMM's open files.
+fn held(scope: &Scope, pid: i32) -> [String; 3] {
+    let vmm = scope.child(pid, "isopod-vmm");
+    let mounts = |pid| fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    let files = scope.program(&["ls", "-l", &format!("/proc/{vmm}/fd")]).output().ok().stdout;
+    [mounts(pid), mounts(vmm), files]
+}
+
+#[test]
+fn mounts_of_the_host_stay_when_it_goes() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let volume = scope.dir().join("volume");
+    fs::create_dir(&volume).unwrap();
+    let source = volume.to_string_lossy().into_owned();
+    let below = volume.join("below");
+    let mount = format!(
+        "mount -t tmpfs none {source} && mount --make-shared {source} && mkdir {source}/below && \
+         mount -t tmpfs none {source}/below && echo kept >{source}/below/file"
+    );
+    scope.program(&["sh", "-c", &mount]).output().ok();
+    let one = member(&scope, created.pid)
+        .mount("/volume", "bind", &source, &["rbind", "rw"])
+        .shell("cat /volume/below/file");
+    let out = one.run();
+    let still = fs::read_to_string(below.join("file"));
+    // What is mounted while it runs comes and goes with it as well.
+    let two = member(&scope, created.pid).mount("/volume", "bind", &source, &["rbind", "rw"]);
+    let _two = up(&two);
+    let over = format!("mount -t tmpfs none {source}/below && mount -t tmpfs none {source}");
+    scope.program(&["sh", "-c", &over]).output().ok();
+    two.delete_force().ok();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let kept = mounts.lines().filter(|line| line.contains(&source)).count();
+    scope.program(&["umount", "--recursive", &source]).output().ok();
+    scope.program(&["umount", "--recursive", &source]).output().ok();
+    assert_eq!((out.status, out.stdout.as_str()), (0, "kept\n"), "{out}");
+    assert_eq!(still.unwrap(), "kept\n");
+    assert_eq!(kept, 4, "{mounts}");
+    let again = member(&scope, created.pid).args(["true"]);
+    assert_eq!(again.run().status, 0);
+    first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn a_creation_that_is_given_up_leaves_nothing_in_the_guest() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let before = scope.census();
+    // A hook of the guest that does not end by itself.
+    let one = member(&scope, created.pid);
+    let root = format!("/run/isopod/shared/{}/rootfs", one.id);
+    let script = format!(": >{root}/begun; kill -STOP $$");
+    let hook = json!({ "path": "/bin/busybox", "args": ["sh", "-c", script] });
+    let one = one.edit(|c| c["hooks"] = json!({ "createContainer": [hook] }));
+    let mut job = one.command_with_bundle("create", &[]).spawn();
+    let until = Instant::now() + DEADLINE;
+    while !one.bundle.rootfs("/begun").exists() {
+        assert!(Instant::now() < until && job.ended().is_none(), "no hook runs");
+        shell(&first, "true");
+    }
+    job.kill();
+    job.wait();
+    while one.command("state", &[]).output().status == 0 {
+        assert!(Instant::now() < until, "it is still there");
+    }
+    assert_eq!(scope.census().since(&before), Vec::<String>::new());
+    // The name is free in the guest.
+    let one = one.edit(|c| drop(c.as_object_mut().unwrap().remove("hooks"))).args(["true"]);
+    assert_eq!(one.run().status, 0);
     first.delete_force().ok();
     scope.assert_nothing_left();
 }

@@ -127,6 +127,11 @@ impl Cgroup {
         }
     }
 
+    /// The id of the container whose it is.
+    pub(crate) fn id(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }

@@ -111,15 +111,15 @@ struct ExecDefaults {
 }
 
 impl Container {
-    /// Builds a container up to but not including `execve`. `find` tells of the containers whose
-    /// namespaces it may share.
+    /// Builds a container up to but not including `execve`, in a cgroup that has its id. `find` tells of
+    /// the containers whose namespaces it may share.
     ///
     /// # Errors
     ///
-    /// What went wrong. Nothing of the container is left then.
+    /// What went wrong. Nothing of the container is left then but the cgroup.
     pub(crate) async fn create(
         reaper: Arc<Reaper>,
-        id: String,
+        cgroup: Arc<Cgroup>,
         document: Document,
         connections: Connections,
         size: Option<Size>,
@@ -131,6 +131,7 @@ impl Container {
         let spec = ContainerSpec::parse(&document.spec_json)?;
         let shared = spec.joins.iter().map(|join| find(&join.container)?.share(join));
         let shared = shared.collect::<Result<Vec<_>>>()?;
+        let made = Arc::clone(&cgroup);
         let work = move || {
             let birth = Birth::New {
                 namespaces: spec.namespaces,
@@ -138,19 +139,13 @@ impl Container {
                 network: network.as_ref(),
                 shared: &shared,
             };
-            let (cgroup, launched) = prepare(&reaper, &id, &spec, birth, document, streams, size)?;
-            Ok((id, spec, cgroup, launched))
+            let launched = prepare(&reaper, &made, &spec, birth, document, streams, size)?;
+            Ok((spec, launched))
         };
-        let (id, spec, cgroup, launched) = blocking(work).await?;
-        let cgroup = Arc::new(cgroup);
+        let (spec, launched) = blocking(work).await?;
         let pipes = if spec.process.terminal { pipes.beside_terminal() } else { pipes };
-        let init = match Process::new(launched, Arc::clone(&cgroup), 0, pipes, connections) {
-            Ok(init) => Arc::new(init),
-            Err(e) => {
-                discard_cgroup(cgroup).await;
-                return Err(e);
-            }
-        };
+        let init = Process::new(launched, Arc::clone(&cgroup), 0, pipes, connections)?;
+        let init = Arc::new(init);
         let defaults = ExecDefaults {
             capabilities: spec.process.capabilities.clone(),
             no_new_privileges: spec.process.no_new_privileges,
@@ -166,6 +161,7 @@ impl Container {
         let execs = Mutex::default();
         let sources = spec.spec.mounts.iter().filter_map(|mount| mount.source.clone());
         let binds = sources.filter(|source| source.starts_with(SHARED_DIR)).collect();
+        let id = cgroup.id();
         Ok(Self { id, namespaces, defaults, cgroup, init, execs, binds })
     }
 
@@ -428,7 +424,12 @@ impl Container {
             return Ok(());
         }
         let cgroup = Arc::clone(&self.cgroup);
-        blocking(move || cgroup.kill()).await?;
+        blocking(move || match cgroup.kill() {
+            // Removed while it was created, with all that was in it.
+            Err(_) if !cgroup.path().exists() => Ok(()),
+            result => result,
+        })
+        .await?;
         self.init.wait().await;
         Ok(())
     }
@@ -454,37 +455,16 @@ impl Container {
 /// The part of a creation that blocks.
 fn prepare(
     reaper: &Reaper,
-    id: &str,
+    cgroup: &Cgroup,
     spec: &ContainerSpec,
     birth: Birth<'_>,
     document: Document,
-    streams: Vec<OwnedFd>,
+    mut streams: Vec<OwnedFd>,
     size: Option<Size>,
-) -> Result<(Cgroup, Launched)> {
-    let cgroup = Cgroup::create(id)?;
+) -> Result<Launched> {
     let path = cgroup.path().to_string_lossy().into_owned();
     let Document { spec_json, state, filter } = document;
     let request = Request::Create { cgroup: path, filter, size, state };
-    match limit_and_launch(reaper, &cgroup, spec, &spec_json, birth, streams, request) {
-        Ok(launched) => Ok((cgroup, launched)),
-        Err(e) => {
-            if let Err(left) = cgroup.remove() {
-                log_warn!("{left}");
-            }
-            Err(e)
-        }
-    }
-}
-
-fn limit_and_launch(
-    reaper: &Reaper,
-    cgroup: &Cgroup,
-    spec: &ContainerSpec,
-    spec_json: &[u8],
-    birth: Birth<'_>,
-    mut streams: Vec<OwnedFd>,
-    request: Request,
-) -> Result<Launched> {
     resources::apply(cgroup, &spec.linux.resources)?;
     let terminal = spec.process.terminal;
     launch::launch(
@@ -494,18 +474,12 @@ fn limit_and_launch(
             birth,
             cgroup,
             request,
-            document: spec_json,
+            document: &spec_json,
             streams: streams.split_off(if terminal { 3 } else { 0 }),
             oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
             rlimits: spec.process.rlimits.as_deref().unwrap_or_default(),
         },
     )
-}
-
-async fn discard_cgroup(cgroup: Arc<Cgroup>) {
-    if let Err(e) = blocking(move || cgroup.remove()).await {
-        log_warn!("{e}");
-    }
 }
 
 /// Without a pid namespace nothing else ends the container's other processes with the first one.
@@ -525,7 +499,8 @@ fn signal_pid(pid: u32, signal: i32) {
     unsafe { libc::kill(pid, signal) };
 }
 
-async fn blocking<T: Send + 'static>(
+/// Does what blocks on a thread for that.
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(|e| Error::internal(e.to_string()))?

@@ -32,8 +32,7 @@ pub(crate) struct Join {
 const JOINABLE: u32 = bit(NamespaceKind::Network)
     | bit(NamespaceKind::Ipc)
     | bit(NamespaceKind::Uts)
-    | bit(NamespaceKind::Pid)
-    | bit(NamespaceKind::Cgroup);
+    | bit(NamespaceKind::Pid);
 
 /// Made by the process itself and not by `clone3`: a cgroup namespace is rooted at the group that
 /// its maker is in, and the offsets of a time namespace are set before anything enters it.
@@ -199,7 +198,7 @@ fn id_map(maps: &[IdMapping]) -> String {
 ///
 /// The first step that failed.
 pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Result<()> {
-    if namespaces.is_own(NamespaceKind::Cgroup) {
+    if namespaces.has(NamespaceKind::Cgroup) {
         unshare(NamespaceKind::Cgroup)?;
     }
     if namespaces.has(NamespaceKind::Time) {
@@ -282,7 +281,7 @@ mod tests {
         assert!(namespaces.has(NamespaceKind::Uts) && !namespaces.is_own(NamespaceKind::Uts));
         let join = |container: &str, bits| Join { container: container.to_owned(), bits };
         assert_eq!(joins, [join("a", 0x4800_0000), join("b", 0x0400_0000)]);
-        for kind in ["user", "mount", "time"] {
+        for kind in ["user", "mount", "time", "cgroup"] {
             let json =
                 format!(r#"{{"namespaces": [{{"type": "{kind}", "path": "container:a"}}]}}"#);
             let e = Namespaces::of(&serde_json::from_str(&json).unwrap()).unwrap_err();

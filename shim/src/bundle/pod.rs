@@ -30,13 +30,14 @@ pub(super) fn joined(spec: &Spec) -> Result<Vec<Joined>> {
     let joined = namespaces.into_iter().flatten().filter_map(|n| Some((n, of_pod(spec, n)?)));
     joined
         .map(|(namespace, pid)| match namespace.typ() {
-            LinuxNamespaceType::Mount | LinuxNamespaceType::User | LinuxNamespaceType::Time => {
-                Err(Error::new(format!(
-                    "linux.namespaces: the {kind} namespace of process {pid} cannot be shared: \
-                     containers of a pod can share network, ipc, uts, pid and cgroup",
-                    kind = super::check::name_of(namespace.typ()),
-                )))
-            }
+            LinuxNamespaceType::Mount
+            | LinuxNamespaceType::User
+            | LinuxNamespaceType::Time
+            | LinuxNamespaceType::Cgroup => Err(Error::new(format!(
+                "linux.namespaces: the {kind} namespace of process {pid} cannot be shared: \
+                     containers of a pod can share network, ipc, uts and pid",
+                kind = super::check::name_of(namespace.typ()),
+            ))),
             kind => Ok(Joined { kind, pid }),
         })
         .collect()

@@ -1,6 +1,6 @@
 //! How large the microVM has to be for what config.json allows the container.
 
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
 use isopod_vmm::config::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
@@ -112,14 +112,17 @@ fn unified<'a>(spec: &'a Spec, file: &str) -> Option<&'a str> {
 
 fn memory_mib(spec: &Spec) -> u64 {
     let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let limit = resources
-        .and_then(|resources| resources.memory().as_ref())
-        .and_then(|memory| memory.limit())
-        .and_then(|limit| u64::try_from(limit).ok())
-        .filter(|limit| *limit > 0);
-    unified(spec, "memory.max")
-        .map_or(limit, |text| text.parse().ok().filter(|limit| *limit > 0))
+    resources
+        .and_then(memory_limit)
         .map_or(DEFAULT_MEMORY_MIB, |limit| with_overhead(limit.div_ceil(1 << 20)))
+}
+
+/// The memory that a container may use, in bytes, if that is limited.
+pub(super) fn memory_limit(resources: &LinuxResources) -> Option<u64> {
+    let limit = resources.memory().as_ref().and_then(|memory| memory.limit());
+    let limit = limit.and_then(|limit| u64::try_from(limit).ok());
+    let unified = resources.unified().as_ref().and_then(|files| files.get("memory.max"));
+    unified.map_or(limit, |text| text.trim().parse().ok()).filter(|limit| *limit > 0)
 }
 
 /// Guest memory with which a container can use `limit_mib`.

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::{
     VmSize, cpu_list_len, kernel,
-    size::{MEMORY_ANNOTATION, with_overhead},
+    size::{MEMORY_ANNOTATION, memory_limit, with_overhead},
     unknown, unsupported,
 };
 use crate::error::{Error, Explain, Result};
@@ -98,7 +98,8 @@ pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
 /// A new limit has to fit into the memory that the microVM was made with.
 fn check_capacity(before: &LinuxResources, memory: &LinuxMemory, vm: VmSize) -> Result<()> {
     let same = before.memory().and_then(|memory| memory.limit()) == memory.limit();
-    if same { Ok(()) } else { check_fits(memory, vm) }
+    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
+    if same { Ok(()) } else { check_limit(limit, vm) }
 }
 
 /// Checks that a microVM of this size, which cannot grow, has what the container may use.
@@ -106,8 +107,11 @@ fn check_capacity(before: &LinuxResources, memory: &LinuxMemory, vm: VmSize) -> 
 /// # Errors
 ///
 /// If it has not, with what to do.
-pub fn check_fits(memory: &LinuxMemory, vm: VmSize) -> Result<()> {
-    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
+pub fn check_fits(resources: &LinuxResources, vm: VmSize) -> Result<()> {
+    check_limit(memory_limit(resources).unwrap_or(0), vm)
+}
+
+fn check_limit(limit: u64, vm: VmSize) -> Result<()> {
     let limit_mib = limit.div_ceil(1 << 20);
     let largest_mib = vm.largest_limit_mib();
     if limit_mib <= largest_mib {

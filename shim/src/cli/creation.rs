@@ -362,7 +362,7 @@ pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()
         return network;
     }
     let pod = match record.and_then(|record| Some((record.pod.as_ref()?, &record.id))) {
-        Some((pod, id)) => pod.clean_up(dir, id).await,
+        Some((pod, id)) => pod.clean_up(id).await,
         None => Ok(()),
     };
     let cgroup = record.and_then(|record| record.cgroup.as_ref()).map_or(Ok(()), Cgroup::remove);

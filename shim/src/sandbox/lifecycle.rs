@@ -150,7 +150,10 @@ impl Lifecycle {
                         self.timeline.exited = Some(clock::monotonic_us());
                         exit = Some(ended);
                     }
-                    Err(error) => return Outcome::Lost(loss(&self.machine, error).await),
+                    Err(error) => {
+                        let error = loss(&self.machine, error).await;
+                        return self.lost(error).await;
+                    }
                 },
                 result = finish(&mut starting) => {
                     let (result, step, answer) = result;
@@ -185,13 +188,16 @@ impl Lifecycle {
                         log::warn!("some of the output may be lost: {}", end.explain());
                         Outcome::Exited(exit)
                     }
-                    None => Outcome::Lost(end.explain()),
+                    None => self.lost(end.explain()).await,
                 },
                 () = give_up => return match exit {
                     Some(exit) => Outcome::Exited(exit),
                     None => Outcome::Lost(Error::with_kind(
                         ErrorKind::VmLost,
-                        "the container did not end when it was killed, so its microVM was ended",
+                        format!(
+                            "the container did not end when it was killed, {}",
+                            self.machine.fate()
+                        ),
                     )),
                 },
                 command = server.next() => {
@@ -245,6 +251,14 @@ impl Lifecycle {
                     number => self.forward(number),
                 },
             }
+        }
+    }
+
+    /// What it means for the container that nothing more is heard of it.
+    async fn lost(&self, error: Error) -> Outcome {
+        match self.machine.exit().await {
+            Some(exit) => Outcome::Exited(exit),
+            None => Outcome::Lost(error),
         }
     }
 

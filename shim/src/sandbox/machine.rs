@@ -10,9 +10,13 @@ use super::{
     timeline::Timeline,
     vmm::{Vmm, VmmEnd},
 };
+use crate::state::Exit;
 
 /// How long the guest may take to flush its file systems and to shut down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the sandbox process of a pod's first container may take to say how that ended.
+const END_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The microVM of a container.
 #[derive(Debug)]
@@ -28,7 +32,23 @@ impl Machine {
     pub(super) async fn ended(&self) -> VmmEnd {
         match self {
             Self::Own(vmm) => vmm.ended().await,
-            Self::Pod(pod) => VmmEnd::of_pod(pod.ended().await),
+            Self::Pod(pod) => VmmEnd::of_pod(pod.ended().await.why),
+        }
+    }
+
+    /// How a container has ended of which nothing more was heard, if that is known: killed with the rest
+    /// of its pod, when that ended in order.
+    pub(super) async fn exit(&self) -> Option<Exit> {
+        let Self::Pod(pod) = self else { return None };
+        let end = timeout(END_TIMEOUT, pod.ended()).await.ok()?;
+        end.in_order.then_some(Exit { status: 128 + 9, oom_killed: false })
+    }
+
+    /// What has become of a microVM that did not do as it was told.
+    pub(super) fn fate(&self) -> &'static str {
+        match self {
+            Self::Own(_) => "so its microVM was ended",
+            Self::Pod(_) => "and is left to end with the microVM of its pod",
         }
     }
 
@@ -43,7 +63,7 @@ impl Machine {
     pub(super) async fn leave(&mut self, agent: &Agent, lost: bool) {
         match self {
             Self::Own(vmm) => shut_down(vmm, agent, lost).await,
-            Self::Pod(pod) => pod.leave(agent).await,
+            Self::Pod(pod) => pod.leave().await,
         }
     }
 }

@@ -170,7 +170,7 @@ impl Sandbox {
                 self.network = Some(network);
                 let share = PodShare::attach(&member.pod, &self.launch)?;
                 self.timeline.shared = Some(clock::monotonic_us());
-                let vm = PodVm::enter(&self.dir, &member.pod, share).await?;
+                let vm = PodVm::enter(&self.dir, &self.launch.id, &member.pod, share).await?;
                 self.machine = Some(Machine::Pod(vm));
                 None
             }
@@ -316,7 +316,7 @@ impl Sandbox {
     async fn take_down(&mut self) {
         match self.machine.take() {
             Some(Machine::Own(vmm)) => drop(vmm.stop().await),
-            Some(Machine::Pod(mut vm)) => vm.abandon(&self.dir, &self.launch.id).await,
+            Some(Machine::Pod(mut vm)) => vm.leave().await,
             None => {}
         }
         self.network = None;

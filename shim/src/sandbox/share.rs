@@ -201,7 +201,8 @@ pub(super) fn clone(source: &Path, recursive: bool, read_only: bool) -> Result<O
     if read_only {
         set |= libc::MOUNT_ATTR_RDONLY;
     }
-    change_attributes(tree.as_fd(), set, 0).explain(what)?;
+    // What happens to these mounts in the share never reaches those of the host.
+    change_attributes(tree.as_fd(), set, 0, libc::MS_SLAVE).explain(what)?;
     Ok(tree)
 }
 
@@ -222,13 +223,19 @@ pub(super) fn clone_bind(bind: &Bind) -> Result<OwnedFd> {
 pub(super) fn writable(path: &Path) -> std::io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, path, flags)?;
-    change_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY)?;
+    change_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE)?;
     Ok(tree)
 }
 
-/// Sets and clears attributes (`MOUNT_ATTR_*`) of a whole tree of mounts.
-fn change_attributes(tree: BorrowedFd<'_>, set: u64, clear: u64) -> std::io::Result<()> {
-    let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation: 0, userns_fd: 0 };
+/// Sets and clears attributes (`MOUNT_ATTR_*`) of a whole tree of mounts, and sets its propagation
+/// (`MS_*`).
+fn change_attributes(
+    tree: BorrowedFd<'_>,
+    set: u64,
+    clear: u64,
+    propagation: libc::c_ulong,
+) -> std::io::Result<()> {
+    let attr = libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 };
     mount_setattr(tree, true, &attr)
 }
 

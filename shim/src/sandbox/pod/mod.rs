@@ -27,14 +27,15 @@ use tokio::{sync::watch, time::timeout};
 pub(super) use self::share::PodShare;
 use super::{agent::Agent, control::Ended, ending::ContainerEnd};
 use crate::{
-    bundle::{Joined, VmSize, check_fits},
+    bundle::{Joined, VmSize, beyond_vm, check_fits},
     error::{Error, ErrorKind, Explain, Result},
     network::Namespace,
     state::{Id, ProcessId, Record, StateDir, Status, VSOCK_SOCKET, ids},
 };
 
-/// How long the guest may take to end a container and to forget it. The agent gives itself less.
-const DELETE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the guest may take to end a container and to forget it: with the time that a process has to
+/// die, less than whoever forces a deletion waits for.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The microVM that a container of a pod lives in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,11 +105,19 @@ impl Membership {
                 path.display()
             )));
         }
-        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-        match resources.and_then(|resources| resources.memory().as_ref()) {
-            Some(memory) => check_fits(memory, self.vm),
-            None => Ok(()),
+        let annotations = spec.annotations().iter().flatten();
+        for (key, _) in annotations.filter(|(key, _)| key.starts_with("dev.isopod.")) {
+            log::warn!(
+                "annotation {key} has no effect: the microVM is that of container {}",
+                self.pod.sandbox
+            );
         }
+        let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        let Some(resources) = resources else { return Ok(()) };
+        for beyond in beyond_vm(resources, self.vm) {
+            log::warn!("{beyond}");
+        }
+        check_fits(resources, self.vm)
     }
 }
 
@@ -138,8 +147,20 @@ fn record_of(root: &Path, pid: i32) -> Result<Record> {
 /// The microVM of a pod, for a container in it that it was not made for.
 #[derive(Debug)]
 pub(super) struct PodVm {
-    end: watch::Receiver<Option<String>>,
+    pod: Pod,
+    /// The container.
+    id: Id,
+    end: watch::Receiver<Option<PodEnd>>,
     share: Option<PodShare>,
+}
+
+/// How the microVM of a pod has ended.
+#[derive(Debug, Clone)]
+pub(super) struct PodEnd {
+    /// Why, for a person.
+    pub(super) why: String,
+    /// Its first container has ended as containers do.
+    pub(super) in_order: bool,
 }
 
 impl PodVm {
@@ -148,7 +169,7 @@ impl PodVm {
     /// # Errors
     ///
     /// If that microVM is ending or gone.
-    pub(super) async fn enter(dir: &StateDir, pod: &Pod, share: PodShare) -> Result<Self> {
+    pub(super) async fn enter(dir: &StateDir, id: &Id, pod: &Pod, share: PodShare) -> Result<Self> {
         let gone =
             || Error::new(format!("the microVM of container {} is ending or gone", pod.sandbox));
         let sandbox = StateDir::open_path(&pod.dir)?;
@@ -164,36 +185,28 @@ impl PodVm {
         symlink(pod.dir.join(VSOCK_SOCKET), &link)
             .explain(|| format!("cannot make {}", dir.path().join(VSOCK_SOCKET).display()))?;
         let (tell, heard) = watch::channel(None);
-        let id = pod.sandbox.clone();
+        let sandbox = pod.sandbox.clone();
         tokio::spawn(async move {
             let ended = end.heard().await;
-            tell.send_replace(Some(describe(&id, ended)));
+            tell.send_replace(Some(PodEnd::of(&sandbox, ended)));
         });
-        Ok(Self { end: heard, share: Some(share) })
+        Ok(Self { pod: pod.clone(), id: id.clone(), end: heard, share: Some(share) })
     }
 
-    /// Waits for the end of the microVM, and says why.
-    pub(super) async fn ended(&self) -> String {
+    /// Waits for the end of the microVM.
+    pub(super) async fn ended(&self) -> PodEnd {
         let mut end = self.end.clone();
         match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
-            Ok(Some(why)) => why,
+            Ok(Some(end)) => end,
             // The task that tells cannot end without having told.
-            _ => "the microVM of the pod is gone".to_owned(),
+            _ => PodEnd::of(&self.pod.sandbox, None),
         }
     }
 
-    /// As [`Self::leave`], for a container whose creation was given up, wherever it was.
-    pub(super) async fn abandon(&mut self, dir: &StateDir, id: &Id) {
-        match Agent::connect(dir, id, String::new()).await {
-            Ok(agent) => self.leave(&agent).await,
-            Err(error) => log::debug!("{error}"),
-        }
-    }
-
-    /// Ends the container there, and takes what it shares out of the share.
-    pub(super) async fn leave(&mut self, agent: &Agent) {
+    /// Ends the container there, or its creation, and takes what it shares out of the share.
+    pub(super) async fn leave(&mut self) {
         if self.end.borrow().is_none()
-            && let Err(error) = delete(agent).await
+            && let Err(error) = self.pod.end_container(&self.id).await
         {
             log::warn!("{error}");
         }
@@ -202,45 +215,50 @@ impl PodVm {
     }
 }
 
-fn describe(sandbox: &Id, ended: Option<Ended>) -> String {
-    let what = format!("the microVM of the pod has ended with its first container, {sandbox}");
-    match ended.and_then(|ended| ended.error) {
-        Some(error) => format!("{what}: {}", error.message),
-        None => what,
-    }
-}
-
-/// Has the guest end and forget a container.
-async fn delete(agent: &Agent) -> Result<()> {
-    match timeout(DELETE_TIMEOUT, agent.delete_container()).await {
-        // With the microVM it is gone as well.
-        Ok(Err(error)) if error.kind == ErrorKind::VmLost => Ok(()),
-        Ok(result) => result,
-        Err(_) => Err(Error::new(format!(
-            "the guest did not end the container within {} seconds: it ends with the microVM of its \
-             pod",
-            DELETE_TIMEOUT.as_secs()
-        ))),
+impl PodEnd {
+    fn of(sandbox: &Id, ended: Option<Ended>) -> Self {
+        let why = format!("the microVM of the pod has ended with its first container, {sandbox}");
+        let in_order = ended.as_ref().is_some_and(|ended| ended.exit.is_some());
+        match ended.and_then(|ended| ended.error) {
+            Some(error) => Self { why: format!("{why}: {}", error.message), in_order },
+            None => Self { why, in_order },
+        }
     }
 }
 
 impl Pod {
     /// Removes what is left in the microVM and its share of a container whose sandbox process is gone.
+    /// A guest that does not end the container keeps nobody from removing the rest: with the pod it ends.
     ///
     /// # Errors
     ///
-    /// If the guest does not answer, or a mount cannot be removed.
-    pub(crate) async fn clean_up(&self, dir: &StateDir, id: &Id) -> Result<()> {
+    /// If a mount cannot be removed.
+    pub(crate) async fn clean_up(&self, id: &Id) -> Result<()> {
         // Gone, with all that was in it.
         if !self.process.is_alive() {
             return Ok(());
         }
-        let deleted = match Agent::connect(dir, id, String::new()).await {
-            Ok(agent) => delete(&agent).await,
-            Err(error) if error.kind == ErrorKind::VmLost => Ok(()),
-            Err(error) => Err(error),
-        };
-        let detached = PodShare::of(self, id).remove();
-        deleted.and(detached)
+        if let Err(error) = self.end_container(id).await {
+            log::warn!("{error}");
+        }
+        PodShare::of(self, id).remove()
+    }
+
+    /// Has the guest end and forget a container, by a connection for that alone.
+    async fn end_container(&self, id: &Id) -> Result<()> {
+        let asked = timeout(DELETE_TIMEOUT, async {
+            let dir = StateDir::open_path(&self.dir)?;
+            Agent::connect(&dir, id, String::new()).await?.delete_container().await
+        });
+        match asked.await {
+            // With the microVM it is gone as well.
+            Ok(Err(error)) if error.kind == ErrorKind::VmLost => Ok(()),
+            Ok(result) => result,
+            Err(_) => Err(Error::new(format!(
+                "the guest did not end container {id} within {} seconds: it ends with the microVM \
+                 of its pod",
+                DELETE_TIMEOUT.as_secs()
+            ))),
+        }
     }
 }

@@ -67,7 +67,11 @@ impl PodShare {
         in_mount_namespace(self.process, || {
             let container = self.path.join(self.id.as_str());
             let what = || format!("cannot remove {}", container.display());
-            let view = writable(&self.path).explain(what)?;
+            let view = match writable(&self.path) {
+                // Removed by the sandbox process that has made it.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+                view => view.explain(what)?,
+            };
             // In this view nothing is mounted, so what is found are places for mounts and no more.
             let places = within(&view).join(self.id.as_str());
             if !places.exists() {
@@ -75,10 +79,11 @@ impl PodShare {
             }
             for folder in ["hooks", "mounts"] {
                 for entry in fs::read_dir(places.join(folder)).into_iter().flatten().flatten() {
-                    detach(&container.join(folder).join(entry.file_name())).explain(what)?;
+                    detach(&container.join(folder).join(entry.file_name()));
                 }
             }
-            detach(&container.join("rootfs")).explain(what)?;
+            detach(&container.join("rootfs"));
+            // Fails while something is mounted there.
             fs::remove_dir_all(&places).explain(what)
         })
     }
@@ -95,12 +100,10 @@ impl Drop for PodShare {
     }
 }
 
-/// Unmounts what is mounted at `path`, if anything is.
-fn detach(path: &Path) -> rustix::io::Result<()> {
-    match unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Ok(()),
-        result => result,
-    }
+/// Unmounts what is mounted at `path`, one on the other: what the host mounts on a volume's source comes
+/// here too.
+fn detach(path: &Path) {
+    while unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok() {}
 }
 
 fn within(view: &impl AsFd) -> PathBuf {
