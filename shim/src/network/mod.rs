@@ -30,7 +30,12 @@ use serde::{Deserialize, Serialize};
 
 pub use self::namespace::Namespace;
 pub(crate) use self::resolver::{RESOLV_CONF, RESOLVER};
-use self::{interface::Interface, netlink::Netlink, redirect::Mark, tap::Tap};
+use self::{
+    interface::Interface,
+    netlink::Netlink,
+    redirect::Mark,
+    tap::{Life, Tap},
+};
 use crate::{
     error::{Error, Explain, Result},
     sandbox::random_u64,
@@ -117,9 +122,10 @@ impl Network {
         let addresses = interface::addresses(netlink)?;
         let interfaces = interface::scan(netlink, &addresses)?;
         self.was_empty = interfaces.is_empty();
+        let life = if self.namespace == Namespace::Own { Life::Namespace } else { Life::Microvm };
         if self.was_empty {
             for number in 0..spares.min(MAX_NICS) {
-                let tap = Tap::new(netlink, number.into(), vcpus);
+                let tap = Tap::new(netlink, number.into(), vcpus, life);
                 let tap = tap.map_err(|e| self.namespace.explain(e))?;
                 self.nics.push(Nic { tap, mac: random_mac()?, mtu: None });
             }
@@ -137,7 +143,8 @@ impl Network {
         }
         for (number, interface) in interfaces.iter().enumerate() {
             let mtu = u16::try_from(interface.mtu).map_err(|_| mtu_too_large(interface))?;
-            let tap = Tap::new(netlink, number, vcpus).map_err(|e| self.namespace.explain(e))?;
+            let tap =
+                Tap::new(netlink, number, vcpus, life).map_err(|e| self.namespace.explain(e))?;
             self.nics.push(Nic { tap, mac: interface.mac, mtu: Some(mtu) });
         }
         self.redirect(&interfaces, addresses).map(Some)

@@ -21,10 +21,20 @@ pub(super) const PREFIX: &str = "isopod";
 /// Most queue pairs of a device. More vCPUs share them.
 const MAX_QUEUES: u8 = 8;
 
-/// `TUNSETIFF` (linux/if_tun.h).
+/// `TUNSETIFF` and `TUNSETPERSIST` (linux/if_tun.h).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 
-/// A tap with its queues. It goes when the last descriptor of them is closed.
+/// When a tap goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Life {
+    /// When the last descriptor of it is closed, which waits until the kernel has taken it apart.
+    Microvm,
+    /// When its network namespace does, which nobody waits for.
+    Namespace,
+}
+
+/// A tap with its queues.
 #[derive(Debug)]
 pub(super) struct Tap {
     pub(super) name: String,
@@ -41,10 +51,15 @@ impl Tap {
     /// # Errors
     ///
     /// If the host has no taps, or there is one of this name already.
-    pub(super) fn new(netlink: &Netlink, number: usize, vcpus: u8) -> Result<Self> {
+    pub(super) fn new(netlink: &Netlink, number: usize, vcpus: u8, life: Life) -> Result<Self> {
         let name = format!("{PREFIX}{number}");
         let count = vcpus.clamp(1, MAX_QUEUES);
         let queues = (0..count).map(|_| queue(&name, count > 1)).collect::<Result<Vec<_>>>()?;
+        if life == Life::Namespace
+            && let [first, ..] = &queues[..]
+        {
+            outlive_descriptors(first).explain(|| format!("cannot keep the tap {name}"))?;
+        }
         let vhosts = vhosts(count)?;
         silence(&name)?;
         let index = rustix::net::netdevice::name_to_index(&socket()?, &name)
@@ -118,6 +133,14 @@ fn queue(name: &str, several: bool) -> Result<OwnedFd> {
         }
         e => Error::because(format!("cannot make the tap {name}"), e),
     })
+}
+
+fn outlive_descriptors(queue: &OwnedFd) -> io::Result<()> {
+    // SAFETY: the argument of this request is a number.
+    match unsafe { libc::ioctl(queue.as_raw_fd(), TUNSETPERSIST, 1) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// `/dev/vhost-net`, once for each queue pair. None if this host has none: the VMM then moves the
