@@ -1,0 +1,115 @@
+//! Further processes of a container that runs.
+
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+
+use super::channel::Request;
+use super::launch::{self, Birth, Launch, Launched};
+use super::process::Process;
+use super::stdio::{Connections, Pipes};
+use super::terminal::Size;
+use super::{Container, blocking, spec};
+use crate::error::{Error, Result};
+use crate::reaper::Reaper;
+
+impl Container {
+    /// Starts a further process and returns its pid.
+    ///
+    /// # Errors
+    ///
+    /// Why it failed, or that the container is not in the state for it.
+    pub(crate) async fn exec(
+        self: &Arc<Self>,
+        reaper: Arc<Reaper>,
+        exec_id: String,
+        process_json: Vec<u8>,
+        cgroup: Option<String>,
+        connections: Connections,
+        size: Option<Size>,
+    ) -> Result<i32> {
+        self.execs().reserve(&exec_id)?;
+        match self.start_exec(reaper, process_json, cgroup, connections, size).await {
+            Ok(process) => {
+                let pid = process.pid();
+                self.execs().put(exec_id, process);
+                Ok(pid)
+            }
+            Err(e) => {
+                self.execs().forget(&exec_id);
+                Err(e)
+            }
+        }
+    }
+
+    async fn start_exec(
+        self: &Arc<Self>,
+        reaper: Arc<Reaper>,
+        process_json: Vec<u8>,
+        cgroup: Option<String>,
+        connections: Connections,
+        size: Option<Size>,
+    ) -> Result<Arc<Process>> {
+        if self.init.has_ended() {
+            return Err(Error::state(format!("container {:?} is not running", self.id)));
+        }
+        let oom_kills = self.cgroup.oom_kills();
+        let (pipes, streams) = Pipes::make(&connections)?;
+        let container = Arc::clone(self);
+        let (launched, terminal) =
+            blocking(move || container.launch_exec(&reaper, &process_json, cgroup, streams, size))
+                .await?;
+        let pipes = if terminal { pipes.beside_terminal() } else { pipes };
+        let cgroup = Arc::clone(&self.cgroup);
+        let process = Arc::new(Process::new(launched, cgroup, oom_kills, pipes, connections)?);
+        process.start().await?;
+        Ok(process)
+    }
+
+    /// Runs on a thread that may block. True with the process if it has a terminal.
+    fn launch_exec(
+        &self,
+        reaper: &Reaper,
+        process_json: &[u8],
+        cgroup: Option<String>,
+        mut streams: Vec<OwnedFd>,
+        size: Option<Size>,
+    ) -> Result<(Launched, bool)> {
+        let mut process = spec::parse_process(process_json)?;
+        if process.capabilities.is_none() {
+            process.capabilities = self.defaults.capabilities.clone();
+        }
+        if process.no_new_privileges.is_none() {
+            process.no_new_privileges = self.defaults.no_new_privileges;
+        }
+        if process.rlimits.is_none() {
+            process.rlimits = Some(self.defaults.rlimits.clone());
+        }
+        let document = serde_json::to_vec(&process).map_err(|e| Error::internal(e.to_string()))?;
+        let terminal = process.terminal;
+        let group = cgroup.map(|path| self.cgroup.below(&path)).transpose()?;
+        let launched = launch::launch(
+            reaper,
+            Launch {
+                patience: Some(launch::PATIENCE),
+                birth: Birth::Joining {
+                    group: group.as_ref().map(OwnedFd::as_fd),
+                    namespaces: self.namespaces,
+                    init: self.init.pidfd().as_fd(),
+                    init_pid: self.init.pid(),
+                },
+                cgroup: &self.cgroup,
+                request: Request::Exec {
+                    namespaces: self.namespaces,
+                    filter: self.defaults.filter.clone(),
+                    personality: self.defaults.personality,
+                    size,
+                },
+                document: &document,
+                streams: streams.split_off(if terminal { 3 } else { 0 }),
+                oom_score_adj: process.oom_score_adj.unwrap_or(self.defaults.oom_score_adj),
+                rlimits: process.rlimits.as_deref().unwrap_or_default(),
+            },
+        )?;
+        Ok((launched, terminal))
+    }
+}
