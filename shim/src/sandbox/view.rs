@@ -29,14 +29,18 @@ use crate::{bundle::Bind, error::Explain, error::Result};
 pub(super) fn cover(launch: &Launch) -> Result<()> {
     let read_only = launch.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
     let root = share::clone(&launch.rootfs, true, read_only)?;
+    // All before the root is covered: from then on this process counts as one that has changed its
+    // root, and may make no user namespace for ids to be mapped by.
+    let binds = launch.binds.iter().map(|bind| Ok((bind, share::clone_bind(bind)?)));
+    let binds: Vec<(&Bind, OwnedFd)> = binds.collect::<Result<_>>()?;
     let what = || "cannot show the container's root in its mount namespace".into();
     move_mount(root.as_fd(), "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .explain(what)?;
     let mounts = launch.spec.mounts().as_deref().unwrap_or_default();
-    for bind in &launch.binds {
+    for (bind, tree) in &binds {
         let Some(mount) = mounts.get(bind.mount) else { continue };
         let Some(place) = find(root.as_fd(), mount.destination()).explain(what)? else { continue };
-        attach(bind, &place)?;
+        attach(bind, tree, &place)?;
     }
     Ok(())
 }
@@ -53,8 +57,7 @@ fn find(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<Option<OwnedFd>
     }
 }
 
-fn attach(bind: &Bind, place: &OwnedFd) -> Result<()> {
-    let tree = share::clone_bind(bind)?;
+fn attach(bind: &Bind, tree: &OwnedFd, place: &OwnedFd) -> Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     match move_mount(tree.as_fd(), "", place, "", flags) {
         // The guest has put a file where a directory was, or the other way round.
