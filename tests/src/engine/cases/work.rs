@@ -22,9 +22,9 @@ done
 [ $(redis-cli -h redis get rounds) = $rounds ]
 [ $(redis-cli -h redis get counter:__rand_int__) = $((rounds * 1000)) ]
 redis-cli -h redis flushall
-seq 5000 | while read -r n; do echo \"SET key:$n value-of-$n\"; done | redis-cli -h redis --pipe
-seq 5000 | while read -r n; do echo \"GET key:$n\"; done | redis-cli -h redis >/tmp/values
-seq -f value-of-%.0f 5000 | cmp - /tmp/values
+seq 1000 | while read -r n; do echo \"SET key:$n value-of-$n\"; done | redis-cli -h redis --pipe
+seq 1000 | while read -r n; do echo \"GET key:$n\"; done | redis-cli -h redis >/tmp/values
+seq -f value-of-%.0f 1000 | cmp - /tmp/values
 echo all there
 ";
 
