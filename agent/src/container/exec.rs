@@ -10,6 +10,7 @@ use super::stdio::{Connections, Pipes};
 use super::terminal::Size;
 use super::{Container, blocking, spec};
 use crate::error::{Error, Result};
+use crate::oci;
 use crate::reaper::Reaper;
 
 impl Container {
@@ -53,28 +54,26 @@ impl Container {
             return Err(Error::state(format!("container {:?} is not running", self.id)));
         }
         let oom_kills = self.cgroup.oom_kills();
-        let (pipes, streams) = Pipes::make(&connections)?;
+        let process = spec::parse_process(&process_json)?;
+        let (pipes, streams) = Pipes::make(&connections, process.terminal)?;
         let container = Arc::clone(self);
-        let (launched, terminal) =
-            blocking(move || container.launch_exec(&reaper, &process_json, cgroup, streams, size))
-                .await?;
-        let pipes = if terminal { pipes.beside_terminal() } else { pipes };
+        let launch = move || container.launch_exec(&reaper, process, cgroup, streams, size);
+        let launched = blocking(launch).await?;
         let cgroup = Arc::clone(&self.cgroup);
         let process = Arc::new(Process::new(launched, cgroup, oom_kills, pipes, connections)?);
         process.start().await?;
         Ok(process)
     }
 
-    /// Runs on a thread that may block. True with the process if it has a terminal.
+    /// Runs on a thread that may block.
     fn launch_exec(
         &self,
         reaper: &Reaper,
-        process_json: &[u8],
+        mut process: oci::Process,
         cgroup: Option<String>,
-        mut streams: Vec<OwnedFd>,
+        streams: Vec<OwnedFd>,
         size: Option<Size>,
-    ) -> Result<(Launched, bool)> {
-        let mut process = spec::parse_process(process_json)?;
+    ) -> Result<Launched> {
         if process.capabilities.is_none() {
             process.capabilities = self.defaults.capabilities.clone();
         }
@@ -85,9 +84,8 @@ impl Container {
             process.rlimits = Some(self.defaults.rlimits.clone());
         }
         let document = serde_json::to_vec(&process).map_err(|e| Error::internal(e.to_string()))?;
-        let terminal = process.terminal;
         let group = cgroup.map(|path| self.cgroup.below(&path)).transpose()?;
-        let launched = launch::launch(
+        launch::launch(
             reaper,
             Launch {
                 patience: Some(launch::PATIENCE),
@@ -105,11 +103,10 @@ impl Container {
                     size,
                 },
                 document: &document,
-                streams: streams.split_off(if terminal { 3 } else { 0 }),
+                streams,
                 oom_score_adj: process.oom_score_adj.unwrap_or(self.defaults.oom_score_adj),
                 rlimits: process.rlimits.as_deref().unwrap_or_default(),
             },
-        )?;
-        Ok((launched, terminal))
+        )
     }
 }

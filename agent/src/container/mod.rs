@@ -127,9 +127,9 @@ impl Container {
         network: Option<Network>,
         find: impl Fn(&str) -> Result<Arc<Self>>,
     ) -> Result<Self> {
-        let (pipes, streams) = Pipes::make(&connections)?;
-        let kept = document.filter.clone();
         let spec = ContainerSpec::parse(&document.spec_json)?;
+        let (pipes, streams) = Pipes::make(&connections, spec.process.terminal)?;
+        let kept = document.filter.clone();
         let shared = spec.joins.iter().map(|join| find(&join.container)?.share(join));
         let shared = shared.collect::<Result<Vec<_>>>()?;
         let made = Arc::clone(&cgroup);
@@ -144,7 +144,6 @@ impl Container {
             Ok((spec, launched))
         };
         let (spec, launched) = blocking(work).await?;
-        let pipes = if spec.process.terminal { pipes.beside_terminal() } else { pipes };
         let init = Process::new(launched, Arc::clone(&cgroup), 0, pipes, connections)?;
         let init = Arc::new(init);
         let defaults = ExecDefaults {
@@ -360,14 +359,13 @@ fn prepare(
     spec: &ContainerSpec,
     birth: Birth<'_>,
     document: Document,
-    mut streams: Vec<OwnedFd>,
+    streams: Vec<OwnedFd>,
     size: Option<Size>,
 ) -> Result<Launched> {
     let path = cgroup.path().to_string_lossy().into_owned();
     let Document { spec_json, state, filter } = document;
     let request = Request::Create { cgroup: path, filter, size, state };
     resources::apply(cgroup, &spec.linux.resources)?;
-    let terminal = spec.process.terminal;
     launch::launch(
         reaper,
         Launch {
@@ -376,7 +374,7 @@ fn prepare(
             cgroup,
             request,
             document: &spec_json,
-            streams: streams.split_off(if terminal { 3 } else { 0 }),
+            streams,
             oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
             rlimits: spec.process.rlimits.as_deref().unwrap_or_default(),
         },

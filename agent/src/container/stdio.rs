@@ -43,17 +43,21 @@ pub(crate) struct Pipes {
 
 impl Pipes {
     /// Makes the pipes that the connections need, and returns the process's ends in the order of its
-    /// descriptors, of which a process with a terminal has no need of the first three.
+    /// descriptors: from 0 on, or from 3 on if it is to have a terminal.
     ///
     /// # Errors
     ///
     /// The kernel's.
-    pub(crate) fn make(connections: &Connections) -> Result<(Self, Vec<OwnedFd>)> {
-        let (input, stdin) = Self::input(connections.stdin.is_some())?;
-        let (output, stdout) = Self::output(connections.stdout.is_some())?;
-        let (error, stderr) = Self::output(connections.stderr.is_some())?;
-        let mut theirs = vec![input, output, error];
-        let mut further = Vec::new();
+    pub(crate) fn make(connections: &Connections, terminal: bool) -> Result<(Self, Vec<OwnedFd>)> {
+        let mut pipes = Self { terminal, ..Self::default() };
+        let mut theirs = Vec::new();
+        if !terminal {
+            let (input, stdin) = Self::input(connections.stdin.is_some())?;
+            let (output, stdout) = Self::output(connections.stdout.is_some())?;
+            let (error, stderr) = Self::output(connections.stderr.is_some())?;
+            theirs.extend([input, output, error]);
+            pipes = Self { stdin, stdout, stderr, ..pipes };
+        }
         for Further { input, output } in &connections.further {
             let (fd, ours) = match (input.is_some(), output.is_some()) {
                 (true, true) => socket()?,
@@ -61,14 +65,9 @@ impl Pipes {
                 (false, true) => Self::output(true)?,
             };
             theirs.push(fd);
-            further.push(ours);
+            pipes.further.push(ours);
         }
-        Ok((Self { stdin, stdout, stderr, further, terminal: false }, theirs))
-    }
-
-    /// As they are when the standard streams are a terminal's.
-    pub(crate) fn beside_terminal(self) -> Self {
-        Self { further: self.further, terminal: true, ..Self::default() }
+        Ok((pipes, theirs))
     }
 
     fn input(connected: bool) -> Result<(OwnedFd, Option<OwnedFd>)> {

@@ -15,6 +15,7 @@
 mod share;
 
 use std::{
+    collections::{HashMap, hash_map::Entry},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     time::Duration,
@@ -68,9 +69,14 @@ impl Membership {
     /// If a process is no such container's, or they live in several microVMs.
     pub fn find(root: &Path, joined: &[Joined]) -> Result<Option<Self>> {
         let mut found: Option<Self> = None;
+        // One container for all kinds, as a rule.
+        let mut records: HashMap<i32, Record> = HashMap::new();
         for Joined { kind, pid } in joined {
-            let record = record_of(root, *pid)?;
-            let pod = record.pod.unwrap_or_else(|| Pod {
+            let record = match records.entry(*pid) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(record_of(root, *pid)?),
+            };
+            let pod = record.pod.clone().unwrap_or_else(|| Pod {
                 sandbox: record.id.clone(),
                 dir: root.join(record.id.as_str()),
                 process: record.sandbox,
@@ -87,7 +93,7 @@ impl Membership {
                     membership.pod.sandbox, pod.sandbox
                 )));
             }
-            membership.joins.push((*kind, record.id));
+            membership.joins.push((*kind, record.id.clone()));
         }
         Ok(found)
     }

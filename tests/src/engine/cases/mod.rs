@@ -16,7 +16,8 @@ pub mod work;
 use super::Case;
 use crate::case;
 
-/// What is tested with Docker: all that its command line has to do with a runtime.
+/// What is tested with Docker, and with Podman too: all that their command lines have to do with a
+/// runtime.
 pub const OF_DOCKER: &[Case] = &[
     case!(process::exit_statuses),
     case!(process::streams),
