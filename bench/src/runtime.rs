@@ -22,6 +22,8 @@ pub(crate) struct Runtime {
     pub(crate) name: &'static str,
     program: PathBuf,
     dir: TempDir,
+    /// Of its guests' kernel. A runtime without any does not look at them.
+    kernel_params: &'static str,
 }
 
 impl Runtime {
@@ -32,7 +34,12 @@ impl Runtime {
     /// If no directory can be made for its state.
     pub(crate) fn new(name: &'static str, program: impl Into<PathBuf>) -> Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
-        Ok(Self { name, program: program.into(), dir })
+        Ok(Self { name, program: program.into(), dir, kernel_params: "" })
+    }
+
+    /// The same with parameters for its guests' kernel.
+    pub(crate) fn kernel_params(self, kernel_params: &'static str) -> Self {
+        Self { kernel_params, ..self }
     }
 
     /// Units of `create`, `start`, the wait for the end of the container, and `delete`.
@@ -123,6 +130,7 @@ impl Runtime {
         let status = command
             // As far away as can be: the clock may jump while files are read (see `clock`).
             .env("ISOPOD_BOOT_TIMEOUT", "3600")
+            .env("ISOPOD_KERNEL_PARAMS", self.kernel_params)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(file)

@@ -8,6 +8,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod cli;
 pub mod clock;
+mod descriptor;
 pub mod error;
 pub mod host;
 pub mod image;

@@ -1,6 +1,11 @@
 //! The network of a container: what its namespace on the host has is what it has, and nothing more.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
 use isopod_tests::{Container, Netns, PROBE_PATH, Scope, microvm_only, runtime};
 use serde_json::json;
 
@@ -232,6 +237,45 @@ fn a_network_that_comes_between_create_and_start() {
     created.wait();
     let said = created.stdout.rest();
     assert!(said.contains("both") && said.contains("inet6 fd77::2/64"), "{said}");
+    container.delete().ok();
+    scope.assert_nothing_left_but(&["network namespace"]);
+}
+
+/// How many threads of the host's kernel move packets for a process: its own from Linux 6.4 on, and
+/// kernel threads before. Each is named after the thread that asked for it.
+fn vhost_threads(pid: i32) -> usize {
+    let paths = |dir: &str| {
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>()
+    };
+    let threads = paths(&format!("/proc/{pid}/task"));
+    let name = |thread: &Path| format!("vhost-{}\n", thread.file_name().unwrap().display());
+    let names: Vec<String> = threads.iter().map(|thread| name(thread)).collect();
+    let is_one = |path: &PathBuf| {
+        fs::read_to_string(path.join("comm")).is_ok_and(|comm| names.contains(&comm))
+    };
+    paths("/proc").iter().chain(&threads).filter(|path| is_one(path)).count()
+}
+
+#[test]
+fn a_spare_device_costs_no_kernel_thread_until_it_is_used() {
+    microvm_only!();
+    if !Path::new("/dev/vhost-net").exists() {
+        return eprintln!("left out: needs /dev/vhost-net");
+    }
+    let scope = Scope::alone();
+    let outer = Netns::new(&scope, "out");
+    let container = scope.container().capabilities(&["CAP_NET_RAW"]);
+    let container = container.annotation("dev.isopod.vcpus", "1");
+    let container = container.shell("ping -c 1 10.77.0.1 && echo up && exec sleep 1000");
+    let mut created = container.create();
+    let vmm = scope.child(created.pid, "isopod-vmm");
+    assert_eq!(vhost_threads(vmm), 0, "with two spare devices");
+    attach(&scope, &outer, created.pid, "eth0", 77);
+    container.start().ok();
+    created.stdout.line_with("up");
+    assert_eq!(vhost_threads(vmm), 1, "with one of them used");
+    container.kill("KILL").ok();
+    created.wait();
     container.delete().ok();
     scope.assert_nothing_left_but(&["network namespace"]);
 }

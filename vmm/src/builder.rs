@@ -234,7 +234,8 @@ fn new_net(
     let mut take =
         |fds: &[i32]| fds.iter().map(|fd| descriptors.take(*fd)).collect::<Result<_, _>>();
     let (taps, vhost) = (take(&config.tap_fds)?, take(&config.vhost_fds)?);
-    Net::new(taps, vhost, config).map_err(|source| BuildError::Net { index, source })
+    let socket = config.vhost_socket_fd.map(|fd| descriptors.take(fd)).transpose()?;
+    Net::new(taps, vhost, socket, config).map_err(|source| BuildError::Net { index, source })
 }
 
 /// Puts kernel and image into guest memory. Returns the kernel's entry point and where the image is.
@@ -368,6 +369,7 @@ mod tests {
         let valid = NetConfig {
             tap_fds: vec![file().fd],
             vhost_fds: Vec::new(),
+            vhost_socket_fd: None,
             mac: [2, 0, 0, 0, 0, 1],
             mtu: Some(68),
         };
@@ -385,6 +387,10 @@ mod tests {
                 "number of net.tap_fds is 0; it has to be from 1 to 32",
             ),
             (change(|net| net.vhost_fds = vec![70, 71]), "has 2 descriptors for 1 of net.tap_fds"),
+            (
+                change(|net| (net.vhost_fds, net.vhost_socket_fd) = (vec![70], Some(71))),
+                "none, or as many and no net.vhost_socket_fd",
+            ),
             (
                 change(|net| net.mac[0] = 3),
                 "net.mac is \"03:00:00:00:00:01\"; it has to be the address",

@@ -145,6 +145,11 @@ pub struct NetConfig {
     /// queues. Empty: the VMM serves them.
     #[serde(default)]
     pub vhost_fds: Vec<i32>,
+    /// In place of `vhost_fds`: a datagram socket by which they may come later, one with each message.
+    /// It is read at the driver's first kick; the VMM serves the queue pairs for which none has come
+    /// by then.
+    #[serde(default)]
+    pub vhost_socket_fd: Option<i32>,
     /// Hardware address: one interface's own, not a group's.
     pub mac: [u8; 6],
     /// Largest payload of a frame in bytes, if the guest is to be told: 68 to 65535.
@@ -180,9 +185,10 @@ pub enum ConfigError {
         /// What it has to be.
         rule: &'static str,
     },
-    /// A network device has `/dev/vhost-net` for some of its queue pairs only.
+    /// A network device has `/dev/vhost-net` for some of its queue pairs only, or in two ways.
     #[error(
-        "net.vhost_fds has {vhost} descriptors for {taps} of net.tap_fds; it has to have none, or as many"
+        "net.vhost_fds has {vhost} descriptors for {taps} of net.tap_fds; it has to have none, or as many \
+         and no net.vhost_socket_fd"
     )]
     Vhost {
         /// Descriptors of `/dev/vhost-net`.
@@ -264,7 +270,9 @@ impl VmConfig {
         fds.extend(self.console_fd);
         fds.extend(self.jail_root_fd);
         fds.extend(self.block.iter().map(|b| b.file.fd));
-        fds.extend(self.net.iter().flat_map(|net| net.tap_fds.iter().chain(&net.vhost_fds)));
+        for net in &self.net {
+            fds.extend(net.tap_fds.iter().chain(&net.vhost_fds).chain(&net.vhost_socket_fd));
+        }
         fds
     }
 }
@@ -273,7 +281,7 @@ impl NetConfig {
     fn validate(&self) -> Result<(), ConfigError> {
         let (taps, vhost) = (self.tap_fds.len(), self.vhost_fds.len());
         in_range("number of net.tap_fds", taps as u64, 1, MAX_QUEUE_PAIRS as u64)?;
-        if vhost != 0 && vhost != taps {
+        if vhost != 0 && (vhost != taps || self.vhost_socket_fd.is_some()) {
             return Err(ConfigError::Vhost { vhost, taps });
         }
         // Linux's driver takes neither, and less than 68 is refused (virtio 1.2, 5.1.4.1).

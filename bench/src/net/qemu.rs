@@ -7,6 +7,7 @@ use std::process::{Child, Stdio};
 use anyhow::{Context as _, Result};
 use isopod_rootfs_builder::cpio::{Device, Writer};
 
+use super::KERNEL_PARAMS;
 use super::namespace::{CONTAINER, INTERFACE, Namespace};
 use crate::vmm::MEMORY_MIB;
 
@@ -43,7 +44,10 @@ impl Machine {
             .arg(programs.join("vmlinux"))
             .arg("-initrd")
             .arg(&image)
-            .args(["-append", "quiet panic=-1 reboot=k random.trust_cpu=on rdinit=/init"])
+            .arg("-append")
+            .arg(format!(
+                "quiet panic=-1 reboot=k random.trust_cpu=on rdinit=/init {KERNEL_PARAMS}"
+            ))
             .arg("-netdev")
             .arg(format!("tap,id=net,ifname={TAP},script=no,downscript=no,vhost={vhost}"))
             .arg("-device")

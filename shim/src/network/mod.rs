@@ -21,6 +21,7 @@ mod netlink;
 mod redirect;
 mod resolver;
 mod tap;
+mod vhost;
 
 use std::{os::fd::AsRawFd, path::PathBuf};
 
@@ -125,7 +126,7 @@ impl Network {
         let life = if self.namespace == Namespace::Own { Life::Namespace } else { Life::Microvm };
         if self.was_empty {
             for number in 0..spares.min(MAX_NICS) {
-                let tap = Tap::new(netlink, number.into(), vcpus, life);
+                let tap = Tap::new(netlink, number.into(), vcpus, life, true);
                 let tap = tap.map_err(|e| self.namespace.explain(e))?;
                 self.nics.push(Nic { tap, mac: random_mac()?, mtu: None });
             }
@@ -143,8 +144,8 @@ impl Network {
         }
         for (number, interface) in interfaces.iter().enumerate() {
             let mtu = u16::try_from(interface.mtu).map_err(|_| mtu_too_large(interface))?;
-            let tap =
-                Tap::new(netlink, number, vcpus, life).map_err(|e| self.namespace.explain(e))?;
+            let tap = Tap::new(netlink, number, vcpus, life, false);
+            let tap = tap.map_err(|e| self.namespace.explain(e))?;
             self.nics.push(Nic { tap, mac: interface.mac, mtu: Some(mtu) });
         }
         self.redirect(&interfaces, addresses).map(Some)
@@ -209,6 +210,7 @@ impl Network {
         let settings = interface::settings(interfaces)?;
         let mut guest = agent::Network { requests, settings, ..Default::default() };
         for (interface, nic) in interfaces.iter().zip(&self.nics) {
+            nic.tap.vhost.follow()?;
             redirect::connect(netlink, interface, &nic.tap, &self.mark)
                 .map_err(|e| self.namespace.explain(e))?;
             self.connected.push((interface.clone(), nic.tap.index));
@@ -238,23 +240,19 @@ impl Network {
 
     /// The devices as the VMM is told of them.
     pub(crate) fn config(&self) -> Vec<NetConfig> {
-        let numbers = |fds: &[std::os::fd::OwnedFd]| fds.iter().map(AsRawFd::as_raw_fd).collect();
-        self.nics
-            .iter()
-            .map(|nic| NetConfig {
-                tap_fds: numbers(&nic.tap.queues),
-                vhost_fds: numbers(&nic.tap.vhosts),
-                mac: nic.mac,
-                mtu: nic.mtu,
-            })
-            .collect()
+        let config = |Nic { tap, mac, mtu }: &Nic| {
+            let tap_fds = tap.queues.iter().map(AsRawFd::as_raw_fd).collect();
+            let (vhost_fds, vhost_socket_fd) = tap.vhost.descriptors();
+            NetConfig { tap_fds, vhost_fds, vhost_socket_fd, mac: *mac, mtu: *mtu }
+        };
+        self.nics.iter().map(config).collect()
     }
 
     /// Leaves the taps to the VMM alone, so that they go with it.
     pub(crate) fn hand_over(&mut self) {
         for nic in &mut self.nics {
             nic.tap.queues.clear();
-            nic.tap.vhosts.clear();
+            nic.tap.vhost.hand_over();
         }
     }
 

@@ -12,7 +12,7 @@ use netlink_packet_route::{
     link::{LinkAttribute, LinkFlags, LinkMessage},
 };
 
-use super::netlink::Netlink;
+use super::{netlink::Netlink, vhost::Vhost};
 use crate::error::{Error, Explain, Result};
 
 /// Names of taps begin so. A number follows.
@@ -41,17 +41,23 @@ pub(super) struct Tap {
     pub(super) index: u32,
     /// One for each queue pair.
     pub(super) queues: Vec<OwnedFd>,
-    /// One `/dev/vhost-net` for each queue pair, if this host has it.
-    pub(super) vhosts: Vec<OwnedFd>,
+    pub(super) vhost: Vhost,
 }
 
 impl Tap {
-    /// Makes a tap in the network namespace of this process, and brings it up.
+    /// Makes a tap in the network namespace of this process, and brings it up. A `spare` one is perhaps
+    /// never used.
     ///
     /// # Errors
     ///
     /// If the host has no taps, or there is one of this name already.
-    pub(super) fn new(netlink: &Netlink, number: usize, vcpus: u8, life: Life) -> Result<Self> {
+    pub(super) fn new(
+        netlink: &Netlink,
+        number: usize,
+        vcpus: u8,
+        life: Life,
+        spare: bool,
+    ) -> Result<Self> {
         let name = format!("{PREFIX}{number}");
         let count = vcpus.clamp(1, MAX_QUEUES);
         let queues = (0..count).map(|_| queue(&name, count > 1)).collect::<Result<Vec<_>>>()?;
@@ -60,11 +66,11 @@ impl Tap {
         {
             outlive_descriptors(first).explain(|| format!("cannot keep the tap {name}"))?;
         }
-        let vhosts = vhosts(count)?;
+        let vhost = if spare { Vhost::late(count) } else { Vhost::open(count) }?;
         silence(&name)?;
         let index = rustix::net::netdevice::name_to_index(&socket()?, &name)
             .explain(|| format!("cannot find the tap {name}"))?;
-        let tap = Self { name, index, queues, vhosts };
+        let tap = Self { name, index, queues, vhost };
         tap.set_up(netlink, None)?;
         Ok(tap)
     }
@@ -141,26 +147,6 @@ fn outlive_descriptors(queue: &OwnedFd) -> io::Result<()> {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// `/dev/vhost-net`, once for each queue pair. None if this host has none: the VMM then moves the
-/// packets itself.
-fn vhosts(count: u8) -> Result<Vec<OwnedFd>> {
-    const DEVICE: &str = "/dev/vhost-net";
-    let open = || File::options().read(true).write(true).open(DEVICE);
-    let mut found = Vec::new();
-    for _ in 0..count {
-        match open() {
-            Ok(file) => found.push(file.into()),
-            Err(e)
-                if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) =>
-            {
-                return Ok(Vec::new());
-            }
-            Err(e) => return Err(e).explain(|| format!("cannot open {DEVICE}")),
-        }
-    }
-    Ok(found)
 }
 
 /// The tap is a wire: the host's own IPv6 must not greet the guest over it.

@@ -5,10 +5,8 @@
 //! is raw and only carries bytes and the window size.
 
 use std::{
-    io::IoSlice,
-    mem::MaybeUninit,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsRawFd, OwnedFd},
         unix::net::UnixStream,
     },
     path::Path,
@@ -16,12 +14,12 @@ use std::{
 
 use rustix::{
     fs::{Mode, OFlags},
-    net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags},
     pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt},
     termios::{Winsize, tcsetwinsize},
 };
 
 use crate::{
+    descriptor,
     error::{Explain, Result},
     terminal::{self, Size},
 };
@@ -54,15 +52,7 @@ pub(super) fn make(socket: &Path, size: Option<Size>) -> Result<OwnedFd> {
 
 /// Sends a descriptor, with a name as the message's text.
 fn send(path: &Path, fd: &OwnedFd, name: &[u8]) -> std::io::Result<()> {
-    let socket = connect(path)?;
-    let fds = [fd.as_fd()];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-        return Err(std::io::Error::other("no space for the descriptor"));
-    }
-    rustix::net::sendmsg(&socket, &[IoSlice::new(name)], &mut control, SendFlags::NOSIGNAL)?;
-    Ok(())
+    descriptor::send(connect(path)?, fd, name)
 }
 
 /// Connects to a socket whose path may be longer than an address has room for.
@@ -74,6 +64,8 @@ fn connect(path: &Path) -> std::io::Result<UnixStream> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::mem::MaybeUninit;
+
     use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
     use std::os::unix::net::UnixListener;
 

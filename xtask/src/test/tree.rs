@@ -26,7 +26,7 @@ pub(super) const TREES: [Tree; 2] = [
         program: "docker_newer",
         variable: "ISOPOD_TEST_DOCKER_TREE",
         suite: "trixie",
-        packages: &["docker.io", "docker-cli", "iptables", "iproute2"],
+        packages: &["docker.io", "docker-cli", "iptables", "iproute2", "procps"],
     },
     Tree {
         program: "workloads",

@@ -180,27 +180,37 @@ fn spawn<T: Send + 'static>(
 /// Waits until one of `kicks` is readable, and reads those that are. Returns false on the stop, which
 /// a failure to wait gives as well.
 pub fn wait_for_work(stop: &Stop, kicks: &[&EventFd]) -> bool {
+    for (kick, readable) in kicks.iter().zip(wait(stop, kicks)) {
+        if readable {
+            // Another thread may have read it first.
+            let _ = kick.read();
+        }
+    }
+    !stop.is_given()
+}
+
+/// The same, but leaves what can be read.
+pub fn wait_for_kick(stop: &Stop, kicks: &[&EventFd]) -> bool {
+    wait(stop, kicks);
+    !stop.is_given()
+}
+
+/// Waits for one of `kicks` or the stop, and says which kicks are readable.
+fn wait(stop: &Stop, kicks: &[&EventFd]) -> Vec<bool> {
     let mut fds: Vec<PollFd<'_>> = std::iter::once(&stop.event)
         .chain(kicks.iter().copied())
         .map(|event| PollFd::new(borrow(event), PollFlags::POLLIN))
         .collect();
     loop {
         match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) => break,
+            Ok(_) => return fds[1..].iter().map(|fd| fd.any() == Some(true)).collect(),
             Err(Errno::EINTR) => {}
             Err(e) => {
                 stop.fail(format!("a device cannot wait for its queues: poll: {e}"));
-                return false;
+                return Vec::new();
             }
         }
     }
-    for (kick, fd) in kicks.iter().zip(&fds[1..]) {
-        if fd.any() == Some(true) {
-            // Another thread may have read it first.
-            let _ = kick.read();
-        }
-    }
-    !stop.is_given()
 }
 
 pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {

@@ -13,6 +13,7 @@
 
 mod control;
 mod features;
+mod late;
 mod pair;
 mod receive;
 mod tap;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use self::control::Control;
+use self::late::{LatePair, LateVhost};
 use self::pair::Pair;
 use self::tap::Tap;
 use self::vhost::{VhostNet, VhostPair};
@@ -65,11 +67,20 @@ pub enum NetError {
     Vhost(io::Error),
 }
 
+/// What the host's kernel has to do with the queues.
+enum Vhost {
+    /// Nothing.
+    None,
+    /// It serves them, by one descriptor for each pair.
+    Open(Vec<Arc<VhostNet>>),
+    /// It serves those whose descriptor has come before they are first used.
+    Late(Arc<LateVhost>),
+}
+
 /// A network interface of the guest.
 pub struct Net {
     taps: Vec<Arc<Tap>>,
-    /// One for each tap, or none.
-    vhost: Vec<Arc<VhostNet>>,
+    vhost: Vhost,
     mac: [u8; 6],
     mtu: Option<u16>,
     features: u64,
@@ -91,7 +102,8 @@ pub struct NetState {
 
 impl Net {
     /// An interface whose wire are the queues of one tap, which have to be attached. Packets are
-    /// moved by the kernel if there are descriptors of `/dev/vhost-net`, as many as queues.
+    /// moved by the kernel if there are descriptors of `/dev/vhost-net`, as many as queues, or if they
+    /// come by `vhost_socket` before the driver's first kick.
     ///
     /// # Errors
     ///
@@ -99,6 +111,7 @@ impl Net {
     pub fn new(
         taps: Vec<OwnedFd>,
         vhost: Vec<OwnedFd>,
+        vhost_socket: Option<OwnedFd>,
         config: &NetConfig,
     ) -> Result<Self, NetError> {
         let taps: Vec<_> = (0..)
@@ -107,11 +120,15 @@ impl Net {
                 Tap::new(fd).map(Arc::new).map_err(|source| NetError::Tap { queue, source })
             })
             .collect::<Result<_, _>>()?;
-        let vhost: Vec<_> = vhost
-            .into_iter()
-            .map(|fd| VhostNet::new(fd).map(Arc::new))
-            .collect::<io::Result<_>>()
-            .map_err(NetError::Vhost)?;
+        let vhost = match vhost_socket {
+            Some(fd) => LateVhost::new(fd).map(|late| Vhost::Late(Arc::new(late))),
+            None if vhost.is_empty() => Ok(Vhost::None),
+            None => {
+                let open = vhost.into_iter().map(|fd| VhostNet::new(fd).map(Arc::new));
+                open.collect::<io::Result<_>>().map(Vhost::Open)
+            }
+        }
+        .map_err(NetError::Vhost)?;
         let mut offered = features::MAC | features::STATUS;
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * taps.len()];
         if let Some(tap) = taps.first() {
@@ -131,24 +148,15 @@ impl Net {
     }
 
     /// What serves the queues of one pair, held.
-    fn new_server(
-        &self,
-        index: usize,
-        memory: &GuestMemoryMap,
-        features: u64,
-        end: &Arc<EndSignal>,
-        [receive, transmit]: [ActiveQueue; 2],
-    ) -> Box<dyn Server> {
-        let (tap, memory) = (Arc::clone(&self.taps[index]), memory.clone());
-        match self.vhost.get(index) {
-            Some(vhost) => {
-                let vhost = Arc::clone(vhost);
-                Box::new(VhostPair::new(vhost, tap, memory, features, [receive, transmit]))
+    fn new_server(&self, index: usize, parts: Parts, end: &Arc<EndSignal>) -> Box<dyn Server> {
+        let end = Arc::clone(end);
+        match &self.vhost {
+            Vhost::Open(vhost) => Box::new(VhostPair::new(Arc::clone(&vhost[index]), parts)),
+            Vhost::Late(vhost) => {
+                let pair = LatePair::new(index, Arc::clone(vhost), parts);
+                Box::new(Worker::new("net", pair, end, LatePair::run))
             }
-            None => {
-                let pair = Pair::new(tap, memory, features, self.mtu, receive, transmit);
-                Box::new(Worker::new("net", pair, Arc::clone(end), Pair::run))
-            }
+            Vhost::None => Box::new(Worker::new("net", Pair::new(parts), end, Pair::run)),
         }
     }
 }
@@ -194,8 +202,10 @@ impl VirtioDevice for Net {
         let mut queues = queues.into_iter();
         let mut servers = Vec::with_capacity(self.taps.len());
         for index in 0..self.taps.len() {
-            let pair = [queues.next().ok_or_else(invalid)?, queues.next().ok_or_else(invalid)?];
-            servers.push(self.new_server(index, &memory, features, &end, pair));
+            let queues = [queues.next().ok_or_else(invalid)?, queues.next().ok_or_else(invalid)?];
+            let (tap, memory) = (Arc::clone(&self.taps[index]), memory.clone());
+            let parts = Parts { tap, memory, features, mtu: self.mtu, queues };
+            servers.push(self.new_server(index, parts, &end));
         }
         // All were attached when they came; the driver begins with the first (5.1.5).
         let mut pairs = Pairs { taps: self.taps.clone(), servers, active: self.taps.len() };
@@ -231,6 +241,17 @@ impl VirtioDevice for Net {
     }
 }
 
+/// A queue pair, and what is to be known to serve it.
+struct Parts {
+    tap: Arc<Tap>,
+    memory: GuestMemoryMap,
+    /// Those that the driver accepted.
+    features: u64,
+    mtu: Option<u16>,
+    /// Receive and transmit.
+    queues: [ActiveQueue; 2],
+}
+
 /// What serves a queue pair.
 trait Server: Hold + Send {
     /// Receive and transmit queue, while it is held.
@@ -239,7 +260,7 @@ trait Server: Hold + Send {
 
 impl Server for Worker<Pair> {
     fn queues(&self) -> Option<[QueueState; 2]> {
-        self.held().map(|pair| [pair.receive.state(), pair.transmit.state()])
+        self.held().map(Pair::queues)
     }
 }
 

@@ -19,9 +19,10 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::features::{GUEST_SEGMENTS, MRG_RXBUF};
 use super::receive::Room;
 use super::tap::Tap;
-use super::{HEADER_LEN, MAX_PACKET_LEN};
+use super::{HEADER_LEN, MAX_PACKET_LEN, Parts};
 use crate::devices::virtio::ActiveQueue;
 use crate::devices::virtio::chain::iovec;
+use crate::devices::virtio::state::QueueState;
 use crate::devices::virtio::worker::Stop;
 use crate::memory::GuestMemoryMap;
 
@@ -42,8 +43,8 @@ const TAP: u64 = 3;
 pub(super) struct Pair {
     tap: Arc<Tap>,
     memory: GuestMemoryMap,
-    pub(super) receive: ActiveQueue,
-    pub(super) transmit: ActiveQueue,
+    receive: ActiveQueue,
+    transmit: ActiveQueue,
     mergeable: bool,
     /// Bytes of room that the next packet usually needs at most.
     wanted: usize,
@@ -61,14 +62,8 @@ enum Moved {
 }
 
 impl Pair {
-    pub(super) fn new(
-        tap: Arc<Tap>,
-        memory: GuestMemoryMap,
-        features: u64,
-        mtu: Option<u16>,
-        receive: ActiveQueue,
-        transmit: ActiveQueue,
-    ) -> Self {
+    pub(super) fn new(parts: Parts) -> Self {
+        let Parts { tap, memory, features, mtu, queues: [receive, transmit] } = parts;
         let wanted = if features & GUEST_SEGMENTS != 0 {
             SEGMENTS_LEN
         } else {
@@ -76,6 +71,10 @@ impl Pair {
         };
         let mergeable = features & MRG_RXBUF != 0;
         Self { tap, memory, receive, transmit, mergeable, wanted }
+    }
+
+    pub(super) fn queues(&self) -> [QueueState; 2] {
+        [self.receive.state(), self.transmit.state()]
     }
 
     /// Serves until the stop.

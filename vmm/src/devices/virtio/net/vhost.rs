@@ -17,9 +17,9 @@ use virtio_queue::QueueT;
 use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
-use super::Server;
 use super::features::MRG_RXBUF;
 use super::tap::Tap;
+use super::{Parts, Server};
 use crate::devices::virtio::ActiveQueue;
 use crate::devices::virtio::mmio::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_VERSION_1};
 use crate::devices::virtio::state::QueueState;
@@ -73,13 +73,8 @@ struct Backend {
 }
 
 impl VhostPair {
-    pub(super) fn new(
-        vhost: Arc<VhostNet>,
-        tap: Arc<Tap>,
-        memory: GuestMemoryMap,
-        features: u64,
-        queues: [ActiveQueue; 2],
-    ) -> Self {
+    pub(super) fn new(vhost: Arc<VhostNet>, parts: Parts) -> Self {
+        let Parts { tap, memory, features, queues, .. } = parts;
         let backend = Backend { vhost, tap, memory: Arc::new(memory) };
         Self { backend, features: features & RING_FEATURES, queues, running: false }
     }

@@ -4,10 +4,12 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::config::NetConfig;
 use crate::devices::virtio::net::Net;
@@ -30,13 +32,25 @@ pub(super) enum Mover {
     Threads,
     /// The kernel's vhost-net.
     Kernel,
+    /// Threads of the device, because no descriptor of vhost-net has come when it is first used.
+    LateThreads,
+    /// The kernel's vhost-net, whose descriptors come after the device was made.
+    LateKernel,
+}
+
+impl Mover {
+    pub(super) fn is_kernel(self) -> bool {
+        matches!(self, Self::Kernel | Self::LateKernel)
+    }
 }
 
 /// Runs `test` for each mover that this machine has.
 pub(super) fn with_each_mover(test: impl Fn(Mover) + Sync) {
     in_namespace(|| test(Mover::Threads));
+    in_namespace(|| test(Mover::LateThreads));
     if fs::exists(VHOST_NET).unwrap() {
         in_namespace(|| test(Mover::Kernel));
+        in_namespace(|| test(Mover::LateKernel));
     } else {
         eprintln!("left out in part: needs {VHOST_NET}");
     }
@@ -158,12 +172,19 @@ impl Wire {
     /// A device on this tap.
     pub(super) fn device(&self, mover: Mover) -> Net {
         let taps: Vec<_> = self.taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
-        let open = || File::options().read(true).write(true).open(VHOST_NET).unwrap().into();
-        let vhost = match mover {
-            Mover::Threads => Vec::new(),
-            Mover::Kernel => taps.iter().map(|_| open()).collect(),
-        };
-        Net::new(taps, vhost, &config()).unwrap()
+        let count = if mover.is_kernel() { taps.len() } else { 0 };
+        let open = || File::options().read(true).write(true).open(VHOST_NET).unwrap();
+        let vhost: Vec<File> = (0..count).map(|_| open()).collect();
+        if let Mover::Threads | Mover::Kernel = mover {
+            let vhost = vhost.into_iter().map(OwnedFd::from).collect();
+            return Net::new(taps, vhost, None, &config()).unwrap();
+        }
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let net = Net::new(taps, Vec::new(), Some(theirs.into()), &config()).unwrap();
+        for file in vhost {
+            ours.send_with_fd(&[0][..], file.as_raw_fd()).unwrap();
+        }
+        net
     }
 
     pub(super) fn send(&self, frame: &[u8]) {
@@ -183,7 +204,13 @@ impl Wire {
 }
 
 pub(super) fn config() -> NetConfig {
-    NetConfig { tap_fds: vec![9], vhost_fds: Vec::new(), mac: MAC, mtu: Some(1400) }
+    NetConfig {
+        tap_fds: vec![9],
+        vhost_fds: Vec::new(),
+        vhost_socket_fd: None,
+        mac: MAC,
+        mtu: Some(1400),
+    }
 }
 
 /// A frame of `len` bytes whose payload tells it from others.
