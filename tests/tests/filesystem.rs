@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::PathBuf;
 
-use isopod_tests::{Scope, runtime, skip};
+use isopod_tests::{Scope, microvm_only, runtime, skip};
 use serde_json::{Value, json};
 
 /// A directory on the host for a bind mount, with a file in it.
@@ -310,5 +310,33 @@ fn who_enters_the_mount_namespace_finds_the_container() {
     container.start().ok();
     assert_eq!(container.exec(["cat", "/sent"]).ok().stdout, "sent\n");
     assert!(!std::path::Path::new("/sent").exists());
+    container.delete_force();
+}
+
+/// Podman's `top` looks for processes there. Of the host's there are those that stand for the
+/// container, and nothing that leads away from them: a link of the container's may name it.
+#[test]
+fn who_enters_the_mount_namespace_finds_no_other_process_and_no_way_out() {
+    microvm_only!();
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let pid = container.create().pid;
+    let enter = |script: &str| {
+        let pid = pid.to_string();
+        let words = ["nsenter", "--target", &pid, "--mount", "--", "/bin/sh", "-c", script];
+        scope.program(&words).output()
+    };
+    let mut pids = [pid, scope.child(pid, "isopod-vmm")].map(|pid| pid.to_string());
+    pids.sort();
+    let of_each = |name: &str| pids.clone().map(|pid| format!("{pid}{name}")).join(" ");
+    let seen = enter("cd /proc; echo *; echo [0-9]*/*; echo [0-9]*/ns/*").ok().stdout;
+    let files = ["/cmdline", "/ns", "/stat", "/status"];
+    let all = pids.clone().map(|pid| files.map(|file| format!("{pid}{file}")).join(" ")).join(" ");
+    assert_eq!(seen, format!("{} stat\n{all}\n{}\n", pids.join(" "), of_each("/ns/pid")));
+    let said = enter(&format!("grep Name /proc/{pid}/status; grep -c btime /proc/stat"));
+    assert_eq!(said.ok().stdout, "Name:\tisopod\n1\n");
+    for script in ["mkdir /proc/1", &format!("echo >/proc/{pid}/ns/pid"), "echo >/proc/stat"] {
+        assert_ne!(enter(script).status, 0, "{script}");
+    }
     container.delete_force();
 }

@@ -246,7 +246,6 @@ fn exec_takes_a_whole_process() {
         "user": { "uid": 7, "gid": 8, "additionalGids": [9] },
         "capabilities": { "bounding": ["CAP_CHOWN"] },
         "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 64, "hard": 64 }],
-        "noNewPrivileges": false,
     });
     fs::write(&file, process.to_string()).unwrap();
     let out = container.command("exec", &["--process", file.to_str().unwrap()]).output().ok();
@@ -255,7 +254,30 @@ fn exec_takes_a_whole_process() {
     assert_eq!((&seen["cwd"], &seen["env"]["FROM"]), (&json!("/etc"), &json!("process")));
     assert_eq!(seen["capabilities"]["bounding"], mask(&[CHOWN]));
     assert_eq!(seen["rlimits"]["RLIMIT_NOFILE"], json!([64, 64]));
+    // The container's own has it, and what the file leaves out is false.
     assert_eq!(seen["no_new_privs"], json!("0"));
+}
+
+#[test]
+fn exec_adds_groups_and_capabilities_and_takes_privileges() {
+    let scope = Scope::new();
+    let container = sleeper(&scope).capabilities(&["CAP_KILL"]).edit(|c| {
+        c["process"]["user"] = json!({ "uid": 0, "gid": 0, "additionalGids": [5] });
+        c["process"]["noNewPrivileges"] = json!(false);
+    });
+    let _created = container.start_new();
+    let options = ["--additional-gids=77", "-g", "78", "--cap=CAP_CHOWN", "--no-new-privs"];
+    let more = ["--apparmor=unconfined", "--process-label=label"];
+    let seen = container.exec_json(
+        &[&options[..], if runtime().is_isopod() { &more } else { &[] }].concat(),
+        &["report"],
+    );
+    assert_eq!(seen["groups"], json!([5, 77, 78]));
+    for set in ["bounding", "effective", "permitted"] {
+        assert_eq!(seen["capabilities"][set], mask(&[CHOWN, KILL]), "{set}");
+    }
+    assert_eq!(seen["no_new_privs"], json!("1"));
+    assert_eq!(container.exec_json(&[], &["report"])["no_new_privs"], json!("0"));
 }
 
 #[test]

@@ -46,6 +46,32 @@ fn assert_as_created(container: &Container<'_>) {
 }
 
 #[test]
+fn burst_idle_and_weight_follow_what_they_depend_on() {
+    // runc 1.1 has neither of the first two.
+    microvm_only!();
+    let scope = Scope::new();
+    let container = limited(&scope);
+    let _created: Created<'_> = container.start_new();
+    update(&container, &["--cpu-burst", "20000"]).ok();
+    assert_eq!(cgroup(&container, "cpu.max.burst"), "20000");
+    update(&container, &["--cpu-quota", "10000", "--cpu-burst", "5000"]).ok();
+    assert_eq!(cgroup(&container, "cpu.max"), "10000 100000");
+    assert_eq!(cgroup(&container, "cpu.max.burst"), "5000");
+    update(&container, &["--cpu-burst", "20000"]).one_line_error(&["burst", "20000", "10000"]);
+    update(&container, &["--cpu-quota", "-1"]).ok();
+    assert_eq!(cgroup(&container, "cpu.max"), "max 100000");
+    assert_eq!(cgroup(&container, "cpu.max.burst"), "0");
+    update(&container, &["--cpu-shares", "512"]).ok();
+    update(&container, &["--cpu-idle", "1"]).ok();
+    assert_eq!(cgroup(&container, "cpu.idle"), "1");
+    update(&container, &["--cpu-idle", "0", "--cpu-shares", "2048"]).ok();
+    assert_eq!(cgroup(&container, "cpu.idle"), "0");
+    assert_eq!(cgroup(&container, "cpu.weight"), "79");
+    update(&container, &["--kernel-memory", "64M", "--kernel-memory-tcp", "64M"]).ok();
+    update(&container, &["--mem-bw-schema", "MB:0=1"]).one_line_error(&["mem-bw-schema"]);
+}
+
+#[test]
 fn options_change_what_they_name_and_nothing_else() {
     needs_cgroup_v2!();
     let scope = Scope::new();

@@ -147,14 +147,15 @@ fn cpu_settings(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<()> {
     }
     let quota = cpu.quota.filter(|quota| *quota != 0);
     let period = cpu.period.filter(|period| *period != 0);
+    // The kernel takes no quota below the burst that there is.
+    let burst = |us: u64| ("cpu.max.burst".into(), us.to_string());
+    settings.extend(cpu.burst.map(|_| burst(0)));
     if quota.is_some() || period.is_some() {
         let quota = quota.map_or_else(|| "max".into(), limit);
         // 100 ms is the kernel's own default.
         settings.push(("cpu.max".into(), format!("{quota} {}", period.unwrap_or(100_000))));
     }
-    if let Some(burst) = cpu.burst {
-        settings.push(("cpu.max.burst".into(), burst.to_string()));
-    }
+    settings.extend(cpu.burst.filter(|us| *us != 0).map(burst));
     for (file, set) in [("cpuset.cpus", &cpu.cpus), ("cpuset.mems", &cpu.mems)] {
         if !set.is_empty() {
             settings.push((file.into(), set.clone()));

@@ -12,8 +12,10 @@ use serde_json::json;
 
 use isopod_protocol::capability;
 
+use crate::network::NICS_ANNOTATION;
+
 use super::{
-    SPEC_VERSION, check, default_spec, mount_options, seccomp,
+    SPEC_VERSION, check, default_spec, mount_options, pod, seccomp,
     size::{MEMORY_ANNOTATION, VCPUS_ANNOTATION},
     unsupported,
 };
@@ -51,10 +53,13 @@ pub fn features() -> Features {
             // The name that runc gives it.
             ("io.github.seccomp.libseccomp.version".to_owned(), seccomp::library_version()),
         ])))
-        .set_potentially_unsafe_config_annotations(Some(vec![
-            MEMORY_ANNOTATION.to_owned(),
-            VCPUS_ANNOTATION.to_owned(),
-        ]));
+        .set_potentially_unsafe_config_annotations(Some(
+            [MEMORY_ANNOTATION, VCPUS_ANNOTATION, NICS_ANNOTATION]
+                .into_iter()
+                .chain(pod::CONTAINER_TYPES)
+                .map(str::to_owned)
+                .collect(),
+        ));
     features
 }
 

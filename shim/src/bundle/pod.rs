@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 /// Annotations by which an engine says what a container is to its pod: those of CRI-O and Podman, and of
 /// containerd. A `container` belongs to a pod whose `sandbox` has been made before it.
-const CONTAINER_TYPES: [&str; 2] =
+pub(super) const CONTAINER_TYPES: [&str; 2] =
     ["io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri.container-type"];
 
 /// A namespace of another container that is to be shared.

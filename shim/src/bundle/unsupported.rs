@@ -36,6 +36,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("/linux/personality/flags", "the specification defines none"),
 ];
 
+/// Those of them whose values are named by keys: a name alone asks for something.
+const MAPS: [&str; 2] = ["/linux/netDevices", "/linux/resources/rdma"];
+
 /// Where an update's fields are in a config.json.
 const RESOURCES: &str = "/linux/resources";
 
@@ -90,7 +93,7 @@ pub(super) fn refuse_process(process: &Value) -> Result<()> {
 pub(super) fn refuse_resources(name: &str, resources: &Value) -> Result<()> {
     for (pointer, reason) in REFUSED {
         if let Some(rest) = pointer.strip_prefix(RESOURCES)
-            && resources.pointer(rest).is_some_and(|found| !is_neutral(found))
+            && resources.pointer(rest).is_some_and(|found| asks(pointer, found))
         {
             return Err(refusal(name, &dotted("", pointer), reason));
         }
@@ -120,7 +123,7 @@ pub(super) fn note_no_effect(config: &Value) {
 
 fn refuse_from(value: &Value, base: &str, table: &[(&str, &str)]) -> Result<()> {
     for (pointer, reason) in table {
-        if value.pointer(pointer).is_some_and(|found| !is_neutral(found)) {
+        if value.pointer(pointer).is_some_and(|found| asks(pointer, found)) {
             return Err(refusal("config.json", &dotted(base, pointer), reason));
         }
     }
@@ -134,6 +137,14 @@ fn refusal(name: &str, field: &str, reason: &str) -> Error {
 /// `/linux/resources` as `linux.resources`.
 fn dotted(base: &str, pointer: &str) -> String {
     format!("{base}{}", pointer.replace('/', ".")).trim_start_matches('.').to_owned()
+}
+
+/// Whether the value of a field asks for anything.
+fn asks(pointer: &str, value: &Value) -> bool {
+    match value {
+        Value::Object(fields) if MAPS.contains(&pointer) => !fields.is_empty(),
+        value => !is_neutral(value),
+    }
 }
 
 /// A value that asks for nothing: engines write empty objects, zeros and -1 for "no limit".
@@ -160,6 +171,16 @@ mod tests {
                 json!({"linux": {"netDevices": {"eth1": {"name": "x"}}}}),
                 "config.json sets linux.netDevices, which is not supported: devices of the host \
                  cannot be moved into a microVM",
+            ),
+            (
+                json!({"linux": {"netDevices": {"eth0": {}}}}),
+                "config.json sets linux.netDevices, which is not supported: devices of the host \
+                 cannot be moved into a microVM",
+            ),
+            (
+                json!({"linux": {"resources": {"rdma": {"mlx5_0": {"hcaHandles": 0}}}}}),
+                "config.json sets linux.resources.rdma, which is not supported: a microVM has no \
+                 RDMA devices",
             ),
             (
                 json!({"linux": {"resources": {"blockIO":

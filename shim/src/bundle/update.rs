@@ -155,6 +155,10 @@ fn merge_cpu(before: LinuxCpu, update: &LinuxCpu) -> LinuxCpu {
     }
     if let Some(quota) = update.quota().filter(|quota| *quota != 0) {
         after.set_quota(Some(quota));
+        // Without a quota there is nothing to exceed.
+        if quota < 0 && after.burst().is_some() {
+            after.set_burst(Some(0));
+        }
     }
     if let Some(period) = update.period().filter(|period| *period != 0) {
         after.set_period(Some(period));
@@ -164,6 +168,10 @@ fn merge_cpu(before: LinuxCpu, update: &LinuxCpu) -> LinuxCpu {
     }
     if let Some(idle) = update.idle() {
         after.set_idle(Some(idle));
+        // Who gets only what is left over has no shares.
+        if idle == 1 && update.shares().is_none_or(|shares| shares == 0) {
+            after.set_shares(None);
+        }
     }
     if let Some(cpus) = update.cpus().as_ref().filter(|cpus| !cpus.is_empty()) {
         after.set_cpus(Some(cpus.clone()));

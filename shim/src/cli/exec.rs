@@ -152,7 +152,9 @@ impl Exec {
     /// The process to run: what `--process` says, or the container's own changed by the options.
     fn process(&self, dir: &StateDir) -> Result<Process> {
         if let Some(path) = &self.process {
-            let process = bundle::load_process(path)?;
+            let mut process = bundle::load_process(path)?;
+            // What is not in the file is false, and not as the container has it.
+            process.set_no_new_privileges(Some(process.no_new_privileges().unwrap_or(false)));
             return Ok(process);
         }
         if self.command.is_empty() {

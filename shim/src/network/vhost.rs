@@ -59,7 +59,10 @@ impl Vhost {
         if !Path::new(DEVICE).exists() {
             return Ok(Self::Open(Vec::new()));
         }
-        let (socket, theirs) = UnixDatagram::pair().explain(|| "cannot make sockets".into())?;
+        let what = || "cannot make sockets".to_owned();
+        let (socket, theirs) = UnixDatagram::pair().explain(what)?;
+        // Nobody reads before the guest uses the device, so this must not wait for room.
+        socket.set_nonblocking(true).explain(what)?;
         Ok(Self::Late { pairs, socket, theirs: Some(theirs) })
     }
 

@@ -1,6 +1,7 @@
 //! `main` of the sandbox process.
 
 use std::{
+    iter,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     time::Duration,
@@ -48,6 +49,8 @@ use crate::{
 /// end of the connection.
 pub fn main(descriptors: Descriptors) -> Result<u8> {
     let began_us = clock::monotonic_us();
+    // The kernel calls it by the link that was executed.
+    rustix::thread::set_name(c"isopod").explain(|| "cannot set this process's name".into())?;
     let Given { socket, state } = descriptors.take()?;
     let launch: Launch = read_document(&socket)?;
     launch.preserved.iter().try_for_each(|one| one.guard())?;
@@ -186,7 +189,9 @@ impl Sandbox {
         let create = create_container(launch, dir, state.as_ref(), guest_network);
         let (agent, relay, console) =
             in_guest(machine, "creating the container", limit, create).await?;
-        view::cover(launch)?;
+        let pids: Vec<i32> =
+            iter::once(record.sandbox).chain(record.vmm).map(|id| id.pid).collect();
+        view::cover(launch, &pids)?;
         self.timeline.created = Some(clock::monotonic_us());
         record.status = Status::Created;
         Ok(Created { agent, relay, console, record })

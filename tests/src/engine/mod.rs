@@ -21,7 +21,7 @@ use crate::reader::Reader;
 use crate::runtime::runtime;
 use crate::scope::Scope;
 
-pub use case::{Case, Expect};
+pub use case::Case;
 pub use run::{Container, Run};
 pub use suite::main;
 

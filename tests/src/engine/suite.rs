@@ -8,9 +8,8 @@ use std::time::Instant;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
-use super::cases::OF_DOCKER;
 use super::remains::Remains;
-use super::{Case, Engine, Expect, Run, With};
+use super::{Case, Engine, Run, With};
 
 /// Starts the engine.
 type Start = fn() -> Engine;
@@ -33,9 +32,6 @@ enum State {
 /// A case to run, and where its outcome goes.
 type Job = (Case, With, Sender<Result<(), Failed>>);
 
-/// Set when the test program `docker` runs too: it proves with runc what is in its table.
-const PROVEN: &str = "ISOPOD_TEST_PROVEN";
-
 /// Runs the cases that the command line chooses, which is that of any Rust test program. The engine is
 /// started for the first of them and ended after the last; what it leaves then fails the program.
 pub fn main(start: Start, cases: &[Case]) -> ExitCode {
@@ -46,12 +42,8 @@ pub fn main(start: Start, cases: &[Case]) -> ExitCode {
     // The engine belongs to one thread for as long as it lives.
     let worker = std::thread::spawn(move || Suite::new(start).serve(&queue));
     let mut trials = Vec::new();
-    let proven = std::env::var_os(PROVEN).is_some();
-    let proven = |case: &Case| proven && OF_DOCKER.iter().any(|other| other.name == case.name);
     for with in [With::Runc, With::Isopod] {
-        let asked = |case: &&Case| case.with.contains(&with);
-        let needed = |case: &&Case| with == With::Isopod || !proven(case);
-        for &case in cases.iter().filter(asked).filter(needed) {
+        for &case in cases.iter().filter(|case| case.with.contains(&with)) {
             let jobs = jobs.clone();
             trials.push(Trial::test(format!("{}::{}", with.name(), case.name), move || {
                 let (outcome, answer) = channel();
@@ -101,11 +93,6 @@ impl Suite {
         let run = Run::new(engine, with, case.name);
         let mut outcome =
             catch_unwind(AssertUnwindSafe(|| (case.run)(&run))).map_err(|panic| words(&*panic));
-        if let Expect::NotYet { why, says } = case.isopod
-            && with == With::Isopod
-        {
-            outcome = not_yet(outcome, why, says);
-        }
         let tidied = catch_unwind(AssertUnwindSafe(|| run.remove_containers()));
         let left = Remains::left_since(engine, idle);
         if !left.is_empty() {
@@ -157,17 +144,6 @@ impl Suite {
             text.push_str(&format!("=== the daemon's last lines\n{}", last.join("\n")));
         }
         text
-    }
-}
-
-/// The outcome of a case that is listed as not passed yet.
-fn not_yet(outcome: Result<(), String>, why: &str, says: &[&str]) -> Result<(), String> {
-    match outcome {
-        Ok(()) => Err(format!("it passes, and is listed as not yet passing ({why})")),
-        Err(text) => match says.iter().find(|words| !text.contains(**words)) {
-            None => Ok(()),
-            Some(words) => Err(format!("it should fail ({why}) with {words:?}, not with: {text}")),
-        },
     }
 }
 

@@ -29,11 +29,7 @@ const NEEDS_TWO_CPUS: &str = "smp";
 
 /// The test programs that drive container engines, most cases of them twice. They are the longest of
 /// all, the first of them more so than the last.
-const ENGINES: [&str; 4] = ["docker", "podman", "workloads", "docker_newer"];
-
-/// Those of them that have the cases of `docker`. When all programs run, it is enough that one proves
-/// a case with runc.
-const PROVEN_ELSEWHERE: [&str; 2] = ["podman", "docker_newer"];
+const ENGINES: [&str; 4] = ["podman", "docker", "docker_newer", "workloads"];
 
 /// Whether programs that drive engines run: among all, or by a `filter` that names one or cases of
 /// them, such as `runc::attach`. Other words may be in a case's name too, and do not start an engine.
@@ -77,9 +73,6 @@ fn choose(mut programs: Vec<TestProgram>, filter: Option<&str>) -> Result<Vec<Te
         programs.retain(|program| !ENGINES.contains(&program.name.as_str()));
     }
     let Some(filter) = filter else {
-        for program in &mut programs {
-            program.proven = PROVEN_ELSEWHERE.contains(&program.name.as_str());
-        }
         return Ok(programs);
     };
     let mut chosen = Vec::new();
@@ -204,9 +197,6 @@ impl Site {
         let mut run = run
             .env("ISOPOD_BIN_DIR", self.product.display().to_string())
             .env("ISOPOD_TEST_DIR", SCRATCH);
-        if program.proven {
-            run = run.env("ISOPOD_TEST_PROVEN", "1");
-        }
         if let Some((variable, tree)) = &program.tree {
             self.place.expose(std::slice::from_ref(tree))?;
             run = run.env(variable, lab::text(tree)?);
@@ -230,8 +220,6 @@ struct TestProgram {
     path: PathBuf,
     /// Runs only tests whose names contain it.
     filter: Option<String>,
-    /// Cases of another program that runs too need no proof here.
-    proven: bool,
     /// The Debian tree that it needs, and the variable that tells it where that is.
     tree: Option<(&'static str, PathBuf)>,
 }
@@ -260,5 +248,5 @@ fn test_program(message: &str) -> Option<TestProgram> {
     let is_test = message["profile"]["test"] == true;
     let path = message["executable"].as_str().filter(|_| is_test)?.into();
     let name = message["target"]["name"].as_str()?.to_owned();
-    Some(TestProgram { name, path, filter: None, proven: false, tree: None })
+    Some(TestProgram { name, path, filter: None, tree: None })
 }

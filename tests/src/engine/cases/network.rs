@@ -86,7 +86,7 @@ pub fn of_another_container(run: &Run<'_>) {
     first.remove();
 }
 
-/// Several networks, connected before and after the start.
+/// Several networks, one of them connected before the start.
 pub fn connect(run: &Run<'_>) {
     let networks = ["one", "two"].map(|name| run.name(name));
     for network in &networks {
