@@ -73,8 +73,9 @@ pub fn events(run: &Run<'_>) {
     container.remove();
     let filter = format!("container={}", container.name);
     let format = if run.podman() { "{{.Status}}" } else { "{{.Action}}" };
-    // Podman stops reading at that time, even if it has only begun.
-    let end = if run.podman() { "--stream=false" } else { "--until=0s" };
+    // Docker counts that time in whole seconds, so this is the end of the one that is running. Podman
+    // stops reading at such a time, even if it has only begun.
+    let end = if run.podman() { "--stream=false" } else { "--until=-1s" };
     let said = run.ok(&["events", "--since=10m", end, "--filter", &filter, "--format", format]);
     let expected: &[&str] = if run.podman() {
         &["create", "start", "died", "remove"]
