@@ -5,7 +5,7 @@
 
 use std::{
     fs::{self, File},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
@@ -49,7 +49,10 @@ impl PodShare {
         let trees = Trees::open(launch)?;
         // From here on, dropping it removes what has been made.
         let share = Self::of(pod, &launch.id);
-        in_mount_namespace(pod.process, || {
+        let Some(origin) = Origin::of(pod.process)? else {
+            return Err(Error::new(format!("{}: it has ended", cannot_enter(pod.process.pid))));
+        };
+        origin.within(|| {
             let what = || format!("cannot add to the share {}", share.path.display());
             let view = writable(&share.path).explain(what)?;
             trees.make_places(&within(&view).join(share.id.as_str()))?;
@@ -58,13 +61,14 @@ impl PodShare {
         Ok(share)
     }
 
-    /// Removes all that there is.
+    /// Removes all that there is. With the process that has the share, all of it is gone.
     ///
     /// # Errors
     ///
     /// If a mount or a folder cannot be removed.
     pub(super) fn remove(&self) -> Result<()> {
-        in_mount_namespace(self.process, || {
+        let Some(origin) = Origin::of(self.process)? else { return Ok(()) };
+        origin.within(|| {
             let container = self.path.join(self.id.as_str());
             let what = || format!("cannot remove {}", container.display());
             let view = match writable(&self.path) {
@@ -92,10 +96,7 @@ impl PodShare {
 impl Drop for PodShare {
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
-            // Gone, and the share with it.
-            if self.process.is_alive() {
-                log::warn!("{error}");
-            }
+            log::warn!("{error}");
         }
     }
 }
@@ -110,31 +111,51 @@ fn within(view: &impl AsFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", view.as_fd().as_raw_fd()))
 }
 
-/// Does something in the mount namespace of another process, as that one sees it, on a thread that goes
-/// there and ends.
-fn in_mount_namespace<T: Send>(
-    process: ProcessId,
-    work: impl FnOnce() -> Result<T> + Send,
-) -> Result<T> {
-    let what = || format!("cannot enter the mount namespace of process {}", process.pid);
-    let namespace = File::open(format!("/proc/{}/ns/mnt", process.pid)).explain(what)?;
-    // What others find as the root there is a container's.
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = open(format!("/proc/{}/root", process.pid), flags, Mode::empty()).explain(what)?;
-    // The pid was still its own when the namespace was opened.
-    if !process.is_alive() {
-        return Err(Error::new(format!("{}: it has ended", what())));
+/// Where another process is.
+struct Origin {
+    namespace: File,
+    root: OwnedFd,
+    pid: i32,
+}
+
+impl Origin {
+    /// None if the process has ended, or is about to and has left already.
+    fn of(process: ProcessId) -> Result<Option<Self>> {
+        let pid = process.pid;
+        let find = || -> std::io::Result<Self> {
+            let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
+            // What others find as the root there is a container's.
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let root = open(format!("/proc/{pid}/root"), flags, Mode::empty())?;
+            Ok(Self { namespace, root, pid })
+        };
+        match find() {
+            // If it is alive, the pid was still its own.
+            Ok(origin) => Ok(process.is_alive().then_some(origin)),
+            Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => Ok(None),
+            Err(e) => Err(Error::because(cannot_enter(pid), e)),
+        }
     }
-    let go = || {
-        // SAFETY: root and working directory become this thread's own, and no other code of it runs.
-        unsafe { unshare_unsafe(UnshareFlags::FS) }.explain(what)?;
-        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
-            .explain(what)?;
-        fchdir(&root).and_then(|()| chroot(".")).explain(what)?;
-        work()
-    };
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().spawn_scoped(scope, go).explain(what)?;
-        thread.join().unwrap_or_else(|_| Err(Error::new(what())))
-    })
+
+    /// Does something there, as the process sees it, on a thread that goes there and ends.
+    fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        let what = || cannot_enter(self.pid);
+        let go = || {
+            // SAFETY: root and working directory become this thread's own, and no other code of it
+            // runs.
+            unsafe { unshare_unsafe(UnshareFlags::FS) }.explain(what)?;
+            move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Mount))
+                .explain(what)?;
+            fchdir(&self.root).and_then(|()| chroot(".")).explain(what)?;
+            work()
+        };
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().spawn_scoped(scope, go).explain(what)?;
+            thread.join().unwrap_or_else(|_| Err(Error::new(what())))
+        })
+    }
+}
+
+fn cannot_enter(pid: i32) -> String {
+    format!("cannot enter the mount namespace of process {pid}")
 }
