@@ -39,15 +39,7 @@ impl Vhost {
     ///
     /// If the device is there and cannot be opened.
     pub(super) fn open(pairs: u8) -> Result<Self> {
-        let mut found = Vec::new();
-        for _ in 0..pairs {
-            match File::options().read(true).write(true).open(DEVICE) {
-                Ok(file) => found.push(file.into()),
-                Err(e) if is_missing(&e) => return Ok(Self::Open(Vec::new())),
-                Err(e) => return Err(e).explain(|| format!("cannot open {DEVICE}")),
-            }
-        }
-        Ok(Self::Open(found))
+        open(pairs).map(Self::Open)
     }
 
     /// For a tap that is perhaps never used.
@@ -74,13 +66,10 @@ impl Vhost {
     /// As [`Self::open`].
     pub(super) fn follow(&self) -> Result<()> {
         let Self::Late { pairs, socket, .. } = self else { return Ok(()) };
-        if let Self::Open(descriptors) = Self::open(*pairs)? {
-            for vhost in &descriptors {
-                descriptor::send(socket, vhost, &[0])
-                    .explain(|| format!("cannot send {DEVICE} to the VMM"))?;
-            }
-        }
-        Ok(())
+        open(*pairs)?
+            .iter()
+            .try_for_each(|vhost| descriptor::send(socket, vhost, &[0]))
+            .explain(|| format!("cannot send {DEVICE} to the VMM"))
     }
 
     /// As the VMM's configuration has them: those that are open, and the socket for those to come.
@@ -98,6 +87,19 @@ impl Vhost {
             Self::Late { theirs, .. } => *theirs = None,
         }
     }
+}
+
+/// One descriptor for each queue pair; none if this host has no such device.
+fn open(pairs: u8) -> Result<Vec<OwnedFd>> {
+    let mut found = Vec::new();
+    for _ in 0..pairs {
+        match File::options().read(true).write(true).open(DEVICE) {
+            Ok(file) => found.push(file.into()),
+            Err(e) if is_missing(&e) => return Ok(Vec::new()),
+            Err(e) => return Err(e).explain(|| format!("cannot open {DEVICE}")),
+        }
+    }
+    Ok(found)
 }
 
 fn is_missing(error: &io::Error) -> bool {

@@ -229,7 +229,7 @@ pub(super) fn writable(path: &Path) -> std::io::Result<OwnedFd> {
 
 /// Sets and clears attributes (`MOUNT_ATTR_*`) of a whole tree of mounts, and sets its propagation
 /// (`MS_*`).
-fn change_attributes(
+pub(super) fn change_attributes(
     tree: BorrowedFd<'_>,
     set: u64,
     clear: u64,

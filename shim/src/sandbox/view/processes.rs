@@ -18,7 +18,7 @@ use rustix::{
     },
 };
 
-use crate::sandbox::share::mount_setattr;
+use crate::sandbox::share::change_attributes;
 
 /// What there is of a process (proc(5)).
 const FILES: [&str; 3] = ["cmdline", "stat", "status"];
@@ -52,13 +52,7 @@ pub(super) fn mount(place: impl AsFd, pids: &[i32]) -> io::Result<()> {
             show(&root, &format!("{pid}/{file}"))?;
         }
     }
-    let read_only = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    mount_setattr(root.as_fd(), true, &read_only)
+    change_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, 0, 0)
 }
 
 /// Shows a file of the host's /proc below `root`.

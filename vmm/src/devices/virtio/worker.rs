@@ -180,8 +180,8 @@ fn spawn<T: Send + 'static>(
 /// Waits until one of `kicks` is readable, and reads those that are. Returns false on the stop, which
 /// a failure to wait gives as well.
 pub fn wait_for_work(stop: &Stop, kicks: &[&EventFd]) -> bool {
-    for (kick, readable) in kicks.iter().zip(wait(stop, kicks)) {
-        if readable {
+    for (kick, fd) in kicks.iter().zip(&wait(stop, kicks)[1..]) {
+        if fd.any() == Some(true) {
             // Another thread may have read it first.
             let _ = kick.read();
         }
@@ -195,19 +195,19 @@ pub fn wait_for_kick(stop: &Stop, kicks: &[&EventFd]) -> bool {
     !stop.is_given()
 }
 
-/// Waits for one of `kicks` or the stop, and says which kicks are readable.
-fn wait(stop: &Stop, kicks: &[&EventFd]) -> Vec<bool> {
+/// Waits for the stop or one of `kicks`, and returns them in this order as poll(2) has left them.
+fn wait<'a>(stop: &'a Stop, kicks: &[&'a EventFd]) -> Vec<PollFd<'a>> {
     let mut fds: Vec<PollFd<'_>> = std::iter::once(&stop.event)
         .chain(kicks.iter().copied())
         .map(|event| PollFd::new(borrow(event), PollFlags::POLLIN))
         .collect();
     loop {
         match poll(&mut fds, PollTimeout::NONE) {
-            Ok(_) => return fds[1..].iter().map(|fd| fd.any() == Some(true)).collect(),
+            Ok(_) => return fds,
             Err(Errno::EINTR) => {}
             Err(e) => {
                 stop.fail(format!("a device cannot wait for its queues: poll: {e}"));
-                return Vec::new();
+                return fds;
             }
         }
     }
