@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use isopod_tests::keeper::End;
+use isopod_tests::terminal::ConsoleSocket;
 use isopod_tests::{Container, Created, DEADLINE, Scope, microvm_only};
 use serde_json::{Value, json};
 
@@ -66,6 +67,51 @@ fn the_vmm_of_a_created_container() {
     let created = container.create();
     kill_9(&scope, scope.child(created.pid, VMM));
     assert_eq!(created.wait(), End::Exited(255));
+    assert_lost(&scope, &container, &created);
+}
+
+/// With a log file, as engines start it: that is gone with the container, so its output tells.
+#[test]
+fn the_reason_is_the_end_of_standard_error() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let log = scope.dir().join("log");
+    let options = ["--detach", "--log", log.to_str().unwrap()];
+    let container = scope.container().shell("echo written >&2; exec sleep 1000");
+    let mut created = container.detach("run", &options);
+    created.stderr.line_with("written");
+    kill_9(&scope, scope.child(created.pid, VMM));
+    assert_eq!(created.wait(), End::Exited(255));
+    let said = created.stderr.rest();
+    let reason = format!("isopod: container {}: the VMM ended without a reason", container.id);
+    assert!(said.starts_with(&reason) && said.ends_with('\n'), "{said:?}");
+    assert_eq!(created.stdout.rest(), "");
+    assert_lost(&scope, &container, &created);
+
+    // One that closes it and goes on is not taken for one.
+    let container = scope.container().shell("exec 2>/dev/null; exec sleep 1000");
+    let mut created = container.detach("run", &options);
+    assert_eq!(created.stderr.rest(), "");
+    assert_eq!(container.status(), "running");
+    container.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
+fn the_reason_is_shown_on_the_terminal() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let console = ConsoleSocket::bind(scope.dir());
+    let log = scope.dir().join("log");
+    let socket = ["--console-socket", console.path(), "--log", log.to_str().unwrap()];
+    let container = sleeper(&scope).edit(|c| c["process"]["terminal"] = json!(true));
+    let created = container.detach("create", &socket);
+    let mut terminal = console.terminal();
+    container.start().ok();
+    kill_9(&scope, scope.child(created.pid, VMM));
+    assert_eq!(created.wait(), End::Exited(255));
+    terminal.screen.line_with("the VMM ended without a reason");
+    drop((terminal, console));
     assert_lost(&scope, &container, &created);
 }
 

@@ -173,6 +173,7 @@ impl CreateOptions {
             artifacts,
             cgroup,
             terminal: terminal.clone(),
+            detached,
             preserved,
             kernel_params,
             boot_timeout,

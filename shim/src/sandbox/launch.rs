@@ -61,6 +61,8 @@ pub struct Launch {
     pub cgroup: Option<Place>,
     /// Where its terminal is, if it has one.
     pub terminal: Option<Terminal>,
+    /// The command that creates it does not stay until its end.
+    pub detached: bool,
     /// What its process gets beyond the standard streams, from descriptor 3 on.
     pub preserved: Vec<Preserved>,
     /// What the operator adds to the guest kernel's command line.

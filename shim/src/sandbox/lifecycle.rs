@@ -17,7 +17,7 @@ use std::{os::fd::OwnedFd, pin::pin, time::Duration};
 use tokio::{
     sync::oneshot,
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout_at},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 
 use super::{
@@ -52,6 +52,9 @@ const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
 /// that does not answer takes so long, and it must not be able to outlive its killing.
 const KILL_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How long whoever reads a container's output may take for its end, if its microVM was lost.
+const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A container that has been created.
 pub(super) struct Lifecycle {
     pub(super) dir: StateDir,
@@ -85,6 +88,12 @@ impl Lifecycle {
         let outcome = self.live(&mut server, &mut signals).await;
         let lost = matches!(outcome, Outcome::Lost(_));
         self.machine.leave(&self.agent, lost).await;
+        if let Outcome::Lost(error) = &outcome {
+            self.relay.say(format!("isopod: container {}: {error}\n", self.record.id));
+            // What the process had written comes first.
+            let written = self.relay.finished(self.record.vm.memory_mib << 20);
+            let _ = timeout(LAST_WORDS_TIMEOUT, written).await;
+        }
         self.machine.fill_timeline(&mut self.timeline);
         self.timeline.ended = Some(clock::monotonic_us());
         let (exit, error, code) = match outcome {
@@ -148,6 +157,7 @@ impl Lifecycle {
                 result = &mut waiting, if exit.is_none() => match result {
                     Ok(ended) => {
                         self.timeline.exited = Some(clock::monotonic_us());
+                        self.relay.process_ended();
                         exit = Some(ended);
                     }
                     Err(error) => {

@@ -374,8 +374,12 @@ async fn create_container(
         }
     };
     let local = local.with(&launch.preserved)?;
-    stdio::release(Release::but_for_messages())?;
-    let (tokens, streams) = local.connect(dir).await?;
+    let released = Release::but_for_messages();
+    stdio::release(released)?;
+    let (tokens, mut streams) = local.connect(dir).await?;
+    if launch.detached && released == Release::All {
+        streams = streams.with_last_words();
+    }
     let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();
     let (id, vcpus) = (launch.id.as_str(), launch.vm.vcpus);
     let spec = guest_spec(&launch.spec, id, &launch.binds, vcpus, joins);

@@ -5,6 +5,8 @@
 //! included, and their file status flags are shared with other processes, so they cannot be made
 //! non-blocking.
 
+mod last_words;
+
 use std::{
     fs::File,
     io::{self, ErrorKind, Read, Write},
@@ -36,6 +38,7 @@ use isopod_protocol::{
     agent::{FurtherStream, StreamTokens},
 };
 
+use self::last_words::{LastWords, Listener};
 use super::{preserved::Preserved, random_u64, vsock};
 use crate::{
     error::{Explain, Result},
@@ -62,6 +65,8 @@ pub struct Local {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+    /// Standard input and output are a terminal, and standard error is the same.
+    terminal: bool,
     /// The descriptors from 3 on.
     further: Vec<Further>,
 }
@@ -86,7 +91,7 @@ impl Local {
             stdin: duplicate(rustix::stdio::stdin())?,
             stdout: duplicate(rustix::stdio::stdout())?,
             stderr: duplicate(rustix::stdio::stderr())?,
-            further: Vec::new(),
+            ..Self::default()
         })
     }
 
@@ -96,7 +101,7 @@ impl Local {
     ///
     /// If descriptors have run out.
     pub fn inherited_terminal() -> Result<Self> {
-        Ok(Self { stderr: None, ..Self::inherited()? })
+        Ok(Self { stderr: None, terminal: true, ..Self::inherited()? })
     }
 
     /// A terminal for input and output.
@@ -106,7 +111,7 @@ impl Local {
     /// If descriptors have run out.
     pub fn terminal(terminal: BorrowedFd<'_>) -> Result<Self> {
         let (stdin, stdout) = (duplicate(terminal)?, duplicate(terminal)?);
-        Ok(Self { stdin, stdout, ..Self::default() })
+        Ok(Self { stdin, stdout, terminal: true, ..Self::default() })
     }
 
     /// Takes over descriptors beyond the standard streams.
@@ -160,10 +165,11 @@ impl Local {
             further,
             ..Default::default()
         };
+        let last_is_for_messages = self.terminal || stderr.is_some();
         inputs.extend(stdin);
         outputs.extend(stdout);
         outputs.extend(stderr);
-        Ok((tokens, Streams { inputs, outputs }))
+        Ok((tokens, Streams { inputs, outputs, last_is_for_messages, last_words: false }))
     }
 }
 
@@ -219,9 +225,17 @@ struct Stream {
 pub struct Streams {
     inputs: Vec<Stream>,
     outputs: Vec<Stream>,
+    /// The last output is standard error, or the terminal.
+    last_is_for_messages: bool,
+    last_words: bool,
 }
 
 impl Streams {
+    /// Has [`Relay::say`] say something at the end of standard error, or of the terminal.
+    pub fn with_last_words(self) -> Self {
+        Self { last_words: self.last_is_for_messages, ..self }
+    }
+
     /// Starts to relay.
     ///
     /// # Errors
@@ -233,14 +247,23 @@ impl Streams {
             // with the process.
             start("input", move || relay_input(&local, &remote))?;
         }
-        let mut outputs = Vec::new();
-        for stream in self.outputs {
+        let (mut outputs, mut last_words) = (Vec::new(), None);
+        let last = self.outputs.len();
+        for (number, stream) in (1..).zip(self.outputs) {
+            let mut listener: Option<Listener> = None;
+            if self.last_words && number == last {
+                let (words, theirs) = LastWords::new();
+                (last_words, listener) = (Some(words), Some(theirs));
+            }
             let (done, finished) = oneshot::channel();
             let Stream { local, remote, socket, .. } = stream;
             let flow = Arc::new(Flow::new(remote));
             let looked_at = Arc::downgrade(&flow);
             start("output", move || {
                 relay_output(&flow, &local);
+                if let Some(listener) = listener {
+                    listener.write(&local);
+                }
                 if socket {
                     let _ = rustix::net::shutdown(&local, rustix::net::Shutdown::Write);
                 }
@@ -251,7 +274,7 @@ impl Streams {
             })?;
             outputs.push(Output { flow: looked_at, finished, ended_at: None, waited: 0 });
         }
-        Ok(Relay { outputs, next_look: None })
+        Ok(Relay { outputs, last_words, next_look: None })
     }
 }
 
@@ -314,10 +337,23 @@ impl Output {
 #[derive(Debug, Default)]
 pub struct Relay {
     outputs: Vec<Output>,
+    last_words: Option<LastWords>,
     next_look: Option<Instant>,
 }
 
 impl Relay {
+    /// The process has ended: nothing is to be said of that.
+    pub fn process_ended(&mut self) {
+        self.last_words = None;
+    }
+
+    /// Says why there is no more output, if nobody else does, once all that has come is written.
+    pub fn say(&mut self, text: String) {
+        if let Some(words) = self.last_words.take() {
+            words.say(text);
+        }
+    }
+
     /// Waits until all output of a process that has ended has been written, for as long as it takes
     /// whoever reads it, and at most half a minute for the guest. That cannot have kept more than
     /// `most` bytes, the size of its memory. Can be waited for again if cancelled.

@@ -14,6 +14,10 @@ fn pipe() -> (File, OwnedFd) {
     (File::from(read), write)
 }
 
+fn streams(inputs: Vec<Stream>, output: Stream) -> Streams {
+    Streams { inputs, outputs: vec![output], last_is_for_messages: true, last_words: false }
+}
+
 #[test]
 fn both_directions_at_once_lose_nothing() {
     const LENGTH: usize = 64 << 20;
@@ -23,7 +27,7 @@ fn both_directions_at_once_lose_nothing() {
     let (stdout_here, mut stdout_there) = UnixStream::pair().unwrap();
     let stdin = Stream { local: input_read, remote: stdin_here, token: 1, socket: false };
     let stdout = Stream { local: output_write, remote: stdout_here, token: 2, socket: false };
-    let mut relay = Streams { inputs: vec![stdin], outputs: vec![stdout] }.relay().unwrap();
+    let mut relay = streams(vec![stdin], stdout).relay().unwrap();
 
     let sent = pattern(LENGTH);
     thread::scope(|scope| {
@@ -54,8 +58,33 @@ fn one_output() -> (Relay, File, UnixStream) {
     let (read, write) = pipe();
     let (here, there) = UnixStream::pair().unwrap();
     let stdout = Stream { local: write, remote: here, token: 1, socket: false };
-    let relay = Streams { inputs: vec![], outputs: vec![stdout] }.relay().unwrap();
+    let relay = streams(vec![], stdout).relay().unwrap();
     (relay, read, there)
+}
+
+#[test]
+fn last_words_come_after_all_output() {
+    let (read, write) = pipe();
+    let (here, mut there) = UnixStream::pair().unwrap();
+    let stderr = Stream { local: write, remote: here, token: 1, socket: false };
+    let mut relay = streams(vec![], stderr).with_last_words().relay().unwrap();
+    there.write_all(b"output\n").unwrap();
+    relay.say("words\n".into());
+    drop(there);
+    assert_eq!(io::read_to_string(read).unwrap(), "output\nwords\n");
+    runtime().block_on(relay.finished(0));
+}
+
+#[test]
+fn there_are_no_last_words_of_a_process_that_ended() {
+    let (read, write) = pipe();
+    let (here, there) = UnixStream::pair().unwrap();
+    let stderr = Stream { local: write, remote: here, token: 1, socket: false };
+    let mut relay = streams(vec![], stderr).with_last_words().relay().unwrap();
+    relay.process_ended();
+    relay.say("words\n".into());
+    drop(there);
+    assert_eq!(io::read_to_string(read).unwrap(), "");
 }
 
 const IMPATIENT: Patience = Patience { interval: Duration::from_millis(1), intervals: 20 };

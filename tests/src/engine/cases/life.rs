@@ -30,6 +30,23 @@ pub fn created_and_started(run: &Run<'_>) {
     container.remove();
 }
 
+/// A microVM that is lost: the status is not one that a program would have, and `logs` says what became
+/// of it.
+pub fn lost(run: &Run<'_>) {
+    let container = run.start_shell(&[], "echo written; exec sleep 1000");
+    container.await_log("written");
+    let sandbox = container.inspect(".State.Pid").parse().expect("a pid");
+    let vmm = run.engine.scope.child(sandbox, "isopod-vmm").to_string();
+    run.end(run.engine.scope.program(&["kill", "-9", &vmm])).ok();
+    assert_eq!(container.wait(), 255);
+    let logs = container.logs();
+    assert_eq!(logs.stdout, "written\n");
+    let said =
+        logs.stderr.starts_with("isopod: container ") && logs.stderr.contains("the VMM ended");
+    assert!(said, "{logs}");
+    container.remove();
+}
+
 /// `stop` asks once by SIGTERM; only what does not end is killed.
 pub fn stop(run: &Run<'_>) {
     let polite = run.start_shell(

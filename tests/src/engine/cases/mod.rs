@@ -29,6 +29,7 @@ pub const OF_DOCKER: &[Case] = &[
     case!(exec::exec_detached),
     case!(life::detached),
     case!(life::created_and_started),
+    case!(life::lost).isopod_only(),
     case!(life::stop),
     case!(life::kill),
     case!(life::restart),
