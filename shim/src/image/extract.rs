@@ -32,15 +32,6 @@ use crate::error::{Error, Explain, Result};
 /// Bytes of a file that are copied at once.
 const CHUNK: usize = 128 << 10;
 
-/// Why a layer could not be applied.
-#[derive(Debug)]
-pub(super) enum Failure {
-    /// The layer cannot be read, or says what it may not.
-    Layer(Error),
-    /// The tree cannot take it, or it was asked to end.
-    Tree(Error),
-}
-
 /// Applies all entries of `archive`.
 ///
 /// # Errors
@@ -50,55 +41,46 @@ pub(super) fn apply<R: Read>(
     archive: &mut Archive<R>,
     tree: &mut Tree,
     watch: &Watch,
-) -> Result<(), Failure> {
+) -> Result<()> {
     let mut buffer = vec![0; CHUNK];
     loop {
-        watch.check().map_err(Failure::Tree)?;
-        let next = archive.next().explain(|| "it cannot be read".into());
-        let Some(entry) = next.map_err(Failure::Layer)? else { return Ok(()) };
+        watch.check()?;
+        let next = archive.next().explain(|| "it cannot be read".into())?;
+        let Some(entry) = next else { return Ok(()) };
         let mut content = |file: &File| copy(archive, file, &mut buffer, watch);
-        apply_entry(&entry, &mut content, tree).map_err(|failure| {
-            let named = |error| Error::because(format!("entry {}", quoted(&entry.path)), error);
-            match failure {
-                Failure::Layer(error) => Failure::Layer(named(error)),
-                Failure::Tree(error) => Failure::Tree(named(error)),
-            }
-        })?;
+        apply_entry(&entry, &mut content, tree)
+            .explain(|| format!("entry {}", quoted(&entry.path)))?;
     }
 }
 
 fn apply_entry(
     entry: &Entry,
-    content: &mut dyn FnMut(&File) -> Result<(), Failure>,
+    content: &mut dyn FnMut(&File) -> Result<()>,
     tree: &mut Tree,
-) -> Result<(), Failure> {
-    let path = parts(&entry.path).map_err(Failure::Layer)?;
-    match name(&path).map_err(Failure::Layer)? {
+) -> Result<()> {
+    let path = parts(&entry.path)?;
+    match name(&path)? {
         Name::Foreign => Ok(()),
         Name::Whiteout(parents, hidden) => {
-            let hidden = c_string(hidden).map_err(Failure::Layer)?;
-            hide(tree, parents, Some(&hidden)).map_err(Failure::Tree)
+            let hidden = c_string(hidden)?;
+            hide(tree, parents, Some(&hidden))
         }
-        Name::Opaque(parents) => hide(tree, parents, None).map_err(Failure::Tree),
+        Name::Opaque(parents) => hide(tree, parents, None),
         Name::Root if entry.kind == Kind::Directory => {
-            let root = tree.root().map_err(Failure::Tree)?;
-            metadata::clear_xattrs(&root.fd).map_err(Failure::Tree)?;
-            metadata::set(&root.fd, entry).map_err(Failure::Tree)
+            let root = tree.root()?;
+            metadata::clear_xattrs(&root.fd)?;
+            metadata::set(&root.fd, entry)
         }
-        Name::Root => Err(Failure::Layer(Error::new("the root has to be a directory"))),
+        Name::Root => Err(Error::new("the root has to be a directory")),
         Name::File(parents, name) => {
-            let name = c_string(name).map_err(Failure::Layer)?;
+            let name = c_string(name)?;
             let target = link_target(entry, tree)?;
-            let parent = tree.directory(parents, true).map_err(Failure::Tree)?;
-            let parent =
-                parent.ok_or_else(|| Failure::Tree(Error::new("its directory is gone")))?;
-            let before = times(&parent.fd).explain(|| "its directory".into());
-            let before = before.map_err(Failure::Tree)?;
+            let parent = tree.directory(parents, true)?;
+            let parent = parent.ok_or_else(|| Error::new("its directory is gone"))?;
+            let before = times(&parent.fd).explain(|| "its directory".into())?;
             place(entry, content, &parent, &name, target.as_ref())?;
             tree.keep(&parent, &name);
-            futimens(&parent.fd, &before)
-                .explain(|| "cannot set its directory's time".into())
-                .map_err(Failure::Tree)
+            futimens(&parent.fd, &before).explain(|| "cannot set its directory's time".into())
         }
     }
 }
@@ -116,34 +98,34 @@ struct Target {
     stat: Stat,
 }
 
-fn link_target(entry: &Entry, tree: &mut Tree) -> Result<Option<Target>, Failure> {
+fn link_target(entry: &Entry, tree: &mut Tree) -> Result<Option<Target>> {
     if entry.kind != Kind::HardLink {
         return Ok(None);
     }
     let target = || format!("its target {}", quoted(&entry.link));
-    let path = parts(&entry.link).explain(target).map_err(Failure::Layer)?;
-    let missing = || Failure::Layer(Error::new(format!("{} is not there", target())));
+    let path = parts(&entry.link).explain(target)?;
+    let missing = || Error::new(format!("{} is not there", target()));
     let Some((last, parents)) = path.split_last() else { return Err(missing()) };
-    let directory = tree.directory(parents, false).map_err(Failure::Tree)?.ok_or_else(missing)?;
-    let name = c_string(last).map_err(Failure::Layer)?;
+    let directory = tree.directory(parents, false)?.ok_or_else(missing)?;
+    let name = c_string(last)?;
     match statat(&directory.fd, &*name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) if file_type(&stat) == FileType::Directory => {
-            Err(Failure::Layer(Error::new(format!("{} is a directory", target()))))
+            Err(Error::new(format!("{} is a directory", target())))
         }
         Ok(stat) => Ok(Some(Target { directory, name, stat })),
         Err(Errno::NOENT) => Err(missing()),
-        Err(error) => Err(error).explain(target).map_err(Failure::Tree),
+        Err(error) => Err(error).explain(target),
     }
 }
 
 /// Makes the file `name` in `parent`, in place of what was there.
 fn place(
     entry: &Entry,
-    content: &mut dyn FnMut(&File) -> Result<(), Failure>,
+    content: &mut dyn FnMut(&File) -> Result<()>,
     parent: &Directory,
     name: &CStr,
     target: Option<&Target>,
-) -> Result<(), Failure> {
+) -> Result<()> {
     let dir = &parent.fd;
     let old = match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Some(stat),
@@ -157,8 +139,8 @@ fn place(
         Some(stat) if file_type(stat) == FileType::Directory && entry.kind == Kind::Directory => {
             let fd = openat(dir, name, DIRECTORY, Mode::empty());
             let fd = cannot("open it", fd)?;
-            metadata::clear_xattrs(&fd).map_err(Failure::Tree)?;
-            return metadata::set(&fd, entry).map_err(Failure::Tree);
+            metadata::clear_xattrs(&fd)?;
+            return metadata::set(&fd, entry);
         }
         // Never written into: other names of it are other files from now on.
         Some(_) => cannot("remove what was there before", remove_tree(dir, name))?,
@@ -171,12 +153,12 @@ fn place(
             let file = openat(dir, name, flags | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
             let file = File::from(cannot("create it", file)?);
             content(&file)?;
-            return metadata::set(&file.into(), entry).map_err(Failure::Tree);
+            return metadata::set(&file.into(), entry);
         }
         Kind::Directory => {
             cannot("create it", mkdirat(dir, name, Mode::RWXU))?;
             let fd = cannot("open it", openat(dir, name, DIRECTORY, Mode::empty()))?;
-            return metadata::set(&fd, entry).map_err(Failure::Tree);
+            return metadata::set(&fd, entry);
         }
         Kind::HardLink => {
             let Some(target) = target else { return Ok(()) };
@@ -188,9 +170,9 @@ fn place(
             );
         }
         Kind::Symlink => {
-            let link = c_string(&entry.link).map_err(Failure::Layer)?;
+            let link = c_string(&entry.link)?;
             if link.is_empty() {
-                return Err(Failure::Layer(Error::new("it is a symbolic link to nothing")));
+                return Err(Error::new("it is a symbolic link to nothing"));
             }
             cannot("create it", symlinkat(&*link, dir, name))?;
         }
@@ -202,7 +184,7 @@ fn place(
             cannot("create the device", node(FileType::BlockDevice, makedev(major, minor)))?;
         }
     }
-    metadata::set_at(dir, name, entry).map_err(Failure::Tree)
+    metadata::set_at(dir, name, entry)
 }
 
 /// Writes the rest of an entry's content to `file`.
@@ -211,18 +193,18 @@ fn copy<R: Read>(
     mut file: &File,
     buffer: &mut [u8],
     watch: &Watch,
-) -> Result<(), Failure> {
+) -> Result<()> {
     loop {
-        watch.check().map_err(Failure::Tree)?;
+        watch.check()?;
         let n = match archive.read(buffer) {
             Ok(0) => return Ok(()),
             Ok(n) => n,
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => {
-                return Err(e).explain(|| "its content".into()).map_err(Failure::Layer);
+                return Err(e).explain(|| "its content".into());
             }
         };
-        file.write_all(&buffer[..n]).map_err(|e| Failure::Tree(write_error(e)))?;
+        file.write_all(&buffer[..n]).map_err(write_error)?;
     }
 }
 
@@ -236,15 +218,13 @@ fn write_error(error: io::Error) -> Error {
     }
 }
 
-fn cannot<T>(what: &str, result: rustix::io::Result<T>) -> Result<T, Failure> {
-    result.map_err(|error| {
-        Failure::Tree(match error {
-            Errno::NOSPC | Errno::DQUOT => Error::because(
-                format!("cannot {what}; the bundle needs a file system with more space and inodes"),
-                error,
-            ),
-            error => Error::because(format!("cannot {what}"), error),
-        })
+fn cannot<T>(what: &str, result: rustix::io::Result<T>) -> Result<T> {
+    result.map_err(|error| match error {
+        Errno::NOSPC | Errno::DQUOT => Error::because(
+            format!("cannot {what}; the bundle needs a file system with more space and inodes"),
+            error,
+        ),
+        error => Error::because(format!("cannot {what}"), error),
     })
 }
 

@@ -1,13 +1,13 @@
 //! One layer: from its blob to the tree.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 
 use flate2::bufread::MultiGzDecoder;
 
 use super::{
     archive::Archive,
     blob::{self, Hash, Verified},
-    extract::{self, Failure},
+    extract,
     layout::{Layer, Layout},
     quoted,
     tree::Tree,
@@ -55,25 +55,16 @@ pub(super) fn apply(layout: &Layout, layer: &Layer, tree: &mut Tree, watch: &Wat
         let hash = Hash::of(&layer.diff_id)?;
         let plain = decompressor(compressed, compression);
         let mut plain = Verified::new(plain, hash, layer.diff_id.digest(), None);
-        match extract::apply(&mut Archive::new(&mut plain), tree, watch) {
-            Ok(()) => plain
-                .finish()
-                .explain(|| format!("its uncompressed content, {}", layer.diff_id))
-                .map_err(Failure::Layer),
-            Err(failure) => Err(failure),
-        }
+        extract::apply(&mut Archive::new(&mut plain), tree, watch).and_then(|()| {
+            plain.finish().explain(|| format!("its uncompressed content, {}", layer.diff_id))
+        })
     };
+    // Whatever a failure looks like, a blob that is not what it should be is the reason.
+    let rest = io::copy(&mut watch.counted(&mut blob), &mut io::sink());
     // Reading ends early for it, and looks as if the layer were at fault.
     watch.check()?;
-    match applied {
-        Ok(()) => blob.finish().explain(|| "it cannot be read".into()),
-        Err(Failure::Tree(error)) => Err(error),
-        // Whatever it looks like, a blob that is not what it should be is the reason.
-        Err(Failure::Layer(error)) => match blob.finish() {
-            Err(damage) => Err(Error::because("it cannot be read", damage)),
-            Ok(()) => Err(error),
-        },
-    }
+    rest.and_then(|_| blob.finish()).explain(|| "it cannot be read".into())?;
+    applied
 }
 
 fn compression(media_type: &str) -> Result<Compression> {

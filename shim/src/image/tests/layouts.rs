@@ -265,6 +265,16 @@ fn blobs_are_held_to_their_digest_and_size() {
         m["layers"][0]["mediaType"] = json!("application/vnd.oci.image.layer.v1.tar+gzip");
     })
     .refused(&["damaged"]);
+    // Whatever it asks of the tree, too: here a name that no file system takes.
+    let unfit = tar([file(&"n".repeat(300), "content")]);
+    with_manifest(|layout, m| {
+        m["layers"][0] = layout.blob(LAYER, &unfit);
+    })
+    .refused(&["entry", "too long"]);
+    with_manifest(|layout, m| {
+        m["layers"][0] = layout.blob_named(LAYER, &unfit, &sha256(b"x"));
+    })
+    .refused(&["damaged"]);
 }
 
 #[test]
