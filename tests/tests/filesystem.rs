@@ -257,6 +257,23 @@ fn propagation_of_the_root_is_as_asked() {
 }
 
 #[test]
+fn propagation_of_a_mount_is_as_asked() {
+    let scope = Scope::new();
+    let mut container = scope.container().probe(&["mounts"]);
+    // A slave without a master is as private as can be.
+    let asked =
+        [("private", ""), ("slave", ""), ("unbindable", "unbindable"), ("shared", "shared:")];
+    for (option, _) in asked {
+        container = container.mount(&format!("/mnt/{option}"), "tmpfs", "tmpfs", &[option]);
+    }
+    let mounts = container.run_json();
+    for (option, shown) in asked {
+        let tags = strings(&mounts[&format!("/mnt/{option}")]["propagation"]).join(" ");
+        assert!(tags.is_empty() == shown.is_empty() && tags.starts_with(shown), "{option}: {tags}");
+    }
+}
+
+#[test]
 fn the_root_directory_itself_keeps_its_owner_and_mode() {
     let scope = Scope::new();
     let container = scope.container().args(["stat", "-c", "%a %u %g", "/"]);

@@ -104,6 +104,13 @@ impl Suite {
         if let Err(panic) = tidied {
             outcome = outcome.and(Err(words(&*panic)));
         }
+        if let Err(why) = &outcome {
+            // What is printed at the end does not show what else happened at the time.
+            let log = engine.daemon_log();
+            let lines: Vec<&str> = log.lines().collect();
+            let last = lines[lines.len().saturating_sub(15)..].join("\n");
+            eprintln!("{why}\n=== the daemon's last lines\n{last}");
+        }
         eprintln!("{} in {:.1} s", run.name("took"), began.elapsed().as_secs_f64());
         let said = run.said();
         let result = outcome.map_err(|why| self.explain(case, with, &why, &said).into());
@@ -136,12 +143,6 @@ impl Suite {
             && let Some(proof) = self.proof.get(case.name)
         {
             text.push_str(&format!("=== with runc\n{proof}"));
-        }
-        if let State::Up(engine) = &self.state {
-            let log = engine.daemon_log();
-            let lines: Vec<&str> = log.lines().collect();
-            let last = &lines[lines.len().saturating_sub(15)..];
-            text.push_str(&format!("=== the daemon's last lines\n{}", last.join("\n")));
         }
         text
     }

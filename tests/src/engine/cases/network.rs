@@ -1,6 +1,7 @@
 //! Networks. All traffic stays in the engine's world.
 
 use crate::engine::{Container, Run};
+use crate::runtime::runtime;
 
 /// A web server that says `text` on port 80.
 fn server<'r, 'e>(run: &'r Run<'e>, options: &[&str], text: &str) -> Container<'r, 'e> {
@@ -28,18 +29,33 @@ pub fn bridge(run: &Run<'_>) {
     server.remove();
 }
 
-/// `--publish`, on the host's loopback and its other addresses, and no longer once it is gone.
+/// `--publish`, on the host's loopback and its other addresses, streams and datagrams, and no longer once
+/// it is gone.
 pub fn publish(run: &Run<'_>) {
-    let server = server(run, &["--publish=127.0.0.1:18080:80"], "published");
-    let fetch =
-        || run.engine.on_network(&["busybox", "wget", "-q", "-O-", "http://127.0.0.1:18080/"]);
-    assert_eq!(run.end(fetch()).ok().stdout, "published\n");
+    let ports = ["--publish=127.0.0.1:18080:80", "--publish=18081:80", "--publish=18082:5353/udp"];
+    let server = server(run, &ports, "published");
+    let other = server.inspect(".NetworkSettings.Gateway");
+    let fetch = |address: &str| {
+        let url = format!("http://{address}/");
+        run.end(run.engine.on_network(&["busybox", "wget", "-q", "-O-", &url]))
+    };
+    for address in ["127.0.0.1:18080", "127.0.0.1:18081", &format!("{other}:18081")] {
+        assert_eq!(fetch(address).ok().stdout, "published\n");
+    }
     assert!(server.ok(&["port"]).contains("127.0.0.1:18080"));
+    let mut echo = server.command(&["exec"], &["probe", "udp-server", "0.0.0.0:5353"]).spawn();
+    echo.stdout.line_with("listening");
+    let probe = runtime().probe.to_string_lossy();
+    // Not the loopback: Docker's own proxy, which serves that, drops empty datagrams.
+    let address = format!("{other}:18082");
+    let exchange = [&*probe, "udp-client", &address, "10", "1", "1400"];
+    run.end(run.engine.on_network(&exchange)).ok();
+    assert_eq!(echo.wait().status(), 0);
     server.ok(&["restart", "--time", "0"]);
     server.shell("until wget -q -O /dev/null http://127.0.0.1/; do sleep 0.1; done");
-    assert_eq!(run.end(fetch()).ok().stdout, "published\n");
+    assert_eq!(fetch("127.0.0.1:18080").ok().stdout, "published\n");
     server.remove();
-    assert_ne!(run.end(fetch()).status, 0);
+    assert_ne!(fetch("127.0.0.1:18080").status, 0);
 }
 
 /// Two containers of a network find each other by name.
