@@ -61,7 +61,7 @@ pub(super) fn apply(layout: &Layout, layer: &Layer, tree: &mut Tree, watch: &Wat
     };
     // Whatever a failure looks like, a blob that is not what it should be is the reason.
     let rest = io::copy(&mut watch.counted(&mut blob), &mut io::sink());
-    // Reading ends early for it, and looks as if the layer were at fault.
+    // A signal ends reading early, which looks as if the layer were at fault.
     watch.check()?;
     rest.and_then(|_| blob.finish()).explain(|| "it cannot be read".into())?;
     applied

@@ -169,7 +169,7 @@ impl Local {
         inputs.extend(stdin);
         outputs.extend(stdout);
         outputs.extend(stderr);
-        Ok((tokens, Streams { inputs, outputs, last_is_for_messages, last_words: false }))
+        Ok((tokens, Streams { inputs, outputs, last_is_for_messages, last_words: None }))
     }
 }
 
@@ -218,6 +218,8 @@ struct Stream {
     token: u64,
     /// `local` is a socket, whose other end is to hear of the end of the output.
     socket: bool,
+    /// Waits at the end of the output for something to say.
+    listener: Option<Listener>,
 }
 
 /// Connected streams that are not relayed yet.
@@ -227,13 +229,17 @@ pub struct Streams {
     outputs: Vec<Stream>,
     /// The last output is standard error, or the terminal.
     last_is_for_messages: bool,
-    last_words: bool,
+    last_words: Option<LastWords>,
 }
 
 impl Streams {
     /// Has [`Relay::say`] say something at the end of standard error, or of the terminal.
-    pub fn with_last_words(self) -> Self {
-        Self { last_words: self.last_is_for_messages, ..self }
+    pub fn with_last_words(mut self) -> Self {
+        if let Some(stream) = self.outputs.last_mut().filter(|_| self.last_is_for_messages) {
+            let (words, listener) = LastWords::new();
+            (self.last_words, stream.listener) = (Some(words), Some(listener));
+        }
+        self
     }
 
     /// Starts to relay.
@@ -247,16 +253,10 @@ impl Streams {
             // with the process.
             start("input", move || relay_input(&local, &remote))?;
         }
-        let (mut outputs, mut last_words) = (Vec::new(), None);
-        let last = self.outputs.len();
-        for (number, stream) in (1..).zip(self.outputs) {
-            let mut listener: Option<Listener> = None;
-            if self.last_words && number == last {
-                let (words, theirs) = LastWords::new();
-                (last_words, listener) = (Some(words), Some(theirs));
-            }
+        let mut outputs = Vec::new();
+        for stream in self.outputs {
             let (done, finished) = oneshot::channel();
-            let Stream { local, remote, socket, .. } = stream;
+            let Stream { local, remote, socket, listener, .. } = stream;
             let flow = Arc::new(Flow::new(remote));
             let looked_at = Arc::downgrade(&flow);
             start("output", move || {
@@ -274,7 +274,7 @@ impl Streams {
             })?;
             outputs.push(Output { flow: looked_at, finished, ended_at: None, waited: 0 });
         }
-        Ok(Relay { outputs, last_words, next_look: None })
+        Ok(Relay { outputs, last_words: self.last_words, next_look: None })
     }
 }
 
@@ -395,7 +395,7 @@ async fn connect(dir: &StateDir, local: Option<OwnedFd>) -> Result<Option<Stream
     stream.write_all(&token.to_le_bytes()).await.explain(what)?;
     let remote = stream.into_std().explain(what)?;
     remote.set_nonblocking(false).explain(what)?;
-    Ok(Some(Stream { local, remote, token, socket: false }))
+    Ok(Some(Stream { local, remote, token, socket: false, listener: None }))
 }
 
 fn duplicate(fd: BorrowedFd<'_>) -> Result<Option<OwnedFd>> {

@@ -185,8 +185,8 @@ fn arguments(kernel: &Path, ports: &[OwnedFd], options: &Options) -> Vec<String>
     let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
     add("-nodefaults -no-user-config -no-reboot -display none -machine q35");
     // QEMU may take an old state of the flags for cmpxchg16b's, if an exit of the microVM comes shortly
-    // before it: with it, the guest's allocator branches wrongly or is left with the trap flag set, about
-    // once in ten thousand microVMs. Kernels do without it. What is counted is counted as hardware is.
+    // before it: now and then the guest's allocator then branches wrongly or is left with the trap flag
+    // set. Kernels do without the instruction. What is counted is counted as hardware has it.
     let allocator = if options.count { "" } else { ",-cx16" };
     add(&format!("-cpu EPYC-Rome,+svm,+npt{allocator}"));
     if options.count {

@@ -14,8 +14,12 @@ fn pipe() -> (File, OwnedFd) {
     (File::from(read), write)
 }
 
+fn stream(local: OwnedFd, remote: UnixStream) -> Stream {
+    Stream { local, remote, token: 1, socket: false, listener: None }
+}
+
 fn streams(inputs: Vec<Stream>, output: Stream) -> Streams {
-    Streams { inputs, outputs: vec![output], last_is_for_messages: true, last_words: false }
+    Streams { inputs, outputs: vec![output], last_is_for_messages: true, last_words: None }
 }
 
 #[test]
@@ -25,8 +29,7 @@ fn both_directions_at_once_lose_nothing() {
     let (mut output_read, output_write) = pipe();
     let (stdin_here, mut stdin_there) = UnixStream::pair().unwrap();
     let (stdout_here, mut stdout_there) = UnixStream::pair().unwrap();
-    let stdin = Stream { local: input_read, remote: stdin_here, token: 1, socket: false };
-    let stdout = Stream { local: output_write, remote: stdout_here, token: 2, socket: false };
+    let (stdin, stdout) = (stream(input_read, stdin_here), stream(output_write, stdout_here));
     let mut relay = streams(vec![stdin], stdout).relay().unwrap();
 
     let sent = pattern(LENGTH);
@@ -53,21 +56,23 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
 }
 
-/// A relay of one output, with the end that is read and the guest's.
-fn one_output() -> (Relay, File, UnixStream) {
+/// One output, with the end that is read and the guest's.
+fn one_stream() -> (Streams, File, UnixStream) {
     let (read, write) = pipe();
     let (here, there) = UnixStream::pair().unwrap();
-    let stdout = Stream { local: write, remote: here, token: 1, socket: false };
-    let relay = streams(vec![], stdout).relay().unwrap();
-    (relay, read, there)
+    (streams(vec![], stream(write, here)), read, there)
+}
+
+/// The same, relayed.
+fn one_output() -> (Relay, File, UnixStream) {
+    let (streams, read, there) = one_stream();
+    (streams.relay().unwrap(), read, there)
 }
 
 #[test]
 fn last_words_come_after_all_output() {
-    let (read, write) = pipe();
-    let (here, mut there) = UnixStream::pair().unwrap();
-    let stderr = Stream { local: write, remote: here, token: 1, socket: false };
-    let mut relay = streams(vec![], stderr).with_last_words().relay().unwrap();
+    let (streams, read, mut there) = one_stream();
+    let mut relay = streams.with_last_words().relay().unwrap();
     there.write_all(b"output\n").unwrap();
     relay.say("words\n".into());
     drop(there);
@@ -77,10 +82,8 @@ fn last_words_come_after_all_output() {
 
 #[test]
 fn there_are_no_last_words_of_a_process_that_ended() {
-    let (read, write) = pipe();
-    let (here, there) = UnixStream::pair().unwrap();
-    let stderr = Stream { local: write, remote: here, token: 1, socket: false };
-    let mut relay = streams(vec![], stderr).with_last_words().relay().unwrap();
+    let (streams, read, there) = one_stream();
+    let mut relay = streams.with_last_words().relay().unwrap();
     relay.process_ended();
     relay.say("words\n".into());
     drop(there);
