@@ -39,8 +39,8 @@ impl Figure {
 
 /// The figures as a table for a person.
 pub(crate) fn table(figures: &[Figure]) -> String {
-    let mut table =
-        format!("{:<32}{:>8}{:>12}{:>20}{:>8}\n", "figure", "unit", "isopod", "peer", "ratio");
+    let heading = ["figure", "unit", "isopod", "peer", "ratio"].map(str::to_owned);
+    let mut rows = vec![heading];
     for f in figures {
         let peer = match (f.peer, f.peer_value) {
             (Some(name), Some(value)) => format!("{name} {value:.1}"),
@@ -50,12 +50,25 @@ pub(crate) fn table(figures: &[Figure]) -> String {
             Some(value) if value > 0.0 => format!("{:.2}", f.value / value),
             _ => "-".to_owned(),
         };
-        // Writing to a String cannot fail.
-        let _ = writeln!(
-            table,
-            "{:<32}{:>8}{:>12.1}{:>20}{:>8}",
-            f.figure, f.unit, f.value, peer, ratio
-        );
+        rows.push([f.figure.clone(), f.unit.to_owned(), format!("{:.1}", f.value), peer, ratio]);
+    }
+    columns(&rows)
+}
+
+/// Rows of cells, the first to the left and the others to the right of a column as wide as its widest.
+fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
+    let mut table = String::new();
+    for row in rows {
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            // Writing to a String cannot fail.
+            let _ = match column {
+                0 => write!(table, "{cell:<width$}"),
+                _ => write!(table, "  {cell:>width$}"),
+            };
+        }
+        table.push('\n');
     }
     table
 }
@@ -70,9 +83,15 @@ mod tests {
             Figure::beside("boot-to-ready", "units", 50.0, "qemu-microvm", 125.0),
             Figure::alone("vmm-rss", "KiB", 1700.0),
         ];
-        let table = table(&figures);
+        let long = "tcp-from-host-with-a-name-that-is-longer-than-others";
+        let wide = Figure::beside(long, "bytes/unit", 1e12, "qemu-with-virtiofsd", 1e12);
+        let table = table(&[figures.as_slice(), &[wide]].concat());
         assert!(table.lines().nth(1).unwrap().ends_with("0.40"));
         assert!(table.lines().nth(2).unwrap().ends_with('-'));
+        let cells: Vec<&str> = table.lines().nth(3).unwrap().split("  ").map(str::trim).collect();
+        let cells: Vec<&str> = cells.into_iter().filter(|cell| !cell.is_empty()).collect();
+        let peer = "qemu-with-virtiofsd 1000000000000.0";
+        assert_eq!(cells, [long, "bytes/unit", "1000000000000.0", peer, "1.00"]);
         let json = serde_json::to_value(&figures[1]).unwrap();
         for field in ["figure", "unit", "value", "peer", "peer_value"] {
             assert!(json.get(field).is_some(), "{field}");

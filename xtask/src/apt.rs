@@ -52,7 +52,7 @@ pub(crate) fn ensure(needs: impl IntoIterator<Item = Need>) -> Result<()> {
     step(&format!("install {} Debian packages", names.len()), || install(&names))
 }
 
-/// Which of `needs` the machine has.
+/// Which of `needs` the machine has, installed or unpacked.
 fn installed(needs: &[Need]) -> Result<Vec<String>> {
     // It exits with 1 when it knows nothing of a package, which is an answer too.
     let output = Command::new("dpkg-query")
@@ -61,26 +61,121 @@ fn installed(needs: &[Need]) -> Result<Vec<String>> {
         .output()
         .context("cannot run dpkg-query; these commands need a Debian machine")?;
     let text = String::from_utf8_lossy(&output.stdout);
-    Ok(text.lines().filter_map(|line| line.strip_prefix("installed ")).map(str::to_owned).collect())
+    let installed = text.lines().filter_map(|line| line.strip_prefix("installed "));
+    let unpacked = needs.iter().map(|need| need.package).filter(|name| unpacked(name).is_some());
+    Ok(installed.chain(unpacked).map(str::to_owned).collect())
 }
 
+/// Installs packages beside those that the machine has. Those that would put one of its own out are
+/// unpacked into the cache instead.
 fn install(names: &[&str]) -> Result<()> {
-    let plan = match simulate(names) {
+    let plan = match Plan::of(names) {
         Ok(plan) => plan,
         Err(_) => {
             // Lists that were never fetched, or that name versions gone by now.
             update(&[])?;
-            simulate(names)?
+            Plan::of(names)?
         }
     };
-    for removed in plan.lines().filter_map(|line| line.strip_prefix("Remv ")) {
-        say(format!("    apt will remove a package that is in conflict: {removed}"));
+    if plan.removed.is_empty() {
+        return install_beside(names);
     }
+    // Of all that would come, dependencies included, those that do not go with what is there.
+    let mut beside: Vec<&str> = Vec::new();
+    let mut apart: Vec<&str> = Vec::new();
+    for name in plan.new.iter().map(String::as_str) {
+        if Plan::of(&[name])?.removed.is_empty() { beside.push(name) } else { apart.push(name) }
+    }
+    let refused = apart.iter().find(|name| !CAN_BE_UNPACKED.contains(name));
+    if let Some(refused) = refused {
+        bail!(
+            "{refused} cannot be installed here without removing {}, and nothing was changed; install \
+             a version of it that fits, or remove that by hand",
+            plan.removed.join(" ")
+        );
+    }
+    say(format!(
+        "    {} would put {} out, and will be unpacked into the cache instead",
+        apart.join(" and "),
+        plan.removed.join(" and ")
+    ));
+    if !beside.is_empty() {
+        install_beside(&beside)?;
+    }
+    unpack(&apart)
+}
+
+fn install_beside(names: &[&str]) -> Result<()> {
     if run_install(names).is_err() {
         update(&[])?;
         run_install(names)?;
     }
     Ok(())
+}
+
+/// Packages that work from another place, where [`unpacked`] says.
+const CAN_BE_UNPACKED: [&str; 2] = ["qemu-system-common", "qemu-system-x86"];
+
+/// Where a package's files are below, if it was unpacked into the cache.
+pub(crate) fn unpacked(package: &str) -> Option<PathBuf> {
+    let dir = cache::root().ok()?.join("unpacked").join(package);
+    dir.is_dir().then_some(dir)
+}
+
+/// Unpacks packages that belong together, in the versions that apt has of them now.
+fn unpack(names: &[&str]) -> Result<()> {
+    let shelf = cache::root()?.join("unpacked");
+    for name in names {
+        let dir = shelf.join(name);
+        if dir.is_dir() {
+            fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+        }
+    }
+    for name in names {
+        let offer = find(name, |_| true)?;
+        cache::entry("unpacked", name, |dir| {
+            offer.unpack(dir)?;
+            SHARED_DATA.iter().try_for_each(|data| link_to_installed(dir, data))
+        })?;
+    }
+    Ok(())
+}
+
+/// Folders of packages that are installed beside, which programs look for relative to themselves.
+const SHARED_DATA: [&str; 3] = ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe"];
+
+fn link_to_installed(dir: &Path, data: &str) -> Result<()> {
+    let (link, to) = (dir.join(data), Path::new("/").join(data));
+    if link.exists() {
+        return Ok(());
+    }
+    let parent = link.parent().unwrap_or(dir);
+    fs::create_dir_all(parent)
+        .and_then(|()| std::os::unix::fs::symlink(&to, &link))
+        .with_context(|| format!("cannot link {} to {}", link.display(), to.display()))
+}
+
+/// What apt would do to install packages.
+struct Plan {
+    /// Packages that would come.
+    new: Vec<String>,
+    /// Packages that would go.
+    removed: Vec<String>,
+}
+
+impl Plan {
+    fn of(names: &[&str]) -> Result<Self> {
+        Ok(Self::read(&simulate(names)?))
+    }
+
+    /// Reads what `apt-get --simulate` says: `Inst NAME ...` and `Remv NAME ...`.
+    fn read(text: &str) -> Self {
+        let of = |mark: &str| {
+            let names = text.lines().filter_map(|line| line.strip_prefix(mark));
+            names.filter_map(|rest| rest.split_whitespace().next()).map(str::to_owned).collect()
+        };
+        Self { new: of("Inst "), removed: of("Remv ") }
+    }
 }
 
 fn simulate(names: &[&str]) -> Result<String> {
@@ -93,7 +188,9 @@ fn run_install(names: &[&str]) -> Result<()> {
     let mut apt = Command::new("apt-get");
     apt.process_group(0);
     set_up(&mut apt, &[]);
-    apt.args(["--yes", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=300", "install"]);
+    // Whatever has changed since it was simulated: nothing of the machine's goes.
+    apt.args(["--yes", "--no-remove", "--no-install-recommends"]);
+    apt.args(["-o", "DPkg::Lock::Timeout=300", "install"]);
     run_logged(apt.args(names), &repository::target().join("apt.log"))
 }
 
@@ -253,4 +350,20 @@ fn backports() -> Result<Vec<String>> {
         format!("Dir::Cache={}", dir.join("cache").display()),
     ];
     Ok(settings.into_iter().flat_map(|setting| ["-o".to_owned(), setting]).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_tells_what_comes_and_what_goes() {
+        let plan = Plan::read(
+            "The following packages will be REMOVED:\n  qemu-utils\n\
+             Remv qemu-utils [1:10.0.2]\nInst ipxe-qemu (1.0.0 Debian:12 [all])\n\
+             Inst qemu-system-x86 [1:7.1] (1:7.2 Debian:12 [amd64])\nConf ipxe-qemu (1.0.0)\n",
+        );
+        assert_eq!(plan.new, ["ipxe-qemu", "qemu-system-x86"]);
+        assert_eq!(plan.removed, ["qemu-utils"]);
+    }
 }

@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
 use crate::apt::Need;
-use crate::lab::{Ended, Input, Options, Run, Show};
+use crate::lab::{Ended, Input, Options, Run, Show, qemu};
 use crate::place::{self, Place};
 use crate::progress::step;
 use crate::{apt, build, bundle, repository};
@@ -70,7 +70,11 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         "--json".to_owned(),
         figures.display().to_string(),
     ];
-    let run = Run::here(argv.to_vec())?;
+    let mut run = Run::here(argv.to_vec())?;
+    for (name, value) in qemu::environment() {
+        run.env.retain(|(other, _)| *other != name);
+        run.env.push((name, value));
+    }
     let ended = step(&format!("measure: {benchmark}"), || {
         place.run(&run, Input::Nothing, &mut Show::Through)
     })?;

@@ -10,22 +10,9 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::qemu::{self, VIRTIOFSD_RUST};
 use super::{Options, PORT_PREFIX, PORTS, text};
 use crate::process::{bound_to_us, inheriting, tail};
-
-/// Where Debian has the virtiofsd of its QEMU package, and the one of its own.
-const VIRTIOFSD: &str = "/usr/lib/qemu/virtiofsd";
-const VIRTIOFSD_RUST: &str = "/usr/libexec/virtiofsd";
-
-/// Whether Debian's QEMU package brought a virtiofsd; newer releases have a package for it.
-pub(super) fn has_qemus_virtiofsd() -> bool {
-    Path::new(VIRTIOFSD).exists()
-}
-
-/// Whether there is any virtiofsd to start.
-pub(super) fn has_virtiofsd() -> bool {
-    has_qemus_virtiofsd() || Path::new(VIRTIOFSD_RUST).exists()
-}
 
 /// Kernel command line: a quick boot, and a console for what goes wrong.
 const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_timer_check \
@@ -70,6 +57,7 @@ impl Machine {
         let ports: Vec<OwnedFd> = ports.collect::<Result<_>>()?;
         let mut qemu = bound_to_us(Command::new("qemu-system-x86_64"), Signal::SIGKILL);
         // Sockets are named relative to the directory: their paths may be 107 bytes at most.
+        qemu.envs(qemu::environment());
         qemu.current_dir(dir).args(arguments(kernel, &ports, options));
         let mut qemu = inheriting(qemu, ports);
         let qemu = qemu
@@ -144,8 +132,8 @@ fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
     let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
     let source = text(source)?;
 
-    let mut command = if has_qemus_virtiofsd() {
-        let mut command = Command::new(VIRTIOFSD);
+    let mut command = if let Some(program) = qemu::own_virtiofsd() {
+        let mut command = Command::new(program);
         let cache = if cache == Cache::Always { "always" } else { "auto" };
         command.args(["-o", &format!("source={source}"), "-o", &format!("cache={cache}")]);
         command.args(["-o", "xattr", "-o", "sandbox=chroot", "-o", "log_level=warn"]);
@@ -158,8 +146,8 @@ fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
         command
     } else {
         bail!(
-            "there is no virtiofsd in {VIRTIOFSD} or {VIRTIOFSD_RUST}; install one of the Debian \
-             packages qemu-system-common (12) and virtiofsd (13)"
+            "there is no virtiofsd in /usr/lib/qemu/virtiofsd or {VIRTIOFSD_RUST}; install one of the \
+             Debian packages qemu-system-common (12) and virtiofsd (13)"
         );
     };
     command.args([&format!("--fd={fd}"), "--thread-pool-size=0", "--rlimit-nofile=0"]);

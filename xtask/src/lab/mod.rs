@@ -22,6 +22,7 @@ mod initramfs;
 mod kernel;
 mod machine;
 mod port;
+pub(crate) mod qemu;
 mod wire;
 
 use std::fs::{self, File};
@@ -67,7 +68,7 @@ const VIRTIOFSD: Need = Need { package: "virtiofsd", purpose: "the lab's file sy
 /// What the lab needs from Debian, as far as can be told now: a release that has virtiofsd in a
 /// package of its own is known as such when apt has its lists.
 pub(crate) fn needs() -> impl Iterator<Item = Need> {
-    let own = !machine::has_qemus_virtiofsd() && apt::knows(VIRTIOFSD.package);
+    let own = qemu::own_virtiofsd().is_none() && apt::knows(VIRTIOFSD.package);
     NEEDS.into_iter().chain(own.then_some(VIRTIOFSD))
 }
 
@@ -75,7 +76,7 @@ pub(crate) fn needs() -> impl Iterator<Item = Need> {
 /// which may bring it, is there.
 fn install() -> Result<()> {
     apt::ensure(NEEDS)?;
-    if machine::has_virtiofsd() { Ok(()) } else { apt::ensure([VIRTIOFSD]) }
+    if qemu::has_virtiofsd() { Ok(()) } else { apt::ensure([VIRTIOFSD]) }
 }
 
 /// What kind of lab to boot.
