@@ -8,6 +8,7 @@
 //! This is a library so that the tests can drive the same agent over unix sockets.
 
 mod container;
+mod demand;
 mod error;
 mod init;
 mod log;

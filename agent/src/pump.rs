@@ -14,8 +14,12 @@ use rustix::net::Shutdown;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::demand;
 use crate::reaper::{ExitReceiver, exited};
 use crate::stream::Connection;
+
+/// What the host gets when a process first waits for its standard input.
+const DEMAND: u8 = b'+';
 
 /// Bytes moved at a time: what a pipe holds by default.
 const CHUNK: usize = 64 * 1024;
@@ -206,6 +210,22 @@ pub(crate) async fn input(stream: Connection, sink: Endpoint, mut exit: ExitRece
     tokio::select! {
         _ = closed => {}
         _ = copy(&stream, &sink, &mut exit) => {}
+    }
+}
+
+/// Input to a pipe that is a process's standard input. The host is told, by one byte, when the process
+/// first waits for it, and reads nothing of its own before.
+pub(crate) async fn standard_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
+    let Ok(pipe) = rustix::fs::fstat(sink.get_ref()) else { return };
+    tokio::select! {
+        biased;
+        _ = exited(&mut exit) => return,
+        // Nobody can read it any more.
+        _ = sink.ready(Interest::ERROR) => return,
+        () = demand::comes(pipe.st_ino) => {}
+    }
+    if write_all(&stream, &[DEMAND]).await.is_ok() {
+        input(stream, sink, exit).await;
     }
 }
 

@@ -4,7 +4,7 @@
 use std::io::{Read, Write, copy};
 
 use isopod_tests::pattern::{Pattern, compare};
-use isopod_tests::{Command, PROBE_PATH, Scope, microvm_only};
+use isopod_tests::{Command, PROBE_PATH, Scope, microvm_only, runtime};
 
 const LEN: u64 = 64 << 20;
 
@@ -145,4 +145,31 @@ fn streams_of_several_processes_do_not_mix() {
         assert_eq!(text, format!("{mark}\n").repeat(2000));
         assert_eq!(job.wait().status(), 0);
     }
+}
+
+/// Input that the command shares with others, such as the loop that it is in, is theirs until its program
+/// reads. runc takes all of it at once.
+#[test]
+fn input_is_left_alone_until_the_program_reads() {
+    microvm_only!();
+    let scope = Scope::new();
+    let container = scope.container().args(["sleep", "1000"]);
+    let _created = container.start_new();
+    let runtime = format!("{} --root {}", runtime().path.display(), scope.root().display());
+    let lines = scope.dir().join("lines");
+    std::fs::write(&lines, "a\nb\nc\n").unwrap();
+    let run = |script: &str| {
+        let script = script.replace("EXEC", &format!("{runtime} exec {}", container.id));
+        let script = script.replace("LINES", lines.to_str().unwrap());
+        scope.program(&["sh", "-c", &script]).output().ok().stdout
+    };
+    let looped = "while read line; do echo $line; EXEC sh -c 'echo in; sleep 0.1'; done";
+    assert_eq!(run(&format!("{looped} < LINES")), "a\nin\nb\nin\nc\nin\n");
+    assert_eq!(run(&format!("cat LINES | {looped}")), "a\nin\nb\nin\nc\nin\n");
+    // Whoever reads in the end, and by whatever descriptor or call.
+    for reader in ["cat", "sh -c 'sleep 0.1; cat'", "sh -c 'exec 5<&0 0</dev/null; cat <&5; true'"]
+    {
+        assert_eq!(run(&format!("read line < LINES; EXEC {reader} < LINES")), "a\nb\nc\n");
+    }
+    assert_eq!(run("echo x | EXEC sh -c 'read -t 100 y; echo got $y'"), "got x\n");
 }

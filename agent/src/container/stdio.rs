@@ -109,7 +109,7 @@ impl Pipes {
         }
         if let (Some(fd), Some(connection)) = (self.stdin, connections.stdin) {
             let sink = endpoint(fd, Interest::WRITABLE | Interest::ERROR)?;
-            tokio::spawn(pump::input(connection, sink, exit.clone()));
+            tokio::spawn(pump::standard_input(connection, sink, exit.clone()));
         }
         let outputs = [(self.stdout, connections.stdout), (self.stderr, connections.stderr)];
         for (fd, connection) in outputs {

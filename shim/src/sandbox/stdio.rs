@@ -139,7 +139,10 @@ impl Local {
     ///
     /// If a connection cannot be made.
     pub async fn connect(self, dir: &StateDir) -> Result<(StreamTokens, Streams)> {
-        let stdin = connect(dir, self.stdin).await?;
+        let mut stdin = connect(dir, self.stdin).await?;
+        if let Some(stdin) = &mut stdin {
+            stdin.on_demand = !self.terminal;
+        }
         let stdout = connect(dir, self.stdout).await?;
         let stderr = connect(dir, self.stderr).await?;
         let token = |stream: &Option<Stream>| stream.as_ref().map_or(0, |stream| stream.token);
@@ -218,6 +221,8 @@ struct Stream {
     token: u64,
     /// `local` is a socket, whose other end is to hear of the end of the output.
     socket: bool,
+    /// Nothing is read from `local` before the guest says that its process waits for it.
+    on_demand: bool,
     /// Waits at the end of the output for something to say.
     listener: Option<Listener>,
 }
@@ -248,10 +253,14 @@ impl Streams {
     ///
     /// If a thread cannot be started.
     pub fn relay(self) -> Result<Relay> {
-        for Stream { local, remote, .. } in self.inputs {
+        for Stream { local, remote, on_demand, .. } in self.inputs {
             // Not waited for: it may be blocked in a read that nobody will ever satisfy, and ends
             // with the process.
-            start("input", move || relay_input(&local, &remote))?;
+            start("input", move || {
+                if !on_demand || is_wanted(&remote) {
+                    relay_input(&local, &remote);
+                }
+            })?;
         }
         let mut outputs = Vec::new();
         for stream in self.outputs {
@@ -395,7 +404,7 @@ async fn connect(dir: &StateDir, local: Option<OwnedFd>) -> Result<Option<Stream
     stream.write_all(&token.to_le_bytes()).await.explain(what)?;
     let remote = stream.into_std().explain(what)?;
     remote.set_nonblocking(false).explain(what)?;
-    Ok(Some(Stream { local, remote, token, socket: false, listener: None }))
+    Ok(Some(Stream { local, remote, token, socket: false, on_demand: false, listener: None }))
 }
 
 fn duplicate(fd: BorrowedFd<'_>) -> Result<Option<OwnedFd>> {
@@ -415,6 +424,11 @@ fn is_null(fd: BorrowedFd<'_>) -> bool {
         }
         Err(_) => true,
     }
+}
+
+/// Waits until the guest's process waits for its input. False if it never will.
+fn is_wanted(mut remote: &UnixStream) -> bool {
+    remote.read_exact(&mut [0]).is_ok()
 }
 
 /// Copies from `local` to `remote` until either ends, and passes the end of input on.

@@ -15,7 +15,7 @@ fn pipe() -> (File, OwnedFd) {
 }
 
 fn stream(local: OwnedFd, remote: UnixStream) -> Stream {
-    Stream { local, remote, token: 1, socket: false, listener: None }
+    Stream { local, remote, token: 1, socket: false, on_demand: false, listener: None }
 }
 
 fn streams(inputs: Vec<Stream>, output: Stream) -> Streams {
