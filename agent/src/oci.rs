@@ -97,7 +97,9 @@ object! {
     Hook {
         path: PathBuf,
         args: Vec<String>,
-        env: Vec<String>,
+        /// That of the container's process if it is absent.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        env: Option<Vec<String>>,
         /// In seconds.
         timeout: Option<u64>,
     }
@@ -268,7 +270,7 @@ impl NamespaceKind {
 pub(crate) struct Namespace {
     #[serde(rename = "type")]
     pub(crate) kind: NamespaceKind,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub(crate) path: PathBuf,
 }
 
@@ -296,9 +298,9 @@ pub(crate) struct Device {
     pub(crate) path: PathBuf,
     #[serde(rename = "type")]
     pub(crate) kind: DeviceKind,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub(crate) major: i64,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
     pub(crate) minor: i64,
     pub(crate) file_mode: Option<u32>,
     pub(crate) uid: Option<u32>,

@@ -21,7 +21,7 @@ use tokio::sync::Notify;
 
 use crate::container::cgroup::{self, Cgroup};
 use crate::container::stdio::Connections;
-use crate::container::terminal::Size;
+use crate::container::terminal::Screen;
 use crate::container::{Container, Document, blocking};
 use crate::error::{Code, Context as _, Error, Result};
 use crate::log::log_warn;
@@ -93,7 +93,7 @@ impl Sandbox {
         id: String,
         document: Document,
         connections: Connections,
-        size: Option<Size>,
+        screen: Screen,
         network: Option<Network>,
     ) -> Result<i32> {
         check_id(&id)?;
@@ -101,7 +101,7 @@ impl Sandbox {
             Entry::Occupied(_) => return Err(Error::state(format!("container {id:?} exists"))),
             Entry::Vacant(vacant) => vacant.insert(Known::Creating(None)),
         };
-        let created = self.build(&id, document, connections, size, network).await;
+        let created = self.build(&id, document, connections, screen, network).await;
         let pid = created.and_then(|container| {
             let pid = container.process("")?.pid();
             self.containers().insert(id.clone(), Known::There(Arc::new(container)));
@@ -120,7 +120,7 @@ impl Sandbox {
         id: &str,
         document: Document,
         connections: Connections,
-        size: Option<Size>,
+        screen: Screen,
         network: Option<Network>,
     ) -> Result<Container> {
         let name = id.to_owned();
@@ -131,7 +131,7 @@ impl Sandbox {
         let reaper = Arc::clone(&self.reaper);
         let find = |id: &str| self.container(id);
         let made = Arc::clone(&cgroup);
-        let created = Container::create(reaper, made, document, connections, size, network, find);
+        let created = Container::create(reaper, made, document, connections, screen, network, find);
         let created = created.await;
         if created.is_err()
             && let Err(left) = blocking(move || cgroup.remove()).await

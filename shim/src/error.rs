@@ -41,6 +41,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// recorded state tell the two apart.
 pub const EXIT_VM_LOST: u8 = 255;
 
+/// Exit status of `exec` when it could not run the process.
+pub const EXIT_EXEC_FAILED: u8 = 255;
+
 impl Error {
     /// A failure without a kind of its own.
     pub fn new(message: impl Into<String>) -> Self {
@@ -72,6 +75,15 @@ impl Error {
             ErrorKind::ProgramNotFound => 127,
             ErrorKind::ProgramNotExecutable => 126,
             ErrorKind::VmLost => EXIT_VM_LOST,
+        }
+    }
+
+    /// The exit status of `exec` for this failure: as [`Self::exit_code`], but 255 for what has no kind
+    /// of its own, as with runc. The process can end with 1 by itself.
+    pub fn exec_exit_code(&self) -> u8 {
+        match self.kind {
+            ErrorKind::Failed => EXIT_EXEC_FAILED,
+            _ => self.exit_code(),
         }
     }
 }
@@ -175,6 +187,7 @@ mod tests {
             let back: Error = serde_json::from_str(&json).unwrap();
             assert_eq!(back, error);
             assert_eq!(back.exit_code(), code);
+            assert_eq!(back.exec_exit_code(), if code == 1 { 255 } else { code });
         }
     }
 }

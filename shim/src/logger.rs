@@ -29,6 +29,9 @@ pub enum Format {
     Json,
 }
 
+/// Target of warnings that only the log file gets, and standard error only with `--debug`.
+pub const FOR_THE_LOG: &str = "isopod::for_the_log";
+
 struct Logger {
     file: Option<File>,
     format: Format,
@@ -80,13 +83,12 @@ impl Log for Logger {
             return;
         }
         let message = record.args().to_string();
-        if let Some(mut file) = self.file.as_ref() {
-            let line = line(self.format, record.level(), &message);
-            // One write, so that lines of several processes do not mix. There is nowhere to
-            // report a log that cannot be written.
-            let _ = file.write_all(line.as_bytes());
+        if let Some(file) = &self.file {
+            write_record(file, self.format, record.level(), &message);
         }
         let shown = match record.level() {
+            // Most containers have something of this kind, and a terminal is not the place for it.
+            Level::Warn if record.target() == FOR_THE_LOG && !self.debug => None,
             Level::Error => Some("isopod: "),
             Level::Warn => Some("isopod: warning: "),
             Level::Debug if self.file.is_none() => Some("isopod: debug: "),
@@ -98,6 +100,17 @@ impl Log for Logger {
     }
 
     fn flush(&self) {}
+}
+
+/// Writes an error to a log file that is not this process's log.
+pub(crate) fn record_error(file: &File, format: Format, message: &str) {
+    write_record(file, format, Level::Error, message);
+}
+
+fn write_record(mut file: &File, format: Format, level: Level, message: &str) {
+    // One write, so that lines of several processes do not mix. There is nowhere to report a log that
+    // cannot be written.
+    let _ = file.write_all(line(format, level, message).as_bytes());
 }
 
 fn line(format: Format, level: Level, message: &str) -> String {

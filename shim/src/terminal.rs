@@ -1,8 +1,11 @@
 //! Terminals: raw mode that is given back, and sizes.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
-use rustix::termios::{self, OptionalActions, Termios};
+use rustix::termios::{self, OptionalActions, OutputModes, Termios};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Explain, Result};
@@ -22,11 +25,15 @@ pub fn size(terminal: impl AsFd) -> Option<Size> {
     Some(Size { columns: size.ws_col, rows: size.ws_row })
 }
 
-/// The first of the standard streams that is a terminal.
-pub fn of_this_process() -> Option<BorrowedFd<'static>> {
-    [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()]
-        .into_iter()
-        .find(|stream| termios::isatty(stream))
+/// The terminal that a person sits at: the first of the standard streams that is one, or else the
+/// controlling terminal.
+pub fn of_this_process() -> Option<OwnedFd> {
+    let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
+    let stream = streams.into_iter().find(|stream| termios::isatty(stream));
+    match stream {
+        Some(stream) => stream.try_clone_to_owned().ok(),
+        None => File::options().read(true).write(true).open("/dev/tty").ok().map(OwnedFd::from),
+    }
 }
 
 /// Puts a terminal into raw mode for good: every byte passes through unchanged.
@@ -35,20 +42,24 @@ pub fn of_this_process() -> Option<BorrowedFd<'static>> {
 ///
 /// If it is not a terminal.
 pub fn make_raw(terminal: impl AsFd) -> Result<()> {
-    set_raw(terminal.as_fd()).map(drop)
+    set_raw(terminal.as_fd(), false).map(drop)
 }
 
-fn set_raw(terminal: BorrowedFd<'_>) -> Result<Termios> {
+fn set_raw(terminal: BorrowedFd<'_>, lines: bool) -> Result<Termios> {
     let before = termios::tcgetattr(terminal)
         .explain(|| "cannot read the settings of the terminal".into())?;
     let mut raw = before.clone();
     raw.make_raw();
+    if lines {
+        raw.output_modes.insert(OutputModes::OPOST);
+    }
     termios::tcsetattr(terminal, OptionalActions::Now, &raw)
         .explain(|| "cannot set the terminal to raw mode".into())?;
     Ok(before)
 }
 
-/// A terminal in raw mode, until this is dropped.
+/// A terminal in raw mode, until this is dropped. It still makes lines of the newlines that are written
+/// to it, which the guest's end of the relay leaves as they are.
 #[derive(Debug)]
 pub struct RawMode {
     terminal: OwnedFd,
@@ -66,7 +77,7 @@ impl RawMode {
             .as_fd()
             .try_clone_to_owned()
             .explain(|| "cannot duplicate the terminal's descriptor".into())?;
-        let before = set_raw(terminal.as_fd())?;
+        let before = set_raw(terminal.as_fd(), true)?;
         Ok(Self { terminal, before })
     }
 }
@@ -93,6 +104,8 @@ mod tests {
         let before = modes(&slave);
         let raw = RawMode::enter(&slave).unwrap();
         assert_ne!(modes(&slave), before);
+        let output = termios::tcgetattr(&slave).unwrap().output_modes;
+        assert!(output.contains(OutputModes::OPOST | OutputModes::ONLCR));
         drop(raw);
         assert_eq!(modes(&slave), before);
         assert_eq!(size(&slave), Some(Size::default()));

@@ -88,7 +88,17 @@ impl ConsoleSocket {
         readable(&self.listener, "a connection to the console socket");
         let (stream, _) = self.listener.accept().expect("accept");
         readable(&stream, "a descriptor on the console socket");
-        Terminal::new(receive(&stream).expect("no descriptor came over the console socket"))
+        let (fd, _) = receive(&stream).expect("no descriptor came over the console socket");
+        Terminal::new(fd)
+    }
+
+    /// A descriptor of any kind that the runtime has sent, and the text with it.
+    #[track_caller]
+    pub fn descriptor(&self) -> (OwnedFd, String) {
+        readable(&self.listener, "a connection to the socket");
+        let (stream, _) = self.listener.accept().expect("accept");
+        readable(&stream, "a descriptor on the socket");
+        receive(&stream).expect("no descriptor came over the socket")
     }
 }
 
@@ -105,7 +115,7 @@ fn readable(fd: &impl AsFd, what: &str) {
     assert!(poll(&mut fds, timeout).expect("poll") > 0, "waited {DEADLINE:?} for {what}");
 }
 
-fn receive(stream: &UnixStream) -> io::Result<OwnedFd> {
+fn receive(stream: &UnixStream) -> io::Result<(OwnedFd, String)> {
     let mut name = [0; 4096];
     let mut iov = [IoSliceMut::new(&mut name)];
     let mut space = cmsg_space!([i32; 4]);
@@ -119,8 +129,10 @@ fn receive(stream: &UnixStream) -> io::Result<OwnedFd> {
             received.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
         }
     }
+    let length = message.bytes;
+    let text = String::from_utf8_lossy(&name[..length]).into_owned();
     match <[OwnedFd; 1]>::try_from(received) {
-        Ok([master]) => Ok(master),
+        Ok([fd]) => Ok((fd, text)),
         Err(fds) => Err(io::Error::other(format!("{} descriptors instead of one", fds.len()))),
     }
 }

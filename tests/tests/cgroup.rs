@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use isopod_tests::keeper::End;
-use isopod_tests::{Container, Netns, Scope, microvm_only, runtime, skip};
+use isopod_tests::{Container, DEADLINE, Netns, Scope, microvm_only, runtime, skip};
 use serde_json::json;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -297,5 +298,63 @@ fn what_cannot_be_a_cgroup_is_refused() {
     if unified() {
         refused("/", &[], &["root of all cgroups"]);
         refused("/a/../..", &[], &["root of all cgroups"]);
+    }
+}
+
+/// A guest whose kernel is not to be trusted gets no more of the host's processors than its container.
+#[test]
+fn processor_time_is_limited_on_the_host() {
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let container = scope.container().shell("while :; do :; done & while :; do :; done");
+    let container = container.edit(|c| {
+        c["linux"]["resources"]["cpu"] =
+            json!({ "quota": 50000, "period": 100_000, "shares": 512 });
+    });
+    let created = container.start_new();
+    let dir = cgroup_of(created.pid);
+    // A microVM may use a tenth of a processor more, for its kernel and its devices.
+    let allowed = |quota: u64| quota + if runtime().is_isopod() { 10_000 } else { 0 };
+    assert_eq!(read(&dir, "cpu.max").trim(), format!("{} 100000", allowed(50_000)));
+    assert_eq!(read(&dir, "cpu.weight").trim(), "20");
+    let update = |options: &[&str]| container.command("update", options).output();
+    update(&["--cpu-quota", "20000", "--cpu-share", "1024"]).ok();
+    assert_eq!(read(&dir, "cpu.max").trim(), format!("{} 100000", allowed(20_000)));
+    assert_eq!(read(&dir, "cpu.weight").trim(), "39");
+    if runtime().is_isopod() {
+        // What the guest refuses changes nothing here either.
+        let failed = update(&["--cpu-quota", "500"]);
+        assert_ne!(failed.status, 0, "{failed}");
+        assert_eq!(read(&dir, "cpu.max").trim(), format!("{} 100000", allowed(20_000)));
+    }
+    update(&["--cpu-quota", "-1"]).ok();
+    assert_eq!(read(&dir, "cpu.max").trim(), "max 100000");
+}
+
+/// As if the container had taken over the guest's kernel: its limit is gone inside, and holds outside.
+#[test]
+fn a_guest_that_lifts_its_own_limit_is_held_by_the_hosts() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let script =
+        "echo max > /sys/fs/cgroup/cpu.max && cat /sys/fs/cgroup/cpu.max; while :; do :; done";
+    let container = scope.container().shell(script).edit(|c| {
+        c["linux"]["resources"]["cpu"] = json!({ "quota": 20_000, "period": 100_000 });
+        let mounts = c["mounts"].as_array_mut().unwrap();
+        let cgroup = mounts.iter_mut().find(|m| m["destination"] == "/sys/fs/cgroup").unwrap();
+        cgroup["options"].as_array_mut().unwrap().retain(|option| option != "ro");
+    });
+    let mut created = container.start_new();
+    created.stdout.line_with("max 100000");
+    let throttled = || {
+        let stat = read(&cgroup_of(created.pid), "cpu.stat");
+        let count = stat.lines().find_map(|line| line.strip_prefix("nr_throttled ")).unwrap();
+        count.parse::<u64>().unwrap()
+    };
+    let (before, until) = (throttled(), Instant::now() + DEADLINE);
+    while throttled() < before + 5 {
+        assert!(Instant::now() < until, "the host does not hold it");
+        std::thread::yield_now();
     }
 }

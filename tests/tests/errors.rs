@@ -286,3 +286,56 @@ fn options_that_do_not_exist_are_named() {
     assert!(out.status != 0 || !runtime().is_isopod(), "{out}");
     scope.assert_nothing_left();
 }
+
+/// Callers read the log and people their terminal: an error is in both, in one line of the log.
+#[test]
+fn an_error_is_in_the_log_and_on_standard_error() {
+    let scope = Scope::alone();
+    let log = scope.dir().join("log");
+    let log_options = ["--log", log.to_str().unwrap(), "--log-format", "json"];
+    let isopod = runtime().is_isopod();
+    for (arguments, word) in [
+        (&["state", "no-such-one"][..], "does not exist"),
+        (&["exec", "no-such-one", "true"], "does not exist"),
+        (&["run", "--bundle", "/no/such/bundle", "x"], "no such file"),
+        (&["run", "--no-such-option", "x"], "no-such-option"),
+        (&["ps", "--format", "yaml", "x"], if isopod { "yaml" } else { "" }),
+    ] {
+        let out = scope.runtime().args(log_options).args(arguments).output();
+        assert_ne!(out.status, 0, "{out}");
+        assert!(out.stderr.contains(word), "{out}");
+        let text = fs::read_to_string(&log).unwrap();
+        let record: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        assert_eq!(record["level"], "error", "{text}");
+        assert!(record["msg"].as_str().unwrap().contains(word), "{text}");
+        fs::remove_file(&log).unwrap();
+    }
+}
+
+#[test]
+fn a_list_of_a_root_that_does_not_exist_is_an_error() {
+    // runc means to, but looks for the option in the wrong place.
+    microvm_only!();
+    let scope = Scope::alone();
+    let path = runtime().path.to_string_lossy();
+    let out = scope.program(&[&path, "--root", "/no/such/root", "list"]).output();
+    out.one_line_error(&["/no/such/root", "--root"]);
+    assert_eq!(scope.runtime().args(["list", "--quiet"]).output().ok().stdout, "");
+}
+
+#[test]
+fn what_the_guest_leaves_out_is_in_the_log() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let log = scope.dir().join("log");
+    let container = scope.container().args(["true"]);
+    container.bundle.write();
+    let bundle = container.bundle.dir.to_str().unwrap();
+    let command = scope.runtime().args(["--log", log.to_str().unwrap()]);
+    let out = command.args(["run", "--bundle", bundle, &container.id]).output().ok();
+    // Most specifications have such ones: not for a person, unless asked for.
+    assert_eq!(out.stderr, "");
+    let text = fs::read_to_string(&log).unwrap();
+    let line = text.lines().find(|line| line.contains("process.capabilities.ambient")).unwrap();
+    assert!(line.contains("level=warning") && line.contains("CAP_KILL"), "{text}");
+}

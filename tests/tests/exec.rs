@@ -1,9 +1,13 @@
 //! `exec` where its container, its streams or its files get in its way.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
+use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Instant;
 
-use isopod_tests::{Container, DEADLINE, Scope, runtime};
+use isopod_tests::terminal::ConsoleSocket;
+use isopod_tests::{Container, DEADLINE, Scope, microvm_only, runtime};
+use serde_json::{Value, json};
 
 fn sleeper(scope: &Scope) -> Container<'_> {
     scope.container().args(["sleep", "1000"])
@@ -82,4 +86,96 @@ fn a_process_can_be_in_a_cgroup_below_the_containers() {
     container.exec(["sh", "-c", move_down]).ok();
     assert_eq!(container.exec(["cat", "/proc/self/cgroup"]).ok().stdout, "0::/a/b\n");
     refused("/", &["takes no processes"]);
+}
+
+#[test]
+fn a_process_document_may_leave_out_what_has_a_default() {
+    let scope = Scope::new();
+    let container = sleeper(&scope);
+    let _created = container.start_new();
+    let path = scope.dir().join("process.json");
+    let options = ["--process", path.to_str().unwrap()];
+    let exec = |document: Value| {
+        fs::write(&path, document.to_string()).unwrap();
+        container.command("exec", &options).output()
+    };
+    let script = ["sh", "-c", "pwd; id -u; id -g; ulimit -n"];
+    let least = json!({ "args": script, "env": ["PATH=/bin"], "cwd": "/tmp" });
+    let seen = exec(least.clone()).ok().stdout;
+    assert!(seen.starts_with("/tmp\n0\n0\n"), "{seen}");
+    let fields = [
+        "terminal",
+        "consoleSize",
+        "user",
+        "capabilities",
+        "rlimits",
+        "noNewPrivileges",
+        "apparmorProfile",
+        "oomScoreAdj",
+        "selinuxLabel",
+    ];
+    let mut nulls = least.clone();
+    for field in fields {
+        nulls[field] = Value::Null;
+    }
+    assert_eq!(exec(nulls).ok().stdout, seen);
+    let mut nulls = least.clone();
+    nulls["user"] = json!({ "uid": null, "gid": 7, "additionalGids": null, "umask": null });
+    nulls["capabilities"] = json!({ "bounding": null, "effective": [], "ambient": null });
+    assert!(exec(nulls).ok().stdout.starts_with("/tmp\n0\n7\n"));
+    // What is wrong is exec's own failure, which no process of the container had.
+    let mut without = least;
+    without.as_object_mut().unwrap().remove("cwd");
+    for failed in [
+        exec(without),
+        container.command("exec", &["--process", "/no/such/file"]).output(),
+        container.command("exec", &["--user", "nobody"]).args(["true"]).output(),
+        container.command("exec", &[]).output(),
+        scope.runtime().args(["exec", "no-such-container", "true"]).output(),
+    ] {
+        assert_eq!(failed.status, 255, "{failed}");
+    }
+}
+
+#[test]
+fn the_last_of_equal_options_counts() {
+    let scope = Scope::new();
+    let container = sleeper(&scope);
+    let _created = container.start_new();
+    let root = scope.root();
+    let global =
+        ["--root", "/no/such/root", "--root", root.to_str().unwrap(), "--debug", "--debug"];
+    let path = runtime().path.to_string_lossy();
+    let options = ["exec", "--cwd", "/no", "--cwd", "/tmp", "--user", "7", "--user", "1000:1000"];
+    let program = [&*container.id, "sh", "-c", "pwd; id -u"];
+    let out = scope.program(&[&[&*path][..], &global, &options, &program].concat()).output().ok();
+    assert_eq!(out.stdout, "/tmp\n1000\n");
+    let list = ["list", "--quiet", "--format", "table", "--quiet", "--format", "json"];
+    let out = scope.program(&[&[&*path][..], &global, &list].concat()).output().ok();
+    assert_eq!(out.stdout, format!("{}\n", container.id));
+}
+
+/// As from runc 1.2 on; Debian's is older.
+#[test]
+fn a_pidfd_of_the_process_comes_over_a_socket() {
+    microvm_only!();
+    let scope = Scope::new();
+    let socket = ConsoleSocket::bind(scope.dir());
+    let option = ["--pidfd-socket", socket.path()];
+    let pid_of = |pidfd: &OwnedFd| {
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd())).unwrap();
+        info.lines().find_map(|line| line.strip_prefix("Pid:\t")).unwrap().parse::<i32>().unwrap()
+    };
+    let container = sleeper(&scope);
+    let created = container.detach("create", &option);
+    let (pidfd, text) = socket.descriptor();
+    assert_eq!((pid_of(&pidfd), &*text), (created.pid, "standard"));
+    container.start().ok();
+    let mut exec = container.command("exec", &option).args(["sleep", "1000"]).spawn();
+    let (pidfd, text) = socket.descriptor();
+    assert_eq!((pid_of(&pidfd), &*text), (exec.pid, "setns"));
+    exec.kill();
+    exec.wait();
+    let refused = container.command("exec", &["--pidfd-socket", "/no/such/socket"]);
+    refused.args(["true"]).output().one_line_error(&["/no/such/socket"]);
 }

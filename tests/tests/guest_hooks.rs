@@ -135,6 +135,9 @@ fn arguments_and_environment_are_as_given() {
     let container = with_hooks(scope.container(), |container| {
         let root = root(container);
         let hook = |args: &[&str]| json!({ "path": "/bin/busybox", "args": args, "env": ["B=2", "A=1 1"] });
+        // Without an environment of its own it has that of the container's process.
+        let bare =
+            |to: &str| json!({ "path": "/bin/busybox", "args": ["cp", "/proc/self/environ", to] });
         let start = json!({
             "path": "/bin/busybox",
             "args": ["cp", "/proc/self/environ", "/tmp/start"],
@@ -144,14 +147,27 @@ fn arguments_and_environment_are_as_given() {
             "createContainer": [
                 hook(&["cp", "/proc/self/environ", &format!("{root}/environ")]),
                 hook(&["touch", &format!("{root}/two words")]),
+                bare(&format!("{root}/bare")),
             ],
-            "startContainer": [start],
+            "startContainer": [start, bare("/tmp/bare")],
         })
     });
+    let container = container
+        .args(["cp", "/proc/self/environ", "/tmp/process"])
+        .edit(|c| c["process"]["env"] = json!(["PATH=/bin", "MINE=its own"]));
     container.run().ok();
     assert_eq!(read(&container, "/environ"), "B=2\0A=1 1\0");
     assert_eq!(read(&container, "/two words"), "");
     assert_eq!(read(&container, "/tmp/start"), "C=\0");
+    let variables = |path: &str| {
+        let mut variables: Vec<String> =
+            read(&container, path).split_terminator('\0').map(str::to_owned).collect();
+        variables.sort();
+        variables
+    };
+    assert_eq!(variables("/tmp/process"), ["HOME=/root", "MINE=its own", "PATH=/bin"]);
+    assert_eq!(variables("/tmp/bare"), variables("/tmp/process"));
+    assert_eq!(variables("/bare"), ["MINE=its own", "PATH=/bin"]);
 }
 
 #[test]

@@ -161,8 +161,12 @@ fn arguments_and_environment_are_as_given() {
     fs::write(&script, text).unwrap();
     scope.program(&["chmod", "755", script.to_str().unwrap()]).output().ok();
     let hook = json!({ "path": script, "args": ["name", "one", "two words", ""], "env": ["B=2", "A=1 1"] });
-    with_hooks(scope.container(), &json!({ "createRuntime": [hook] })).run().ok();
-    assert_eq!(fs::read_to_string(&out).unwrap(), "B=2\nA=1 1\n[one]\n[two words]\n[]\n");
+    // One without an environment of its own has the command's.
+    let bare = json!({ "path": "/bin/sh", "args": ["sh", "-c", format!("echo $MINE >> {}", out.display())] });
+    let container = with_hooks(scope.container(), &json!({ "createRuntime": [hook, bare] }));
+    container.command_with_bundle("run", &[]).env("MINE", "caller's").output().ok();
+    let seen = fs::read_to_string(&out).unwrap();
+    assert_eq!(seen, "B=2\nA=1 1\n[one]\n[two words]\n[]\ncaller's\n");
 }
 
 /// Each point before the process runs: its failure is one of creation or start, and leaves nothing.

@@ -82,7 +82,22 @@ fn check_lists_what_a_sandbox_needs() {
     microvm_only!();
     let scope = Scope::alone();
     let out = scope.runtime().args(["check"]).output().ok();
-    for word in ["kvm", "hardware", "vsock", "tun", "cgroup", "kernel", "image"] {
+    for word in [
+        "kvm",
+        "hardware",
+        "vsock",
+        "tun",
+        "mirred",
+        "vhost",
+        "cgroups",
+        "version 2",
+        "descriptors",
+        "smt",
+        "ksm",
+        "mitigations",
+        "kernel",
+        "image",
+    ] {
         assert!(out.stdout.to_lowercase().contains(word), "no {word}: {out}");
     }
     assert!(out.stdout.lines().count() < 25, "not a short table: {out}");
@@ -97,6 +112,20 @@ fn check_names_what_is_missing() {
         let out = scope.runtime().args(["check"]).env(variable, "/no/such/file").output();
         assert!(out.status != 0 && out.stdout.contains("/no/such/file"), "{variable}: {out}");
     }
+}
+
+/// A network takes tun: a host that lacks it cannot run what engines ask for.
+#[test]
+fn without_tun_and_with_few_descriptors() {
+    microvm_only!();
+    let scope = Scope::alone();
+    let out = check(&scope, "mount -t tmpfs none /dev/net", &[]);
+    let line = out.stdout.lines().find(|line| line.starts_with("tun ")).unwrap();
+    assert!(out.status == 1 && line.contains("MISSING") && line.contains("/dev/net/tun"), "{out}");
+    let out = check(&scope, "ulimit -n 100", &[]);
+    let line = out.stdout.lines().find(|line| line.starts_with("descriptors ")).unwrap();
+    assert!(out.status == 1 && line.contains("MISSING") && line.contains("100"), "{out}");
+    scope.assert_nothing_left();
 }
 
 #[test]

@@ -299,3 +299,33 @@ fn exec_detached_leaves_a_pid_that_ends_with_the_programs_status() {
     assert_eq!(end.status(), 12);
     assert_eq!(container.status(), "running");
 }
+
+/// The host's kernel chooses by it too when the memory of the host runs out.
+#[test]
+fn oom_score_adj_holds_on_the_host() {
+    let scope = Scope::new();
+    let of = |pid: i32| fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+    let container = scope.container().args(["sleep", "1000"]);
+    let container = container.edit(|c| c["process"]["oomScoreAdj"] = json!(321));
+    let created = container.start_new();
+    assert_eq!(of(created.pid), "321\n");
+    if !runtime().is_isopod() {
+        return;
+    }
+    assert_eq!(of(scope.child(created.pid, "isopod-vmm")), "321\n");
+    // Engines protect themselves, and not what they run.
+    let protected = ["sh", "-c", "echo -500 > /proc/self/oom_score_adj; exec \"$@\"", "sh"];
+    let pid_file = scope.dir().join("exec.pid");
+    let options = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
+    let exec = container.command("exec", &options).args(["sleep", "1000"]).through(&protected);
+    assert_eq!(exec.spawn().wait().status(), 0);
+    assert_eq!(of(fs::read_to_string(pid_file).unwrap().parse().unwrap()), "321\n");
+    let other = scope.container().args(["sleep", "1000"]);
+    let pid_file = other.pid_file();
+    let options = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
+    let run = other.command_with_bundle("run", &options).through(&protected);
+    assert_eq!(run.spawn().wait().status(), 0);
+    let pid = fs::read_to_string(pid_file).unwrap().parse().unwrap();
+    assert_eq!((of(pid), of(scope.child(pid, "isopod-vmm"))), ("0\n".into(), "0\n".into()));
+    other.delete_force().ok();
+}

@@ -1,6 +1,8 @@
 //! `ps`: the processes in the container as a table, those of the host as JSON.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
+use std::fs;
+
 use isopod_tests::{Scope, microvm_only, runtime};
 
 /// The rows of the table, its heading first. The last cell is all that is left of a line.
@@ -12,6 +14,33 @@ fn table(text: &str) -> Vec<Vec<String>> {
         cells
     };
     text.lines().map(cells).collect()
+}
+
+fn find_user<'a>(rows: &'a [Vec<String>], command: &str) -> &'a str {
+    &rows.iter().find(|row| row[7].ends_with(command)).unwrap()[0]
+}
+
+#[test]
+fn users_have_the_names_of_the_containers_own_passwd() {
+    microvm_only!();
+    let scope = Scope::new();
+    let volume = scope.dir().join("passwd");
+    // Its volumes count, and users without a name there have their numbers.
+    fs::write(&volume, "bob:x:1000:1000::/:\ne vil:x:7:7::/:\n").unwrap();
+    let volume = volume.to_str().unwrap();
+    let container = scope.container().args(["sleep", "1234"]);
+    let container = container.mount("/etc/passwd", "bind", volume, &["bind", "ro"]);
+    let _created = container.start_new();
+    for (user, seconds) in [("1000", "4321"), ("7", "4322")] {
+        let options = ["--user", user, "--detach"];
+        let mut exec = container.command("exec", &options).args(["sleep", seconds]).spawn();
+        assert_eq!(exec.wait().status(), 0, "{}", exec.stderr.so_far());
+    }
+    let out = container.command("ps", &[]).output().ok();
+    let rows = table(&out.stdout);
+    for (command, user) in [("sleep 1234", "0"), ("sleep 4321", "bob"), ("sleep 4322", "7")] {
+        assert_eq!(find_user(&rows, command), user, "{out}");
+    }
 }
 
 #[test]
@@ -26,6 +55,7 @@ fn the_table_has_the_processes_of_the_container() {
     for options in [&[][..], &["-ef"]] {
         let out = container.command("ps", &[]).args(options).output().ok();
         let rows = table(&out.stdout);
+        assert_eq!(find_user(&rows, "sleep 1234"), "root", "{out}");
         assert_eq!(rows[0], ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"], "{out}");
         let find = |command: &str| rows.iter().find(|row| row[7].ends_with(command));
         let (shell, child) = (find("wait").unwrap(), find("sleep 1234").unwrap());
@@ -34,8 +64,8 @@ fn the_table_has_the_processes_of_the_container() {
         let exec = find("sleep 4321").unwrap();
         assert_eq!(rows.len(), 4, "{out}");
         if runtime().is_isopod() {
-            assert_eq!((&*shell[0], &*shell[1], &*shell[2]), ("0", "1", "0"), "{out}");
-            assert_eq!((&*exec[0], &*exec[2]), ("1000", "0"), "{out}");
+            assert_eq!((&*shell[0], &*shell[1], &*shell[2]), ("root", "1", "0"), "{out}");
+            assert_eq!((&*exec[0], &*exec[2]), ("alice", "0"), "{out}");
             // The pids are those that the container's own programs know.
             container.exec(["kill", "-0", &exec[1]]).ok();
         }

@@ -1,8 +1,10 @@
 //! Terminals: by a console socket as container engines use it, and the caller's own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
+use std::fs;
+
 use isopod_tests::terminal::{ConsoleSocket, Terminal};
-use isopod_tests::{Container, PROBE_PATH, Scope};
+use isopod_tests::{Command, Container, PROBE_PATH, Scope, runtime};
 use serde_json::json;
 
 fn with_terminal<'a>(scope: &'a Scope, args: &[&str]) -> Container<'a> {
@@ -123,4 +125,37 @@ fn a_detached_terminal_needs_a_console_socket() {
     let out = container.command_with_bundle("create", &[]).output();
     out.one_line_error(&["console"]);
     scope.assert_nothing_left();
+}
+
+/// A terminal is made also where the caller's streams are none, as in a pipeline of a script. What comes
+/// out of it has no carriage returns: those are for a terminal.
+#[test]
+fn the_callers_streams_need_not_be_a_terminal() {
+    let scope = Scope::new();
+    // runc sets the size at some time after the start.
+    let script =
+        "read word; tty; echo got $word; while [ \"$(stty size)\" = '0 0' ]; do :; done; stty size";
+    let container = with_terminal(&scope, &["sh", "-c", script]);
+    let sleeper = scope.container().args(["sleep", "1000"]);
+    let _created = sleeper.start_new();
+    let place = scope.dir().to_str().unwrap();
+    let redirect =
+        format!("echo word > {place}/in; \"$@\" < {place}/in > {place}/out 2> {place}/err");
+    let redirected = |command: Command<'_>, seen: &str| {
+        let (_terminal, slave) = Terminal::open(81, 25);
+        let mut job = command.through(&["sh", "-c", &redirect, "sh"]).terminal(slave).spawn();
+        let status = job.wait().status();
+        let read = |name: &str| fs::read_to_string(scope.dir().join(name)).unwrap();
+        assert_eq!((status, &*read("out"), &*read("err")), (0, seen, ""));
+    };
+    redirected(container.command_with_bundle("run", &[]), "word\n/dev/pts/0\ngot word\n25 81\n");
+    let exec = || sleeper.command("exec", &["--tty"]).args(["sh", "-c", script]);
+    redirected(exec(), "word\n/dev/pts/0\ngot word\n25 81\n");
+    if runtime().is_isopod() {
+        // Without even a controlling terminal, where runc gives up.
+        let script = ["sh", "-c", "read word; tty; echo got $word; stty size"];
+        let exec = sleeper.command("exec", &["--tty"]).args(script);
+        let out = exec.through(&["setsid", "--wait"]).stdin("word\n").output().ok();
+        assert_eq!(out.stdout, "word\n/dev/pts/0\ngot word\n0 0\n");
+    }
 }

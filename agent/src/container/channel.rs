@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::namespaces::Namespaces;
 use super::seccomp::Filter;
-use super::terminal::Size;
+use super::terminal::Screen;
 use crate::oci::State;
 
 /// Longest payload of a message. A config.json is far shorter.
@@ -35,13 +35,13 @@ const MAX_FDS: usize = 4 + MAX_FURTHER_STREAMS;
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// The first process of a container; a config.json follows.
-    Create { cgroup: String, filter: Option<Filter>, size: Option<Size>, state: Option<State> },
+    Create { cgroup: String, filter: Option<Filter>, screen: Screen, state: Option<State> },
     /// A further process of a container; a `process` object follows.
     Exec {
         namespaces: Namespaces,
         filter: Option<Filter>,
         personality: Option<u32>,
-        size: Option<Size>,
+        screen: Screen,
     },
 }
 

@@ -7,7 +7,7 @@ use super::channel::Request;
 use super::launch::{self, Birth, Launch, Launched};
 use super::process::Process;
 use super::stdio::{Connections, Pipes};
-use super::terminal::Size;
+use super::terminal::Screen;
 use super::{Container, blocking, spec};
 use crate::error::{Error, Result};
 use crate::oci;
@@ -26,10 +26,10 @@ impl Container {
         process_json: Vec<u8>,
         cgroup: Option<String>,
         connections: Connections,
-        size: Option<Size>,
+        screen: Screen,
     ) -> Result<i32> {
         self.execs().reserve(&exec_id)?;
-        match self.start_exec(reaper, process_json, cgroup, connections, size).await {
+        match self.start_exec(reaper, process_json, cgroup, connections, screen).await {
             Ok(process) => {
                 let pid = process.pid();
                 self.execs().put(exec_id, process);
@@ -48,7 +48,7 @@ impl Container {
         process_json: Vec<u8>,
         cgroup: Option<String>,
         connections: Connections,
-        size: Option<Size>,
+        screen: Screen,
     ) -> Result<Arc<Process>> {
         if self.init.has_ended() {
             return Err(Error::state(format!("container {:?} is not running", self.id)));
@@ -57,7 +57,7 @@ impl Container {
         let process = spec::parse_process(&process_json)?;
         let (pipes, streams) = Pipes::make(&connections, process.terminal)?;
         let container = Arc::clone(self);
-        let launch = move || container.launch_exec(&reaper, process, cgroup, streams, size);
+        let launch = move || container.launch_exec(&reaper, process, cgroup, streams, screen);
         let launched = blocking(launch).await?;
         let cgroup = Arc::clone(&self.cgroup);
         let process = Arc::new(Process::new(launched, cgroup, oom_kills, pipes, connections)?);
@@ -72,7 +72,7 @@ impl Container {
         mut process: oci::Process,
         cgroup: Option<String>,
         streams: Vec<OwnedFd>,
-        size: Option<Size>,
+        screen: Screen,
     ) -> Result<Launched> {
         if process.capabilities.is_none() {
             process.capabilities = self.defaults.capabilities.clone();
@@ -100,7 +100,7 @@ impl Container {
                     namespaces: self.namespaces,
                     filter: self.defaults.filter.clone(),
                     personality: self.defaults.personality,
-                    size,
+                    screen,
                 },
                 document: &document,
                 streams,

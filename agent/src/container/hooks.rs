@@ -54,25 +54,31 @@ pub(crate) fn time_limit(hooks: &[Hook]) -> Option<Duration> {
     limits.reduce(|sum, limit| sum?.checked_add(limit?)).unwrap_or(Some(Duration::ZERO))
 }
 
-/// Runs hooks one after another, up to the first that fails.
+/// Runs hooks one after another, up to the first that fails. `env` is for those that name none.
 ///
 /// # Errors
 ///
 /// Which one failed, and how.
-pub(crate) fn run(field: &str, hooks: &[Hook], mut state: State, status: &str) -> Result<()> {
+pub(crate) fn run(
+    field: &str,
+    hooks: &[Hook],
+    env: &[String],
+    mut state: State,
+    status: &str,
+) -> Result<()> {
     // As the container sees itself (runtime-spec, "State").
     state.pid = rustix::process::getpid().as_raw_nonzero().get();
     status.clone_into(&mut state.status);
     let state = serde_json::to_vec(&state).map_err(|e| Error::internal(e.to_string()))?;
     for (index, hook) in hooks.iter().enumerate() {
         let name = format!("{field}[{index}] ({})", hook.path.display());
-        run_one(&name, hook, &state)?;
+        run_one(&name, hook, env, &state)?;
     }
     Ok(())
 }
 
-fn run_one(name: &str, hook: &Hook, state: &[u8]) -> Result<()> {
-    let (pid, output) = spawn(name, hook, state)?;
+fn run_one(name: &str, hook: &Hook, env: &[String], state: &[u8]) -> Result<()> {
+    let (pid, output) = spawn(name, hook, env, state)?;
     let mut said = VecDeque::new();
     let ended = wait(pid, &output, hook.timeout.map(Duration::from_secs), &mut said)
         .context(|| format!("wait for {name}"))?;
@@ -95,9 +101,10 @@ fn run_one(name: &str, hook: &Hook, state: &[u8]) -> Result<()> {
 }
 
 /// Starts a hook. Returns it, and the end of the pipe that it writes to.
-fn spawn(name: &str, hook: &Hook, state: &[u8]) -> Result<(Pid, OwnedFd)> {
+fn spawn(name: &str, hook: &Hook, env: &[String], state: &[u8]) -> Result<(Pid, OwnedFd)> {
     let what = || format!("run {name}");
-    let image = Image::of(hook).ok_or_else(|| Error::invalid(name, "contains a NUL character"))?;
+    let image =
+        Image::of(hook, env).ok_or_else(|| Error::invalid(name, "contains a NUL character"))?;
     let stdin = state_file(state).context(what)?;
     let (output, written) = pipe_with(PipeFlags::CLOEXEC).context(what)?;
     rustix::fs::fcntl_setfl(&output, OFlags::NONBLOCK).context(what)?;
@@ -199,7 +206,7 @@ fn keep(output: &OwnedFd, said: &mut VecDeque<u8>) -> bool {
     true
 }
 
-/// A program with arguments and environment exactly as given.
+/// A program with arguments exactly as given, and its own environment or else the process's.
 struct Image {
     path: CString,
     args: Vec<CString>,
@@ -207,7 +214,7 @@ struct Image {
 }
 
 impl Image {
-    fn of(hook: &Hook) -> Option<Self> {
+    fn of(hook: &Hook, env: &[String]) -> Option<Self> {
         let path = CString::new(hook.path.as_os_str().as_bytes()).ok()?;
         let strings = |texts: &[String]| {
             let strings = texts.iter().map(|text| CString::new(text.as_bytes()));
@@ -217,7 +224,8 @@ impl Image {
         if args.is_empty() {
             args.push(path.clone());
         }
-        Some(Self { path, args, env: strings(&hook.env)? })
+        let env = strings(hook.env.as_deref().unwrap_or(env))?;
+        Some(Self { path, args, env })
     }
 
     /// Becomes the program, in a new process. Returns the number of the error that kept it from that.

@@ -18,7 +18,7 @@ use super::channel::{Channel, Message, Request, Tag};
 use super::namespaces::{self, Namespaces};
 use super::seccomp::Filter;
 use super::spec::ContainerSpec;
-use super::terminal::{self, Size, Terminal};
+use super::terminal::{self, Screen, Size, Terminal};
 use super::{credentials, environment, executable, hooks, rlimits, rootfs, scheduling, signals};
 use crate::error::{Context as _, Error, Result};
 use crate::oci::{Hook, NamespaceKind, Process, State};
@@ -54,19 +54,19 @@ fn become_process(channel: &mut Channel) -> Result<Infallible> {
     let mut fds = request.fds.into_iter();
     let request: Request =
         serde_json::from_slice(&request.payload).map_err(|e| Error::internal(e.to_string()))?;
-    let (inside, filter, size) = match request {
-        Request::Create { cgroup, filter, size, state } => {
-            (enter_new_container(&document, Path::new(&cgroup), state)?, filter, size)
+    let (inside, filter, screen) = match request {
+        Request::Create { cgroup, filter, screen, state } => {
+            (enter_new_container(&document, Path::new(&cgroup), state)?, filter, screen)
         }
-        Request::Exec { namespaces, filter, personality, size } => {
+        Request::Exec { namespaces, filter, personality, screen } => {
             let container = fds.next().ok_or_else(|| Error::internal("no pidfd was sent"))?;
             let inside = enter_container(&document, &container, namespaces)?;
-            (Inside { personality, ..inside }, filter, size)
+            (Inside { personality, ..inside }, filter, screen)
         }
     };
     let Inside { process, terminal, namespaces, personality, further, start_hooks } = inside;
     let terminal = match terminal {
-        Some(terminal) => Some(take_terminal(channel, terminal, &process, size)?),
+        Some(terminal) => Some(take_terminal(channel, terminal, &process, screen)?),
         None => None,
     };
     let mut stdio: Vec<OwnedFd> = fds.collect();
@@ -78,11 +78,13 @@ fn become_process(channel: &mut Channel) -> Result<Infallible> {
         scheduling::take_on(personality)?;
     }
     scheduling::apply(&process, further)?;
-    let program = Program::prepare(&process, namespaces, filter)?;
+    // Before the passwd file may be out of reach for the process's user.
+    let env = environment::complete(&process.env, process.user.uid, Path::new("/etc/passwd"));
+    let program = Program::prepare(&process, &env, namespaces, filter)?;
     channel.send(Tag::Ready, &[], &[]).context(|| "report to the agent")?;
     expect(channel, Tag::Start)?;
     if let Some((hooks, state)) = start_hooks {
-        hooks::run("hooks.startContainer", &hooks, state, "created")?;
+        hooks::run("hooks.startContainer", &hooks, &env, state, "created")?;
     }
     program.execute(&further_fds)
 }
@@ -121,7 +123,8 @@ fn enter_new_container(json: &[u8], cgroup: &Path, state: Option<State>) -> Resu
     let start = given(&hooks.start_container)?;
     let terminal = rootfs::enter(&spec, cgroup, || match create {
         Some(state) => {
-            hooks::run("hooks.createContainer", &hooks.create_container, state, "creating")
+            let env = &spec.process.env;
+            hooks::run("hooks.createContainer", &hooks.create_container, env, state, "creating")
         }
         None => Ok(()),
     })?;
@@ -168,15 +171,18 @@ fn take_terminal(
     channel: &Channel,
     terminal: Terminal,
     process: &Process,
-    size: Option<Size>,
+    screen: Screen,
 ) -> Result<OwnedFd> {
     let console_size = || {
         let size = process.console_size.as_ref()?;
         let (columns, rows) = (u16::try_from(size.width), u16::try_from(size.height));
         Some(Size { columns: columns.ok()?, rows: rows.ok()? })
     };
-    if let Some(size) = size.or_else(console_size) {
+    if let Some(size) = screen.size.or_else(console_size) {
         terminal::resize(&terminal.master, size)?;
+    }
+    if screen.plain_newlines {
+        terminal::keep_newlines(&terminal.slave)?;
     }
     ioctl_tiocsctty(&terminal.slave).context(|| "make the terminal the controlling one")?;
     channel
@@ -247,10 +253,13 @@ struct Program {
 
 impl Program {
     /// Takes on the identity of the process and finds its program.
-    fn prepare(process: &Process, namespaces: Namespaces, filter: Option<Filter>) -> Result<Self> {
+    fn prepare(
+        process: &Process,
+        env: &[String],
+        namespaces: Namespaces,
+        filter: Option<Filter>,
+    ) -> Result<Self> {
         let args = &process.args;
-        let passwd = Path::new("/etc/passwd");
-        let env = environment::complete(&process.env, process.user.uid, passwd);
         join_session_keyring();
         let limits = process.rlimits.as_deref().unwrap_or_default();
         rlimits::set_defaults(limits)?;
@@ -270,10 +279,10 @@ impl Program {
         if process.no_new_privileges == Some(true) {
             rustix::thread::set_no_new_privs(true).context(|| "set noNewPrivileges")?;
         }
-        let path = executable::find(args.first().map_or("", String::as_str), &env)?;
+        let path = executable::find(args.first().map_or("", String::as_str), env)?;
         let mask = process.user.umask.unwrap_or(0o022);
         let umask = Mode::from_raw_mode(mask);
-        Ok(Self { path, args: to_c(args)?, env: to_c(&env)?, umask, filter })
+        Ok(Self { path, args: to_c(args)?, env: to_c(env)?, umask, filter })
     }
 
     fn execute(self, further: &[OwnedFd]) -> Result<Infallible> {

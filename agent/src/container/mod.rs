@@ -56,7 +56,7 @@ use self::process::Process;
 use self::seccomp::Filter;
 use self::spec::ContainerSpec;
 use self::stdio::{Connections, Pipes};
-use self::terminal::Size;
+use self::terminal::Screen;
 use crate::error::{Context as _, Error, Result};
 use crate::log::log_warn;
 use crate::oci::{Capabilities, NamespaceKind, PosixRlimit, State};
@@ -123,7 +123,7 @@ impl Container {
         cgroup: Arc<Cgroup>,
         document: Document,
         connections: Connections,
-        size: Option<Size>,
+        screen: Screen,
         network: Option<Network>,
         find: impl Fn(&str) -> Result<Arc<Self>>,
     ) -> Result<Self> {
@@ -140,7 +140,7 @@ impl Container {
                 network: network.as_ref(),
                 shared: &shared,
             };
-            let launched = prepare(&reaper, &made, &spec, birth, document, streams, size)?;
+            let launched = prepare(&reaper, &made, &spec, birth, document, streams, screen)?;
             Ok((spec, launched))
         };
         let (spec, launched) = blocking(work).await?;
@@ -360,11 +360,11 @@ fn prepare(
     birth: Birth<'_>,
     document: Document,
     streams: Vec<OwnedFd>,
-    size: Option<Size>,
+    screen: Screen,
 ) -> Result<Launched> {
     let path = cgroup.path().to_string_lossy().into_owned();
     let Document { spec_json, state, filter } = document;
-    let request = Request::Create { cgroup: path, filter, size, state };
+    let request = Request::Create { cgroup: path, filter, screen, state };
     resources::apply(cgroup, &spec.linux.resources)?;
     launch::launch(
         reaper,

@@ -26,6 +26,8 @@ pub(crate) fn describe(pids: &[u32], level: usize) -> Vec<ProcessInfo> {
             let stat = String::from_utf8_lossy(&read("stat")?).into_owned();
             let (parent, mut info) = parse(&stat, &status, level)?;
             info.pid = pid;
+            let map = String::from_utf8_lossy(&read("uid_map")?).into_owned();
+            info.container_uid = inside(&map, info.uid).unwrap_or(info.uid);
             info.age_ms = up_ms.saturating_sub(info.start_time_ms);
             info.start_time_ms = now_ms.saturating_sub(info.age_ms);
             let mut line = read("cmdline").unwrap_or_default();
@@ -65,6 +67,17 @@ fn parse(stat: &str, status: &str, level: usize) -> Option<(u32, ProcessInfo)> {
     Some((u32::try_from(number(4)?).ok()?, info))
 }
 
+/// The id that user `outside` has inside, by a /proc/PID/uid_map.
+fn inside(map: &str, outside: u32) -> Option<u32> {
+    map.lines().find_map(|line| {
+        let mut numbers = line.split_ascii_whitespace().map(str::parse::<u32>);
+        let mut next = || numbers.next()?.ok();
+        let (first_inside, first_outside, count) = (next()?, next()?, next()?);
+        let index = outside.checked_sub(first_outside).filter(|index| *index < count)?;
+        first_inside.checked_add(index)
+    })
+}
+
 /// Arguments end with a NUL character each; a program may have written over them.
 fn args(line: &[u8]) -> Vec<String> {
     let line = line.strip_suffix(b"\0").unwrap_or(line);
@@ -92,6 +105,15 @@ mod tests {
         assert_eq!((info.terminal, info.start_time_ms, info.cpu_time_ms), (34816, 5000, 150));
         assert_eq!(info.name, "a) b (c");
         assert!(parse(stat, status, 2).is_none(), "not of the container");
+    }
+
+    #[test]
+    fn users_have_the_ids_of_their_namespace() {
+        let map = "         0     100000      1000\n      2000     200000         1\n";
+        assert_eq!(inside(map, 100_999), Some(999));
+        assert_eq!(inside(map, 200_000), Some(2000));
+        assert_eq!(inside(map, 101_000), None);
+        assert_eq!(inside("0 0 4294967295\n", 7), Some(7));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{CWD, OFlags};
+use rustix::fs::{AtFlags, CWD, OFlags, StatxFlags, statx};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, unmount};
 
@@ -64,11 +64,13 @@ pub(crate) fn enter(
         mounts::set_attributes(tree, MountAttr::READ_ONLY, false)
             .context(|| "make a tmpfs read-only")?;
     }
+    let mut covers = Covers::default();
     for path in &spec.linux.readonly_paths {
-        make_read_only(root.as_fd(), path)?;
+        make_read_only(root.as_fd(), path, &mut covers)?;
     }
+    let mut covers = Covers::default();
     for path in &spec.linux.masked_paths {
-        mask(root.as_fd(), path)?;
+        mask(root.as_fd(), path, &mut covers)?;
     }
     before_pivot()?;
     pivot(&root)?;
@@ -105,10 +107,35 @@ fn make_cwd(root: BorrowedFd<'_>, cwd: &Path) -> Result<()> {
     }
 }
 
+/// Mounts that one of the path lists has made, by their ids. A path that is there twice, by whatever
+/// names, is covered once.
+#[derive(Default)]
+struct Covers(Vec<u64>);
+
+impl Covers {
+    /// Covers a path, unless that has been done.
+    fn attach(&mut self, cover: &OwnedFd, target: &OwnedFd) -> rustix::io::Result<()> {
+        mounts::attach(cover, target)?;
+        self.0.push(mount_id(cover)?);
+        Ok(())
+    }
+
+    fn have(&self, target: &OwnedFd) -> rustix::io::Result<bool> {
+        Ok(self.0.contains(&mount_id(target)?))
+    }
+}
+
+fn mount_id(fd: &OwnedFd) -> rustix::io::Result<u64> {
+    Ok(statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id)
+}
+
 /// Hides a path: a directory behind an empty one, anything else behind /dev/null.
-fn mask(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
+fn mask(root: BorrowedFd<'_>, path: &Path, covers: &mut Covers) -> Result<()> {
     let what = || format!("mask {}", path.display());
     let Some(target) = existing(root, path).context(what)? else { return Ok(()) };
+    if covers.have(&target).context(what)? {
+        return Ok(());
+    }
     let cover = if path::is_dir(&target).context(what)? {
         mounts::empty_directory().map_err(|why| Error::internal(format!("{}: {why}", what())))?
     } else {
@@ -117,15 +144,18 @@ fn mask(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
         mounts::set_attributes(&null, MountAttr::READ_ONLY, false).context(what)?;
         null
     };
-    mounts::attach(cover, target).context(what)
+    covers.attach(&cover, &target).context(what)
 }
 
-fn make_read_only(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
+fn make_read_only(root: BorrowedFd<'_>, path: &Path, covers: &mut Covers) -> Result<()> {
     let what = || format!("make {} read-only", path.display());
     let Some(target) = existing(root, path).context(what)? else { return Ok(()) };
+    if covers.have(&target).context(what)? {
+        return Ok(());
+    }
     let tree = mounts::clone_tree(target.as_fd(), Path::new(""), true).context(what)?;
     mounts::set_attributes(&tree, MountAttr::READ_ONLY, false).context(what)?;
-    mounts::attach(tree, target).context(what)
+    covers.attach(&tree, &target).context(what)
 }
 
 /// Paths of the lists that an image or kernel does not have need no hiding.

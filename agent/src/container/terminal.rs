@@ -5,7 +5,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 
 use super::mounts;
 use super::path::{self, Missing};
@@ -16,6 +16,15 @@ use crate::error::{Context as _, Result};
 pub(crate) struct Size {
     pub(crate) columns: u16,
     pub(crate) rows: u16,
+}
+
+/// How a new terminal is to begin.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Screen {
+    /// Its size, if that is known.
+    pub(crate) size: Option<Size>,
+    /// No carriage return is put before a newline.
+    pub(crate) plain_newlines: bool,
 }
 
 /// Both ends of a pseudo-terminal.
@@ -53,6 +62,19 @@ impl Terminal {
         let tree = mounts::clone_tree(self.slave.as_fd(), Path::new(""), false).context(what)?;
         mounts::attach(tree, target).context(what)
     }
+}
+
+/// Has the terminal pass on newlines as they are written. The terminal at the other end of the relay puts
+/// the carriage returns in, and where there is none they would be in the caller's data.
+///
+/// # Errors
+///
+/// The kernel's.
+pub(crate) fn keep_newlines(terminal: impl AsFd) -> Result<()> {
+    let what = || "set the output modes of the terminal";
+    let mut modes = tcgetattr(&terminal).context(what)?;
+    modes.output_modes.remove(OutputModes::ONLCR);
+    tcsetattr(terminal, OptionalActions::Now, &modes).context(what)
 }
 
 /// Sets the size that programs see, and tells them by SIGWINCH.

@@ -9,6 +9,7 @@ use isopod_protocol::agent::{
 
 use crate::container::Document;
 use crate::container::seccomp::Filter;
+use crate::container::terminal::Screen;
 use crate::error::Result;
 use crate::sandbox::Sandbox;
 
@@ -17,12 +18,13 @@ pub(super) async fn create(
     request: CreateContainerRequest,
 ) -> Result<ProcessStarted> {
     let size = super::size(&request.terminal_size)?;
+    let screen = Screen { size, plain_newlines: request.plain_newlines };
     let streams = super::claim(&sandbox.streams, request.streams).await?;
     let filter = Filter::of(&request.seccomp_filter, request.seccomp_flags)?;
     let document = Document::of(request.spec_json, &request.state_json, filter)?;
     let id = request.container_id;
     let network = request.network.into_option();
-    let pid = sandbox.create(id, document, streams, size, network).await?;
+    let pid = sandbox.create(id, document, streams, screen, network).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 

@@ -7,6 +7,7 @@ use isopod_protocol::agent::{
     SignalProcessRequest,
 };
 
+use crate::container::terminal::Screen;
 use crate::error::{Code, Error, Result};
 use crate::sandbox::Sandbox;
 
@@ -18,12 +19,13 @@ pub(super) async fn exec(
         return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
     }
     let size = super::size(&request.terminal_size)?;
+    let screen = Screen { size, plain_newlines: request.plain_newlines };
     let streams = super::claim(&sandbox.streams, request.streams).await?;
     let reaper = Arc::clone(&sandbox.reaper);
     let container = sandbox.container(&request.container_id)?;
     let cgroup = (!request.cgroup.is_empty()).then_some(request.cgroup);
     let document = request.process_json;
-    let pid = container.exec(reaper, request.exec_id, document, cgroup, streams, size).await?;
+    let pid = container.exec(reaper, request.exec_id, document, cgroup, streams, screen).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 

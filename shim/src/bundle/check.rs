@@ -7,10 +7,13 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
 use super::{Bind, IdMap, kernel, mount_options, pod, scheduling};
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    logger,
+};
 
 /// Types of mounts that the guest makes itself.
 const GUEST_MOUNTS: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
@@ -102,12 +105,38 @@ pub(super) fn process(process: &Process) -> Result<()> {
             return Err(Error::new(format!("process.rlimits has {name} twice")));
         }
     }
+    ambient(process);
     if let Some(adjustment) = process.oom_score_adj().filter(|n| !(-1000..=1000).contains(n)) {
         return Err(Error::new(format!(
             "process.oomScoreAdj is {adjustment}; it has to be from -1000 to 1000"
         )));
     }
     Ok(())
+}
+
+/// Tells of ambient capabilities that the kernel will refuse: those that are not permitted and
+/// inheritable as well. The guest leaves them out.
+fn ambient(process: &Process) {
+    let Some(capabilities) = process.capabilities() else { return };
+    let refused = |one: &&Capability| {
+        let sets = [capabilities.permitted(), capabilities.inheritable()];
+        sets.into_iter().any(|set| set.as_ref().is_none_or(|set| !set.contains(*one)))
+    };
+    let mut names: Vec<String> = capabilities
+        .ambient()
+        .iter()
+        .flatten()
+        .filter(refused)
+        .map(|one| format!("CAP_{one}"))
+        .collect();
+    if !names.is_empty() {
+        names.sort();
+        log::warn!(
+            target: logger::FOR_THE_LOG,
+            "process.capabilities.ambient: cannot raise {}: not permitted and inheritable",
+            names.join(", ")
+        );
+    }
 }
 
 fn hooks(hooks: &Hooks) -> Result<()> {

@@ -33,7 +33,7 @@ pub use self::{
     features::features,
     guest::{guest_processors, guest_spec},
     id_map::IdMap,
-    pod::Joined,
+    pod::{Joined, is_first_of_pod},
     seccomp::Filter,
     size::{VmSize, cpu_list_len},
     update::{beyond_vm, check_fits, parse_resources, update_resources},
@@ -150,7 +150,7 @@ pub fn load_process(path: &Path) -> Result<Process> {
     let text = fs::read(path).explain(|| format!("cannot read {}", path.display()))?;
     let what = || path.display().to_string();
     let mut raw: Value = serde_json::from_slice(&text).explain(what)?;
-    spelling::correct(&mut raw);
+    spelling::correct_process(&mut raw);
     let process: Process = typed(&text, &raw).explain(what)?;
     unsupported::refuse_process(&raw)?;
     let kept = serde_json::to_value(&process).explain(what)?;
@@ -173,9 +173,7 @@ fn parse_spec(path: &Path, text: &[u8]) -> Result<Spec> {
     let what = || path.display().to_string();
     let raw: Map<String, Value> = serde_json::from_slice(text).explain(what)?;
     let mut raw = Value::Object(raw);
-    if let Some(process) = raw.get_mut("process") {
-        spelling::correct(process);
-    }
+    spelling::correct(&mut raw);
     let spec: Spec = typed(text, &raw).explain(what)?;
     unsupported::refuse(&raw)?;
     let kept = serde_json::to_value(&spec).explain(|| path.display().to_string())?;
@@ -184,12 +182,12 @@ fn parse_spec(path: &Path, text: &[u8]) -> Result<Spec> {
     Ok(spec)
 }
 
-/// A document, corrected, as its type. An error names the line where the text has one.
+/// A document, corrected, as its type. An error names the line where the text has the same one.
 fn typed<T: DeserializeOwned>(text: &[u8], corrected: &Value) -> serde_json::Result<T> {
-    match (T::deserialize(corrected), serde_json::from_slice::<T>(text)) {
-        (Err(_), Err(with_line)) => Err(with_line),
-        (result, _) => result,
-    }
+    T::deserialize(corrected).map_err(|error| match serde_json::from_slice::<T>(text) {
+        Err(with_line) if with_line.to_string().starts_with(&error.to_string()) => with_line,
+        _ => error,
+    })
 }
 
 fn canonical_dir(path: &Path, what: &str) -> Result<PathBuf> {

@@ -1,6 +1,9 @@
 //! Containers of a pod, which share namespaces and therefore a microVM.
 
-use std::path::{Component, Path};
+use std::{
+    collections::BTreeMap,
+    path::{Component, Path},
+};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 
@@ -51,6 +54,11 @@ pub(crate) fn of_pod(spec: &Spec, namespace: &LinuxNamespace) -> Option<i32> {
         return None;
     }
     process_of(namespace.path().as_deref()?)
+}
+
+/// The container is what an engine makes first for a pod, to hold what the others share.
+pub fn is_first_of_pod(annotations: &BTreeMap<String, String>) -> bool {
+    CONTAINER_TYPES.iter().any(|key| annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
 }
 
 /// The process of a path such as `/proc/17/ns/net`.

@@ -1,7 +1,7 @@
 //! What config.json may say in words that the types of the `oci-spec` crate do not take.
 
 use oci_spec::runtime::Capability;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// The sets of `process.capabilities`.
 const SETS: [&str; 5] = ["bounding", "effective", "inheritable", "permitted", "ambient"];
@@ -12,9 +12,101 @@ const SCHEDULER_FLAGS: [(&str, &str); 2] = [
     ("SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_D_L_OVERRUN"),
 ];
 
-/// Makes a `process` object one that the types take. Unknown capabilities are left out with a
+/// Makes a value that stands for none.
+type Make = fn() -> Value;
+
+/// Objects whose members the document names. A null is a member with the value that stands for none.
+const MAPS: [(&str, Make); 6] = [
+    ("/annotations", || "".into()),
+    ("/linux/sysctl", || "".into()),
+    ("/linux/resources/unified", || "".into()),
+    ("/linux/resources/rdma", || Value::Object(Map::new())),
+    ("/linux/netDevices", || Value::Object(Map::new())),
+    ("/linux/timeOffsets", || Value::Object(Map::new())),
+];
+
+/// Members that the types demand, with the values that runc takes for them where they are missing. A
+/// `*` stands for each item of a list. Others that the types demand name a kind of something, of which
+/// runc has none without a name either.
+const DEFAULTS: [(&str, &str, Make); 7] = [
+    ("", "ociVersion", || super::SPEC_VERSION.into()),
+    ("/process", "user", || Value::Object(Map::new())),
+    ("/process", "cwd", || "".into()),
+    ("/mounts/*", "destination", || "".into()),
+    ("/linux/seccomp/syscalls/*", "names", || Value::Array(Vec::new())),
+    ("/linux/seccomp/syscalls/*/args/*", "index", || 0.into()),
+    ("/linux/seccomp/syscalls/*/args/*", "value", || 0.into()),
+];
+
+/// Makes a config.json one that the types take: callers written in Go write null for what is not there,
+/// and leave out what has its type's zero value.
+pub(super) fn correct(config: &mut Value) {
+    for (map, absent) in MAPS {
+        let members = config.pointer_mut(map).and_then(Value::as_object_mut);
+        for value in members.into_iter().flat_map(|members| members.values_mut()) {
+            if value.is_null() {
+                *value = absent();
+            }
+        }
+    }
+    remove_nulls(config);
+    for (place, member, value) in DEFAULTS {
+        for object in objects(config, place) {
+            object.entry(member).or_insert_with(value);
+        }
+    }
+    if let Some(process) = config.get_mut("process") {
+        words(process);
+    }
+}
+
+/// As [`correct`], for a `process` object by itself.
+pub(super) fn correct_process(process: &mut Value) {
+    let mut config = serde_json::json!({ "process": process.take() });
+    correct(&mut config);
+    *process = config["process"].take();
+}
+
+/// As [`correct`], for a `linux.resources` object by itself.
+pub(super) fn correct_resources(resources: &mut Value) {
+    let mut config = serde_json::json!({ "linux": { "resources": resources.take() } });
+    correct(&mut config);
+    *resources = config["linux"]["resources"].take();
+}
+
+fn remove_nulls(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            members.retain(|_, member| !member.is_null());
+            members.values_mut().for_each(remove_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(remove_nulls),
+        _ => {}
+    }
+}
+
+/// The objects at a place.
+fn objects<'a>(value: &'a mut Value, place: &str) -> Vec<&'a mut Map<String, Value>> {
+    match place.strip_prefix('/').map(|rest| rest.split_once('/').unwrap_or((rest, ""))) {
+        None => value.as_object_mut().into_iter().collect(),
+        Some((part, rest)) => {
+            let rest = if rest.is_empty() { String::new() } else { format!("/{rest}") };
+            match value {
+                Value::Array(items) if part == "*" => {
+                    items.iter_mut().flat_map(|item| objects(item, &rest)).collect()
+                }
+                Value::Object(members) => {
+                    members.get_mut(part).map(|member| objects(member, &rest)).unwrap_or_default()
+                }
+                _ => Vec::new(),
+            }
+        }
+    }
+}
+
+/// Makes the words of a `process` object those of the types. Unknown capabilities are left out with a
 /// warning, as runc does: newer kernels have more of them.
-pub(super) fn correct(process: &mut Value) {
+fn words(process: &mut Value) {
     let mut unknown = Vec::new();
     for set in SETS {
         let pointer = format!("/capabilities/{set}");
@@ -61,9 +153,41 @@ mod tests {
                 "flags": ["SCHED_FLAG_RESET_ON_FORK", "SCHED_FLAG_DL_OVERRUN", "SCHED_FLAG_RECLAIM"]
             }
         });
-        correct(&mut process);
+        correct_process(&mut process);
         let capabilities = json!({"bounding": ["CAP_KILL"], "ambient": []});
         assert_eq!(process["capabilities"], capabilities);
         serde_json::from_value::<Process>(process).unwrap();
+    }
+
+    #[test]
+    fn what_runcs_types_default_may_be_null_or_missing() {
+        use super::super::fields;
+        use oci_spec::runtime::Spec;
+        // Without these there is no such thing, and runc refuses it too.
+        let named = ["type", "action", "op", "mode", "path", "domain", "policy"];
+        let whole: Map<String, Value> = fields::of::<Spec>()
+            .into_iter()
+            .filter(|(path, _)| !path.contains(['.', '[']))
+            .collect();
+        for path in fields::of::<Spec>().keys().filter(|path| !path.ends_with(['*', ']'])) {
+            let (parent, member) = path.rsplit_once('.').unwrap_or(("", path));
+            if named.contains(&member) {
+                continue;
+            }
+            for null in [true, false] {
+                let mut config = Value::Object(whole.clone());
+                let pointer = format!("/{}", parent.replace("[]", ".0").replace('.', "/"));
+                let pointer = if parent.is_empty() { "" } else { pointer.as_str() };
+                let object = config.pointer_mut(pointer).unwrap().as_object_mut().unwrap();
+                match null {
+                    true => drop(object.insert(member.to_owned(), Value::Null)),
+                    false => drop(object.remove(member)),
+                }
+                correct(&mut config);
+                if let Err(error) = serde_json::from_value::<Spec>(config) {
+                    panic!("{path}: {error}");
+                }
+            }
+        }
     }
 }

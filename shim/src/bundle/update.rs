@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::{
     VmSize, cpu_list_len, kernel,
     size::{MEMORY_ANNOTATION, memory_limit, with_overhead},
-    unknown, unsupported,
+    spelling, unknown, unsupported,
 };
 use crate::error::{Error, Explain, Result};
 
@@ -18,7 +18,8 @@ use crate::error::{Error, Explain, Result};
 pub fn parse_resources(name: &str, json: &[u8]) -> Result<LinuxResources> {
     // As an object first: the types would take a list for one without fields.
     let raw: Map<String, Value> = serde_json::from_slice(json).explain(|| name.to_owned())?;
-    let raw = Value::Object(raw);
+    let mut raw = Value::Object(raw);
+    spelling::correct_resources(&mut raw);
     let resources: LinuxResources =
         serde_json::from_value(raw.clone()).explain(|| name.to_owned())?;
     unsupported::refuse_resources(name, &raw)?;

@@ -48,6 +48,11 @@ impl Cgroup {
         &self.dir
     }
 
+    /// The scope of systemd that it belongs to.
+    pub(super) fn unit(&self) -> Option<&str> {
+        self.unit.as_deref()
+    }
+
     /// Makes it, with all controllers that there are, and moves this process into it.
     ///
     /// # Errors
@@ -194,7 +199,7 @@ fn join(dir: &Path) -> io::Result<()> {
     write(&dir.join("cgroup.procs"), "0")
 }
 
-fn write(path: &Path, text: &str) -> io::Result<()> {
+pub(super) fn write(path: &Path, text: &str) -> io::Result<()> {
     File::options().write(true).open(path)?.write_all(text.as_bytes())
 }
 

@@ -2,12 +2,14 @@
 //! find what a microVM uses.
 //!
 //! The sandbox process enters it before it starts the VMM, so all of the microVM's memory and time is
-//! charged there. It bears no limit of the container's: those hold inside the guest, where they count
-//! the container alone, and the size of the microVM bounds the memory from outside. Controllers are
-//! switched on for it, and whoever manages the host may set limits in it or above.
+//! charged there. Limits on processor time hold there too, with an allowance: see [`cpu`]. No other
+//! limit of the container's does: those hold inside the guest, where they count the container alone, and
+//! the size of the microVM bounds the memory from outside. Controllers are switched on for it, and
+//! whoever manages the host may set limits in it or above.
 //!
 //! Only cgroups v2 are used. On hosts with v1 hierarchies a sandbox stays in its caller's cgroups.
 
+mod cpu;
 mod fs;
 mod systemd;
 
@@ -15,7 +17,7 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::fs::own_path;
+pub(crate) use self::{cpu::CpuLimits, fs::own_path};
 pub use self::{fs::Cgroup, systemd::Unit};
 use crate::{
     error::{Error, Result},

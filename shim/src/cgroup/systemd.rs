@@ -93,6 +93,25 @@ pub(super) fn stop(unit: &str) {
     }
 }
 
+/// Sets properties of a scope until the next boot.
+pub(super) fn set_properties(unit: &str, properties: &[String]) {
+    if properties.is_empty() {
+        return;
+    }
+    let mut command = Command::new("systemctl");
+    command.args(["--quiet", "--no-ask-password", "--runtime", "set-property", unit]);
+    let set = command.args(properties).stdin(Stdio::null()).stdout(Stdio::null()).output();
+    match set {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = said.lines().collect::<Vec<_>>().join(" ");
+            log::warn!("systemd does not know the limits of {unit}: {said}");
+        }
+        Err(error) => log::warn!("systemd does not know the limits of {unit}: {error}"),
+    }
+}
+
 /// systemd is the host's init, by the mark that sd_booted(3) goes by.
 pub(super) fn is_running() -> bool {
     Path::new("/run/systemd/system").is_dir()

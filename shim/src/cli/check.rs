@@ -6,15 +6,27 @@ use std::{
     process::Command,
 };
 
-use super::{list::columns, print};
+use rustix::process::{Resource, getrlimit};
+
+use super::{exposure, list::columns, print};
 use crate::{
     error::Result,
     host::{self, Kvm},
+    network::{self, Trial},
     settings::Artifacts,
 };
 
 /// The least kernel release with everything that is used: `mount_setattr(2)` came last.
 const LEAST_KERNEL: (u32, u32) = (5, 12);
+
+/// Open files without which a sandbox process or a VMM does not get far.
+const LEAST_DESCRIPTORS: u64 = 256;
+
+/// Open files that are enough for guests that have many.
+const GOOD_DESCRIPTORS: u64 = 65_536;
+
+/// Controllers that limits and figures of a sandbox's cgroup come from.
+const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// One line of the table.
 struct Finding {
@@ -50,7 +62,7 @@ pub(super) fn run() -> Result<u8> {
 
 fn findings() -> Vec<Finding> {
     let [vmm, kernel, initramfs] = Artifacts::find_each();
-    vec![
+    let mut findings = vec![
         kvm(),
         host_kernel(),
         permission(),
@@ -58,14 +70,18 @@ fn findings() -> Vec<Finding> {
         artifact("guest kernel", kernel, false),
         artifact("guest image", initramfs, false),
         Finding { what: "vsock", good: None, found: "not needed: the VMM has its own".into() },
-        tun(),
-        Finding { what: "cgroups", good: None, found: cgroups().into() },
+        vhost_net(),
+        cgroups(),
+        descriptors(),
         Finding {
             what: "size",
             good: None,
             found: format!("{} CPUs, {} MiB of memory", host::online_cpus(), host::memory_mib()),
         },
-    ]
+    ];
+    findings.extend(network());
+    findings.extend(exposure());
+    findings
 }
 
 fn kvm() -> Finding {
@@ -121,21 +137,76 @@ fn version(program: &Path) -> Result<String> {
     }
 }
 
-fn tun() -> Finding {
-    let found = if Path::new("/dev/net/tun").exists() {
-        "/dev/net/tun (not used yet)"
-    } else {
-        "no /dev/net/tun (not needed yet)"
+/// By trying both in a network namespace that goes with the try.
+fn network() -> [Finding; 2] {
+    let finding = |what, result: Result<&str>| match result {
+        Ok(found) => Finding { what, good: Some(true), found: found.into() },
+        Err(error) => Finding { what, good: Some(false), found: error.message },
     };
-    Finding { what: "tun", good: None, found: found.into() }
+    let Trial { taps, redirects } = network::try_out();
+    let tried = taps.is_ok();
+    let redirects = match redirects {
+        _ if !tried => Finding { what: "traffic control", good: None, found: "not tried".into() },
+        redirects => {
+            finding("traffic control", redirects.map(|()| "sch_ingress, cls_matchall, act_mirred"))
+        }
+    };
+    [finding("tun", taps.map(|()| "/dev/net/tun")), redirects]
 }
 
-fn cgroups() -> &'static str {
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        "version 2 (not used on the host yet)"
-    } else if Path::new("/sys/fs/cgroup").exists() {
-        "version 1 or hybrid (not used on the host yet)"
-    } else {
-        "none (not used on the host yet)"
-    }
+fn vhost_net() -> Finding {
+    let found = match fs::File::options().read(true).write(true).open(network::VHOST_NET) {
+        Ok(_) => network::VHOST_NET.to_owned(),
+        Err(error) => format!(
+            "cannot open {}, so the VMM moves the packets, which takes more time (`modprobe vhost_net` \
+             may load it): {error}",
+            network::VHOST_NET
+        ),
+    };
+    Finding { what: "vhost-net", good: None, found }
+}
+
+/// What a sandbox needs of the host's cgroups: it runs without, and then nothing limits it there.
+fn cgroups() -> Finding {
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+    let found = match controllers {
+        Ok(controllers) => {
+            let has = |name: &&&str| !controllers.split_whitespace().any(|one| one == **name);
+            let missing: Vec<&str> = CONTROLLERS.iter().filter(has).copied().collect();
+            match missing[..] {
+                [] => "version 2".to_owned(),
+                _ => format!("version 2, without the controllers {}", missing.join(", ")),
+            }
+        }
+        Err(_) => {
+            "not version 2: sandboxes stay in the cgroup of their caller, and limits hold in \
+                   their microVMs only"
+                .to_owned()
+        }
+    };
+    Finding { what: "cgroups", good: None, found }
+}
+
+fn descriptors() -> Finding {
+    let limit = getrlimit(Resource::Nofile);
+    let (soft, hard) = (limit.current.unwrap_or(u64::MAX), limit.maximum.unwrap_or(u64::MAX));
+    let note = match hard {
+        ..LEAST_DESCRIPTORS => format!(" (needs {LEAST_DESCRIPTORS})"),
+        LEAST_DESCRIPTORS..GOOD_DESCRIPTORS => {
+            format!(": files that guests have open are bounded by it (better {GOOD_DESCRIPTORS})")
+        }
+        _ => String::new(),
+    };
+    let found = format!("at most {hard}, {soft} at first{note}");
+    Finding { what: "descriptors", good: Some(hard >= LEAST_DESCRIPTORS), found }
+}
+
+fn exposure() -> [Finding; 3] {
+    let cpu = Path::new("/sys/devices/system/cpu");
+    [
+        ("SMT", exposure::smt(&cpu.join("smt"))),
+        ("KSM", exposure::ksm(Path::new("/sys/kernel/mm/ksm"))),
+        ("mitigations", exposure::mitigations(&cpu.join("vulnerabilities"))),
+    ]
+    .map(|(what, found)| Finding { what, good: None, found })
 }

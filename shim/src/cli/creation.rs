@@ -16,7 +16,7 @@ use tokio::{
     },
 };
 
-use super::Global;
+use super::{Global, pidfd};
 use crate::{
     bundle::Bundle,
     cgroup::{Cgroup, Place},
@@ -51,6 +51,9 @@ pub(super) struct CreateOptions {
     /// Write the pid of the sandbox process to this file; it exits with the container's status.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Unix socket that gets a pidfd of the sandbox process.
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// Accepted for callers of runc, and without effect: the host's root is never changed.
     #[arg(long)]
     no_pivot: bool,
@@ -102,12 +105,9 @@ pub(super) fn find_terminal(
             "a detached process with a terminal needs --console-socket to send the terminal to",
         )),
         (true, None) => {
-            let size = terminal::of_this_process().and_then(terminal::size).ok_or_else(|| {
-                Error::new(
-                    "the process is to have a terminal, but isopod has none: run it from a \
-                     terminal, or set process.terminal to false",
-                )
-            })?;
+            // Without any, the process has a terminal all the same, whose ends are what the standard
+            // streams are.
+            let size = terminal::of_this_process().and_then(terminal::size);
             Ok(Some(Terminal::Inherited { size }))
         }
     }
@@ -196,7 +196,7 @@ impl CreateOptions {
         let dir = adopted;
         let mut container = NewContainer::new(dir, terminal, signals, launched)?;
         let created = match container.wait_created().await {
-            Ok(()) => self.write_pid_file(&container),
+            Ok(()) => self.tell_pid(&container),
             Err(error) => Err(error),
         };
         match created {
@@ -208,9 +208,13 @@ impl CreateOptions {
         }
     }
 
-    fn write_pid_file(&self, container: &NewContainer) -> Result<()> {
+    fn tell_pid(&self, container: &NewContainer) -> Result<()> {
+        let pid = container.child.id();
+        if let Some(socket) = &self.pidfd_socket {
+            pidfd::send(socket, pid, pidfd::Of::Container)?;
+        }
         match &self.pid_file {
-            Some(path) => write_pid(path, container.child.id()),
+            Some(path) => write_pid(path, pid),
             None => Ok(()),
         }
     }

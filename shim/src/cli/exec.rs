@@ -8,6 +8,7 @@ use oci_spec::runtime::{Capability, LinuxCapabilities, Process, User};
 use super::{
     Global,
     creation::{find_terminal, write_pid},
+    pidfd,
 };
 use crate::{
     bundle,
@@ -51,6 +52,9 @@ pub(super) struct Exec {
     /// process's status.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
+    /// Unix socket that gets a pidfd of the same process.
+    #[arg(long, value_name = "SOCKET")]
+    pidfd_socket: Option<PathBuf>,
     /// Accepted for callers of runc, and without effect: the microVM takes the place of SELinux.
     #[arg(long, value_name = "LABEL")]
     process_label: Option<String>,
@@ -119,10 +123,7 @@ impl Exec {
         let Launched { mut child, mut socket } =
             launch::spawn("exec-relay", &exec.id, dir, None, &exec.preserved, exec)?;
         let started = sandbox::exec::wait_started(&socket)
-            .and_then(|()| match &self.pid_file {
-                Some(path) => write_pid(path, child.id()),
-                None => Ok(()),
-            })
+            .and_then(|()| self.tell_pid(child.id()))
             .and_then(|()| sandbox::exec::let_go(&mut socket));
         if let Err(error) = started {
             // It has failed too, or ends the process that nobody will hear of.
@@ -140,13 +141,20 @@ impl Exec {
             if exec.terminal.is_some() {
                 raw = terminal::of_this_process().map(RawMode::enter).transpose()?;
             }
-            match &self.pid_file {
-                Some(path) => write_pid(path, std::process::id()),
-                None => Ok(()),
-            }
+            self.tell_pid(std::process::id())
         });
         drop(raw);
         Ok(exit?.status)
+    }
+
+    fn tell_pid(&self, pid: u32) -> Result<()> {
+        if let Some(socket) = &self.pidfd_socket {
+            pidfd::send(socket, pid, pidfd::Of::Exec)?;
+        }
+        match &self.pid_file {
+            Some(path) => write_pid(path, pid),
+            None => Ok(()),
+        }
     }
 
     /// The process to run: what `--process` says, or the container's own changed by the options.

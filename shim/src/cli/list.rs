@@ -1,12 +1,13 @@
 //! `list`: the containers below the root directory.
 
+use std::path::Path;
+
 use clap::{Args, ValueEnum};
-use serde_json::Value;
 
 use super::{Global, print};
 use crate::{
-    error::Result,
-    state::{Record, StateDir, ids},
+    error::{Error, Explain, Result},
+    state::{DEFAULT_ROOT, Record, StateDir, ids},
 };
 
 #[derive(Debug, Args)]
@@ -28,6 +29,13 @@ enum Format {
 impl List {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
         let mut records = Vec::new();
+        // The default one is made by the first container; another one was given by mistake.
+        if global.root != Path::new(DEFAULT_ROOT) && !global.root.exists() {
+            return Err(Error::new(format!(
+                "cannot list containers: there is no directory {}, which --root names",
+                global.root.display()
+            )));
+        }
         for id in ids(&global.root)? {
             // One that is made or deleted right now is not there yet or any more.
             match StateDir::open(&global.root, &id).and_then(|dir| dir.record()) {
@@ -39,8 +47,8 @@ impl List {
         let text = match (self.quiet, self.format) {
             (true, _) => records.iter().map(|record| format!("{}\n", record.id)).collect(),
             (false, Format::Json) => {
-                let states = records.iter().map(Record::to_oci).collect();
-                format!("{}\n", Value::Array(states))
+                let states: Vec<_> = records.iter().map(Record::to_oci).collect();
+                format!("{}\n", serde_json::to_string(&states).explain(|| "the list".into())?)
             }
             (false, Format::Table) => table(&records),
         };

@@ -8,10 +8,12 @@ mod creation;
 mod delete;
 mod events;
 mod exec;
+mod exposure;
 mod features;
 mod kill;
 mod list;
 mod pause;
+mod pidfd;
 mod ps;
 mod resume;
 mod run;
@@ -19,6 +21,8 @@ mod spec;
 mod start;
 mod state;
 mod update;
+mod usage;
+mod users;
 
 use std::{
     io::{ErrorKind, Write},
@@ -39,7 +43,13 @@ use crate::{
 
 /// Runs OCI containers, each inside its own KVM microVM.
 #[derive(Debug, Parser)]
-#[command(name = "isopod", disable_version_flag = true, arg_required_else_help = true)]
+#[command(
+    name = "isopod",
+    disable_version_flag = true,
+    arg_required_else_help = true,
+    // Callers append an option to override an earlier one, as runc lets them.
+    args_override_self = true
+)]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -147,7 +157,11 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Standard output or error may be closed; there is nowhere to say so.
             let _ = error.print();
-            return if error.use_stderr() { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+            if !error.use_stderr() {
+                return ExitCode::SUCCESS;
+            }
+            usage::log(&error);
+            return ExitCode::FAILURE;
         }
     };
     if cli.version {
@@ -161,12 +175,16 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     };
     // Only these two have the exit status of a process in a container.
-    let own_status = matches!(verb, Verb::Run(_) | Verb::Exec(_));
+    let status_of: fn(&Error) -> u8 = match verb {
+        Verb::Run(_) => Error::exit_code,
+        Verb::Exec(_) => Error::exec_exit_code,
+        _ => |_| 1,
+    };
     match carry_out(verb, cli.global) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             log::error!("{error}");
-            ExitCode::from(if own_status { error.exit_code() } else { 1 })
+            ExitCode::from(status_of(&error))
         }
     }
 }

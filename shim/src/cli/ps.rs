@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 
 use isopod_protocol::agent::ProcessInfo;
 
-use super::{Global, list::columns, print};
+use super::{Global, list::columns, print, users};
 use crate::{
     clock::{self, LocalTime},
     error::{Error, Result},
@@ -51,7 +51,8 @@ impl Ps {
             Format::Json => format!("{}\n", serde_json::json!(host_pids(&record))),
             Format::Table => {
                 self.check_options()?;
-                table(inspect::processes(&dir, &id)?)
+                let processes = inspect::processes(&dir, &id)?;
+                table(processes, &users::of_container(record.sandbox))
             }
         };
         print(&text)?;
@@ -80,7 +81,7 @@ fn host_pids(record: &Record) -> Vec<i32> {
 }
 
 /// As `ps -ef` shows them, by their pids in the container.
-fn table(mut processes: Vec<ProcessInfo>) -> String {
+fn table(mut processes: Vec<ProcessInfo>, names: &users::Names) -> String {
     processes.sort_by_key(|process| process.container_pid);
     let now = clock::local_time(clock::realtime_ns() / 1_000_000_000);
     let mut rows =
@@ -89,7 +90,7 @@ fn table(mut processes: Vec<ProcessInfo>) -> String {
         let started = clock::local_time(process.start_time_ms / 1000);
         let cpu_seconds = process.cpu_time_ms / 1000;
         [
-            process.uid.to_string(),
+            names.get(&process.container_uid).cloned().unwrap_or_else(|| process.uid.to_string()),
             process.container_pid.to_string(),
             process.container_parent_pid.to_string(),
             process
@@ -158,7 +159,8 @@ mod tests {
             pid: 40,
             container_pid: 7,
             container_parent_pid: 1,
-            uid: 1000,
+            uid: 101_000,
+            container_uid: 1000,
             terminal: 34816,
             start_time_ms: 1000,
             age_ms: 200_000,
@@ -167,14 +169,14 @@ mod tests {
             ..Default::default()
         };
         let strange = ProcessInfo { cpu_time_ms: u64::MAX, name: "x".into(), ..Default::default() };
-        let text = table(vec![process, strange]);
+        let text = table(vec![process, strange], &[(1000, "alice".to_owned())].into());
         let lines: Vec<Vec<&str>> =
             text.lines().map(|line| line.split_whitespace().collect()).collect();
         assert_eq!(lines[0], ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]);
-        assert_eq!(lines[1].last(), Some(&"[x]"));
+        assert_eq!((lines[1][0], lines[1].last()), ("0", Some(&"[x]")));
         assert_eq!(
             lines[2],
-            ["1000", "7", "1", "50", "1970", "pts/0", "00:01:40", "a", "[2J", "b", "c"]
+            ["alice", "7", "1", "50", "1970", "pts/0", "00:01:40", "a", "[2J", "b", "c"]
         );
         assert_eq!(lines.len(), 3);
     }

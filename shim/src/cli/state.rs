@@ -4,7 +4,7 @@ use clap::Args;
 
 use super::{Global, print};
 use crate::{
-    error::{Error, Result},
+    error::{Error, Explain, Result},
     state::{Id, StateDir},
 };
 
@@ -22,7 +22,8 @@ impl State {
                 "container does not exist: {id} is being created or was left behind"
             ))
         })?;
-        print(&format!("{:#}\n", record.to_oci()))?;
+        let state = serde_json::to_string_pretty(&record.to_oci());
+        print(&format!("{}\n", state.explain(|| "cannot write the state".into())?))?;
         Ok(0)
     }
 }

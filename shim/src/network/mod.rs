@@ -21,6 +21,7 @@ mod netlink;
 mod redirect;
 mod resolver;
 mod tap;
+mod trial;
 mod vhost;
 
 use std::{os::fd::AsRawFd, path::PathBuf};
@@ -30,12 +31,16 @@ use isopod_vmm::config::NetConfig;
 use serde::{Deserialize, Serialize};
 
 pub use self::namespace::Namespace;
-pub(crate) use self::resolver::{RESOLV_CONF, RESOLVER};
 use self::{
     interface::Interface,
     netlink::Netlink,
     redirect::Mark,
     tap::{Life, Tap},
+};
+pub(crate) use self::{
+    resolver::{RESOLV_CONF, RESOLVER},
+    trial::{Trial, try_out},
+    vhost::DEVICE as VHOST_NET,
 };
 use crate::{
     error::{Error, Explain, Result},

@@ -95,6 +95,17 @@ pub(super) fn connect(
     })
 }
 
+/// Redirects one tap to another, to see whether this host's kernel can.
+///
+/// # Errors
+///
+/// As [`connect`].
+pub(super) fn try_out(netlink: &Netlink, from: &Tap, to: &Tap, mark: &Mark) -> Result<()> {
+    let what = || "cannot redirect a tap to another".to_owned();
+    netlink.create(qdisc(from.index)).map_err(|e| lacking(what(), e))?;
+    netlink.create(filter(from.index, to.index, mark)).map_err(|e| lacking(what(), e))
+}
+
 /// Removes a discipline without any filter: it does nothing.
 fn remove_empty(netlink: &Netlink, index: u32) -> io::Result<()> {
     match ingress(netlink, index)? {

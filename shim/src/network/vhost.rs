@@ -15,7 +15,8 @@ use crate::{
     error::{Explain, Result},
 };
 
-const DEVICE: &str = "/dev/vhost-net";
+/// The device by which the host's kernel moves packets.
+pub(crate) const DEVICE: &str = "/dev/vhost-net";
 
 /// The descriptors for a tap, one for each of its queue pairs.
 #[derive(Debug)]

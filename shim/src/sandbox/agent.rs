@@ -14,7 +14,7 @@ use isopod_protocol::{
     agent_ttrpc::AgentClient,
 };
 
-use super::{printable, random, vsock};
+use super::{launch::Terminal, printable, random, vsock};
 use crate::{
     bundle::Filter,
     clock,
@@ -71,14 +71,15 @@ impl Agent {
         seccomp: Option<&Filter>,
         state: Option<&Value>,
         streams: StreamTokens,
-        size: Option<Size>,
+        screen: Screen,
         network: Option<Network>,
     ) -> Result<()> {
         let request = CreateContainerRequest {
             container_id: self.container_id.clone(),
             spec_json: serde_json::to_vec(spec).explain(|| "cannot write config.json".into())?,
             streams: Some(streams).into(),
-            terminal_size: size.map(terminal_size).into(),
+            terminal_size: screen.size.map(terminal_size).into(),
+            plain_newlines: screen.plain_newlines,
             seccomp_filter: seccomp.map(Filter::bytes).unwrap_or_default(),
             seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
             network: network.into(),
@@ -121,7 +122,7 @@ impl Agent {
         process: &Process,
         cgroup: Option<&str>,
         streams: StreamTokens,
-        size: Option<Size>,
+        screen: Screen,
     ) -> Result<()> {
         let request = ExecProcessRequest {
             container_id: self.container_id.clone(),
@@ -130,7 +131,8 @@ impl Agent {
                 .explain(|| "cannot write the process".into())?,
             cgroup: cgroup.unwrap_or_default().to_owned(),
             streams: Some(streams).into(),
-            terminal_size: size.map(terminal_size).into(),
+            terminal_size: screen.size.map(terminal_size).into(),
+            plain_newlines: screen.plain_newlines,
             ..Default::default()
         };
         self.client
@@ -268,6 +270,21 @@ impl Agent {
             }
             Err(_) => Ok(()),
         }
+    }
+}
+
+/// How a process's terminal is to begin.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Screen {
+    size: Option<Size>,
+    plain_newlines: bool,
+}
+
+impl Screen {
+    /// What goes to the standard streams of a caller that stays has lines made of it there, if one of
+    /// them is a terminal. An engine that asks for the terminal itself gets it as programs expect one.
+    pub(super) fn of(terminal: Option<&Terminal>, size: Option<Size>) -> Self {
+        Self { size, plain_newlines: matches!(terminal, Some(Terminal::Inherited { .. })) }
     }
 }
 

@@ -13,6 +13,7 @@ use tokio::{
 use super::{control::Request, lifecycle::Lifecycle, server::Command};
 use crate::{
     bundle::{guest_processors, update_resources},
+    cgroup::CpuLimits,
     error::{Error, Result},
     state::{Exit, Status},
 };
@@ -147,7 +148,20 @@ fn ask(
             let after = update_resources(&record.resources, &resources, record.vm)?;
             let mut guest = after.clone();
             guest_processors(&mut guest, record.vm.vcpus);
-            let task = tokio::spawn(async move { agent.update(&guest).await });
+            let host = record.bounds_microvm().then(|| record.cgroup.clone()).flatten();
+            let limits = CpuLimits::of(&after);
+            let task = tokio::spawn(async move {
+                let Some(cgroup) = host else { return agent.update(&guest).await };
+                let before = cgroup.limits_now(&limits);
+                cgroup.limit(&limits)?;
+                let updated = agent.update(&guest).await;
+                if updated.is_err()
+                    && let Err(error) = cgroup.limit(&before)
+                {
+                    log::warn!("{error}");
+                }
+                updated
+            });
             Ok((task, Effect::Updated(Box::new(after))))
         }
         Request::Pause => Err(container.wrong_state("pause", exit)),

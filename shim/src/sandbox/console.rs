@@ -51,7 +51,11 @@ pub(super) fn make(socket: &Path, size: Option<Size>) -> Result<OwnedFd> {
 }
 
 /// Sends a descriptor, with a name as the message's text.
-fn send(path: &Path, fd: &OwnedFd, name: &[u8]) -> std::io::Result<()> {
+///
+/// # Errors
+///
+/// If there is no listener.
+pub(crate) fn send(path: &Path, fd: &OwnedFd, name: &[u8]) -> std::io::Result<()> {
     descriptor::send(connect(path)?, fd, name)
 }
 

@@ -16,12 +16,13 @@ use serde::{Deserialize, Serialize};
 use tokio::{task::JoinHandle, time::timeout};
 
 use super::{
-    agent::Agent,
+    agent::{Agent, Screen},
     console,
     control::{self, Message},
     ending::ContainerEnd,
     launch::{Descriptors, Given, Terminal, read_document},
     lifecycle::START_TIMEOUT,
+    oom,
     preserved::Preserved,
     random_u64,
     signals::{KILL, Signals, WINCH},
@@ -78,23 +79,26 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     let Given { socket, state } = descriptors.take()?;
     let exec: Exec = read_document(&socket)?;
     drop(state);
+    let adjusted = oom::adjust(exec.process.oom_score_adj());
     let told = |message: &Message| control::send(&mut &socket, message).is_ok();
     let (mut started, mut given_up) = (false, false);
-    let result = exec.run(|| {
-        started = true;
-        let go = || control::read_line(&mut std::io::BufReader::new(&socket)).ok().flatten();
-        match told(&Message::Created).then(go).flatten() {
-            Some(_) => Ok(()),
-            None => {
-                given_up = true;
-                Err(Error::new("the command that started the process has given it up"))
+    let result = adjusted.and_then(|()| {
+        exec.run(|| {
+            started = true;
+            let go = || control::read_line(&mut std::io::BufReader::new(&socket)).ok().flatten();
+            match told(&Message::Created).then(go).flatten() {
+                Some(_) => Ok(()),
+                None => {
+                    given_up = true;
+                    Err(Error::new("the command that started the process has given it up"))
+                }
             }
-        }
+        })
     });
     match result {
         Ok(exit) => Ok(exit.status),
         Err(error) => {
-            let code = error.exit_code();
+            let code = error.exec_exit_code();
             // That command has said why.
             if given_up {
                 log::debug!("{error}");
@@ -191,9 +195,7 @@ impl Exec {
         let (local, size, console) = match &self.terminal {
             None => (Local::inherited()?, None, None),
             Some(Terminal::Inherited { size }) => {
-                let console = terminal::of_this_process()
-                    .and_then(|terminal| terminal.try_clone_to_owned().ok());
-                (Local::inherited_terminal()?, Some(*size), console)
+                (Local::inherited_terminal()?, *size, terminal::of_this_process())
             }
             Some(Terminal::Socket { path }) => {
                 let console = console::make(path, None)?;
@@ -206,8 +208,9 @@ impl Exec {
         }
         let (tokens, streams) = local.connect(dir).await?;
         let (caller, process, cgroup) = (agent.clone(), self.process.clone(), self.cgroup.clone());
+        let screen = Screen::of(self.terminal.as_ref(), size);
         let task =
-            async move { caller.exec_process(&process, cgroup.as_deref(), tokens, size).await };
+            async move { caller.exec_process(&process, cgroup.as_deref(), tokens, screen).await };
         *call = Call::Made(tokio::spawn(task));
         if let Call::Made(task) = call {
             let answer = task.await;

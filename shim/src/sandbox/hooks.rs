@@ -7,7 +7,7 @@
 
 use std::{
     collections::VecDeque,
-    ffi::CString,
+    ffi::{CString, OsString},
     fs::File,
     io::{self, Write},
     os::{
@@ -348,7 +348,15 @@ fn keep(tail: &mut VecDeque<u8>, bytes: &[u8]) {
     tail.drain(..excess);
 }
 
-/// A program with arguments and environment exactly as given, ready for execve(2).
+/// The environment of this process, which is that of the command.
+fn own_environment() -> Vec<CString> {
+    let entry = |(name, value): (OsString, OsString)| {
+        CString::new([name.as_bytes(), b"=", value.as_bytes()].concat()).ok()
+    };
+    std::env::vars_os().filter_map(entry).collect()
+}
+
+/// A program with arguments and environment as given, ready for execve(2).
 struct Image {
     path: CString,
     /// NULL-terminated arrays of pointers into the strings after them.
@@ -374,7 +382,11 @@ impl Image {
         if args.is_empty() {
             args.push(path.clone());
         }
-        let env = strings(hook.env())?;
+        // Without one of its own, the caller's, as with runc.
+        let env = match hook.env() {
+            Some(_) => strings(hook.env())?,
+            None => own_environment(),
+        };
         let pointers = |strings: &[CString]| {
             let pointers = strings.iter().map(|text| text.as_ptr());
             pointers.chain(std::iter::once(std::ptr::null())).collect()

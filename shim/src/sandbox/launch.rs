@@ -85,8 +85,8 @@ pub struct Launch {
 pub enum Terminal {
     /// The terminal that this process inherited.
     Inherited {
-        /// Its size.
-        size: Size,
+        /// Its size, if there is one: a terminal can be asked for where no stream is one.
+        size: Option<Size>,
     },
     /// A new one, whose master goes to whoever listens on this unix socket.
     Socket {

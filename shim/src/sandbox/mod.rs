@@ -16,7 +16,7 @@
 mod agent;
 mod boot;
 mod change;
-mod console;
+pub(crate) mod console;
 pub mod control;
 mod ending;
 pub mod exec;
@@ -26,6 +26,7 @@ pub mod inspect;
 pub mod launch;
 mod lifecycle;
 mod machine;
+mod oom;
 pub mod pod;
 pub mod preserved;
 pub mod process;

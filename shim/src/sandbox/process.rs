@@ -13,7 +13,7 @@ use serde_json::Value;
 use tokio::net::UnixListener;
 
 use super::{
-    agent::Agent,
+    agent::{Agent, Screen},
     boot::{self, in_guest},
     console,
     control::Message,
@@ -21,6 +21,7 @@ use super::{
     launch::{Descriptors, Given, Launch, Terminal, read_document},
     lifecycle::{Lifecycle, START_TIMEOUT},
     machine::Machine,
+    oom,
     pod::{PodShare, PodVm},
     resolver::Resolver,
     server::{self, Launcher, Server},
@@ -32,7 +33,7 @@ use super::{
 };
 use crate::{
     bundle::{Bind, guest_spec},
-    cgroup::Place,
+    cgroup::{CpuLimits, Place},
     clock,
     error::{Error, Explain, Result},
     network::{self, Network},
@@ -167,6 +168,8 @@ impl Sandbox {
         for point in [Point::Prestart, Point::CreateRuntime] {
             hooks::run(point, &record, self.origin.as_ref()).await?;
         }
+        let process = self.launch.spec.process().as_ref();
+        oom::adjust(process.and_then(|process| process.oom_score_adj()))?;
         let guest_network = match &self.launch.pod {
             None => self.boot(&mut record, network).await?,
             Some(member) => {
@@ -192,6 +195,10 @@ impl Sandbox {
         let pids: Vec<i32> =
             iter::once(record.sandbox).chain(record.vmm).map(|id| id.pid).collect();
         view::cover(launch, &pids)?;
+        // Not earlier: booting takes what it takes, and nothing of the container has run.
+        if let (Some(cgroup), true) = (&record.cgroup, record.bounds_microvm()) {
+            cgroup.limit(&CpuLimits::of(&record.resources))?;
+        }
         self.timeline.created = Some(clock::monotonic_us());
         record.status = Status::Created;
         Ok(Created { agent, relay, console, record })
@@ -366,7 +373,7 @@ async fn create_container(
     }
     let (local, size, console) = match &launch.terminal {
         None => (Local::inherited()?, None, None),
-        Some(Terminal::Inherited { size }) => (Local::inherited_terminal()?, Some(*size), None),
+        Some(Terminal::Inherited { size }) => (Local::inherited_terminal()?, *size, None),
         Some(Terminal::Socket { path }) => {
             let size = console_size(launch);
             let console = console::make(path, size)?;
@@ -383,7 +390,8 @@ async fn create_container(
     let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();
     let (id, vcpus) = (launch.id.as_str(), launch.vm.vcpus);
     let spec = guest_spec(&launch.spec, id, &launch.binds, vcpus, joins);
-    agent.create_container(&spec, launch.seccomp.as_ref(), state, tokens, size, network).await?;
+    let screen = Screen::of(launch.terminal.as_ref(), size);
+    agent.create_container(&spec, launch.seccomp.as_ref(), state, tokens, screen, network).await?;
     Ok((agent, streams.relay()?, console))
 }
 

@@ -1,13 +1,22 @@
 //! `state.json`: what is known of a container.
 
-use std::{collections::BTreeMap, fmt, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    path::{Path, PathBuf},
+};
 
 use oci_spec::runtime::{Hooks, LinuxResources};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Id, ProcessId};
-use crate::{bundle::VmSize, cgroup::Cgroup, network::Taken, sandbox::pod::Pod};
+use crate::{
+    bundle::{VmSize, is_first_of_pod},
+    cgroup::Cgroup,
+    network::Taken,
+    sandbox::pod::Pod,
+};
 
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +102,22 @@ pub struct Record {
     pub network: Option<Taken>,
 }
 
+/// The object that `state` and `list` print, with its members in runc's order.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OciState<'a> {
+    oci_version: &'a str,
+    id: &'a Id,
+    pid: i32,
+    status: Status,
+    bundle: &'a Path,
+    rootfs: &'a Path,
+    created: &'a str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<String, String>,
+    owner: String,
+}
+
 impl Record {
     /// The status now: a container whose sandbox process is gone is stopped, whatever was written.
     pub fn current_status(&self) -> Status {
@@ -101,7 +126,7 @@ impl Record {
 
     /// The state as `state` prints it: the OCI runtime specification's object, with what runc adds
     /// (rootfs, created, owner) and annotations of our own on how a stopped container ended.
-    pub fn to_oci(&self) -> Value {
+    pub fn to_oci(&self) -> OciState<'_> {
         let status = self.current_status();
         let mut annotations = self.annotations.clone();
         if let Some(exit) = self.exit.filter(|_| status == Status::Stopped) {
@@ -113,17 +138,17 @@ impl Record {
         if let Some(error) = self.ending() {
             annotations.insert("dev.isopod.error".into(), error);
         }
-        json!({
-            "ociVersion": self.oci_version,
-            "id": self.id,
-            "pid": self.current_pid(),
-            "status": status,
-            "bundle": self.bundle,
-            "rootfs": self.rootfs,
-            "created": self.created,
-            "annotations": annotations,
-            "owner": self.owner(),
-        })
+        OciState {
+            oci_version: &self.oci_version,
+            id: &self.id,
+            pid: self.current_pid(),
+            status,
+            bundle: &self.bundle,
+            rootfs: &self.rootfs,
+            created: &self.created,
+            annotations,
+            owner: self.owner(),
+        }
     }
 
     /// The specification's state object and no more, for hooks, which run at a known status.
@@ -137,6 +162,13 @@ impl Record {
             "bundle": self.bundle,
             "annotations": self.annotations,
         })
+    }
+
+    /// The container's limits are those of a whole microVM on the host. Not so in a pod: its first
+    /// container is the engine's own, and the cgroups of the others hold no VMM. What bounds the microVM
+    /// of a pod is the cgroup that the engine makes for the pod.
+    pub(crate) fn bounds_microvm(&self) -> bool {
+        self.pod.is_none() && !is_first_of_pod(&self.annotations)
     }
 
     /// The pid that callers know, 0 once stopped.

@@ -128,14 +128,14 @@ fn the_record_survives_and_knows_whether_its_owner_does() {
     dir.write_record(&written).unwrap();
     assert_eq!(dir.record().unwrap(), Some(written.clone()));
 
-    let state = written.to_oci();
+    let state = serde_json::to_value(written.to_oci()).unwrap();
     assert_eq!(state["status"], "running");
     assert_eq!(state["pid"], own.pid);
     assert_eq!(state["annotations"], serde_json::json!({"a": "b"}));
     assert!(!written.is_lost());
 
     written.sandbox.start_time += 1;
-    let state = written.to_oci();
+    let state = serde_json::to_value(written.to_oci()).unwrap();
     assert_eq!(state["status"], "stopped");
     assert_eq!(state["pid"], 0);
     let error = state["annotations"]["dev.isopod.error"].as_str().unwrap();
@@ -146,7 +146,7 @@ fn the_record_survives_and_knows_whether_its_owner_does() {
     written.error = None;
 
     written.exit = Some(Exit { status: 137, oom_killed: true });
-    let state = written.to_oci();
+    let state = serde_json::to_value(written.to_oci()).unwrap();
     assert_eq!(state["annotations"]["dev.isopod.exit_status"], "137");
     assert_eq!(state["annotations"]["dev.isopod.oom_killed"], "true");
     assert_eq!(state["annotations"]["dev.isopod.error"], Value::Null);

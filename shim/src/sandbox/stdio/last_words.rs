@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::termios::{OutputModes, tcgetattr};
+
 /// How long an output that has ended stays open if nobody says why it has: the connection to the guest
 /// is gone before the process that knows. A container that closes its output and goes on closes it so
 /// much later.
@@ -38,8 +40,9 @@ impl Listener {
     /// Waits until it is known whether there is something to say, and writes it to `output`.
     pub(super) fn write(self, output: &OwnedFd) {
         let Ok(mut text) = self.0.recv_timeout(LINGER) else { return };
-        if rustix::termios::isatty(output) {
-            // Its guest's end is the one that turns lines into what a terminal takes.
+        let raw = |modes: OutputModes| !modes.contains(OutputModes::OPOST | OutputModes::ONLCR);
+        if tcgetattr(output).is_ok_and(|terminal| raw(terminal.output_modes)) {
+            // The guest's end is the one that turned lines into what a terminal takes.
             text = text.replace('\n', "\r\n");
         }
         let _ = super::write_all(output, text.as_bytes());
