@@ -67,7 +67,12 @@ pub(crate) fn boot(programs: &Path) -> Result<Boot> {
             listen_fd: listener.as_raw_fd(),
             connect_fd: vmm_connect.as_raw_fd(),
         },
-        fs: Some(FsConfig { tag: SHARED_TAG.to_owned(), workers: 2, cache: FsCache::Auto }),
+        fs: Some(FsConfig {
+            tag: SHARED_TAG.to_owned(),
+            workers: 2,
+            cache: FsCache::Auto,
+            devices: false,
+        }),
         block: Vec::new(),
         net: Vec::new(),
         jail_root_fd: Some(root.as_raw_fd()),
@@ -102,7 +107,7 @@ fn finish(control: &UnixDatagram, connect: &UnixDatagram, start: f64) -> Result<
                 let exits = exits.into_iter().collect();
                 return Ok(Boot { units, hello, exits, overhead_kib, guest_resident_kib });
             }
-            VmmMessage::Event(VmmEvent::Started { .. }) => {}
+            VmmMessage::Event(VmmEvent::Started { .. } | VmmEvent::FilesHigh) => {}
             other => bail!("the VMM said {other:?}"),
         }
     }

@@ -110,6 +110,8 @@ pub struct Microvm {
     pub memory_meter: MemoryMeter,
     /// KVM's counters, a vCPU each, on kernels that have them.
     pub stats: Vec<VcpuStats>,
+    /// The shared directory, if there is one.
+    pub share: Option<Share>,
     /// Keeps KVM's machine, its event descriptors and its memory.
     _vm: Vm,
 }
@@ -158,12 +160,12 @@ pub fn build(
 
     jail::raise_descriptor_limit().map_err(host("raising the descriptor limit"))?;
     jail::set_no_new_privs()?;
-    enter_jail(config.jail_root_fd.map(|fd| descriptors.take(fd)).transpose()?, share)?;
+    enter_jail(config.jail_root_fd.map(|fd| descriptors.take(fd)).transpose()?, share.as_ref())?;
 
     let end = Arc::clone(vm.end());
     let vcpus = Vcpus::spawn(vcpus, vm.mmio.clone(), vm.ports.clone(), Arc::clone(&end))
         .map_err(host("starting the vCPU threads"))?;
-    Ok(Microvm { vcpus, end, console, memory_meter, stats, _vm: vm })
+    Ok(Microvm { vcpus, end, console, memory_meter, stats, share, _vm: vm })
 }
 
 fn add_ports(vm: &mut Vm, console: &SharedLog, reset: vmm_sys_util::eventfd::EventFd) {
@@ -175,8 +177,8 @@ fn add_ports(vm: &mut Vm, console: &SharedLog, reset: vmm_sys_util::eventfd::Eve
 }
 
 /// Goes where only the share is to be seen, and opens it there.
-fn enter_jail(root: Option<OwnedFd>, share: Option<Share>) -> Result<(), BuildError> {
-    let open = |share: Share, root: &str, jail| {
+fn enter_jail(root: Option<OwnedFd>, share: Option<&Share>) -> Result<(), BuildError> {
+    let open = |share: &Share, root: &str, jail| {
         share.open(root, jail).map_err(host("opening the shared directory"))
     };
     let Some(root) = root else {
@@ -208,7 +210,7 @@ fn add_devices(
     add(Box::new(vsock))?;
     let mut share = None;
     if let Some(fs) = &config.fs {
-        let device = Fs::new(fs);
+        let device = Fs::new(fs).map_err(host("the file system device"))?;
         share = Some(device.share());
         add(Box::new(device))?;
     }
@@ -317,7 +319,12 @@ mod tests {
                 listen_fd: number(listener),
                 connect_fd: number(connector),
             },
-            fs: Some(FsConfig { tag: "share".to_owned(), workers: 1, cache: FsCache::Auto }),
+            fs: Some(FsConfig {
+                tag: "share".to_owned(),
+                workers: 1,
+                cache: FsCache::Auto,
+                devices: false,
+            }),
             block: (0..MAX_BLOCK_AND_NET_DEVICES).map(|_| block()).collect(),
             net: Vec::new(),
             jail_root_fd: None,

@@ -105,19 +105,23 @@ pub struct FsConfig {
     pub tag: String,
     /// Worker threads, 1 to 16.
     pub workers: u8,
-    /// How long the guest may trust what it cached.
+    /// How long the guest may trust what it cached of a root file system.
     pub cache: FsCache,
+    /// The guest may make block and character devices.
+    #[serde(default)]
+    pub devices: bool,
 }
 
-/// Caching policy of a share.
+/// Caching policy of a container's root file system, which is mounted at `<id>/rootfs` of the share. Of
+/// all other files, which the host may change at any time, names and attributes are never cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FsCache {
-    /// Nothing is cached beyond a request: every change on the host shows at once.
+    /// Names and attributes are never cached either.
     Never,
-    /// Attributes and entries for a second, data until the file is opened again.
+    /// Attributes and entries for a second, data until its file changes.
     Auto,
-    /// For shares that nobody else writes.
+    /// For root file systems that nobody else writes.
     Always,
 }
 

@@ -68,6 +68,9 @@ pub enum VmmEvent {
         /// Kernel and image are in guest memory, devices are built, the jail is entered.
         running_us: u64,
     },
+    /// The guest's kernel knows of so many files that it should be asked to forget those that nothing
+    /// uses. Sent again after some seconds if it still knows of more.
+    FilesHigh,
     /// The microVM has ended; the VMM exits after this message.
     Ended {
         /// Why.

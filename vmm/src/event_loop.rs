@@ -14,6 +14,7 @@ use crate::control::{ControlSocket, EndReason, VmmAction, VmmEvent, VmmMessage, 
 const CONTROL: u64 = 0;
 const RESET: u64 = 1;
 const END: u64 = 2;
+const FILES: u64 = 3;
 
 /// How long to wait for the vCPUs to stop. One of them may be held up in a device, by whoever should
 /// read the console or by a host file system, and the main thread has to hear a stop all the same.
@@ -33,7 +34,11 @@ pub fn run(vm: &mut Microvm, control: &ControlSocket, reset: &EventFd) -> io::Re
     ] {
         epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token))?;
     }
-    let mut events = [EpollEvent::default(); 3];
+    if let Some(share) = &vm.share {
+        let fd = share.high_water().as_raw_fd();
+        epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, FILES))?;
+    }
+    let mut events = [EpollEvent::default(); 4];
     loop {
         let count = match epoll.wait(-1, &mut events) {
             Ok(count) => count,
@@ -52,6 +57,13 @@ pub fn run(vm: &mut Microvm, control: &ControlSocket, reset: &EventFd) -> io::Re
                 CONTROL => {
                     if let Some(reason) = serve(vm, control) {
                         return Ok(reason);
+                    }
+                }
+                FILES => {
+                    // Read first: what comes in after it is told again.
+                    let _ = vm.share.as_ref().map(|share| share.high_water().read());
+                    if control.send(&VmmMessage::Event(VmmEvent::FilesHigh)).is_err() {
+                        return Ok(EndReason::Stopped);
                     }
                 }
                 _ => {}

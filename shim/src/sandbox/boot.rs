@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use oci_spec::runtime::{Capability, Spec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::time::timeout;
 
@@ -77,6 +78,7 @@ pub(super) fn start(
             tag: SHARED_TAG.to_owned(),
             workers: launch.vm.vcpus.min(MAX_FS_WORKERS),
             cache: FsCache::Auto,
+            devices: makes_devices(&launch.spec),
         }),
         block: Vec::new(),
         net: network.config(),
@@ -87,6 +89,14 @@ pub(super) fn start(
     let vmm = Vmm::spawn(&launch.artifacts.vmm, config)?;
     network.hand_over();
     Ok((vmm, connections))
+}
+
+/// Whether a container may make block and character devices. In a pod, the first one's word counts.
+fn makes_devices(spec: &Spec) -> bool {
+    let capabilities = spec.process().as_ref().and_then(|process| process.capabilities().as_ref());
+    capabilities
+        .and_then(|sets| sets.bounding().as_ref())
+        .is_some_and(|set| set.contains(&Capability::Mknod))
 }
 
 /// Waits for the agent's hello.

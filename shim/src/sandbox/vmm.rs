@@ -317,6 +317,8 @@ async fn watch_process(
                 end.console_tail =
                     console_tail.iter().skip(skip).map(|line| printable(line)).collect();
             }
+            // Not asked of the agent yet.
+            VmmMessage::Event(VmmEvent::FilesHigh) => {}
             VmmMessage::Event(VmmEvent::Failed { message }) => {
                 end.failure = Some(printable(&message));
             }

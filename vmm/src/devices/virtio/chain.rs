@@ -108,12 +108,18 @@ impl<'m> Buffers<'m> {
     /// Copies `N` bytes out of the front. `None` when fewer are left.
     pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0u8; N];
-        let front = self.split_to(N)?;
+        self.take_into(&mut bytes)?;
+        Some(bytes)
+    }
+
+    /// Fills `bytes` from the front. `None`, and nothing copied, when fewer are left.
+    pub fn take_into(&mut self, bytes: &mut [u8]) -> Option<()> {
+        let front = self.split_to(bytes.len())?;
         let mut at = 0;
         for slice in &front.slices {
             at += slice.copy_to(&mut bytes[at..]);
         }
-        Some(bytes)
+        Some(())
     }
 
     /// Copies `bytes` to the front. `None`, and nothing copied, when less room is left.

@@ -89,7 +89,7 @@ pub trait VirtioDevice: Send {
     }
 
     /// What it is while held. `None` when it is not in service. The file system device has none yet:
-    /// nodes and handles that the guest knows live in fuse-backend-rs, which does not show them.
+    /// descriptors of nodes and handles would have to be opened again by their names.
     fn state(&self) -> Option<DeviceState> {
         None
     }

@@ -5,6 +5,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -192,6 +193,17 @@ pub fn wait_for_work(stop: &Stop, kicks: &[&EventFd]) -> bool {
 /// The same, but leaves what can be read.
 pub fn wait_for_kick(stop: &Stop, kicks: &[&EventFd]) -> bool {
     wait(stop, kicks);
+    !stop.is_given()
+}
+
+/// Waits for `time`, or for the stop. Returns false on the stop, which a failure to wait gives as well.
+pub fn wait_some(stop: &Stop, time: Duration) -> bool {
+    let mut fds = [PollFd::new(borrow(&stop.event), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(Errno::EINTR) => {}
+        Err(e) => stop.fail(format!("a device cannot wait: poll: {e}")),
+    }
     !stop.is_given()
 }
 

@@ -1,19 +1,14 @@
-//! The first FUSE request, which settles what both sides can do. It is answered here, because the
-//! crate by itself agrees to nothing but reading directories: writes would come 4 KiB at a time.
+//! The first FUSE request, which settles what both sides can do.
 
 use std::io;
 
 use fuse_backend_rs::abi::fuse_abi::{
     FsOptions, InitIn, InitIn2, InitOut, KERNEL_MINOR_VERSION, KERNEL_VERSION,
 };
-use fuse_backend_rs::api::filesystem::FileSystem;
-use fuse_backend_rs::transport::Reader;
-use vm_memory::ByteValued;
 
-use super::filter::Filter;
-
-/// `FUSE_INIT` (include/uapi/linux/fuse.h, enum fuse_opcode).
-pub(super) const OPCODE: u32 = 26;
+use super::files::Files;
+use super::host::error;
+use super::request::Body;
 
 /// The oldest protocol of a Linux with virtio-fs (5.4).
 const OLDEST_MINOR_VERSION: u32 = 31;
@@ -24,27 +19,29 @@ pub(super) const MAX_PAGES: u16 = 256;
 /// A page of the guest, in bytes.
 pub(super) const PAGE_SIZE: u32 = 4096;
 
-/// What the share can do beside what the crate says of it.
+/// Abilities of the share. A write-back cache is none of them, nor are files without an open.
 const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::ASYNC_DIO)
     .union(FsOptions::ATOMIC_O_TRUNC)
-    .union(FsOptions::BIG_WRITES)
     .union(FsOptions::AUTO_INVAL_DATA)
-    .union(FsOptions::PARALLEL_DIROPS)
+    .union(FsOptions::BIG_WRITES)
+    .union(FsOptions::DO_READDIRPLUS)
+    .union(FsOptions::FLOCK_LOCKS)
+    .union(FsOptions::HANDLE_KILLPRIV_V2)
+    .union(FsOptions::INIT_EXT)
     .union(FsOptions::MAX_PAGES)
-    .union(FsOptions::INIT_EXT);
+    .union(FsOptions::PARALLEL_DIROPS)
+    .union(FsOptions::POSIX_LOCKS)
+    .union(FsOptions::READDIRPLUS_AUTO)
+    .union(FsOptions::SUBMOUNTS);
 
-/// The answer to a request of which all but the header is left.
+/// The answer to the request.
 ///
 /// # Errors
 ///
 /// When the guest speaks no protocol that is spoken here.
-pub(super) fn answer(files: &Filter, mut request: Reader<'_>) -> io::Result<Vec<u8>> {
-    negotiate(files, &mut request).map(|out| out.as_slice().to_vec())
-}
-
-fn negotiate(files: &Filter, request: &mut Reader<'_>) -> io::Result<InitOut> {
-    let asked: InitIn = request.read_obj()?;
+pub(super) fn answer(files: &Files, body: &mut Body<'_>) -> io::Result<InitOut> {
+    let asked: InitIn = body.take()?;
     let out = InitOut {
         major: KERNEL_VERSION,
         minor: KERNEL_MINOR_VERSION,
@@ -61,14 +58,15 @@ fn negotiate(files: &Filter, request: &mut Reader<'_>) -> io::Result<InitOut> {
         return Ok(out);
     }
     if asked.major < KERNEL_VERSION || asked.minor < OLDEST_MINOR_VERSION {
-        return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        return Err(error(libc::EPROTO));
     }
     let mut flags = u64::from(asked.flags);
     if flags & FsOptions::INIT_EXT.bits() != 0 {
-        let more: InitIn2 = request.read_obj()?;
+        let more: InitIn2 = body.take()?;
         flags |= u64::from(more.flags2) << 32;
     }
-    let offered = FsOptions::from_bits_truncate(flags);
-    let agreed = (offered & (files.init(offered)? | OPTIONS)).bits();
+    let agreed = FsOptions::from_bits_truncate(flags) & OPTIONS;
+    files.set_submounts(agreed.contains(FsOptions::SUBMOUNTS));
+    let agreed = agreed.bits();
     Ok(InitOut { flags: agreed as u32, flags2: (agreed >> 32) as u32, ..out })
 }

@@ -1,84 +1,149 @@
-//! Listings of directories. They are written here, because the crate leaves `.` and `..` out of
-//! them, which programs can see.
+//! Listings of directories.
 
+use std::ffi::CStr;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
 
-use fuse_backend_rs::abi::fuse_abi::{Dirent, EntryOut, InHeader, ReadIn};
-use fuse_backend_rs::api::filesystem::{Context, DirEntry, FileSystem};
-use fuse_backend_rs::transport::Reader;
+use fuse_backend_rs::abi::fuse_abi::{Dirent, EntryOut, ReadIn};
 use vm_memory::ByteValued;
 
-use super::filter::Filter;
-
-/// `FUSE_READDIR` and `FUSE_READDIRPLUS` (include/uapi/linux/fuse.h, enum fuse_opcode).
-pub(super) const OPCODES: [u32; 2] = [28, PLUS];
-const PLUS: u32 = 44;
+use super::files::Files;
+use super::handle::Handle;
+use super::host::error;
+use super::node::FileSystemKind;
+use super::stat::Stat;
 
 /// Positions behind `.` and behind `..`. The positions of all other entries are the host's: these
 /// are two that no file system is likely to give, and not negative.
 const BEHIND: [u64; 2] = [0x7fd0_7fd0_7fd0_7fd1, 0x7fd0_7fd0_7fd0_7fd2];
 
-/// How often a listing is begun whose first file is gone.
-const ATTEMPTS: u32 = 8;
+/// Length of `struct linux_dirent64` without a name, and with one of 255 bytes.
+const ENTRY_HEAD: usize = 19;
+const LONGEST_ENTRY: usize = (ENTRY_HEAD + 255 + 1).next_multiple_of(8);
 
-/// Length of `struct linux_dirent64` with a name of 255 bytes.
-const LONGEST_ENTRY: usize = (19_usize + 255 + 1).next_multiple_of(8);
-
-/// What libfuse says where it does not know an inode's number.
+/// libfuse's number of an inode whose number it does not know.
 const UNKNOWN_INO: u64 = 0xffff_ffff;
 
-/// Answers the request of which `header` has been read, of which at most `room` bytes fit.
-///
-/// # Errors
-///
-/// What the share says, or that the answer may not have the length that is asked for.
-pub(super) fn answer(
-    files: &Filter,
-    header: &InHeader,
-    mut request: Reader<'_>,
-    room: usize,
-) -> io::Result<Vec<u8>> {
-    let asked: ReadIn = request.read_obj()?;
-    if asked.size as usize > room {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
-    }
-    let context = Context::from(header);
-    let plus = header.opcode == PLUS;
-    let mut list = Listing { max: asked.size as usize, plus, bytes: Vec::new() };
-    let dots_seen = match asked.offset {
-        0 => 0,
-        offset => BEHIND.iter().position(|behind| *behind == offset).map_or(2, |seen| seen + 1),
-    };
-    if dots_seen < 2 {
-        let own = files.getattr(&context, header.nodeid, None)?.0.st_ino;
-        let dots = [(&b"."[..], own), (b"..", UNKNOWN_INO)];
-        for ((name, ino), offset) in dots.into_iter().zip(BEHIND).skip(dots_seen) {
-            let type_ = u32::from(libc::DT_DIR);
-            if list.add(&DirEntry { ino, offset, type_, name }, EntryOut::default()) == 0 {
-                return Ok(list.bytes);
+/// An entry as getdents64(2) has it.
+struct HostEntry<'b> {
+    inode: u64,
+    position: u64,
+    kind: u8,
+    name: &'b CStr,
+}
+
+impl Files {
+    /// Lists a directory from a position. With `plus`, each entry is one lookup, too, unless there is
+    /// no room for one.
+    pub(super) fn list(
+        &self,
+        id: u64,
+        asked: &ReadIn,
+        plus: bool,
+        room: usize,
+    ) -> io::Result<Vec<u8>> {
+        if asked.size as usize > room {
+            return Err(error(libc::EINVAL));
+        }
+        let handle = self.handles.get(asked.fh, id)?;
+        let mut list = Listing { max: asked.size as usize, plus, bytes: Vec::new() };
+        let dots_seen = match asked.offset {
+            0 => 0,
+            offset => BEHIND.iter().position(|behind| *behind == offset).map_or(2, |seen| seen + 1),
+        };
+        if dots_seen < 2 {
+            let own = Stat::of(handle.fd())?.inode();
+            let dots = [(&b"."[..], own), (b"..", UNKNOWN_INO)];
+            for ((name, ino), position) in dots.into_iter().zip(BEHIND).skip(dots_seen) {
+                if !list.add(ino, position, libc::DT_DIR, name, EntryOut::default()) {
+                    return Ok(list.bytes);
+                }
             }
         }
-    }
-    let offset = if BEHIND.contains(&asked.offset) { 0 } else { asked.offset };
-    let dots = list.bytes.len();
-    let place = (header.nodeid, asked.fh);
-    let chunk = list.chunk();
-    let mut listed = Ok(());
-    for _ in 0..ATTEMPTS {
-        listed = files.list(&context, place, (chunk, offset), plus, &mut |entry, found| {
-            list.add(entry, found)
-        });
-        // The first file may be removed between its listing and its lookup.
-        let vanished = listed.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
-        if !vanished || list.bytes.len() > dots {
-            break;
+        let offset = if BEHIND.contains(&asked.offset) { 0 } else { asked.offset };
+        let dots = list.bytes.len();
+        let entries = read_entries(&handle, list.chunk(), offset)?;
+        let mut rest = &entries[..];
+        while let Some((entry, behind)) = next_entry(rest) {
+            rest = behind;
+            if matches!(entry.name.to_bytes(), b"." | b"..") {
+                continue;
+            }
+            match self.list_entry(&handle, &mut list, &entry) {
+                Ok(true) => {}
+                Ok(false) => break,
+                // Entries in the list have been looked up for the guest, which has to hear of it.
+                Err(e) if list.bytes.len() == dots => return Err(e),
+                Err(_) => break,
+            }
         }
+        Ok(list.bytes)
     }
-    // What is in the list has been looked up for the guest, which has to hear of it.
-    if list.bytes.len() == dots {
-        listed?;
+
+    /// Adds an entry. False when there is no room left.
+    fn list_entry(
+        &self,
+        handle: &Arc<Handle>,
+        list: &mut Listing,
+        entry: &HostEntry<'_>,
+    ) -> io::Result<bool> {
+        let dir = &handle.node;
+        if !list.plus {
+            let inode = match dir.mount.file_system {
+                FileSystemKind::Overlay => {
+                    Stat::of_name(handle.fd(), entry.name).map_or(entry.inode, |stat| stat.inode())
+                }
+                _ => entry.inode,
+            };
+            let name = entry.name.to_bytes();
+            return Ok(list.add(inode, entry.position, entry.kind, name, EntryOut::default()));
+        }
+        if !list.has_room(entry.name.to_bytes().len()) {
+            return Ok(false);
+        }
+        let (inode, out) = match self.lookup_in(dir, entry.name) {
+            // The guest's kernel mounts what a lookup tells it to, and takes a listing for plain
+            // directories.
+            Ok(found) if found.submount => {
+                self.nodes.forget(found.node.id, 1);
+                (entry.inode, EntryOut::default())
+            }
+            Ok(found) => (found.stat.inode(), self.entry_out(&found)),
+            // A name is listed in any case: also one that has just been removed, or of a file that
+            // the guest cannot know of now.
+            Err(_) => (entry.inode, EntryOut::default()),
+        };
+        Ok(list.add(inode, entry.position, entry.kind, entry.name.to_bytes(), out))
     }
-    Ok(list.bytes)
+}
+
+/// Reads entries from a position of the directory.
+fn read_entries(handle: &Handle, len: usize, offset: u64) -> io::Result<Vec<u8>> {
+    let offset = i64::try_from(offset).map_err(|_| error(libc::EINVAL))?;
+    let mut entries = vec![0u8; len];
+    let fd = handle.fd().as_fd().as_raw_fd();
+    let _position = handle.position();
+    // SAFETY: it takes numbers only.
+    if unsafe { libc::lseek64(fd, offset, libc::SEEK_SET) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let room = entries.as_mut_ptr();
+    // SAFETY: the kernel writes at most as many bytes as the buffer has.
+    let read = unsafe { libc::syscall(libc::SYS_getdents64, fd, room, len) };
+    let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
+    entries.truncate(read);
+    Ok(entries)
+}
+
+/// The first entry of `struct linux_dirent64`s, and the rest.
+fn next_entry(bytes: &[u8]) -> Option<(HostEntry<'_>, &[u8])> {
+    let inode = u64::from_ne_bytes(bytes.get(..8)?.try_into().ok()?);
+    let position = u64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?);
+    let len = u16::from_ne_bytes(bytes.get(16..18)?.try_into().ok()?);
+    let kind = *bytes.get(18)?;
+    let name = CStr::from_bytes_until_nul(bytes.get(ENTRY_HEAD..len.into())?).ok()?;
+    Some((HostEntry { inode, position, kind, name }, bytes.get(len.into()..)?))
 }
 
 /// `struct fuse_dirent` or `fuse_direntplus`, one behind another.
@@ -89,35 +154,39 @@ struct Listing {
 }
 
 impl Listing {
-    /// How much to read from the host so that all of it fits. What does not fit is read again from
-    /// its position, and not all file systems find that again while files come and go: tmpfs before
-    /// Linux 6.6 counts.
-    fn chunk(&self) -> u32 {
+    /// How much to read from the host so that all of it fits. Entries that do not fit are read again
+    /// from their position, and not all file systems find that again while files come and go: tmpfs
+    /// before Linux 6.6 counts.
+    fn chunk(&self) -> usize {
         let room = self.max - self.bytes.len();
         // Shortest names grow most: an entry of 24 bytes (getdents(2)) becomes 160, or 32.
         let chunk = if self.plus { room * 24 / 160 } else { room * 24 / 32 };
-        chunk.max(LONGEST_ENTRY) as u32
+        chunk.max(LONGEST_ENTRY)
     }
 
-    /// Returns the length of what was added: 0 when there is no room for it. An entry with node 0
-    /// says nothing of the file.
-    fn add(&mut self, entry: &DirEntry<'_>, found: EntryOut) -> usize {
-        let begin = self.bytes.len();
+    fn len_of(&self, name_len: usize) -> usize {
         let head = if self.plus { size_of::<EntryOut>() } else { 0 };
-        let len = (head + size_of::<Dirent>() + entry.name.len()).next_multiple_of(8);
-        if self.max - begin < len {
-            return 0;
+        (head + size_of::<Dirent>() + name_len).next_multiple_of(8)
+    }
+
+    fn has_room(&self, name_len: usize) -> bool {
+        self.max - self.bytes.len() >= self.len_of(name_len)
+    }
+
+    /// Adds an entry. False when there is no room for it. An entry with node 0 says nothing of the
+    /// file.
+    fn add(&mut self, ino: u64, off: u64, kind: u8, name: &[u8], found: EntryOut) -> bool {
+        if !self.has_room(name.len()) {
+            return false;
         }
-        let dirent = Dirent {
-            ino: entry.ino,
-            off: entry.offset,
-            namelen: entry.name.len() as u32,
-            type_: entry.type_,
-        };
-        self.bytes.extend(&found.as_slice()[..head]);
+        let end = self.bytes.len() + self.len_of(name.len());
+        let dirent = Dirent { ino, off, namelen: name.len() as u32, type_: kind.into() };
+        if self.plus {
+            self.bytes.extend(found.as_slice());
+        }
         self.bytes.extend(dirent.as_slice());
-        self.bytes.extend(entry.name);
-        self.bytes.resize(begin + len, 0);
-        len
+        self.bytes.extend(name);
+        self.bytes.resize(end, 0);
+        true
     }
 }

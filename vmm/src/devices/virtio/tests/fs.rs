@@ -1,7 +1,11 @@
 //! The shared directory, asked as FUSE asks: well, badly, and for what lies outside.
 
-mod filter;
+mod attributes;
+mod coherence;
+mod hostile;
 mod jailed;
+mod locks;
+mod mounts;
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, symlink};
@@ -59,7 +63,7 @@ struct Entry {
 }
 
 fn config() -> FsConfig {
-    FsConfig { tag: "share".to_owned(), workers: 3, cache: FsCache::Auto }
+    FsConfig { tag: "share".to_owned(), workers: 3, cache: FsCache::Auto, devices: false }
 }
 
 fn header(opcode: u32, node: u64, len: usize) -> Vec<u8> {
@@ -74,7 +78,11 @@ fn header(opcode: u32, node: u64, len: usize) -> Vec<u8> {
 
 impl Guest {
     fn new() -> Self {
-        let mut guest = Self::before_init();
+        Self::before_init().initialised()
+    }
+
+    fn initialised(self) -> Self {
+        let mut guest = self;
         let init = [7u32, 38, 0x20000, !(1 << 30)].map(u32::to_le_bytes).concat();
         let (error, answer) = guest.ask(INIT, ROOT, &init);
         assert_eq!(error, 0);
@@ -82,6 +90,8 @@ impl Guest {
         assert_eq!((word(0), word(5)), (7, 1 << 20), "version, max_write");
         // Neither a write-back cache nor files without an open, whatever is offered.
         assert_eq!(word(3) & (1 << 16 | 1 << 17 | 1 << 24), 0, "flags {:x}", word(3));
+        // Locks of both kinds, and submounts.
+        assert_eq!(word(3) & (1 << 1 | 1 << 10 | 1 << 27), 1 << 1 | 1 << 10 | 1 << 27);
         guest
     }
 
@@ -91,14 +101,18 @@ impl Guest {
 
     /// A guest whose nodes and handles may take so many descriptors.
     fn before_init_with(max_descriptors: usize) -> Self {
-        let directory = tempfile::tempdir().unwrap();
+        Self::of(Arc::new(tempfile::tempdir().unwrap()), max_descriptors)
+    }
+
+    /// A guest that shares this directory, maybe with others.
+    fn of(directory: Arc<tempfile::TempDir>, max_descriptors: usize) -> Self {
         let share = directory.path().join("share");
         fs::create_dir_all(share.join("dir")).unwrap();
         fs::write(directory.path().join(MINE), "secret").unwrap();
         fs::write(share.join("file"), "content").unwrap();
-        let device = Fs::new(&config());
+        let device = Fs::new(&config()).unwrap();
         device.share().open_for(share.to_str().unwrap(), None, max_descriptors).unwrap();
-        Self { driver: Driver::started(Box::new(device)), directory: Arc::new(directory) }
+        Self { driver: Driver::started(Box::new(device)), directory }
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {

@@ -24,7 +24,7 @@ fn the_share_is_served_in_the_jail_with_its_attributes() {
         fs::create_dir(&share).unwrap();
         fs::write(share.join("file"), "content").unwrap();
         let Some(jail) = jail(&share) else { return eprintln!("left out: needs root") };
-        let device = Fs::new(&config());
+        let device = Fs::new(&config()).unwrap();
         device.share().open(crate::jail::SHARE, Some(jail.clone())).unwrap();
         jail.close().unwrap();
         let mut guest = Guest { driver: Driver::started(Box::new(device)), directory };

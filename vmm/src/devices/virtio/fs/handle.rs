@@ -1,0 +1,127 @@
+//! Files and directories that the guest has open.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::descriptor::Descriptor;
+use super::host::error;
+use super::node::Node;
+use crate::sync::lock;
+
+/// A file that the guest has open.
+pub(super) struct Handle {
+    pub(super) node: Arc<Node>,
+    pub(super) file: Arc<Descriptor>,
+    /// Flags that the host's kernel was given, bit by bit.
+    pub(super) flags: i32,
+    /// The same file with the other `O_APPEND`, and its flags.
+    twin: Mutex<Option<Arc<Descriptor>>>,
+    /// A lock was asked for through it.
+    locked: AtomicBool,
+    /// Held while the position of a directory is used.
+    position: Mutex<()>,
+}
+
+impl Handle {
+    pub(super) fn new(node: Arc<Node>, file: Arc<Descriptor>, flags: i32) -> Self {
+        node.add_handle();
+        let (twin, position) = (Mutex::default(), Mutex::default());
+        Self { node, file, flags, twin, locked: AtomicBool::new(false), position }
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    pub(super) fn appends(&self) -> bool {
+        self.flags & libc::O_APPEND != 0
+    }
+
+    pub(super) fn note_lock(&self) {
+        self.locked.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn had_locks(&self) -> bool {
+        self.locked.load(Ordering::Relaxed)
+    }
+
+    /// The position of the directory, for one listing at a time.
+    pub(super) fn position(&self) -> MutexGuard<'_, ()> {
+        lock(&self.position)
+    }
+
+    /// The file with the other `O_APPEND`, opened with `open` at the first time. Changing the flags of
+    /// the handle's own descriptor would change them for requests that are being served.
+    pub(super) fn twin(
+        &self,
+        open: impl FnOnce(i32) -> io::Result<Descriptor>,
+    ) -> io::Result<Arc<Descriptor>> {
+        if let Some(twin) = &*lock(&self.twin) {
+            return Ok(Arc::clone(twin));
+        }
+        let once = libc::O_TRUNC | libc::O_EXCL;
+        let fresh = open((self.flags & !once) ^ libc::O_APPEND)?;
+        Ok(Arc::clone(lock(&self.twin).get_or_insert_with(|| Arc::new(fresh))))
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // A descriptor for writing would keep the file from being executed.
+        self.node.part_with(&self.file);
+        self.node.remove_handle();
+    }
+}
+
+/// Handles by number.
+#[derive(Default)]
+pub(super) struct HandleTable {
+    handles: Mutex<HashMap<u64, Arc<Handle>>>,
+    last: AtomicU64,
+}
+
+impl HandleTable {
+    /// Adds a handle, and returns its number.
+    pub(super) fn add(&self, handle: Handle) -> u64 {
+        let number = 1 + self.last.fetch_add(1, Ordering::Relaxed);
+        lock(&self.handles).insert(number, Arc::new(handle));
+        number
+    }
+
+    /// The handle, which has to be one of `node`.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`.
+    pub(super) fn get(&self, number: u64, node: u64) -> io::Result<Arc<Handle>> {
+        let handles = lock(&self.handles);
+        let handle = handles.get(&number).filter(|handle| handle.node.id == node);
+        handle.cloned().ok_or_else(no_handle)
+    }
+
+    /// Takes the handle out, which has to be one of `node`.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`.
+    pub(super) fn take(&self, number: u64, node: u64) -> io::Result<Arc<Handle>> {
+        let mut handles = lock(&self.handles);
+        if handles.get(&number).is_none_or(|handle| handle.node.id != node) {
+            return Err(no_handle());
+        }
+        handles.remove(&number).ok_or_else(no_handle)
+    }
+
+    /// Takes all out.
+    pub(super) fn take_all(&self) {
+        let gone = std::mem::take(&mut *lock(&self.handles));
+        drop(gone);
+    }
+}
+
+fn no_handle() -> io::Error {
+    error(libc::EBADF)
+}

@@ -1,0 +1,166 @@
+//! Nodes that the guest has looked up and not yet forgotten.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
+
+use super::descriptor::Descriptor;
+use super::host::error;
+use super::node::Node;
+use super::stat::{Identity, Stat};
+use crate::sync::lock;
+
+/// Nodes by number, and by the file that they are of.
+#[derive(Default)]
+pub(super) struct NodeTable {
+    tables: Mutex<Tables>,
+    last_id: AtomicU64,
+}
+
+#[derive(Default)]
+struct Tables {
+    nodes: HashMap<u64, Known>,
+    ids: HashMap<Identity, u64>,
+}
+
+struct Known {
+    node: Arc<Node>,
+    /// How often the guest was told of it.
+    lookups: u64,
+}
+
+impl NodeTable {
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        lock(&self.tables)
+    }
+
+    /// A number that no node has had. It is larger than the root's.
+    pub(super) fn new_id(&self) -> u64 {
+        ROOT_ID + 1 + self.last_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.tables().nodes.len()
+    }
+
+    /// The node with this number.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`.
+    pub(super) fn find(&self, id: u64) -> io::Result<Arc<Node>> {
+        let tables = self.tables();
+        tables.nodes.get(&id).map(|known| Arc::clone(&known.node)).ok_or_else(no_node)
+    }
+
+    /// The node of a file, if the guest knows of it.
+    pub(super) fn of(&self, stat: &Stat) -> Option<Arc<Node>> {
+        let tables = self.tables();
+        let node = &tables.nodes.get(tables.ids.get(&stat.identity())?)?.node;
+        node.is(stat).then(|| Arc::clone(node))
+    }
+
+    /// The node of a file, which the guest is told of once more. `None` when it does not know of it.
+    pub(super) fn look_up(&self, stat: &Stat) -> Option<Arc<Node>> {
+        let mut tables = self.tables();
+        let id = *tables.ids.get(&stat.identity())?;
+        let known = tables.nodes.get_mut(&id)?;
+        if !known.node.is(stat) {
+            return None;
+        }
+        known.lookups = known.lookups.saturating_add(1);
+        Some(Arc::clone(&known.node))
+    }
+
+    /// Adds a node, which the guest is told of once; unless another worker has added one for the same
+    /// file. Returns the one that there is then.
+    ///
+    /// # Errors
+    ///
+    /// `ENFILE` when there are `max` already.
+    pub(super) fn add(&self, node: Node, stat: &Stat, max: usize) -> io::Result<Arc<Node>> {
+        let mut tables = self.tables();
+        let Tables { nodes, ids } = &mut *tables;
+        if let Some(known) = ids.get(&node.identity).and_then(|id| nodes.get_mut(id))
+            && known.node.is(stat)
+        {
+            known.lookups = known.lookups.saturating_add(1);
+            return Ok(Arc::clone(&known.node));
+        }
+        if nodes.len() >= max {
+            return Err(error(libc::ENFILE));
+        }
+        let node = Arc::new(node);
+        // A file that is gone keeps its node's number, but no longer its inode's.
+        ids.insert(node.identity, node.id);
+        nodes.insert(node.id, Known { node: Arc::clone(&node), lookups: 1 });
+        Ok(node)
+    }
+
+    /// Takes lookups of a node back; what the guest no longer knows of is dropped. The root stays.
+    pub(super) fn forget(&self, id: u64, count: u64) {
+        if id == ROOT_ID {
+            return;
+        }
+        let mut tables = self.tables();
+        let Some(known) = tables.nodes.get_mut(&id) else { return };
+        known.lookups = known.lookups.saturating_sub(count);
+        if known.lookups > 0 {
+            return;
+        }
+        let gone = tables.nodes.remove(&id);
+        if let Some(Known { node, .. }) = &gone
+            && tables.ids.get(&node.identity) == Some(&id)
+        {
+            tables.ids.remove(&node.identity);
+        }
+        // Its descriptor is closed without the table: that may take the host's file system long.
+        drop(tables);
+        drop(gone);
+    }
+
+    /// Drops all nodes but the root.
+    pub(super) fn forget_all(&self) {
+        let mut tables = self.tables();
+        let mut gone = std::mem::take(&mut *tables);
+        if let Some(root) = gone.nodes.remove(&ROOT_ID) {
+            tables.ids.insert(root.node.identity, ROOT_ID);
+            tables.nodes.insert(ROOT_ID, root);
+        }
+        drop(tables);
+        drop(gone);
+    }
+
+    /// Drops all nodes, and begins with this root.
+    pub(super) fn begin(&self, root: Node) {
+        let mut tables = self.tables();
+        let gone = std::mem::take(&mut *tables);
+        tables.ids.insert(root.identity, ROOT_ID);
+        tables.nodes.insert(ROOT_ID, Known { node: Arc::new(root), lookups: 1 });
+        drop(tables);
+        drop(gone);
+    }
+
+    /// Takes descriptors of nodes without open handles, `count` if there are so many; of those that
+    /// were not used for some time first.
+    pub(super) fn take_files(&self, count: usize) -> Vec<Arc<Descriptor>> {
+        let tables = self.tables();
+        let mut taken = Vec::new();
+        for idle in [true, false] {
+            let others = tables.nodes.values().filter(|known| known.node.id != ROOT_ID);
+            let files = others.filter_map(|known| known.node.take_file(idle));
+            taken.extend(files.take(count - taken.len()));
+            if !taken.is_empty() {
+                break;
+            }
+        }
+        taken
+    }
+}
+
+fn no_node() -> io::Error {
+    error(libc::EBADF)
+}

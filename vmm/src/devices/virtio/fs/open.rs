@@ -1,0 +1,120 @@
+//! Opening, creating and closing files.
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd};
+use std::sync::Arc;
+
+use fuse_backend_rs::abi::fuse_abi::{
+    CreateIn, EntryOut, FOPEN_IN_KILL_SUIDGID, OpenIn, OpenOptions, OpenOut,
+};
+
+use super::credentials::{Acting, WithoutFsetid};
+use super::dispatch::Caller;
+use super::files::Files;
+use super::handle::Handle;
+use super::host::{component, done, error, open_at};
+use super::node::Node;
+use super::open_flags::host_flags;
+use super::stat::Stat;
+
+impl Files {
+    /// Opens a regular file, or with `O_DIRECTORY` a directory.
+    pub(super) fn open_node(&self, id: u64, asked: &OpenIn, more: i32) -> io::Result<OpenOut> {
+        let flags = host_flags(asked.flags)? | more;
+        let node = self.nodes.find(id)?;
+        node.refuse_traced()?;
+        // An open of any other kind would have a driver, or a process at the other end, do something.
+        if !matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) {
+            return Err(error(libc::EBADF));
+        }
+        let file = self.file(&node)?;
+        self.refuse_gone(&node, &Stat::of(file.as_fd())?)?;
+        let slot = self.slot()?;
+        let kill = asked.fuse_flags & FOPEN_IN_KILL_SUIDGID != 0;
+        let without = WithoutFsetid::when(kill)?;
+        let fd = self.proc_self_fd.reopen(file.as_fd(), flags)?;
+        drop(without);
+        let handle = Handle::new(Arc::clone(&node), Arc::new(slot.hold(fd)), flags);
+        Ok(self.opened(&node, self.handles.add(handle)))
+    }
+
+    /// Opens a directory.
+    pub(super) fn open_directory(&self, id: u64, asked: &OpenIn) -> io::Result<OpenOut> {
+        self.open_node(id, asked, libc::O_DIRECTORY)
+    }
+
+    fn opened(&self, node: &Node, handle: u64) -> OpenOut {
+        let mut options = OpenOptions::empty();
+        if self.keeps_content(node) && !node.is_dir() {
+            options |= OpenOptions::KEEP_CACHE;
+        }
+        OpenOut { fh: handle, open_flags: options.bits(), passthrough: 0 }
+    }
+
+    /// Makes a file and opens it.
+    pub(super) fn create(
+        &self,
+        caller: &Caller,
+        parent: u64,
+        name: &CStr,
+        asked: &CreateIn,
+    ) -> io::Result<(EntryOut, OpenOut)> {
+        let name = component(name)?;
+        let flags = host_flags(asked.flags)?;
+        if flags & libc::O_DIRECTORY != 0 {
+            return Err(error(libc::EINVAL));
+        }
+        let exclusive = asked.flags & libc::O_EXCL as u32 != 0;
+        let dir = self.nodes.find(parent)?;
+        dir.refuse_traced()?;
+        let dir_file = self.file(&dir)?;
+        let slot = self.slot()?;
+        let made = {
+            let _acting = Acting::for_user(caller.uid, caller.gid)?;
+            let flags = flags | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW;
+            let mode = asked.mode & !(asked.umask & 0o777);
+            open_at(dir_file.as_fd(), name, flags, mode)
+        };
+        // A guest that creates has not asked whether its user may open a file that is there already.
+        // It looks again on `ESTALE`, and asks.
+        let fd = made.map_err(|e| match e.raw_os_error() {
+            Some(libc::EEXIST) if !exclusive => error(libc::ESTALE),
+            _ => self.gone_or(&dir, &dir_file, e),
+        })?;
+        let file = Arc::new(slot.hold(fd));
+        let found = self.made(&dir, name, &file)?;
+        let handle = Handle::new(Arc::clone(&found.node), Arc::clone(&file), flags);
+        found.node.share(&file);
+        let entry = self.entry_out(&found);
+        Ok((entry, self.opened(&found.node, self.handles.add(handle))))
+    }
+
+    /// Closes a handle, and with it the locks that were taken through it.
+    pub(super) fn close(&self, node: u64, handle: u64) -> io::Result<()> {
+        let closed = self.handles.take(handle, node)?;
+        if closed.had_locks() {
+            self.locks.release_handle(handle);
+        }
+        drop(closed);
+        Ok(())
+    }
+
+    /// One of the guest's descriptors of a handle is closed: the owner's record locks go, and what
+    /// the host's file system has to say of earlier writes is asked for.
+    pub(super) fn flush(&self, node: u64, handle: u64, owner: u64) -> io::Result<()> {
+        let handle = self.handles.get(handle, node)?;
+        self.locks.release_owner(node, owner);
+        let fd = handle.fd().try_clone_to_owned()?.into_raw_fd();
+        // SAFETY: the descriptor was just made here, and is not used after this.
+        done(unsafe { libc::close(fd) })
+    }
+
+    /// Writes a file or directory to its disk.
+    pub(super) fn sync(&self, node: u64, handle: u64, data_only: bool) -> io::Result<()> {
+        let handle = self.handles.get(handle, node)?;
+        let fd = handle.fd().as_raw_fd();
+        // SAFETY: they take a number only.
+        done(unsafe { if data_only { libc::fdatasync(fd) } else { libc::fsync(fd) } })
+    }
+}

@@ -1,0 +1,106 @@
+//! Attributes of a file on the host, with what tells it apart from every other file.
+
+use std::ffi::CStr;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, Attr};
+
+use super::host::done;
+
+/// Place of a file: the mount, the file system, and the inode there. One file that is bind mounted
+/// twice has two places, which the guest gets as two file systems.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Identity {
+    pub(super) mount: u64,
+    device: (u32, u32),
+    inode: u64,
+}
+
+/// Time of birth, where the file system keeps one: an inode number is used again once a file is gone.
+pub(super) type Birth = Option<(i64, u32)>;
+
+/// Result of statx(2).
+#[derive(Clone, Copy)]
+pub(super) struct Stat(libc::statx);
+
+const WANTED: u32 = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
+
+impl Stat {
+    /// Attributes of an open file.
+    pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
+        Self::at(fd, c"", libc::AT_EMPTY_PATH)
+    }
+
+    /// Attributes of `name` in `dir`; a link or an automount point is not followed.
+    pub(super) fn of_name(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Self> {
+        Self::at(dir, name, 0)
+    }
+
+    fn at(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Self> {
+        let flags = flags | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
+        let mut out = MaybeUninit::<libc::statx>::zeroed();
+        let (dir, name, room) = (dir.as_raw_fd(), name.as_ptr(), out.as_mut_ptr());
+        // SAFETY: the name is a C string, and the kernel fills in the structure.
+        done(unsafe { libc::statx(dir, name, flags, WANTED, room) })?;
+        // SAFETY: the call has succeeded; zeros are valid as well.
+        Ok(Self(unsafe { out.assume_init() }))
+    }
+
+    pub(super) fn identity(&self) -> Identity {
+        Identity {
+            mount: self.0.stx_mnt_id,
+            device: (self.0.stx_dev_major, self.0.stx_dev_minor),
+            inode: self.0.stx_ino,
+        }
+    }
+
+    pub(super) fn birth(&self) -> Birth {
+        let known = self.0.stx_mask & libc::STATX_BTIME != 0;
+        known.then_some((self.0.stx_btime.tv_sec, self.0.stx_btime.tv_nsec))
+    }
+
+    /// Type of the file (`S_IFMT`).
+    pub(super) fn kind(&self) -> u32 {
+        u32::from(self.0.stx_mode) & libc::S_IFMT
+    }
+
+    pub(super) fn inode(&self) -> u64 {
+        self.0.stx_ino
+    }
+
+    pub(super) fn links(&self) -> u32 {
+        self.0.stx_nlink
+    }
+
+    /// The file is the root of its mount, and so has a place there even without any name.
+    pub(super) fn is_mount_root(&self) -> bool {
+        self.0.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0
+    }
+
+    /// The attributes as FUSE has them.
+    pub(super) fn attr(&self, submount: bool) -> Attr {
+        let of = &self.0;
+        let (major, minor) = (of.stx_rdev_major, of.stx_rdev_minor);
+        Attr {
+            ino: of.stx_ino,
+            size: of.stx_size,
+            blocks: of.stx_blocks,
+            atime: of.stx_atime.tv_sec as u64,
+            mtime: of.stx_mtime.tv_sec as u64,
+            ctime: of.stx_ctime.tv_sec as u64,
+            atimensec: of.stx_atime.tv_nsec,
+            mtimensec: of.stx_mtime.tv_nsec,
+            ctimensec: of.stx_ctime.tv_nsec,
+            mode: of.stx_mode.into(),
+            nlink: of.stx_nlink,
+            uid: of.stx_uid,
+            gid: of.stx_gid,
+            // new_encode_dev() of Linux.
+            rdev: (minor & 0xff) | major << 8 | (minor & !0xff) << 12,
+            blksize: of.stx_blksize,
+            flags: if submount { ATTR_SUBMOUNT } else { 0 },
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Requests that wait for a lock. Each waits in a thread of its own, so that no worker of the device
+//! is held up; the number of threads is bounded.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::host::error;
+use super::lock::Wait;
+use crate::sync::lock;
+
+/// Most requests that wait at once. Each takes three places of the device's queue at most, which has
+/// to have room for others.
+const MAX_WAITERS: usize = 128;
+
+/// Interrupts that are remembered until their request comes: they overtake it.
+const MAX_EARLY: usize = 64;
+
+/// A wait runs on this little.
+const STACK_SIZE: usize = 64 * 1024;
+
+/// How often, a millisecond apart, a thread is told to look up from its wait.
+const MAX_NUDGES: u32 = 2000;
+
+/// Requests that wait.
+pub(super) struct Waiters {
+    list: Mutex<List>,
+}
+
+#[derive(Default)]
+struct List {
+    waiting: Vec<Waiter>,
+    /// Requests that were to be interrupted and are not known.
+    early: VecDeque<u64>,
+    ended: bool,
+}
+
+struct Waiter {
+    unique: u64,
+    cancelled: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Waiters {
+    /// Nobody waits.
+    ///
+    /// # Errors
+    ///
+    /// When the process may have no signal for it.
+    pub(super) fn new() -> io::Result<Self> {
+        // All that it does is to end a system call.
+        extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(nudge_signal(), nothing)
+            .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
+        Ok(Self { list: Mutex::default() })
+    }
+
+    /// Waits for a lock in a thread, and hands on how that ended.
+    ///
+    /// # Errors
+    ///
+    /// `ENOLCK` when too many wait, `EINTR` when the request has been interrupted already. Then
+    /// `answer` is not called.
+    pub(super) fn start(
+        &self,
+        unique: u64,
+        wait: Wait,
+        answer: impl FnOnce(&Wait, io::Result<()>) + Send + 'static,
+    ) -> io::Result<()> {
+        let mut list = lock(&self.list);
+        list.waiting.retain(|waiter| !waiter.thread.is_finished());
+        if let Some(at) = list.early.iter().position(|early| *early == unique) {
+            list.early.remove(at);
+            return Err(error(libc::EINTR));
+        }
+        if list.ended || list.waiting.len() >= MAX_WAITERS {
+            return Err(error(libc::ENOLCK));
+        }
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let theirs = Arc::clone(&cancelled);
+        let run = move || {
+            let result = loop {
+                if theirs.load(Ordering::Acquire) {
+                    break Err(error(libc::EINTR));
+                }
+                match wait.block() {
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    result => break result,
+                }
+            };
+            answer(&wait, result);
+        };
+        let builder = thread::Builder::new().name("fs-lock".to_owned()).stack_size(STACK_SIZE);
+        let thread = builder.spawn(run).map_err(|_| error(libc::ENOLCK))?;
+        list.waiting.push(Waiter { unique, cancelled, thread });
+        Ok(())
+    }
+
+    /// Ends the wait of a request, which is answered with `EINTR` unless it has just got its lock.
+    pub(super) fn interrupt(&self, unique: u64) {
+        let mut list = lock(&self.list);
+        match list.waiting.iter().find(|waiter| waiter.unique == unique) {
+            Some(waiter) => waiter.cancel(),
+            None => {
+                if list.early.len() >= MAX_EARLY {
+                    list.early.pop_front();
+                }
+                list.early.push_back(unique);
+            }
+        }
+    }
+
+    /// Ends all waits, and returns when nothing of them is left.
+    pub(super) fn end(&self) {
+        let mut list = lock(&self.list);
+        list.ended = true;
+        for waiter in list.waiting.drain(..) {
+            waiter.cancel();
+            let _ = waiter.thread.join();
+        }
+    }
+}
+
+impl Waiter {
+    /// Tells the thread that it is to end until it has. A signal that comes just before the wait is
+    /// lost, so one is not enough.
+    fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
+        for _ in 0..MAX_NUDGES {
+            if self.thread.is_finished() {
+                break;
+            }
+            // SAFETY: the thread has not been joined, so its name is still its own.
+            unsafe { libc::pthread_kill(self.thread.as_pthread_t(), nudge_signal()) };
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// The signal next to that of the vCPUs.
+fn nudge_signal() -> libc::c_int {
+    SIGRTMIN() + 1
+}

@@ -1,0 +1,254 @@
+//! Locks of two guests on one file, and of the host's own processes.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use super::*;
+
+const FLUSH: u32 = 25;
+const GETLK: u32 = 31;
+const SETLK: u32 = 32;
+const SETLKW: u32 = 33;
+const INTERRUPT: u32 = 36;
+
+const FLOCK: u32 = 1;
+const TO_THE_END: u64 = i64::MAX as u64;
+
+/// Places for requests that are answered later: away from those that are answered at once.
+const LATER_REQUEST: u64 = 0xc0_0000;
+const LATER_ANSWER: u64 = 0xd0_0000;
+
+/// `fuse_lk_in`: which handle, whose lock, of which kind, from where to where.
+#[derive(Clone, Copy)]
+struct Lock {
+    node: u64,
+    handle: u64,
+    owner: u64,
+    kind: i32,
+    range: (u64, u64),
+    flags: u32,
+}
+
+impl Lock {
+    fn body(&self) -> Vec<u8> {
+        let words = [self.handle, self.owner, self.range.0, self.range.1];
+        let mut body = words.map(u64::to_le_bytes).concat();
+        body.extend([self.kind as u32, 0, self.flags, 0].map(u32::to_le_bytes).concat());
+        body
+    }
+
+    fn kind(self, kind: i32) -> Self {
+        Self { kind, ..self }
+    }
+
+    fn owner(self, owner: u64) -> Self {
+        Self { owner, ..self }
+    }
+}
+
+impl Guest {
+    /// A write lock on the whole file, through a handle of its own.
+    fn lock(&mut self, flags: u32) -> Lock {
+        let node = self.lookup(ROOT, "file").unwrap();
+        let handle = self.open(OPEN, node, libc::O_RDWR).unwrap();
+        Lock { node, handle, owner: 1, kind: libc::F_WRLCK, range: (0, TO_THE_END), flags }
+    }
+
+    fn set_lock(&mut self, lock: Lock) -> i32 {
+        self.ask(SETLK, lock.node, &lock.body()).0
+    }
+
+    /// Asks for a lock and does not wait for the answer. `unique` names the request.
+    fn wait_for_lock(&mut self, lock: Lock, unique: u64) -> u16 {
+        let body = lock.body();
+        let mut request = header(SETLKW, lock.node, body.len());
+        request[8..16].copy_from_slice(&unique.to_le_bytes());
+        request.extend(body);
+        let (from, to) = (LATER_REQUEST + 256 * unique, LATER_ANSWER + 256 * unique);
+        self.driver.put(from, &request);
+        // The header of the answer in two pieces.
+        let chain = [(from, request.len() as u32, false), (to, 7, true), (to + 7, 9, true)];
+        self.driver.offer(REQUESTS, &chain)
+    }
+
+    /// The answer to the request that is answered next: its name and the error.
+    fn answer_of(&mut self, heads: &[(u16, u64)]) -> (u64, i32) {
+        let (head, len) = self.driver.wait_used(REQUESTS);
+        assert_eq!(len, 16);
+        let (_, unique) = *heads.iter().find(|(of, _)| *of == head).unwrap();
+        let answer = self.driver.get(LATER_ANSWER + 256 * unique, 16);
+        assert_eq!(answer[8..16], unique.to_le_bytes());
+        (unique, -i32::from_le_bytes(answer[4..8].try_into().unwrap()))
+    }
+
+    fn interrupt(&mut self, unique: u64) {
+        let request = [header(INTERRUPT, 0, 8), unique.to_le_bytes().to_vec()].concat();
+        self.driver.put(REQUEST, &request);
+        let chain = [(REQUEST, request.len() as u32, false)];
+        assert_eq!(self.driver.request(HIGH_PRIORITY, &chain), 0);
+    }
+
+    fn flush(&mut self, lock: Lock) -> i32 {
+        let words = [lock.handle, 0, lock.owner].map(u64::to_le_bytes).concat();
+        self.ask(FLUSH, lock.node, &words).0
+    }
+}
+
+/// Two guests that share a directory.
+fn two() -> (Guest, Guest) {
+    let one = Guest::new();
+    let other = Guest { driver: one_more(&one), directory: Arc::clone(&one.directory) };
+    (one, other.initialised())
+}
+
+fn one_more(guest: &Guest) -> Driver {
+    let device = Fs::new(&config()).unwrap();
+    device.share().open_for(guest.path("").to_str().unwrap(), None, 100).unwrap();
+    Driver::started(Box::new(device))
+}
+
+/// Whether a process of the host gets the file for itself, in the manner of flock(2).
+fn host_gets(guest: &Guest) -> bool {
+    let file = File::open(guest.path("file")).unwrap();
+    // SAFETY: it takes numbers only.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
+}
+
+#[test]
+fn a_lock_of_one_guest_holds_for_another_and_for_the_host() {
+    for flags in [0, FLOCK] {
+        let (mut one, mut other) = two();
+        let (mine, theirs) = (one.lock(flags), other.lock(flags));
+        assert_eq!(one.set_lock(mine), 0);
+        assert_eq!(one.set_lock(mine), 0, "once more");
+        assert_eq!(other.set_lock(theirs), libc::EAGAIN);
+        assert_eq!(other.set_lock(theirs.kind(libc::F_RDLCK)), libc::EAGAIN);
+        assert_eq!(one.set_lock(mine.owner(2)), libc::EAGAIN, "another process of the same guest");
+        assert_eq!(host_gets(&one), flags == 0);
+        assert_eq!(one.set_lock(mine.kind(libc::F_RDLCK)), 0);
+        assert_eq!(other.set_lock(theirs.kind(libc::F_RDLCK)), 0);
+        assert_eq!(one.set_lock(mine), libc::EAGAIN);
+        assert_eq!(other.set_lock(theirs.kind(libc::F_UNLCK)), 0);
+        assert_eq!(one.set_lock(mine), 0);
+        assert_eq!(one.set_lock(mine.kind(libc::F_UNLCK)), 0);
+        assert!(host_gets(&one));
+        assert_eq!(other.set_lock(theirs), 0);
+    }
+}
+
+#[test]
+fn ranges_are_apart_and_the_one_in_the_way_is_named() {
+    let (mut one, mut other) = two();
+    let low = Lock { range: (10, 19), ..one.lock(0) };
+    let high = Lock { range: (20, TO_THE_END), ..other.lock(0) };
+    assert_eq!(one.set_lock(low), 0);
+    assert_eq!(other.set_lock(high), 0);
+    let all = Lock { range: (0, TO_THE_END), ..low };
+    assert_eq!(one.set_lock(all), libc::EAGAIN);
+    let (error, found) = one.ask(GETLK, low.node, &all.body());
+    assert_eq!(error, 0);
+    let word = |at: usize| u64::from_le_bytes(found[at..at + 8].try_into().unwrap());
+    assert_eq!((word(0), word(8), word(16)), (20, TO_THE_END, libc::F_WRLCK as u64), "pid 0");
+    let (_, free) = one.ask(GETLK, low.node, &low.body());
+    assert_eq!(free[16..20], (libc::F_UNLCK as u32).to_le_bytes());
+    for range in [(5, 4), (1 << 63, u64::MAX)] {
+        assert_eq!(one.set_lock(Lock { range, ..low }), libc::EINVAL);
+    }
+    assert_eq!(one.set_lock(low.kind(7)), libc::EINVAL);
+    assert_eq!(one.set_lock(Lock { handle: 999, ..low }), libc::EBADF);
+    let dir = one.open(OPENDIR, ROOT, 0).unwrap();
+    assert_eq!(one.set_lock(Lock { node: ROOT, handle: dir, ..low }), libc::EBADF);
+}
+
+#[test]
+fn locks_go_with_a_close_a_release_and_a_reset() {
+    let (mut one, mut other) = two();
+    let (mine, theirs) = (one.lock(0), other.lock(0));
+    // One of the process's descriptors is closed: its locks go, those of others stay.
+    assert_eq!(one.set_lock(mine), 0);
+    assert_eq!(one.flush(mine.owner(2)), 0);
+    assert_eq!(other.set_lock(theirs), libc::EAGAIN);
+    assert_eq!(one.flush(mine), 0);
+    assert_eq!(other.set_lock(theirs), 0);
+    assert_eq!(other.set_lock(theirs.kind(libc::F_UNLCK)), 0);
+    for flags in [0, FLOCK] {
+        let mine = one.lock(flags);
+        assert_eq!(one.set_lock(mine), 0);
+        assert_eq!(one.flush(mine.owner(2)), 0);
+        assert_eq!(other.set_lock(Lock { flags, ..theirs }), libc::EAGAIN);
+        assert_eq!(one.close(RELEASE, mine.node, mine.handle), 0);
+        assert_eq!(other.set_lock(Lock { flags, ..theirs }), 0);
+        assert_eq!(other.set_lock(Lock { flags, ..theirs }.kind(libc::F_UNLCK)), 0);
+    }
+    let mine = one.lock(FLOCK);
+    assert_eq!(one.set_lock(mine), 0);
+    one.driver.reset();
+    one.driver.start();
+    one.still_serves();
+    assert_eq!(other.set_lock(Lock { flags: FLOCK, ..theirs }), 0);
+}
+
+#[test]
+fn who_waits_gets_the_lock_and_holds_up_nobody() {
+    for flags in [0, FLOCK] {
+        let (mut one, mut other) = two();
+        let (mine, theirs) = (one.lock(flags), other.lock(flags).kind(libc::F_RDLCK));
+        assert_eq!(one.set_lock(mine), 0);
+        // More than there are workers.
+        let heads: Vec<_> = (1..=10)
+            .map(|unique| (other.wait_for_lock(theirs.owner(unique), unique), unique))
+            .collect();
+        other.still_serves();
+        assert_eq!(one.set_lock(mine.kind(libc::F_UNLCK)), 0);
+        let mut served: Vec<_> = heads.iter().map(|_| other.answer_of(&heads)).collect();
+        served.sort_unstable();
+        assert_eq!(served, (1..=10).map(|unique| (unique, 0)).collect::<Vec<_>>());
+        for unique in 1..=10 {
+            assert_eq!(one.set_lock(mine), libc::EAGAIN, "{unique}");
+            assert_eq!(other.set_lock(theirs.owner(unique).kind(libc::F_UNLCK)), 0);
+        }
+        assert_eq!(one.set_lock(mine), 0);
+    }
+}
+
+#[test]
+fn who_waits_can_be_interrupted() {
+    for flags in [0, FLOCK] {
+        let (mut one, mut other) = two();
+        let (mine, theirs) = (one.lock(flags), other.lock(flags));
+        assert_eq!(one.set_lock(mine), 0);
+        let heads = [2, 4].map(|owner| (other.wait_for_lock(theirs.owner(owner), owner), owner));
+        other.interrupt(999);
+        other.interrupt(4);
+        assert_eq!(other.answer_of(&heads), (4, libc::EINTR));
+        other.interrupt(2);
+        assert_eq!(other.answer_of(&heads), (2, libc::EINTR));
+        // An interrupt may come before its request.
+        other.interrupt(6);
+        let head = (other.wait_for_lock(theirs.owner(6), 6), 6);
+        assert_eq!(other.answer_of(&[head]), (6, libc::EINTR));
+        assert_eq!(one.set_lock(mine.kind(libc::F_UNLCK)), 0);
+        assert_eq!(other.set_lock(theirs), 0, "nobody who was interrupted has it");
+    }
+}
+
+#[test]
+fn waits_are_bounded_and_end_with_the_device() {
+    let (mut one, mut other) = two();
+    let (mine, theirs) = (one.lock(FLOCK), Lock { ..other.lock(FLOCK) });
+    assert_eq!(one.set_lock(mine), 0);
+    let heads: Vec<_> =
+        (1..=129).map(|n| (other.wait_for_lock(theirs.owner(n % 50), n), n)).collect();
+    assert_eq!(other.answer_of(&heads).1, libc::ENOLCK);
+    other.driver.reset();
+    let waiting = fs::read_dir("/proc/self/task").unwrap().filter(|task| {
+        let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
+        name.is_ok_and(|name| name.trim() == "fs-lock")
+    });
+    // Other tests may wait meanwhile, but not so many.
+    assert!(waiting.count() < 100);
+    other.driver.start();
+    other.still_serves();
+    assert_eq!(one.set_lock(mine.kind(libc::F_UNLCK)), 0);
+    assert!(host_gets(&one));
+}
