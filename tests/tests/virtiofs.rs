@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs::{self, Permissions};
+use std::io::Write;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 use std::time::Instant;
@@ -338,4 +339,68 @@ fn neither_the_bundle_nor_the_state_directory_can_be_reached() {
     let out =
         container.shell("find / -xdev -name beside-the-rootfs; find / -name config.json").run();
     assert_eq!(out.stdout, "", "{out}");
+}
+
+/// A container with a volume, and the volume on the host.
+fn with_volume<'a>(scope: &'a Scope, name: &str) -> (Container<'a>, std::path::PathBuf) {
+    let dir = scope.dir().join(name);
+    fs::create_dir_all(&dir).unwrap();
+    let source = dir.to_str().unwrap();
+    (container(scope).mount("/data", "bind", source, &["rbind"]), dir)
+}
+
+#[test]
+fn a_volume_is_coherent_with_the_host() {
+    let scope = Scope::new();
+    let (container, dir) = with_volume(&scope, "data");
+    let host = |name: &str| dir.join(name);
+    fs::write(host("log"), "").unwrap();
+    let container = container.shell("tail -f /data/log > /root/followed & wait");
+    let _created = container.start_new();
+    let inside = |script: &str| container.exec(["sh", "-c", script]).ok().stdout;
+    for round in 0..5 {
+        // Known inside, then replaced or removed on the host: at once, what is written is in the file
+        // of that name.
+        fs::write(host("file"), "old").unwrap();
+        assert_eq!(inside("cat /data/file"), "old");
+        if round % 2 == 0 {
+            fs::remove_file(host("file")).unwrap();
+        } else {
+            fs::write(host("new"), "new").unwrap();
+            fs::rename(host("new"), host("file")).unwrap();
+        }
+        let written = inside(&format!("echo {round} > /data/file; cat /data/file"));
+        assert_eq!(written, format!("{round}\n"));
+        assert_eq!(fs::read_to_string(host("file")).unwrap(), format!("{round}\n"));
+        fs::write(host("file"), "longer than before").unwrap();
+        assert_eq!(inside("cat /data/file"), "longer than before");
+        let mut log = fs::OpenOptions::new().append(true).open(host("log")).unwrap();
+        writeln!(log, "line {round}").unwrap();
+        let followed = bounded(|| inside("cat /root/followed").ends_with(&format!("{round}\n")));
+        assert!(followed, "tail -f does not see what the host appends");
+    }
+    // Processes that map a file have one memory, however often it is opened meanwhile.
+    let count = format!(
+        "for n in 1 2 3 4; do {PROBE_PATH} count /data/shared 20 & done; wait; od -An -tu8 -N8 /data/shared"
+    );
+    assert_eq!(inside(&count).trim(), "80000");
+    assert_eq!(fs::read(host("shared")).unwrap()[..8], 80_000_u64.to_le_bytes());
+}
+
+#[test]
+fn a_lock_holds_between_containers_and_for_the_host() {
+    let scope = Scope::new();
+    let (holder, dir) = with_volume(&scope, "data");
+    let script = "exec 9> /data/file; flock -n 9 && : > /data/locked; sleep 1000";
+    let holder = holder.shell(script);
+    let _created = holder.start_new();
+    assert!(bounded(|| dir.join("locked").exists()));
+    let file = dir.join("file");
+    let host_gets = || scope.program(&["flock", "-n", file.to_str().unwrap(), "true"]).output();
+    assert_eq!(host_gets().status, 1);
+    let (other, _) = with_volume(&scope, "data");
+    let other = other.shell("flock -n /data/file true || echo refused");
+    assert_eq!(other.run().ok().stdout, "refused\n");
+    holder.kill("KILL").ok();
+    assert!(bounded(|| host_gets().status == 0), "the lock outlives the container");
 }

@@ -14,13 +14,14 @@ mod parallel;
 mod posix;
 mod report;
 mod schedule;
+mod shared;
 mod stream;
 
 use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
-    | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | eat MIB | hole | parallel \
+    | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | eat MIB | count FILE BLOCKS | hole | parallel \
     | call ABI NUMBER[,ARG...]... | posix DIR XATTR | xattr DIR XATTR | tcp-server ADDRESS BYTES \
     | tcp-client ADDRESS BYTES | udp-server ADDRESS | udp-client ADDRESS COUNT BYTES... | keeper DIR";
 
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         ["fork-bomb"] => memory::fork_bomb(),
         ["eat", mib] => memory::eat(number(mib)),
         ["call", abi, ref calls @ ..] => print(&call::outcomes(abi, calls)),
+        ["count", path, blocks] => shared::count(path, number(blocks)),
         ["hole"] => print(&memory::across_the_hole()),
         ["parallel"] => print(&parallel::report()),
         ["posix", dir, xattr] => print(&posix::report(dir, xattr)),

@@ -109,7 +109,7 @@ impl Files {
             return Err(error(libc::ENOENT));
         }
         let mount = Mount::of_share(&root)?;
-        let closed = procfs::is_closed(root.as_fd(), stat.identity().mount)?;
+        let closed = procfs::is_closed(root.as_fd())?;
         let place = Place { parent: ROOT_ID, name: c"".to_owned() };
         self.nodes.begin(Node::new(ROOT_ID, &stat, place, mount, closed, Some(Arc::new(root))));
         Ok(())
@@ -287,7 +287,7 @@ impl Files {
             && dir.place().parent == ROOT_ID
             && dir.id != ROOT_ID;
         let mount = dir.mount.below(&root, rootfs)?;
-        let closed = procfs::is_closed(root.as_fd(), stat.identity().mount)?;
+        let closed = procfs::is_closed(root.as_fd())?;
         let id = self.nodes.new_id();
         let root = Some(Arc::new(root));
         let found = self.found(dir, Node::new(id, &stat, place(), mount, closed, root), stat)?;

@@ -8,6 +8,7 @@ use std::io::{self, BufRead, BufReader};
 use std::os::fd::BorrowedFd;
 
 use super::host::{cwd, file_system, open_at};
+use super::stat::Stat;
 
 /// Names below `/proc/<pid>` and `/proc/<pid>/task/<tid>` that need the rights of a debugger
 /// (fs/proc/base.c of Linux), in any of the process's directories.
@@ -70,9 +71,10 @@ fn root_of(list: impl BufRead, mount: u64) -> Option<Vec<u8>> {
     None
 }
 
-/// The mount's identity does not tell what it shows: asks the list of mounts, if `fd` is of procfs.
-pub(super) fn is_closed(fd: BorrowedFd<'_>, mount: u64) -> io::Result<bool> {
-    Ok(file_system(fd)? == libc::PROC_SUPER_MAGIC && mount_needs_ptrace(mount))
+/// Whether the root of a mount is closed: it may be any file of procfs under any name.
+pub(super) fn is_closed(root: BorrowedFd<'_>) -> io::Result<bool> {
+    Ok(file_system(root)? == libc::PROC_SUPER_MAGIC
+        && mount_needs_ptrace(Stat::listed_mount(root)?))
 }
 
 #[cfg(test)]

@@ -89,7 +89,8 @@ impl Files {
         entry: &HostEntry<'_>,
     ) -> io::Result<bool> {
         let dir = &handle.node;
-        if !list.plus {
+        // A name that is not trusted is looked up again before it is used.
+        if !list.plus || !dir.mount.cached {
             let inode = match dir.mount.file_system {
                 FileSystemKind::Overlay => {
                     Stat::of_name(handle.fd(), entry.name).map_or(entry.inode, |stat| stat.inode())

@@ -25,25 +25,34 @@ pub(super) type Birth = Option<(i64, u32)>;
 #[derive(Clone, Copy)]
 pub(super) struct Stat(libc::statx);
 
-const WANTED: u32 = libc::STATX_BASIC_STATS | libc::STATX_BTIME | libc::STATX_MNT_ID;
+const WANTED: u32 = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
+
+/// Number of the mount that is never used again, since Linux 6.8; before, the short one is given.
+const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
 
 impl Stat {
     /// Attributes of an open file.
     pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
-        Self::at(fd, c"", libc::AT_EMPTY_PATH)
+        Self::at(fd, c"", libc::AT_EMPTY_PATH, STATX_MNT_ID_UNIQUE)
+    }
+
+    /// The number that the list of mounts has for the mount of an open file.
+    pub(super) fn listed_mount(fd: BorrowedFd<'_>) -> io::Result<u64> {
+        Self::at(fd, c"", libc::AT_EMPTY_PATH, 0).map(|stat| stat.0.stx_mnt_id)
     }
 
     /// Attributes of `name` in `dir`; a link or an automount point is not followed.
     pub(super) fn of_name(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Self> {
-        Self::at(dir, name, 0)
+        Self::at(dir, name, 0, STATX_MNT_ID_UNIQUE)
     }
 
-    fn at(dir: BorrowedFd<'_>, name: &CStr, flags: i32) -> io::Result<Self> {
+    fn at(dir: BorrowedFd<'_>, name: &CStr, flags: i32, more: u32) -> io::Result<Self> {
+        let wanted = WANTED | libc::STATX_MNT_ID | more;
         let flags = flags | libc::AT_SYMLINK_NOFOLLOW | libc::AT_NO_AUTOMOUNT;
         let mut out = MaybeUninit::<libc::statx>::zeroed();
         let (dir, name, room) = (dir.as_raw_fd(), name.as_ptr(), out.as_mut_ptr());
         // SAFETY: the name is a C string, and the kernel fills in the structure.
-        done(unsafe { libc::statx(dir, name, flags, WANTED, room) })?;
+        done(unsafe { libc::statx(dir, name, flags, wanted, room) })?;
         // SAFETY: the call has succeeded; zeros are valid as well.
         Ok(Self(unsafe { out.assume_init() }))
     }

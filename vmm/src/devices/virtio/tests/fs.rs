@@ -25,6 +25,7 @@ const ROOT: u64 = 1;
 
 // include/uapi/linux/fuse.h
 const LOOKUP: u32 = 1;
+const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const SYMLINK: u32 = 6;
 const MKNOD: u32 = 8;
@@ -200,6 +201,14 @@ impl Guest {
     fn list(&mut self, opcode: u32, dir: u64, offset: u64, size: u32) -> Vec<(String, u64)> {
         let entries = self.entries(opcode, dir, offset, size);
         entries.into_iter().map(|entry| (entry.name, entry.position)).collect()
+    }
+
+    /// No answer comes.
+    fn forget(&mut self, node: u64, count: u64) {
+        let request = [header(FORGET, node, 8), count.to_le_bytes().to_vec()].concat();
+        self.driver.put(REQUEST, &request);
+        let chain = [(REQUEST, request.len() as u32, false)];
+        assert_eq!(self.driver.request(HIGH_PRIORITY, &chain), 0);
     }
 
     fn still_serves(&mut self) {

@@ -9,7 +9,6 @@ use crate::control::EndReason;
 use crate::devices::virtio::tests::driver::PATIENCE;
 use crate::devices::virtio::worker::borrow;
 
-const FORGET: u32 = 2;
 const SYNC_DIRECTORY: u32 = 30;
 const LISTXATTR: u32 = 23;
 const DESTROY: u32 = 38;
@@ -41,14 +40,6 @@ impl Guest {
         body[32..36].copy_from_slice(&flags.to_le_bytes());
         body.extend(data);
         self.ask(WRITE, node, &body).0
-    }
-
-    /// No answer comes.
-    fn forget(&mut self, node: u64, count: u64) {
-        let request = [header(FORGET, node, 8), count.to_le_bytes().to_vec()].concat();
-        self.driver.put(REQUEST, &request);
-        let chain = [(REQUEST, request.len() as u32, false)];
-        assert_eq!(self.driver.request(HIGH_PRIORITY, &chain), 0);
     }
 }
 
@@ -203,11 +194,6 @@ fn listings_give_the_numbers_of_stat() {
             if entry.name != ".." {
                 let path = guest.path("dir").join(&entry.name);
                 assert_eq!(entry.ino, fs::metadata(path).unwrap().ino(), "{}", entry.name);
-            }
-            if let (Some(node), false) = (entry.node, entry.name.starts_with('.')) {
-                assert_eq!(guest.lookup(dir, &entry.name), Ok(node));
-                guest.forget(node, 2);
-                assert_eq!(guest.open(OPEN, node, 0), Err(libc::EBADF));
             }
         }
     }

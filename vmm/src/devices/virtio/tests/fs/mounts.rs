@@ -97,8 +97,7 @@ fn each_mount_begins_a_file_system_of_its_own() {
             let entries = guest.entries(opcode, b.node, 0, 4096);
             let told = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap().node;
             let none = (opcode == READDIRPLUS).then_some(0);
-            assert_eq!(told("nested"), none);
-            assert_eq!(told("plain"), none.map(|_| plain.node));
+            assert_eq!([told("nested"), told("plain")], [none, none]);
         }
         assert_eq!(guest.look(b.node, "nested").node, nested.node);
     });
@@ -202,6 +201,12 @@ fn only_a_root_file_system_is_trusted_for_a_while() {
         let files = [rootfs.node, mounted.node, volume.node, plain.node];
         let files = files.map(|dir| guest.look(dir, "file").seconds);
         assert_eq!(files, [1, 0, 0, 0]);
+        // A listing tells of the files there, but not of the mounts.
+        let entries = guest.entries(READDIRPLUS, rootfs.node, 0, 4096);
+        let told = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap().node;
+        assert_eq!((told("rootfs"), told("mounted")), (Some(inner.node), Some(0)));
+        guest.forget(inner.node, 2);
+        assert_eq!(guest.open(OPENDIR, inner.node, 0), Err(libc::EBADF));
         let places = [id, rootfs, mounted, inner, mounts, volume, plain];
         assert_eq!(places.map(|place| place.seconds), [0, 1, 0, 1, 0, 0, 0]);
     });
