@@ -182,15 +182,25 @@ fn assert_holds(outcome: &serde_json::Value, attributes: bool) {
     assert!(broken.is_empty() && all.len() == 23, "{broken:#?}");
 }
 
+/// Makes a file system that takes attributes, with `content` in it. Returns the directory for it and
+/// the command that mounts it there.
+fn file_system_with_attributes(scope: &Scope, content: Option<&Path>) -> (String, String) {
+    let volume = scope.dir().join("volume").to_string_lossy().into_owned();
+    let mount = format!("modprobe loop || true; mount -o loop {volume}.image {volume}");
+    let fill = content.map_or_else(String::new, |content| {
+        format!("; {mount}; cp -a {}/. {volume}; mkdir {volume}/volume", content.display())
+    });
+    let make = format!(
+        "set -e; truncate -s 64M {volume}.image; mkfs.ext4 -q {volume}.image; mkdir {volume}{fill}"
+    );
+    scope.program(&["unshare", "--mount", "sh", "-c", &make]).output().ok();
+    (volume, mount)
+}
+
 #[test]
 fn a_volume_of_another_file_system_is_posix_with_attributes_of_either_kind() {
     let scope = Scope::new();
-    let volume = scope.dir().join("volume").to_string_lossy().into_owned();
-    let make = format!(
-        "set -e; truncate -s 64M {volume}.image; mkfs.ext4 -q {volume}.image; mkdir {volume}"
-    );
-    scope.program(&["sh", "-c", &make]).output().ok();
-    let mount = format!("modprobe loop || true; mount -o loop {volume}.image {volume}");
+    let (volume, mount) = file_system_with_attributes(&scope, None);
     let capabilities = [&FILE_CAPABILITIES[..], &["CAP_SYS_ADMIN"]].concat();
     let script = format!(
         "for name in user trusted; do mkdir /data/$name; {PROBE_PATH} posix /data/$name $name.isopod; \
@@ -204,6 +214,32 @@ fn a_volume_of_another_file_system_is_posix_with_attributes_of_either_kind() {
     for outcome in outcomes {
         assert_holds(&serde_json::from_str(outcome).unwrap(), true);
     }
+}
+
+#[test]
+fn an_overlay_inside_remembers_what_was_removed() {
+    let scope = Scope::new();
+    let container = scope.container();
+    let root = container.bundle.rootfs("");
+    let (volume, mount) = file_system_with_attributes(&scope, Some(&root));
+    // On the root file system and on a volume: a directory that was removed and made again is empty,
+    // now and after the overlay has been mounted once more.
+    let script = "set -e; for d in /over /data/over; do mkdir -p $d/lower/dir/sub $d/upper $d/work $d/m; \
+         echo x > $d/lower/dir/sub/file; echo y > $d/lower/gone; \
+         mnt() { mount -t overlay o -o lowerdir=$d/lower,upperdir=$d/upper,workdir=$d/work $d/m; }; \
+         mnt; rm -r $d/m/dir $d/m/gone; mkdir $d/m/dir; echo $d $(ls $d/m $d/m/dir | wc -w); \
+         umount $d/m; mnt; echo $d $(ls $d/m $d/m/dir | wc -w); mv $d/m/dir $d/m/other; \
+         touch $d/m/gone; rm -r $d/m/other; echo $d $(ls $d/m); umount $d/m; done";
+    let capabilities = [&FILE_CAPABILITIES[..], &["CAP_SYS_ADMIN"]].concat();
+    let source = format!("{volume}/volume");
+    let container = container.mount("/data", "bind", &source, &["rbind"]).shell(script);
+    let container = container.capabilities(&capabilities).edit(|c| {
+        c["root"]["path"] = json!(volume);
+    });
+    let out = container.command_with_bundle("run", &[]).after_mounting(&mount).output().ok();
+    // Two names that `ls` puts before what it lists, and that of the directory.
+    let expected = ["/over", "/data/over"].map(|d| format!("{d} 3\n{d} 3\n{d} gone\n")).concat();
+    assert_eq!(out.stdout, expected, "{out}");
 }
 
 #[test]

@@ -2,15 +2,14 @@
 //!
 //! Operations that are not here are answered with `ENOSYS`, or `ENOTTY`. Linux 6.12 goes on without
 //! them: `ACCESS` (a virtio-fs mount always has `default_permissions`, so that the guest's kernel
-//! checks them), DAX (not offered), `IOCTL`, `POLL`, `BMAP`, `COPY_FILE_RANGE`, `SYNCFS`, `TMPFILE` and
-//! `STATX`.
+//! checks them), DAX (not offered), `IOCTL`, `POLL`, `BMAP`, `COPY_FILE_RANGE`, `SYNCFS` and `STATX`.
 
 use std::io;
 
 use fuse_backend_rs::abi::fuse_abi::{
-    BatchForgetIn, FSYNC_FDATASYNC, FlushIn, ForgetIn, ForgetOne, FsyncIn, GetxattrIn, GetxattrOut,
-    InHeader, LinkIn, LkIn, LseekOut, Opcode, ReadIn, ReleaseIn, Rename2In, RenameIn, SetxattrIn,
-    WriteOut,
+    BatchForgetIn, EntryOut, FSYNC_FDATASYNC, FlushIn, ForgetIn, ForgetOne, FsyncIn, GetxattrIn,
+    GetxattrOut, InHeader, LinkIn, LkIn, LseekOut, Opcode, OpenOut, ReadIn, ReleaseIn, Rename2In,
+    RenameIn, SetxattrIn, WriteOut,
 };
 use vm_memory::ByteValued;
 
@@ -21,6 +20,9 @@ use super::init;
 use super::lock::Wait;
 use super::request::{Body, take};
 use super::xattr::Sized;
+
+/// `FUSE_TMPFILE` (include/uapi/linux/fuse.h, enum fuse_opcode).
+const TMPFILE: u32 = 51;
 
 /// The user that a request comes from.
 pub(super) struct Caller {
@@ -45,6 +47,10 @@ impl Answer {
 
     fn of(value: impl ByteValued) -> Self {
         Self::Bytes(value.as_slice().to_vec())
+    }
+
+    fn of_made((entry, opened): (EntryOut, OpenOut)) -> Self {
+        Self::Bytes([entry.as_slice(), opened.as_slice()].concat())
     }
 }
 
@@ -75,6 +81,11 @@ pub(super) fn serve(
     }
     let bytes = request.to_vec();
     let mut body = Body::new(&bytes);
+    if header.opcode == TMPFILE {
+        let asked = body.take()?;
+        let caller = Caller { uid: header.uid, gid: header.gid };
+        return Ok(Answer::of_made(files.create_unnamed(&caller, header.nodeid, &asked)?));
+    }
     let Some(opcode) = named(header.opcode) else { return Err(error(libc::ENOSYS)) };
     match opcode {
         Opcode::Read => files.read(header.nodeid, &body.take()?, room).map(Answer::Data),
@@ -115,7 +126,7 @@ fn on_names(
     let (node, caller) = (header.nodeid, &Caller { uid: header.uid, gid: header.gid });
     Ok(match opcode {
         Opcode::Lookup => {
-            let found = files.lookup(node, body.string()?)?;
+            let found = files.lookup(node, body.string()?).map_err(spare_mounts)?;
             Answer::of(files.entry_out(&found))
         }
         Opcode::Mkdir => {
@@ -136,8 +147,7 @@ fn on_names(
         }
         Opcode::Create => {
             let asked = body.take()?;
-            let (entry, opened) = files.create(caller, node, body.string()?, &asked)?;
-            Answer::Bytes([entry.as_slice(), opened.as_slice()].concat())
+            Answer::of_made(files.create(caller, node, body.string()?, &asked)?)
         }
         Opcode::Unlink => {
             files.remove(node, body.string()?, 0)?;
@@ -162,6 +172,14 @@ fn on_names(
         Opcode::Readlink => Answer::Bytes(files.link_target(node)?),
         _ => return on_files(files, header, opcode, body, room),
     })
+}
+
+/// A lookup that fails makes Linux unmount what is mounted below the name, unless memory is short.
+fn spare_mounts(e: io::Error) -> io::Error {
+    match e.raw_os_error() {
+        Some(libc::ENFILE | libc::EMFILE) => error(libc::ENOMEM),
+        _ => e,
+    }
 }
 
 /// Operations on open files and directories.

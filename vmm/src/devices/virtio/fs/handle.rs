@@ -71,7 +71,7 @@ impl Handle {
 impl Drop for Handle {
     fn drop(&mut self) {
         // A descriptor for writing would keep the file from being executed.
-        self.node.part_with(&self.file);
+        self.node.part_with(&self.file, None);
         self.node.remove_handle();
     }
 }

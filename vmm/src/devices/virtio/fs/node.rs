@@ -163,11 +163,17 @@ impl Node {
         self.state().file.get_or_insert_with(|| Arc::clone(file));
     }
 
-    /// Gives up the descriptor if it is this one.
-    pub(super) fn part_with(&self, file: &Arc<Descriptor>) {
+    /// Whether the descriptor is this one, while another handle is open as well.
+    pub(super) fn lends(&self, file: &Arc<Descriptor>) -> bool {
+        self.handles.load(Ordering::Relaxed) > 1
+            && self.state().file.as_ref().is_some_and(|own| Arc::ptr_eq(own, file))
+    }
+
+    /// Gives up the descriptor if it is this one, for another.
+    pub(super) fn part_with(&self, file: &Arc<Descriptor>, other: Option<Descriptor>) {
         let mut state = self.state();
         if state.file.as_ref().is_some_and(|own| Arc::ptr_eq(own, file)) {
-            state.file = None;
+            state.file = other.map(Arc::new);
         }
     }
 
@@ -188,10 +194,15 @@ impl Node {
     }
 
     /// Whether `stat` is of this file. An inode number stays the file's own while the file is held
-    /// open; else the time of birth decides, which copying up in an overlay changes.
+    /// open; else the time of birth decides. An overlay changes that when it copies a file up. Of a
+    /// directory it says nothing that matters, as each name in it is looked up by itself; and the
+    /// guest would unmount all that is mounted below a directory that became another.
     pub(super) fn is(&self, stat: &Stat) -> bool {
         if self.kind != stat.kind() || self.identity != stat.identity() {
             return false;
+        }
+        if self.is_dir() || self.mount.file_system == FileSystemKind::Overlay {
+            return true;
         }
         let state = self.state();
         match (state.birth, stat.birth()) {

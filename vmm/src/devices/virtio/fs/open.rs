@@ -10,6 +10,7 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 
 use super::credentials::{Acting, WithoutFsetid};
+use super::descriptor::Descriptor;
 use super::dispatch::Caller;
 use super::files::Files;
 use super::handle::Handle;
@@ -82,8 +83,40 @@ impl Files {
             Some(libc::EEXIST) if !exclusive => error(libc::ESTALE),
             _ => self.gone_or(&dir, &dir_file, e),
         })?;
-        let file = Arc::new(slot.hold(fd));
-        let found = self.made(&dir, name, &file)?;
+        self.hand_out(&dir, name, slot.hold(fd), flags)
+    }
+
+    /// Makes a file without a name and opens it. It can be given one (`O_TMPFILE` of open(2)).
+    pub(super) fn create_unnamed(
+        &self,
+        caller: &Caller,
+        parent: u64,
+        asked: &CreateIn,
+    ) -> io::Result<(EntryOut, OpenOut)> {
+        let flags = host_flags(asked.flags & !(libc::O_TMPFILE as u32))?;
+        let dir = self.nodes.find(parent)?;
+        dir.refuse_traced()?;
+        let dir_file = self.file(&dir)?;
+        let slot = self.slot()?;
+        let fd = {
+            let _acting = Acting::for_user(caller.uid, caller.gid)?;
+            let mode = asked.mode & !asked.umask & 0o7777;
+            open_at(dir_file.as_fd(), c".", flags | libc::O_TMPFILE, mode)
+        };
+        let fd = fd.map_err(|e| self.gone_or(&dir, &dir_file, e))?;
+        self.hand_out(&dir, c"", slot.hold(fd), flags)
+    }
+
+    /// Tells the guest of a file that was just made, and of the handle that it is open with.
+    fn hand_out(
+        &self,
+        dir: &Arc<Node>,
+        name: &CStr,
+        file: Descriptor,
+        flags: i32,
+    ) -> io::Result<(EntryOut, OpenOut)> {
+        let file = Arc::new(file);
+        let found = self.made(dir, name, &file)?;
         let handle = Handle::new(Arc::clone(&found.node), Arc::clone(&file), flags);
         found.node.share(&file);
         let entry = self.entry_out(&found);
@@ -95,6 +128,13 @@ impl Files {
         let closed = self.handles.take(handle, node)?;
         if closed.had_locks() {
             self.locks.release_handle(handle);
+        }
+        // A file without a name may still be open by another handle.
+        if closed.node.lends(&closed.file)
+            && let Ok(slot) = self.slot()
+            && let Ok(fd) = self.proc_self_fd.reopen(closed.fd(), libc::O_PATH)
+        {
+            closed.node.part_with(&closed.file, Some(slot.hold(fd)));
         }
         drop(closed);
         Ok(())

@@ -101,3 +101,47 @@ fn a_file_that_the_guest_removes_or_renames_is_still_its_own() {
     assert_eq!(guest.ask(LINK, ROOT, &link).0, 0);
     assert_eq!(fs::read(guest.path("file")).unwrap(), b"below");
 }
+
+#[test]
+fn a_file_without_a_name_can_be_given_one() {
+    const TMPFILE: u32 = 51;
+    let mut guest = Guest::new();
+    let flags = (libc::O_TMPFILE | libc::O_RDWR) as u32;
+    let head = [flags, libc::S_IFREG | 0o640, 0, 0].map(u32::to_le_bytes).concat();
+    let (error, made) = guest.ask(TMPFILE, ROOT, &[&head[..], b"#1\0"].concat());
+    if error == libc::EOPNOTSUPP {
+        return eprintln!("left out: the file system has no such files");
+    }
+    assert_eq!(error, 0);
+    let word = |at: usize| u64::from_le_bytes(made[at..at + 8].try_into().unwrap());
+    let (node, handle) = (word(0), word(128));
+    assert_eq!(fs::read_dir(guest.path("")).unwrap().count(), 2);
+    assert_eq!(guest.set(node, MODE), 0);
+    let link = [&node.to_le_bytes()[..], b"named\0"].concat();
+    assert_eq!(guest.ask(LINK, ROOT, &link).0, 0);
+    assert_eq!(guest.lookup(ROOT, "named"), Ok(node));
+    assert_eq!(guest.close(RELEASE, node, handle), 0);
+    assert!(guest.open(OPEN, node, libc::O_RDONLY).is_ok());
+    // Only a directory has such files, and only with a right to write.
+    let file = guest.lookup(ROOT, "file").unwrap();
+    assert_eq!(guest.ask(TMPFILE, file, &[&head[..], b"#2\0"].concat()).0, libc::ENOTDIR);
+    let read_only = [(libc::O_TMPFILE as u32), 0o640, 0, 0].map(u32::to_le_bytes).concat();
+    assert_eq!(guest.ask(TMPFILE, ROOT, &[&read_only[..], b"#3\0"].concat()).0, libc::EINVAL);
+}
+
+#[test]
+fn a_file_is_there_while_any_handle_of_it_is_open() {
+    let mut guest = Guest::new();
+    let head = [libc::O_RDWR as u32, libc::S_IFREG | 0o640, 0, 0].map(u32::to_le_bytes).concat();
+    let (error, made) = guest.ask(CREATE, ROOT, &[&head[..], b"new\0"].concat());
+    assert_eq!(error, 0);
+    let word = |at: usize| u64::from_le_bytes(made[at..at + 8].try_into().unwrap());
+    let (node, first) = (word(0), word(128));
+    let second = guest.open(OPEN, node, libc::O_RDONLY).unwrap();
+    fs::remove_file(guest.path("new")).unwrap();
+    assert_eq!(guest.close(RELEASE, node, first), 0);
+    assert_eq!(guest.set(node, MODE), 0);
+    assert_eq!(guest.ask(GETATTR, node, &[0; 16]).0, 0);
+    assert_eq!(guest.close(RELEASE, node, second), 0);
+    assert_eq!(guest.set(node, MODE), libc::ESTALE);
+}
