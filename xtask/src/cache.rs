@@ -75,6 +75,18 @@ pub(crate) fn entry(
     made.map(|()| path)
 }
 
+/// Writes a file of the cache such that it is at any time the old one or the new one, whole.
+pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
+    let dir = path.parent().unwrap_or(path);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // No other process, and no other thread of this one, writes a file of this name.
+    let new = dir.join(format!(".{name}.{}.new", nix::unistd::gettid()));
+    fs::create_dir_all(dir)
+        .and_then(|()| fs::write(&new, content))
+        .and_then(|()| fs::rename(&new, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
 /// Removes what makers of other entries left when they died: nobody has the lock of its key. One
 /// that cannot be removed is in nobody's way.
 fn sweep(shelf: &Path) {

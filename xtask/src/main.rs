@@ -15,6 +15,7 @@ mod process;
 mod progress;
 mod repository;
 mod test;
+mod timed;
 
 use std::process::ExitCode;
 

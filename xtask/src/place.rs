@@ -195,11 +195,17 @@ fn hardware_kvm() -> bool {
 impl Show<'_> {
     /// Passes a piece of standard output on.
     pub(crate) fn stdout(&mut self, bytes: &[u8]) -> io::Result<()> {
-        if let Self::Also(kept) | Self::Only(kept) = self {
-            kept.extend_from_slice(bytes);
-        }
-        if matches!(self, Self::Only(_)) {
-            return Ok(());
+        match self {
+            Self::Through => {}
+            Self::Also(kept) => kept.extend_from_slice(bytes),
+            Self::Only(kept) => {
+                kept.extend_from_slice(bytes);
+                return Ok(());
+            }
+            Self::Timed(lines) => {
+                lines.push(bytes);
+                return Ok(());
+            }
         }
         stdout().write_all(bytes)?;
         stdout().flush()

@@ -39,9 +39,13 @@ pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T>
     result
 }
 
-/// Time since `began` for people: `2.3 s`, or `4 min 10 s`.
+/// Time since `began` for people.
 pub(crate) fn seconds(began: Instant) -> String {
-    let elapsed = began.elapsed();
+    human(began.elapsed())
+}
+
+/// A time for people: `2.3 s`, or `4 min 10 s`.
+pub(crate) fn human(elapsed: Duration) -> String {
     match elapsed.as_secs() {
         0..60 => format!("{:.1} s", elapsed.as_secs_f64()),
         whole => format!("{} min {} s", whole / 60, whole % 60),

@@ -1,25 +1,32 @@
-//! `cargo xtask test`: the unit tests, then the end-to-end tests against the built product.
+//! `cargo xtask test`: the unit tests, and the end-to-end tests against the built product.
 
 mod e2e;
+mod lab;
 mod needs;
+mod program;
+mod proof;
+mod report;
+mod site;
 mod tally;
 mod tree;
+mod unit;
 
+use std::path::PathBuf;
+use std::thread::{self, ScopedJoinHandle};
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use lexopt::prelude::*;
 
-use self::tally::Tally;
+use self::program::Programs;
+use self::report::{Report, Row};
 use crate::apt;
 use crate::build;
-use crate::lab::{Input, Run, Show};
-use crate::place::{self, Place};
+use crate::place;
 use crate::progress::{seconds, step};
-use crate::repository;
 
 const HELP: &str = "\
-Usage: cargo xtask test [--unit | --e2e] [FILTER]
+Usage: cargo xtask test [--unit | --e2e] [--proofs] [FILTER]
 
   FILTER    only tests whose names contain it; all tests of an end-to-end program of this very name
             (`stdio` for tests/tests/stdio.rs)
@@ -27,49 +34,65 @@ Usage: cargo xtask test [--unit | --e2e] [FILTER]
             engines, which run without FILTER too
   --unit    only the unit tests
   --e2e     only the end-to-end tests
+  --proofs  also the cases of engines that runc has proven in an earlier run
 
 The end-to-end tests run on this machine if it has hardware KVM, and else in labs that are booted for
-them and end with them. ISOPOD_LAB=force or ISOPOD_LAB=off decides otherwise.";
+them and end with them. ISOPOD_LAB=force or ISOPOD_LAB=off decides otherwise.
+
+A case of an engine runs with runc, which proves it, and then with Isopod. A proof is remembered in the
+cache until the case, the harness, a package that it needs or the kernel changes.";
+
+/// Which tests to run.
+#[derive(Debug, Clone)]
+struct Choice {
+    unit: bool,
+    e2e: bool,
+    /// Proves again what is proven.
+    proofs: bool,
+    filter: Option<String>,
+}
+
+impl Choice {
+    /// Whether proofs of earlier runs count: not when somebody asks for cases with runc.
+    fn remembers(&self) -> bool {
+        !self.proofs && !self.filter.as_deref().is_some_and(|filter| filter.contains("runc::"))
+    }
+}
 
 /// Runs the tests; the exit status is 0 when all of them pass.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let began = Instant::now();
-    let (mut unit, mut e2e) = (true, true);
-    let mut filter: Option<String> = None;
+    let mut choice = Choice { unit: true, e2e: true, proofs: false, filter: None };
     while let Some(arg) = args.next()? {
         match arg {
             Long("help") | Short('h') => {
                 println!("{HELP}");
                 return Ok(0);
             }
-            Long("unit") => e2e = false,
-            Long("e2e") => unit = false,
-            Value(word) if filter.is_none() => filter = Some(word.string()?),
+            Long("unit") => choice.e2e = false,
+            Long("e2e") => choice.unit = false,
+            Long("proofs") => choice.proofs = true,
+            Value(word) if choice.filter.is_none() => choice.filter = Some(word.string()?),
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if !unit && !e2e {
+    if !choice.unit && !choice.e2e {
         bail!("--unit and --e2e leave nothing to test");
     }
-    let lab = if e2e { place::needs(false)? } else { Vec::new() };
+    let lab = if choice.e2e { place::needs(false)? } else { Vec::new() };
     let mut programs = Vec::new();
-    if e2e {
+    if choice.e2e {
         programs.extend(needs::NEEDS);
-        if e2e::needs_engines(filter.as_deref()) {
+        if program::needs_engines(choice.filter.as_deref()) {
             programs.extend(needs::ENGINES);
         }
     }
     apt::ensure(build::needs().chain(lab).chain(programs))?;
-    let mut total = Tally::default();
-    if unit {
-        total.add(&or_failure("unit tests", unit_tests(filter.as_deref())));
-    }
-    if e2e {
-        total.add(&or_failure("end-to-end tests", e2e::run(filter.as_deref())));
-    }
-    println!("\nall tests, {}:\n{total}", seconds(began));
+    let report = run(&choice);
+    let total = report.total();
+    println!("\n{report}\nall tests, {}:\n{total}", seconds(began));
     if total.is_empty() {
-        match filter {
+        match choice.filter {
             Some(filter) => bail!(
                 "no test's name contains `{filter}`, and no end-to-end program is called so; \
                  `cargo xtask test` without it runs all"
@@ -80,21 +103,50 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     Ok(i32::from(!total.passed_all()))
 }
 
-/// What could not be run to its end counts as failed, and does not keep the rest from being told.
-fn or_failure(what: &str, tally: Result<Tally>) -> Tally {
-    tally.unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
-        Tally::failure(format!("{what} (not run to the end)"))
+/// Prepares and runs what `choice` is about. What could not be run to its end counts as failed, and does
+/// not keep the rest from being told.
+fn run(choice: &Choice) -> Report {
+    let (programs, product) = match prepare(choice) {
+        Ok(prepared) => prepared,
+        Err(error) => return failed("tests", &error),
+    };
+    let result = match product {
+        None => e2e::run_unit(&programs, choice),
+        Some(Err(error)) => {
+            let mut report = failed("end-to-end tests", &error);
+            let unit = e2e::run_unit(&programs, choice);
+            report.0.extend(unit.unwrap_or_else(|error| failed(lab::UNIT, &error)).0);
+            return report;
+        }
+        Some(Ok((product, in_lab))) => e2e::run(programs, &product, choice, in_lab),
+    };
+    result.unwrap_or_else(|error| failed("tests", &error))
+}
+
+fn failed(what: &str, error: &anyhow::Error) -> Report {
+    eprintln!("error: {error:#}");
+    Report(vec![Row::failure(what, "not run to the end")])
+}
+
+/// The compiled tests, and where they need it the folder of the product and whether they run in labs.
+type Prepared = (Programs, Option<Result<(PathBuf, bool)>>);
+
+/// Compiles tests and product and fetches the rest, all at the same time: each of them has parts that keep
+/// one processor busy only, or none.
+fn prepare(choice: &Choice) -> Result<Prepared> {
+    let in_lab = choice.e2e && !place::is_here(false)?;
+    let filter = choice.filter.as_deref();
+    thread::scope(|scope| {
+        let product = choice.e2e.then(|| scope.spawn(e2e::build));
+        let fetched = choice.e2e.then(|| scope.spawn(move || e2e::fetch(filter, in_lab)));
+        let programs = step("compile the tests", || program::compile(choice));
+        let fetched = fetched.map_or(Ok(()), joined);
+        let product = product.map(joined);
+        let ready = product.map(|product| fetched.and(product).map(|product| (product, in_lab)));
+        Ok((programs?, ready))
     })
 }
 
-fn unit_tests(filter: Option<&str>) -> Result<Tally> {
-    let words = ["cargo", "test", "--workspace", "--exclude", "isopod-tests", "--no-fail-fast"];
-    let mut run = Run::here(words.into_iter().map(str::to_owned).collect())?;
-    run.cwd = repository::root().to_owned();
-    run.argv.extend(filter.map(str::to_owned));
-    let mut output = Vec::new();
-    let ended =
-        step("unit tests", || Place::Here.run(&run, Input::Nothing, &mut Show::Also(&mut output)))?;
-    Ok(Tally::of("unit tests", &output, &ended))
+fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    thread.join().unwrap_or_else(|_| Err(anyhow!("a thread has panicked")))
 }

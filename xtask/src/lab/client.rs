@@ -16,6 +16,7 @@ use super::machine::Machine;
 use super::wire::{Kind, MAX_INPUT, NONCE_LEN, await_answer, greeting, read_frame, write_frame};
 use super::{PORTS, Run};
 use crate::progress::say;
+use crate::timed::Timed;
 
 /// How long a lab may take to boot. On an idle machine it takes some five seconds.
 const BOOT_TIME: Duration = Duration::from_secs(180);
@@ -44,6 +45,8 @@ pub(crate) enum Show<'a> {
     Also(&'a mut Vec<u8>),
     /// Here only.
     Only(&'a mut Vec<u8>),
+    /// Here only, with the time of each line.
+    Timed(&'a mut Timed),
 }
 
 /// How a command ended.

@@ -268,6 +268,11 @@ pub(crate) fn prepare() -> Result<()> {
     kernel::ensure().map(drop)
 }
 
+/// Names the kernel that labs boot, its version included.
+pub(crate) fn kernel_name() -> Result<String> {
+    Ok(kernel::ensure()?.image.display().to_string())
+}
+
 /// Those of `paths` that a lab does not show as they are on this machine; see [`initramfs::hidden`].
 pub(crate) fn hidden(paths: &[PathBuf]) -> Vec<PathBuf> {
     initramfs::hidden(paths, &repository::target())

@@ -4,6 +4,9 @@ use std::fmt;
 
 use crate::lab::Ended;
 
+/// Begins the line of a case that an earlier run has proven; see `tests/src/engine/suite.rs`.
+const REMEMBERED: &str = "test [remembered] ";
+
 /// Results of test programs, in the words of their runner.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Tally {
@@ -11,6 +14,8 @@ pub(super) struct Tally {
     failed: u64,
     ignored: u64,
     filtered_out: u64,
+    /// Those of `passed` that an earlier run has proven.
+    remembered: u64,
     /// Programs that failed, and how.
     failures: Vec<String>,
 }
@@ -22,6 +27,9 @@ impl Tally {
         let mut tally = Self::default();
         let mut reported = false;
         for line in String::from_utf8_lossy(output).lines() {
+            if line.starts_with(REMEMBERED) && line.ends_with(" ok") {
+                tally.remembered += 1;
+            }
             // `test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; ...`
             let Some(counts) = line.strip_prefix("test result: ") else { continue };
             reported = true;
@@ -56,7 +64,13 @@ impl Tally {
         self.failed += other.failed;
         self.ignored += other.ignored;
         self.filtered_out += other.filtered_out;
+        self.remembered += other.remembered;
         self.failures.extend_from_slice(&other.failures);
+    }
+
+    /// How many passed, how many of these an earlier run has proven, and how many failed.
+    pub(super) fn counts(&self) -> (u64, u64, u64) {
+        (self.passed, self.remembered, self.failed)
     }
 
     pub(super) fn passed_all(&self) -> bool {
@@ -73,6 +87,14 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for failure in &self.failures {
             writeln!(f, "failed: {failure}")?;
+        }
+        if self.remembered > 0 {
+            writeln!(
+                f,
+                "{} of those that passed are cases with runc that an earlier run has proven; \
+                 `cargo xtask test --proofs` runs them too",
+                self.remembered
+            )?;
         }
         let verdict = if self.passed_all() { "ok" } else { "FAILED" };
         let Self { passed, failed, ignored, filtered_out, .. } = self;
@@ -100,6 +122,17 @@ mod tests {
         assert!(tally.to_string().ends_with(
             "test result: FAILED. 4 passed; 2 failed; 1 ignored; 0 measured; 2 filtered out"
         ));
+    }
+
+    #[test]
+    fn what_is_remembered_is_among_what_passed() {
+        let output = b"test [remembered] runc::exec ... ok\ntest isopod::exec ... ok\n\
+            test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out\n";
+        let tally = Tally::of("x", output, &Ended::Status(0));
+        assert_eq!(tally.counts(), (2, 1, 0));
+        let text = tally.to_string();
+        assert!(text.starts_with("1 of those that passed"), "{text}");
+        assert!(text.ends_with("2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out"));
     }
 
     #[test]

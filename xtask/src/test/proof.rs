@@ -1,0 +1,240 @@
+//! Cases of engines that runc has proven in an earlier run, which need not be proven again.
+//!
+//! A proof holds while all that it rests on is unchanged. The cache keeps it under a key over that: the
+//! source of the case, the harness, the program that has the case in its table, the crates, the packages
+//! of engine and runtime, runc's own bytes and the kernel. A test program tells of a proof when the case
+//! has passed and the engine has ended with nothing left behind.
+
+mod source;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, Result};
+
+use self::source::Sources;
+use crate::cache;
+use crate::process::capture;
+use crate::progress::say;
+
+/// Names the cases, for the test program, that need no proof: separated by blanks.
+pub(super) const VARIABLE: &str = "ISOPOD_TEST_PROVEN";
+
+/// Begins the name of a test that is a case with runc.
+const WITH_RUNC: &str = "runc::";
+
+/// Begins the line in which a test program names the cases that it has proven.
+const PROVEN: &str = "proven with runc:";
+
+/// Proofs that nobody has asked for in this time are forgotten.
+const KEPT: Duration = Duration::from_secs(90 * 24 * 3600);
+
+/// The runtime that proves, here and in trees.
+const RUNC: &str = "usr/sbin/runc";
+
+/// What a case with runc runs through beside the harness: engines, what they call, and the image.
+const PACKAGES: [&str; 17] = [
+    "aardvark-dns",
+    "busybox-static",
+    "catatonit",
+    "conmon",
+    "containerd",
+    "docker.io",
+    "golang-github-containers-common",
+    "golang-github-containers-image",
+    "iproute2",
+    "iptables",
+    "libc6",
+    "libseccomp2",
+    "netavark",
+    "podman",
+    "runc",
+    "tar",
+    "tini",
+];
+
+/// The proofs that are there for the cases of one program.
+#[derive(Debug)]
+pub(super) struct Proofs {
+    shelf: PathBuf,
+    program: String,
+    /// Everything but the case.
+    ground: Vec<(&'static str, Vec<u8>)>,
+    sources: Sources,
+}
+
+impl Proofs {
+    /// Proofs for `program`, whose engine lives in `tree` if not on this machine, under a kernel that
+    /// `kernel` names.
+    ///
+    /// # Errors
+    ///
+    /// If a source, a package's version or runc cannot be read.
+    pub(super) fn of(program: &str, tree: Option<&Path>, kernel: &str) -> Result<Self> {
+        let sources = Sources::read()?;
+        let mut ground = vec![
+            ("program", sources.program(program)?),
+            ("harness", sources.harness()?),
+            ("packages", packages()?.into_bytes()),
+            ("kernel", kernel.as_bytes().to_vec()),
+            ("runc", read(&Path::new("/").join(RUNC))?),
+        ];
+        if let Some(tree) = tree {
+            ground.push(("tree's packages", read(&tree.join("var/lib/dpkg/status"))?));
+            // Not every tree has an engine in it.
+            ground.push(("tree's runc", fs::read(tree.join(RUNC)).unwrap_or_default()));
+        }
+        let shelf = cache::root()?.join("proof");
+        Ok(Self { shelf, program: program.to_owned(), ground, sources })
+    }
+
+    /// Those of the program's `tests` that are cases with runc and proven, by the names of their cases.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such case in the sources.
+    pub(super) fn remembered(&self, tests: &str) -> Result<Vec<String>> {
+        let names = tests.lines().filter_map(|line| line.strip_suffix(": test"));
+        let cases = names.filter_map(|name| name.strip_prefix(WITH_RUNC));
+        let mut proven = Vec::new();
+        for case in cases {
+            let file = self.file(case)?;
+            if file.exists() {
+                // Its time says when it was last of use. Without, it is forgotten sooner.
+                let _ = fs::File::open(&file).and_then(|f| f.set_modified(SystemTime::now()));
+                proven.push(case.to_owned());
+            }
+        }
+        Ok(proven)
+    }
+
+    /// Keeps what a program has proven, going by its `output`, and forgets what has failed in it.
+    pub(super) fn learn(&self, output: &[u8]) {
+        let outcome = Outcome::read(&String::from_utf8_lossy(output));
+        let result =
+            outcome.failed.iter().try_for_each(|case| forget(&self.file(case)?)).and_then(|()| {
+                outcome.proven.iter().try_for_each(|case| {
+                    let line = format!("{} {WITH_RUNC}{case}\n", self.program);
+                    cache::write(&self.file(case)?, line.as_bytes())
+                })
+            });
+        if let Err(error) = result {
+            say(format!("the next run does not know what runc has proven in this one: {error:#}"));
+        }
+        sweep(&self.shelf);
+    }
+
+    fn file(&self, case: &str) -> Result<PathBuf> {
+        let source = self.sources.case(case)?;
+        let parts = self.ground.iter().map(|(name, content)| (*name, &content[..]));
+        let key = cache::key(parts.chain([("name", case.as_bytes()), ("case", &source[..])]));
+        Ok(self.shelf.join(key))
+    }
+}
+
+/// What a program's output says of its cases with runc.
+#[derive(Debug, PartialEq, Eq)]
+struct Outcome {
+    proven: BTreeSet<String>,
+    failed: BTreeSet<String>,
+}
+
+impl Outcome {
+    fn read(output: &str) -> Self {
+        let failed = output.lines().filter_map(|line| {
+            let name = line.strip_prefix("test ")?.strip_suffix("FAILED")?.trim_end();
+            name.strip_suffix("...")?.trim().strip_prefix(WITH_RUNC).map(str::to_owned)
+        });
+        let failed: BTreeSet<String> = failed.collect();
+        let told = output.lines().filter_map(|line| line.strip_prefix(PROVEN));
+        let told = told.flat_map(str::split_whitespace).map(str::to_owned);
+        Self { proven: told.filter(|case| !failed.contains(case)).collect(), failed }
+    }
+}
+
+/// Versions of the packages, `none` for those that are not there.
+fn packages() -> Result<String> {
+    let mut query = Command::new("dpkg-query");
+    query.args(["--show", "--showformat", "${Package} ${Version} ${db:Status-Status}\n"]);
+    // It fails where one is unknown, and still tells of the others.
+    let output = query.args(PACKAGES).output().context("cannot run dpkg-query")?;
+    let mut lines: Vec<String> =
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect();
+    lines.sort();
+    Ok(lines.join("\n"))
+}
+
+/// The release of this machine's kernel, and the build of it.
+pub(super) fn own_kernel() -> Result<String> {
+    capture(Command::new("uname").args(["-r", "-v"]))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn forget(proof: &Path) -> Result<()> {
+    match fs::remove_file(proof) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", proof.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Removes proofs of which there has been no use for long. One that cannot be removed does no harm.
+fn sweep(shelf: &Path) {
+    for entry in fs::read_dir(shelf).into_iter().flatten().flatten() {
+        let used = entry.metadata().and_then(|metadata| metadata.modified());
+        let age = used.ok().and_then(|used| used.elapsed().ok()).unwrap_or_default();
+        if age > KEPT {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(names: &[&str]) -> BTreeSet<String> {
+        names.iter().map(|&name| name.to_owned()).collect()
+    }
+
+    #[test]
+    fn only_what_is_told_and_has_not_failed_is_proven() {
+        let output = "test              runc::exec   ... ok\n\
+                      test              runc::stop   ... FAILED\n\
+                      test              isopod::stop ... FAILED\n\
+                      test [remembered] runc::kill   ... ok\n\
+                      proven with runc: exec stop\n";
+        let expected = Outcome { proven: set(&["exec"]), failed: set(&["stop"]) };
+        assert_eq!(Outcome::read(output), expected);
+        // The engine did not end as it should.
+        let output = "test runc::exec ... ok\n";
+        assert_eq!(Outcome::read(output), Outcome { proven: set(&[]), failed: set(&[]) });
+    }
+
+    #[test]
+    fn a_proof_is_found_until_something_of_it_changes() {
+        let shelf = std::env::temp_dir().join(format!("xtask-proof-{}", std::process::id()));
+        let proofs = |kernel: &str| Proofs {
+            shelf: shelf.clone(),
+            program: "docker".to_owned(),
+            ground: vec![("kernel", kernel.as_bytes().to_vec())],
+            sources: Sources::read().unwrap(),
+        };
+        let tests = "runc::exec: test\nrunc::exec_detached: test\nisopod::exec: test\n";
+        let remembered = |kernel: &str| proofs(kernel).remembered(tests).unwrap();
+        assert!(remembered("6.1").is_empty());
+        proofs("6.1").learn(b"proven with runc: exec\n");
+        assert_eq!(remembered("6.1"), ["exec"]);
+        assert!(remembered("6.2").is_empty());
+        proofs("6.1").learn(b"test runc::exec ... FAILED\n");
+        assert!(remembered("6.1").is_empty());
+        fs::remove_dir_all(&shelf).unwrap();
+    }
+}

@@ -1,0 +1,247 @@
+//! The sources that a proof rests on: of the case, of the harness around it, of its program.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::repository;
+
+/// Where cases are, and what no case rests on as a whole: their table.
+const CASES: &str = "src/engine/cases";
+const TABLE: &str = "mod.rs";
+
+/// Files of the harness that are for other tests only.
+const ASIDE: [&str; 2] = ["src/container.rs", "src/pattern.rs"];
+
+/// The probe, which only some cases run.
+const PROBE: &str = "src/bin/probe";
+
+/// Crates, and how the tests are built.
+const BUILD: [&str; 2] = ["../Cargo.lock", "Cargo.toml"];
+
+/// The sources of the tests, by their paths from the tests' crate.
+#[derive(Debug)]
+pub(super) struct Sources {
+    files: BTreeMap<String, String>,
+}
+
+impl Sources {
+    /// Reads all of them.
+    ///
+    /// # Errors
+    ///
+    /// If a file or directory cannot be read, or is not UTF-8.
+    pub(super) fn read() -> Result<Self> {
+        let root = repository::root().join("tests");
+        let mut files = BTreeMap::new();
+        for dir in ["src", "tests"] {
+            collect(&root, Path::new(dir), &mut files)?;
+        }
+        for file in BUILD {
+            files.insert(file.to_owned(), text(&root.join(file))?);
+        }
+        Ok(Self { files })
+    }
+
+    /// What the table of cases in the program `name` says.
+    pub(super) fn program(&self, name: &str) -> Result<Vec<u8>> {
+        let path = format!("tests/{name}.rs");
+        let source = self.files.get(&path).with_context(|| format!("there is no {path}"))?;
+        Ok(source.clone().into_bytes())
+    }
+
+    /// All that every case runs through.
+    pub(super) fn harness(&self) -> Result<Vec<u8>> {
+        let below = |path: &str, dir: &str| Path::new(path).starts_with(dir);
+        let chosen = self.files.iter().filter(|(path, _)| {
+            BUILD.contains(&path.as_str())
+                || below(path, "src")
+                    && !below(path, CASES)
+                    && !below(path, PROBE)
+                    && !ASIDE.contains(&path.as_str())
+        });
+        Ok(joined(chosen))
+    }
+
+    /// The function of a case, what its module has beside other cases, the same of modules that it
+    /// names, and the probe if there is word of it.
+    ///
+    /// # Errors
+    ///
+    /// If no module has such a case.
+    pub(super) fn case(&self, case: &str) -> Result<Vec<u8>> {
+        let modules = self.files.iter().filter(|(path, _)| {
+            Path::new(path).parent() == Some(Path::new(CASES)) && !path.ends_with(TABLE)
+        });
+        let modules: BTreeMap<&str, &str> =
+            modules.map(|(path, source)| (module(path), source.as_str())).collect();
+        let own = modules.iter().filter(|(_, source)| split(source).1.contains_key(case));
+        // Of two modules that have a case of this name, the table chooses; both count.
+        let mut wanted: Vec<&str> = own.map(|(name, _)| *name).collect();
+        if wanted.is_empty() {
+            bail!("no module of tests/{CASES} has a case {case}");
+        }
+        let mut parts = Vec::new();
+        let mut next = 0;
+        while let Some(&name) = wanted.get(next) {
+            next += 1;
+            let (rest, functions) = split(modules[name]);
+            let function = functions.get(case).copied().unwrap_or_default();
+            for other in modules.keys() {
+                let named = [&rest, function].iter().any(|text| {
+                    text.contains(&format!("super::{other}::"))
+                        || text.contains(&format!("cases::{other}::"))
+                });
+                if named && !wanted.contains(other) {
+                    wanted.push(other);
+                }
+            }
+            parts.push(format!("{name}\0{rest}\0{function}\0"));
+        }
+        let mut content = parts.concat().into_bytes();
+        if String::from_utf8_lossy(&content).to_lowercase().contains("probe") {
+            let probe = self.files.iter().filter(|(path, _)| Path::new(path).starts_with(PROBE));
+            content.extend(joined(probe));
+        }
+        Ok(content)
+    }
+}
+
+fn collect(root: &Path, dir: &Path, files: &mut BTreeMap<String, String>) -> Result<()> {
+    let at = root.join(dir);
+    let entries = fs::read_dir(&at).with_context(|| format!("cannot list {}", at.display()))?;
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot list {}", at.display()))?;
+        let path: PathBuf = dir.join(entry.file_name());
+        if root.join(&path).is_dir() {
+            collect(root, &path, files)?;
+        } else {
+            files.insert(path.to_string_lossy().into_owned(), text(&root.join(&path))?);
+        }
+    }
+    Ok(())
+}
+
+fn text(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn joined<'a>(files: impl Iterator<Item = (&'a String, &'a String)>) -> Vec<u8> {
+    files.map(|(path, source)| format!("{path}\0{source}\0")).collect::<String>().into_bytes()
+}
+
+/// `life` for `src/engine/cases/life.rs`.
+fn module(path: &str) -> &str {
+    Path::new(path).file_stem().and_then(|stem| stem.to_str()).unwrap_or(path)
+}
+
+/// A module without its cases, and each of these: a function `pub fn NAME(run: &Run<'_>) {` up to the
+/// brace that closes it, as rustfmt writes it. Whatever is written otherwise counts as the module's.
+fn split(source: &str) -> (String, BTreeMap<&str, &str>) {
+    let mut rest = String::new();
+    let mut functions = BTreeMap::new();
+    let mut at = 0;
+    while let Some(found) = source[at..].find("\npub fn ") {
+        let begin = at + found + 1;
+        let line = source[begin..].lines().next().unwrap_or_default();
+        let name = line.strip_prefix("pub fn ").and_then(|l| l.strip_suffix("(run: &Run<'_>) {"));
+        let end = source[begin..].find("\n}\n").map(|end| begin + end + 3);
+        match (name, end) {
+            (Some(name), Some(end)) => {
+                rest.push_str(&source[at..begin]);
+                functions.insert(name, &source[begin..end]);
+                // The line break before the next function is looked for too.
+                at = end - 1;
+            }
+            _ => {
+                rest.push_str(&source[at..begin + line.len()]);
+                at = begin + line.len();
+            }
+        }
+    }
+    rest.push_str(&source[at..]);
+    (rest, functions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODULE: &str = "use x;\n\nfn help() {}\n\npub fn one(run: &Run<'_>) {\n    a();\n}\n\
+                          \npub fn two(run: &Run<'_>) {\n    b();\n}\n\
+                          pub fn drag(n: u8) {\n    c();\n}\n";
+
+    fn sources(module: &str) -> Sources {
+        let file = |path: &str, text: &str| (path.to_owned(), text.to_owned());
+        let files = [
+            file("src/engine/cases/m.rs", module),
+            file("src/engine/cases/other.rs", "fn shared() {}\n"),
+            file("src/bin/probe/main.rs", "fn main() {}\n"),
+        ];
+        Sources { files: BTreeMap::from(files) }
+    }
+
+    #[test]
+    fn a_case_rests_on_its_function_and_the_module_but_on_no_other_case() {
+        let (rest, functions) = split(MODULE);
+        assert_eq!(functions.keys().copied().collect::<Vec<_>>(), ["one", "two"]);
+        assert!(rest.contains("fn help") && rest.contains("c();"), "{rest}");
+        assert!(!rest.contains("a();") && !rest.contains("b();"), "{rest}");
+        let case = |module: &str| sources(module).case("one").unwrap();
+        let before = case(MODULE);
+        assert_eq!(before, case(&MODULE.replace("b();", "changed();")));
+        for changed in ["a();", "c();", "help"] {
+            assert_ne!(before, case(&MODULE.replace(changed, "changed();")), "{changed}");
+        }
+        assert!(sources(MODULE).case("three").is_err());
+    }
+
+    #[test]
+    fn a_case_rests_on_modules_that_it_names_and_on_the_probe_if_it_runs_it() {
+        let content = |body: &str| {
+            let case = sources(&MODULE.replace("a();", body)).case("one").unwrap();
+            String::from_utf8(case).unwrap()
+        };
+        assert!(!content("a();").contains("fn shared") && !content("a();").contains("fn main"));
+        assert!(content("super::other::shared();").contains("fn shared"));
+        assert!(content("run.probe(&[]);").contains("fn main"));
+    }
+
+    /// Each row of a table has a source that is its own.
+    #[test]
+    fn every_case_is_found() {
+        let sources = Sources::read().unwrap();
+        let mut cases = 0;
+        for (path, source) in &sources.files {
+            if !path.starts_with("tests/") && !path.ends_with(TABLE) {
+                continue;
+            }
+            let rows = source.split("case!(").skip(1).filter_map(|row| row.split(')').next());
+            for name in rows.filter_map(|row| row.split("::").last()) {
+                let content = String::from_utf8(sources.case(name).unwrap()).unwrap();
+                assert!(content.contains(&format!("\0pub fn {name}(")), "{name} of {path}");
+                cases += 1;
+            }
+        }
+        assert!(cases > 50, "only {cases} cases");
+    }
+
+    /// Harness files that are set aside are none that an engine needs.
+    #[test]
+    fn engines_do_without_what_is_aside() {
+        let sources = Sources::read().unwrap();
+        let engine = sources.files.iter().filter(|(path, _)| path.starts_with("src/engine/"));
+        for (path, source) in engine {
+            for word in ["crate::container", "crate::pattern", ".container()", "crate::{"] {
+                assert!(!source.contains(word), "{path} has {word}");
+            }
+            // Only Isopod has to do what its documentation says, and that has no proof.
+            let includes = source.contains("include_") && path.starts_with(CASES);
+            assert!(!includes || path.ends_with("page.rs"), "{path} includes a file");
+        }
+        let harness = String::from_utf8(sources.harness().unwrap()).unwrap();
+        assert!(harness.contains("src/engine/world.sh\0") && harness.contains("Cargo.lock\0"));
+    }
+}

@@ -1,0 +1,148 @@
+//! The result of a run: a row for each program, and the times that order the next run.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::tally::Tally;
+use crate::cache;
+use crate::progress::{human, say};
+
+/// One program that ran, or was to run.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    /// The program, or `unit tests`.
+    pub(super) name: String,
+    /// The machine or lab it ran in.
+    pub(super) place: String,
+    /// From its start to its end.
+    pub(super) took: Duration,
+    /// Its results.
+    pub(super) tally: Tally,
+}
+
+impl Row {
+    /// The row of something that failed before it could run.
+    pub(super) fn failure(name: &str, why: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            place: "-".to_owned(),
+            took: Duration::ZERO,
+            tally: Tally::failure(format!("{name} ({why})")),
+        }
+    }
+}
+
+/// All rows of a run.
+#[derive(Debug, Default)]
+pub(super) struct Report(pub(super) Vec<Row>);
+
+impl Report {
+    /// The sum of all results.
+    pub(super) fn total(&self) -> Tally {
+        let mut total = Tally::default();
+        self.0.iter().for_each(|row| total.add(&row.tally));
+        total
+    }
+}
+
+/// The table of programs, the longest first.
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut rows: Vec<&Row> = self.0.iter().collect();
+        rows.sort_by_key(|row| std::cmp::Reverse(row.took));
+        let line = |cells: [&str; 6]| {
+            let [program, place, time, passed, proven, failed] = cells;
+            format!("{program:<18} {place:<12} {time:>12} {passed:>7} {proven:>8} {failed:>7}")
+        };
+        writeln!(f, "{}", line(["program", "place", "time", "passed", "(proven)", "failed"]))?;
+        for row in rows {
+            let (passed, proven, failed) = row.tally.counts();
+            let [passed, proven, failed] = [passed, proven, failed].map(|n| n.to_string());
+            let verdict = if row.tally.passed_all() { "" } else { "  FAILED" };
+            let time = human(row.took);
+            let cells = [&row.name as &str, &row.place, &time, &passed, &proven, &failed];
+            writeln!(f, "{}{verdict}", line(cells))?;
+        }
+        Ok(())
+    }
+}
+
+/// Seconds that a program is expected to take while its time is not known: those of the engines, in an
+/// emulated machine, and what is usual among the others.
+const EXPECTED: [(&str, u64); 4] =
+    [("podman", 700), ("docker", 600), ("workloads", 500), ("docker_newer", 300)];
+const USUAL: u64 = 60;
+
+/// Times of programs in earlier runs, in seconds.
+#[derive(Debug, Default)]
+pub(super) struct Times(BTreeMap<String, u64>);
+
+impl Times {
+    /// Those of the cache; none where nothing readable is there, which costs order only.
+    pub(super) fn load() -> Self {
+        let text = file().and_then(|file| Ok(fs::read(file)?)).unwrap_or_default();
+        Self(serde_json::from_slice(&text).unwrap_or_default())
+    }
+
+    /// Seconds that a program is likely to take.
+    pub(super) fn expected(&self, program: &str) -> u64 {
+        let expected = || EXPECTED.iter().find(|(name, _)| *name == program).map(|(_, s)| *s);
+        self.0.get(program).copied().or_else(expected).unwrap_or(USUAL)
+    }
+
+    /// Keeps the times of programs that ran whole and passed.
+    pub(super) fn keep<'a>(mut self, whole: impl IntoIterator<Item = &'a Row>) {
+        let passed = whole.into_iter().filter(|row| row.tally.passed_all());
+        self.0.extend(passed.map(|row| (row.name.clone(), row.took.as_secs())));
+        if let Err(error) = self.save() {
+            say(format!("the next run does not know the times of this one: {error:#}"));
+        }
+    }
+
+    fn save(&self) -> Result<()> {
+        let file = file()?;
+        cache::write(&file, &serde_json::to_vec_pretty(&self.0)?)
+    }
+}
+
+fn file() -> Result<PathBuf> {
+    Ok(cache::root().context("no cache")?.join("test-times.json"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lab::Ended;
+
+    #[test]
+    fn the_longest_program_is_first_and_failures_show() {
+        let row = |name: &str, seconds, status| Row {
+            name: name.to_owned(),
+            place: "lab 1".to_owned(),
+            took: Duration::from_secs(seconds),
+            tally: Tally::of(
+                name,
+                b"test result: ok. 3 passed; 0 failed\n",
+                &Ended::Status(status),
+            ),
+        };
+        let report = Report(vec![row("stdio", 61, 0), row("docker", 125, 101)]);
+        let text = report.to_string();
+        let lines: Vec<&str> = text.lines().collect();
+        assert!(lines[1].starts_with("docker ") && lines[1].ends_with("FAILED"), "{text}");
+        assert!(lines[2].starts_with("stdio ") && lines[2].contains("1 min 1 s"), "{text}");
+        assert!(!report.total().passed_all());
+    }
+
+    #[test]
+    fn a_known_time_counts_more_than_an_expected_one() {
+        let times = Times(BTreeMap::from([("docker".to_owned(), 7)]));
+        assert_eq!(times.expected("docker"), 7);
+        assert!(times.expected("podman") > times.expected("new"));
+    }
+}
