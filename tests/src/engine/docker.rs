@@ -38,7 +38,8 @@ impl Engine {
         engine.daemon = Some(daemon);
         engine.await_socket(daemon);
         // Answered when the daemon is up.
-        engine.client(With::Runc).args(["version"]).output().ok();
+        let version = engine.client(With::Runc).args(["version"]).output();
+        assert_eq!(version.status, 0, "{version}\ndockerd: {}", engine.daemon_log());
         engine.import();
         engine
     }
