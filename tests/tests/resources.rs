@@ -36,8 +36,16 @@ fn limits_are_in_the_containers_cgroup() {
     let mut paths: Vec<String> = should_be.iter().map(|(file, _)| name(file)).collect();
     paths.push(name("cpu.weight"));
     paths.push(name("memory.swap.max"));
-    let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+    let mut paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+    // A host's kernel may have them turned off.
+    let pressure = ["cpu", "memory", "io"].map(|kind| name(&format!("{kind}.pressure")));
+    paths.extend(pressure.each_ref().map(String::as_str));
     let seen = files(container, &paths);
+    for path in pressure.iter().filter(|path| runtime().is_isopod() || !seen[*path]["text"].is_null())
+    {
+        let text = seen[path].to_string();
+        assert!(text.contains("some avg10="), "{path}: {text}");
+    }
     for (file, value) in should_be {
         assert_eq!(seen[name(file)]["text"], json!(format!("{value}\n")), "{file}");
     }

@@ -1,8 +1,10 @@
-//! The guest kernel: from Debian's kernel source and the options in `guest-kernel/config`.
+//! The guest kernel: from Debian's kernel source, the patches in `guest-kernel/patches` and the options
+//! in `guest-kernel/config`.
 
 mod compile;
 mod elf;
 mod options;
+mod patches;
 mod source;
 
 use std::fs;
@@ -15,10 +17,11 @@ use crate::progress::{say, step};
 use crate::{cache, repository};
 
 use options::Options;
+use patches::Patches;
 use source::Pin;
 
 /// What has to be installed to build a kernel.
-pub(crate) const NEEDS: [Need; 8] = [
+pub(crate) const NEEDS: [Need; 9] = [
     Need { package: "bc", purpose: "guest kernel build" },
     Need { package: "binutils", purpose: "guest kernel build" },
     Need { package: "bison", purpose: "guest kernel build" },
@@ -26,6 +29,7 @@ pub(crate) const NEEDS: [Need; 8] = [
     Need { package: "gcc", purpose: "compiler and linker" },
     Need { package: "libelf-dev", purpose: "guest kernel build" },
     Need { package: "make", purpose: "guest kernel build" },
+    Need { package: "patch", purpose: "guest kernel build" },
     Need { package: "xz-utils", purpose: "unpacking the kernel" },
 ];
 
@@ -33,17 +37,20 @@ pub(crate) const NEEDS: [Need; 8] = [
 ///
 /// # Errors
 ///
-/// A source package that cannot be had, an option that the kernel does not take, or a failed build.
+/// A source package that cannot be had, a patch that does not apply, an option that the kernel does not
+/// take, or a failed build.
 pub(crate) fn vmlinux() -> Result<PathBuf> {
     let folder = repository::root().join("guest-kernel");
     let pin = Pin::read(&folder.join("version"))?;
     let options = Options::read(&folder.join("config"))?;
+    let patches = Patches::read(&folder.join("patches"))?;
     let key = cache::key([
         ("source", pin.to_string().as_bytes()),
+        ("patches", patches.text().as_bytes()),
         ("options", options.text().as_bytes()),
         ("recipe", compile::recipe()?.as_bytes()),
     ]);
-    let entry = cache::entry("kernel", &key, |dir| build(&pin, &options, dir))?;
+    let entry = cache::entry("kernel", &key, |dir| build(&pin, &patches, &options, dir))?;
     let version = entry.join("version");
     let built = fs::read_to_string(&version)
         .with_context(|| format!("cannot read {}", version.display()))?;
@@ -55,7 +62,7 @@ pub(crate) fn vmlinux() -> Result<PathBuf> {
 
 /// Puts the image `vmlinux`, the configuration `config` that it was built with and the `version` of
 /// its source into `dir`.
-fn build(pin: &Pin, options: &Options, dir: &Path) -> Result<()> {
+fn build(pin: &Pin, patches: &Patches, options: &Options, dir: &Path) -> Result<()> {
     let work = dir.join("work");
     let tree = work.join("source");
     fs::create_dir_all(&tree).with_context(|| format!("cannot create {}", tree.display()))?;
@@ -63,6 +70,7 @@ fn build(pin: &Pin, options: &Options, dir: &Path) -> Result<()> {
     let package =
         step(&format!("download {} {}", offer.package, offer.version), || offer.download(&work))?;
     step("unpack the guest kernel's source", || source::unpack(&package, &offer.package, &tree))?;
+    patches.apply(&tree, &repository::target().join("kernel.log"))?;
     let image = compile::compile(&tree, &work, options, &offer.version)?;
     let vmlinux = dir.join("vmlinux");
     compile::strip(&image, &vmlinux)?;
