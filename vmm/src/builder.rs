@@ -161,6 +161,8 @@ pub fn build(
     jail::raise_descriptor_limit().map_err(host("raising the descriptor limit"))?;
     jail::set_no_new_privs()?;
     enter_jail(config.jail_root_fd.map(|fd| descriptors.take(fd)).transpose()?, share.as_ref())?;
+    jail::set_undumpable()?;
+    jail::keep_only(jail::SERVING)?;
 
     let end = Arc::clone(vm.end());
     let vcpus = Vcpus::spawn(vcpus, vm.mmio.clone(), vm.ports.clone(), Arc::clone(&end))

@@ -14,6 +14,7 @@ use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::stat::Mode;
 use nix::unistd::{chdir, chroot, fchdir, mkdir, pivot_root};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 
 /// A step into the jail failed.
 #[derive(Debug, thiserror::Error)]
@@ -178,6 +179,68 @@ pub fn keep_capabilities() -> io::Result<()> {
 /// Never on a kernel that has KVM; the call can fail in principle.
 pub fn set_no_new_privs() -> Result<(), JailError> {
     prctl::set_no_new_privs().map_err(step("setting no_new_privs"))
+}
+
+/// The capabilities that the guest's requests are served with:
+///
+/// - `CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `MKNOD`, `SETFCAP`: rights of root in the guest on the
+///   files of the share;
+/// - `SETUID`, `SETGID`: a new file belongs to the user and group of the request;
+/// - `SETPCAP`: [`keep_capabilities`];
+/// - `SYS_CHROOT`: [`Antechamber::stay`].
+///
+/// `SYS_PTRACE` is not among them: a bind mount of the host's `/proc` gives the guest no memory of the
+/// host's processes. Neither are `DAC_READ_SEARCH`, by which a file handle opens any file of the host's
+/// file system, and `SYS_ADMIN`.
+pub const SERVING: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::SETPCAP)
+    .union(CapabilitySet::SYS_CHROOT);
+
+/// Takes all capabilities but `kept` from the calling thread and the threads that it starts, for good.
+/// Those that the thread does not have stay missing.
+///
+/// # Errors
+///
+/// The step that failed, for example without `CAP_SETPCAP`.
+pub fn keep_only(kept: CapabilitySet) -> Result<(), JailError> {
+    let failed = |step| {
+        move |e: rustix::io::Errno| JailError { step, source: nix::Error::from_raw(e.raw_os_error()) }
+    };
+    for number in 0..u64::BITS {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        // The kernel refuses numbers beyond its last capability.
+        let Ok(present) = rustix::thread::capability_is_in_bounding_set(one) else { break };
+        if present && !kept.contains(one) {
+            rustix::thread::remove_capability_from_bounding_set(one)
+                .map_err(failed("dropping a capability from the bounding set"))?;
+        }
+    }
+    rustix::thread::clear_ambient_capability_set()
+        .map_err(failed("clearing the ambient capabilities"))?;
+    let now = rustix::thread::capabilities(None).map_err(failed("reading the capabilities"))?;
+    let sets = CapabilitySets {
+        effective: now.effective & kept,
+        permitted: now.permitted & kept,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, sets).map_err(failed("dropping capabilities"))
+}
+
+/// Makes this process one whose memory no process without `CAP_SYS_PTRACE` reads, and of which the
+/// kernel writes no core dump: it has the guest's data in its buffers.
+///
+/// # Errors
+///
+/// Never on a kernel that has KVM; the call can fail in principle.
+pub fn set_undumpable() -> Result<(), JailError> {
+    prctl::set_dumpable(false).map_err(step("forbidding core dumps"))
 }
 
 /// Raises the number of descriptors that the process may have to what the host allows: each file

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MemoryRegionAddress, MmapRegion,
@@ -139,6 +139,8 @@ fn map_aligned(len: usize) -> nix::Result<NonNull<c_void>> {
     let tail = unsafe { aligned.byte_add(len) };
     // SAFETY: the rest of the same mapping.
     unsafe { munmap(tail, HUGE_PAGE_SIZE - head)? };
+    // SAFETY: it changes what a core dump contains, not the memory.
+    unsafe { madvise(aligned, len, MmapAdvise::MADV_DONTDUMP)? };
     Ok(aligned)
 }
 
@@ -164,6 +166,16 @@ mod tests {
         let last = GuestAddress((65 << 20) - 8);
         vm_memory::Bytes::write_obj(ram.memory(), 7u64, last).unwrap();
         assert_eq!(vm_memory::Bytes::read_obj::<u64>(ram.memory(), last).unwrap(), 7);
+    }
+
+    #[test]
+    fn guest_memory_is_in_no_core_dump() {
+        let ram = GuestRam::new(64).unwrap();
+        let [part] = ram.parts()[..] else { panic!("one part") };
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mapping = smaps.split_once(&format!("{:x}-", part.host_addr)).unwrap().1;
+        let flags = mapping.lines().find_map(|line| line.strip_prefix("VmFlags: ")).unwrap();
+        assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
     }
 
     #[test]

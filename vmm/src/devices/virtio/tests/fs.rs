@@ -1,6 +1,7 @@
 //! The shared directory, asked as FUSE asks: well, badly, and for what lies outside.
 
 mod attributes;
+mod capabilities;
 mod coherence;
 mod hostile;
 mod jailed;

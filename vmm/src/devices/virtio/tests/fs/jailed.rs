@@ -4,7 +4,7 @@ use super::*;
 
 /// A mount namespace of this thread's own whose root is the jail around `share`. `None` without the
 /// rights of root.
-fn jail(share: &std::path::Path) -> Option<crate::jail::Antechamber> {
+pub(super) fn jail(share: &std::path::Path) -> Option<crate::jail::Antechamber> {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).ok()?;
     let none: Option<&str> = None;
