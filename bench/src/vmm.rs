@@ -60,6 +60,7 @@ pub(crate) fn boot(programs: &Path) -> Result<Boot> {
         kernel: FileRef { fd: kernel.as_raw_fd(), path: kernel_path },
         initramfs: FileRef { fd: initramfs.as_raw_fd(), path: initramfs_path },
         cmdline: String::new(),
+        nested: false,
         console_fd: None,
         control_fd: vmm_control.as_raw_fd(),
         vsock: VsockConfig {

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
+use std::process::{Child, Command};
 
 use isopod_tests::{Container, Scope, microvm_only, runtime, skip};
 use serde_json::{Value, json};
@@ -261,4 +263,61 @@ fn sysctls_are_as_asked() {
     let seen = container.run_json();
     assert_eq!(seen[paths[0]]["text"], json!("123456\n"));
     assert_eq!(seen[paths[1]]["text"], json!("0\n"));
+}
+
+/// A process of the host's, ended with the test.
+struct Stranger(Child);
+
+impl Stranger {
+    fn of_user(uid: u32) -> Self {
+        Self(Command::new("sleep").arg("10000").uid(uid).gid(uid).spawn().unwrap())
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Not even root's, and not through a bind mount that shows them.
+#[test]
+fn the_memory_of_the_hosts_processes_is_not_to_be_had() {
+    let scope = Scope::new();
+    let strangers = [0, 1000].map(Stranger::of_user);
+    let mut paths = strangers.each_ref().map(|one| format!("/host/{}/mem", one.0.id())).to_vec();
+    paths.push("/host/kcore".to_owned());
+    let paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+    for options in [["rbind", "ro"], ["rbind", "rw"]] {
+        let container = scope.container().mount("/host", "bind", "/proc", &options);
+        let seen = container.probe(&[&["open", "r"], &paths[..]].concat()).run_json();
+        for (path, why) in paths.iter().zip(["EACCES", "EACCES", "EPERM"]) {
+            assert_eq!(seen[path], json!(why), "{path}, {options:?}");
+        }
+    }
+}
+
+/// A guest that could run microVMs of its own would reach more of the host's KVM.
+#[test]
+fn the_processor_has_no_virtualisation_unless_it_is_asked_for() {
+    microvm_only!();
+    let scope = Scope::new();
+    let flags = |container: Container<'_>| {
+        let out = container.args(["grep", "-m1", "^flags", "/proc/cpuinfo"]).run().ok();
+        out.stdout.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let usual = flags(scope.container());
+    assert!(usual.iter().any(|flag| flag == "fpu"), "{usual:?}");
+    for hidden in ["svm", "vmx", "smx", "perfctr_core", "perfctr_nb", "perfctr_llc"] {
+        assert!(!usual.iter().any(|flag| flag == hidden), "{hidden}");
+    }
+    let host = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let nested = flags(scope.container().annotation("dev.isopod.nested", "true"));
+    for flag in ["svm", "vmx"] {
+        let has = host.split_whitespace().any(|word| word == flag);
+        assert_eq!(nested.iter().any(|word| word == flag), has, "{flag}");
+    }
+    let wrong = scope.container().annotation("dev.isopod.nested", "yes").run();
+    wrong.one_line_error(&["dev.isopod.nested", "true or false"]);
 }

@@ -154,7 +154,7 @@ pub fn build(
         cmdline.insert_str(&config.cmdline).map_err(boot::BootError::from)?;
     }
     write_boot_tables(&vm, config, &cmdline, initramfs)?;
-    let vcpus = create_vcpus(&vm, config.vcpus, entry)?;
+    let vcpus = create_vcpus(&vm, config, entry)?;
     let stats = vcpus.iter().filter_map(|vcpu| VcpuStats::open(vcpu).ok()).collect();
     let memory_meter = MemoryMeter::new(vm.ram().parts()).map_err(host("/proc/self/smaps"))?;
 
@@ -266,12 +266,13 @@ fn write_boot_tables(
     Ok(regs::write_tables(ram)?)
 }
 
-fn create_vcpus(vm: &Vm, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
+fn create_vcpus(vm: &Vm, config: &VmConfig, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
+    let (count, nested) = (config.vcpus, config.nested);
     (0..count)
         .map(|index| {
             let vcpu = vm.create_vcpu(index)?;
             let set_up = || -> Result<(), kvm_ioctls::Error> {
-                let entries = cpuid::for_vcpu(vm.supported_cpuid(), index, count);
+                let entries = cpuid::for_vcpu(vm.supported_cpuid(), index, count, nested);
                 let entries = kvm_bindings::CpuId::from_entries(&entries)
                     .map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?;
                 vcpu.set_cpuid2(&entries)?;
@@ -314,6 +315,7 @@ mod tests {
             kernel: file(),
             initramfs: file(),
             cmdline: "x".repeat(config::MAX_CMDLINE_LEN / 2),
+            nested: false,
             console_fd: None,
             control_fd: number(control),
             vsock: VsockConfig {

@@ -47,6 +47,10 @@ pub struct VmConfig {
     /// Appended to the kernel command line that the VMM composes. May be empty.
     #[serde(default)]
     pub cmdline: String,
+    /// The guest's processors have the virtualisation extensions of the host's, so that it can run
+    /// microVMs of its own.
+    #[serde(default)]
+    pub nested: bool,
     /// Receives the kernel's console output, if given: any descriptor open for writing.
     /// The last lines are kept in memory for error reports in either case.
     #[serde(default)]

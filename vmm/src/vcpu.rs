@@ -202,9 +202,12 @@ impl Shared {
     }
 
     /// Waits while paused. False when it is time to end.
-    fn may_run(&self) -> bool {
+    fn may_run(&self, vcpu: &VcpuFd) -> bool {
         let mut mode = lock(&self.mode);
         if *mode == Mode::Paused {
+            // So that the guest's watchdogs do not take the pause for a processor that hangs. A guest
+            // that does not use KVM's clock has no need of it, and KVM refuses it there.
+            let _ = vcpu.kvmclock_ctrl();
             self.count_parked(1);
             while *mode == Mode::Paused {
                 mode = self.changed.wait(mode).unwrap_or_else(PoisonError::into_inner);
@@ -222,7 +225,7 @@ impl Shared {
 
     fn run(&self, mut vcpu: VcpuFd) {
         CURRENT_RUN.set(vcpu.get_kvm_run());
-        while self.may_run() {
+        while self.may_run(&vcpu) {
             if let Err(reason) = self.run_until_interrupted(&mut vcpu) {
                 self.end.give(reason);
                 break;
@@ -253,11 +256,11 @@ impl Shared {
     fn handle(&self, exit: VcpuExit<'_>) -> Result<(), EndReason> {
         let counter = match exit {
             VcpuExit::IoIn(port, data) => {
-                self.ports.read(port.into(), data);
+                data.chunks_mut(port_access_len()).for_each(|x| self.ports.read(port.into(), x));
                 &self.exits.port_in
             }
             VcpuExit::IoOut(port, data) => {
-                self.ports.write(port.into(), data);
+                data.chunks(port_access_len()).for_each(|x| self.ports.write(port.into(), x));
                 &self.exits.port_out
             }
             VcpuExit::MmioRead(address, data) => {
@@ -286,6 +289,16 @@ impl Shared {
         counter.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// Bytes of one access to a port. An exit for `rep outs` or `rep ins` has several of them.
+fn port_access_len() -> usize {
+    // SAFETY: it is the mapping of the vCPU that this very thread runs. The access's data, which is
+    // borrowed meanwhile, lies in another page of it (KVM API, `data_offset`).
+    let run = unsafe { &*CURRENT_RUN.get() };
+    // SAFETY: the last exit was one for a port, for which this member of the union is the valid one.
+    let size = unsafe { run.__bindgen_anon_1.io.size };
+    usize::from(size).max(1)
 }
 
 fn failed(message: String) -> EndReason {
@@ -331,24 +344,79 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_vcpu_that_is_held_up_is_not_waited_for_without_end() {
-        let Ok(kvm) = Kvm::new() else { return eprintln!("left out: needs /dev/kvm") };
+    /// A machine whose one vCPU is about to run `code`, with `device` at port 0x10. `None` without
+    /// KVM.
+    fn machine(code: &[u8], device: impl BusDevice + 'static) -> Option<(Vm, Vcpus)> {
+        let kvm = Kvm::new().ok()?;
         let mut vm = Vm::new(&kvm, GuestRam::new(64).unwrap()).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
-        let entries = cpuid::for_vcpu(vm.supported_cpuid(), 0, 1);
+        let entries = cpuid::for_vcpu(vm.supported_cpuid(), 0, 1, false);
         vcpu.set_cpuid2(&CpuId::from_entries(&entries).unwrap()).unwrap();
         regs::write_tables(vm.ram()).unwrap();
-        // out 0x10, al; jmp to it
-        let code = [0xe6, 0x10, 0xeb, 0xfc];
-        vm.ram().memory().write_slice(&code, GuestAddress(0x10_0000)).unwrap();
+        vm.ram().memory().write_slice(code, GuestAddress(0x10_0000)).unwrap();
         regs::VcpuRegs::at_boot(&vcpu, 0, 0x10_0000).unwrap().apply(&vcpu).unwrap();
-        let (begun, has_begun) = channel();
-        let (go_on, may_go_on) = channel();
-        vm.ports.insert(0x10, 1, Arc::new(Mutex::new(Slow(begun, may_go_on))));
+        vm.ports.insert(0x10, 1, Arc::new(Mutex::new(device)));
         let end = Arc::clone(vm.end());
         let vcpus = Vcpus::spawn(vec![vcpu], vm.mmio.clone(), vm.ports.clone(), end).unwrap();
         assert!(vcpus.is_paused());
+        Some((vm, vcpus))
+    }
+
+    /// Tells what is written, one access after the other.
+    struct Written(Sender<Vec<u8>>);
+
+    impl BusDevice for Written {
+        fn read(&mut self, _: u64, _: &mut [u8]) {}
+
+        fn write(&mut self, _: u64, data: &[u8]) {
+            let _ = self.0.send(data.to_vec());
+        }
+    }
+
+    #[test]
+    fn a_string_that_is_written_to_a_port_arrives_byte_by_byte() {
+        let (written, has_written) = channel();
+        // mov dx, 0x10; mov ecx, 4; mov esi, 0x100100; rep outsb; jmp to itself
+        let code = b"\x66\xba\x10\0\xb9\x04\0\0\0\xbe\0\x01\x10\0\xf3\x6e\xeb\xfe";
+        let Some((vm, vcpus)) = machine(code, Written(written)) else {
+            return eprintln!("left out: needs /dev/kvm");
+        };
+        vm.ram().memory().write_slice(b"four", GuestAddress(0x10_0100)).unwrap();
+        vcpus.let_run();
+        for byte in b"four" {
+            assert_eq!(has_written.recv().unwrap(), [*byte]);
+        }
+    }
+
+    #[test]
+    fn a_guest_is_told_that_it_was_paused() {
+        let (written, has_written) = channel();
+        // mov ecx, MSR_KVM_SYSTEM_TIME_NEW; mov eax, 0x100200 | 1; xor edx, edx; wrmsr;
+        // out 0x10, al; jmp to the out
+        let code = b"\xb9\x01\x4d\x56\x4b\xb8\x01\x02\x10\0\x31\xd2\x0f\x30\xe6\x10\xeb\xfc";
+        let Some((vm, vcpus)) = machine(code, Written(written)) else {
+            return eprintln!("left out: needs /dev/kvm");
+        };
+        // struct pvclock_vcpu_time_info: flags, PVCLOCK_GUEST_STOPPED.
+        let told = || vm.ram().memory().read_obj::<u8>(GuestAddress(0x10_021d)).unwrap() & 2 != 0;
+        vcpus.let_run();
+        has_written.recv().unwrap();
+        assert!(vcpus.pause(Duration::from_secs(60)) && !told());
+        while has_written.try_recv().is_ok() {}
+        vcpus.let_run();
+        has_written.recv().unwrap();
+        assert!(vcpus.pause(Duration::from_secs(60)) && told());
+    }
+
+    #[test]
+    fn a_vcpu_that_is_held_up_is_not_waited_for_without_end() {
+        let (begun, has_begun) = channel();
+        let (go_on, may_go_on) = channel();
+        // out 0x10, al; jmp to it
+        let code = [0xe6, 0x10, 0xeb, 0xfc];
+        let Some((vm, vcpus)) = machine(&code, Slow(begun, may_go_on)) else {
+            return eprintln!("left out: needs /dev/kvm");
+        };
         vcpus.let_run();
         has_begun.recv().unwrap();
         assert!(!vcpus.pause(Duration::from_millis(50)));

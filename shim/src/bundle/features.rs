@@ -16,7 +16,7 @@ use crate::network::NICS_ANNOTATION;
 
 use super::{
     SPEC_VERSION, check, default_spec, mount_options, pod, seccomp,
-    size::{MEMORY_ANNOTATION, VCPUS_ANNOTATION},
+    size::{MEMORY_ANNOTATION, NESTED_ANNOTATION, VCPUS_ANNOTATION},
     unsupported,
 };
 
@@ -54,7 +54,7 @@ pub fn features() -> Features {
             ("io.github.seccomp.libseccomp.version".to_owned(), seccomp::library_version()),
         ])))
         .set_potentially_unsafe_config_annotations(Some(
-            [MEMORY_ANNOTATION, VCPUS_ANNOTATION, NICS_ANNOTATION]
+            [MEMORY_ANNOTATION, NESTED_ANNOTATION, VCPUS_ANNOTATION, NICS_ANNOTATION]
                 .into_iter()
                 .chain(pod::CONTAINER_TYPES)
                 .map(str::to_owned)

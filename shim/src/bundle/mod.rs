@@ -67,6 +67,8 @@ pub struct Bundle {
     pub hooks: Vec<PathBuf>,
     /// Size of the microVM.
     pub vm: VmSize,
+    /// The microVM has virtualisation extensions.
+    pub nested: bool,
     /// Which namespace's network the container gets.
     pub network: Namespace,
     /// How many interfaces that namespace may get after create, if config.json says it.
@@ -125,6 +127,7 @@ impl Bundle {
         let binds = check::binds(&dir, &spec)?;
         let hooks = check::guest_hooks(&spec)?;
         let vm = VmSize::of(&spec)?;
+        let nested = size::nested(&spec)?;
         let network = Namespace::of(&spec)?;
         let nics = size::nics(&spec)?;
         let joined = pod::joined(&spec)?;
@@ -133,7 +136,7 @@ impl Bundle {
             seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
             linux.set_seccomp(None);
         }
-        Ok(Self { dir, spec, seccomp, rootfs, binds, hooks, vm, network, nics, joined })
+        Ok(Self { dir, spec, seccomp, rootfs, binds, hooks, vm, nested, network, nics, joined })
     }
 }
 

@@ -17,6 +17,9 @@ pub(super) const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
 /// Annotation that sets the guest's memory in MiB.
 pub(super) const MEMORY_ANNOTATION: &str = "dev.isopod.memory_mib";
 
+/// Annotation that gives the guest's processors virtualisation extensions.
+pub(super) const NESTED_ANNOTATION: &str = "dev.isopod.nested";
+
 /// What the guest's kernel and agent get on top of the container's memory limit, in MiB: what they
 /// use, and what the kernel keeps back for itself.
 const OVERHEAD_MIB: u64 = 64;
@@ -140,10 +143,27 @@ pub(super) fn nics(spec: &Spec) -> Result<Option<u8>> {
     Ok(nics.and_then(|nics| u8::try_from(nics).ok()))
 }
 
+/// Whether the guest's processors get virtualisation extensions.
+///
+/// # Errors
+///
+/// If the annotation is neither `true` nor `false`.
+pub(super) fn nested(spec: &Spec) -> Result<bool> {
+    match text(spec, NESTED_ANNOTATION) {
+        None | Some("false") => Ok(false),
+        Some("true") => Ok(true),
+        Some(text) => Err(Error::new(format!(
+            "annotation {NESTED_ANNOTATION} is {text:?}; it has to be true or false"
+        ))),
+    }
+}
+
+fn text<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
 fn annotation(spec: &Spec, key: &str, min: u64, max: u64) -> Result<Option<u64>> {
-    let Some(text) = spec.annotations().as_ref().and_then(|all| all.get(key)) else {
-        return Ok(None);
-    };
+    let Some(text) = text(spec, key) else { return Ok(None) };
     match text.parse::<u64>() {
         Ok(value) if (min..=max).contains(&value) => Ok(Some(value)),
         _ => Err(Error::new(format!(
@@ -229,6 +249,21 @@ mod tests {
         for (vcpus, memory) in [("0", "512"), ("33", "512"), ("x", "512"), ("1", "63")] {
             let error = annotated(vcpus, memory).unwrap_err();
             assert!(error.message.starts_with("annotation dev.isopod."), "{error}");
+        }
+    }
+
+    #[test]
+    fn virtualisation_is_asked_for_in_so_many_words() {
+        let with = |annotations: &str| {
+            let json = format!(r#"{{"ociVersion":"1.0.2","annotations":{{{annotations}}}}}"#);
+            nested(&serde_json::from_str(&json).unwrap())
+        };
+        assert!(!with("").unwrap());
+        assert!(!with(r#""dev.isopod.nested":"false""#).unwrap());
+        assert!(with(r#""dev.isopod.nested":"true""#).unwrap());
+        for wrong in ["", "1", "True", "yes"] {
+            let error = with(&format!(r#""dev.isopod.nested":"{wrong}""#)).unwrap_err();
+            assert!(error.message.contains("has to be true or false"), "{error}");
         }
     }
 

@@ -167,6 +167,7 @@ impl CreateOptions {
             binds: bundle.binds,
             hooks: bundle.hooks,
             vm: pod.as_ref().map_or(bundle.vm, |pod| pod.vm),
+            nested: bundle.nested,
             pod,
             network: bundle.network,
             spare_nics,

@@ -66,6 +66,7 @@ pub(super) fn start(
         kernel: file_ref(&kernel, &launch.artifacts.kernel),
         initramfs: file_ref(&initramfs, &launch.artifacts.initramfs),
         cmdline: launch.kernel_params.clone(),
+        nested: launch.nested,
         console_fd: console.as_ref().map(AsRawFd::as_raw_fd),
         // Filled in by whoever has the other end.
         control_fd: -1,

@@ -49,6 +49,8 @@ pub struct Launch {
     pub hooks: Vec<PathBuf>,
     /// Size of the microVM.
     pub vm: VmSize,
+    /// The microVM has virtualisation extensions.
+    pub nested: bool,
     /// The microVM that it is to live in, if that is not one of its own.
     pub pod: Option<Membership>,
     /// Which namespace's network it gets.

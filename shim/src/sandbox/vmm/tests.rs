@@ -20,6 +20,7 @@ fn run_as_vmm(script: &str) -> (Timeline, VmmEnd) {
         kernel: FileRef { fd: files[1].as_raw_fd(), path: "/dev/null".into() },
         initramfs: FileRef { fd: files[2].as_raw_fd(), path: "/dev/null".into() },
         cmdline: String::new(),
+        nested: false,
         console_fd: None,
         control_fd: -1,
         vsock: VsockConfig {

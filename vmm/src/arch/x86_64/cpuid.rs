@@ -2,6 +2,8 @@
 //!
 //! The base is what KVM can give (`KVM_GET_SUPPORTED_CPUID`); leaves that describe the host's
 //! topology are rewritten to the guest's: one package, a core for each vCPU, one thread a core.
+//! Virtualisation extensions are hidden unless they are asked for: a guest that uses them runs KVM's
+//! code for nested guests, the largest part of KVM that a guest can reach.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -10,6 +12,8 @@ const LEAF_CACHE_INTEL: u32 = 0x4;
 const LEAF_PERFMON: u32 = 0xa;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+/// Features of AMD's virtualisation (SVM).
+const LEAF_AMD_SVM: u32 = 0x8000_000a;
 const LEAF_AMD_SIZES: u32 = 0x8000_0008;
 const LEAF_AMD_PERFMON: u32 = 0x8000_0022;
 const LEAF_AMD_CACHE: u32 = 0x8000_001d;
@@ -17,12 +21,16 @@ const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
 const LEAF_AMD_TOPOLOGY_V2: u32 = 0x8000_0026;
 
 // CPUID.1:ECX
+const ECX_VMX: u32 = 1 << 5;
+const ECX_SMX: u32 = 1 << 6;
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 // CPUID.1:EDX
 const EDX_HTT: u32 = 1 << 28;
-// CPUID.8000_0001H:ECX, topology and performance counter extensions of AMD.
+// CPUID.8000_0001H:ECX, virtualisation and performance counter extensions of AMD.
 const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
+const ECX_SVM: u32 = 1 << 2;
+const ECX_SKINIT: u32 = 1 << 12;
 const ECX_PERFCTR_CORE: u32 = 1 << 23;
 const ECX_PERFCTR_NB: u32 = 1 << 24;
 const ECX_PERFCTR_LLC: u32 = 1 << 28;
@@ -30,8 +38,8 @@ const ECX_PERFCTR_LLC: u32 = 1 << 28;
 /// What one vCPU gets.
 ///
 /// `supported` is KVM's answer, `index` the vCPU's number and its APIC id, `vcpus` how many
-/// there are.
-pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Vec<kvm_cpuid_entry2> {
+/// there are. With `nested` it has the virtualisation extensions that KVM can give.
+pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8, nested: bool) -> Vec<kvm_cpuid_entry2> {
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
         .iter()
@@ -40,9 +48,21 @@ pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Vec<kvm_cpuid_entry2
         .collect();
     for entry in &mut entries {
         adjust(entry, index, vcpus);
+        if !nested {
+            hide_virtualisation(entry);
+        }
     }
     entries.extend(topology(index, vcpus));
     entries
+}
+
+fn hide_virtualisation(entry: &mut kvm_cpuid_entry2) {
+    match entry.function {
+        LEAF_FEATURES => entry.ecx &= !(ECX_VMX | ECX_SMX),
+        LEAF_AMD_FEATURES => entry.ecx &= !(ECX_SVM | ECX_SKINIT),
+        LEAF_AMD_SVM => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        _ => {}
+    }
 }
 
 fn adjust(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
@@ -128,7 +148,7 @@ mod tests {
             kvm_cpuid_entry2 { function: 0x8000_0008, ecx: 0x700f, ..Default::default() },
         ])
         .unwrap();
-        let entries = for_vcpu(&supported, 3, 5);
+        let entries = for_vcpu(&supported, 3, 5, false);
         let features = find(&entries, 1, 0);
         assert_eq!(features.ebx, 0x0305_0800);
         assert_ne!(features.ecx & ECX_TSC_DEADLINE, 0);
@@ -137,5 +157,31 @@ mod tests {
         assert_eq!(find(&entries, 0xb, 1).eax, 3);
         assert_eq!(find(&entries, 0xb, 0).edx, 3);
         assert_eq!(find(&entries, 0x8000_0008, 0).ecx, 0x3004);
+    }
+
+    #[test]
+    fn virtualisation_is_there_only_if_asked_for_and_counters_never() {
+        let all = |function| {
+            let (eax, ebx, ecx, edx) = (!0, !0, !0, !0);
+            kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, ..Default::default() }
+        };
+        let leaves = [1, 0xa, 0x8000_0001, 0x8000_000a, 0x8000_0022].map(all);
+        let supported = CpuId::from_entries(&leaves).unwrap();
+        for nested in [false, true] {
+            let entries = for_vcpu(&supported, 0, 1, nested);
+            let has = |function, bits: u32| find(&entries, function, 0).ecx & bits == bits;
+            for (leaf, bit) in [(1, 5), (1, 6), (0x8000_0001, 2), (0x8000_0001, 12)] {
+                assert_eq!(has(leaf, 1 << bit), nested, "leaf {leaf:x}, bit {bit}");
+            }
+            assert_eq!(find(&entries, 0x8000_000a, 0).eax != 0, nested);
+            assert!(has(1, 1 << 23), "what is no virtualisation stays");
+            for bit in [23, 24, 28] {
+                assert!(!has(0x8000_0001, 1 << bit), "performance counters, bit {bit}");
+            }
+            for leaf in [0xa, 0x8000_0022] {
+                let entry = find(&entries, leaf, 0);
+                assert_eq!((entry.eax, entry.ebx, entry.ecx, entry.edx), (0, 0, 0, 0));
+            }
+        }
     }
 }

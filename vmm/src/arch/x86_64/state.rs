@@ -236,7 +236,7 @@ mod tests {
         };
         let vm = Vm::new(&kvm, GuestRam::new(64).unwrap()).unwrap();
         let vcpu = vm.create_vcpu(0).unwrap();
-        let entries = cpuid::for_vcpu(vm.supported_cpuid(), 0, 1);
+        let entries = cpuid::for_vcpu(vm.supported_cpuid(), 0, 1, false);
         vcpu.set_cpuid2(&CpuId::from_entries(&entries).unwrap()).unwrap();
         let msrs = msr_indices(&kvm).unwrap();
         Some(Machine { vm, vcpu, msrs })
