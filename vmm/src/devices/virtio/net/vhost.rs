@@ -89,26 +89,15 @@ impl VhostPair {
         }
         backend.set_features(*features)?;
         backend.set_mem_table(&backend.regions())?;
-        for (index, active) in queues.iter().enumerate() {
-            let queue = &active.queue;
-            if active.dead {
-                continue;
+        for (index, active) in queues.iter().enumerate().filter(|(_, active)| !active.dead) {
+            if let Err(e) = backend.start_queue(index, active) {
+                // The driver is told that the device failed, and may use the memory of the queues
+                // before this one for something else.
+                for before in 0..index {
+                    let _ = backend.set_tap(before, false);
+                }
+                return Err(e);
             }
-            backend.set_vring_num(index, queue.size())?;
-            backend.set_vring_base(index, queue.next_avail())?;
-            let rings = VringConfigData {
-                queue_max_size: queue.max_size(),
-                queue_size: queue.size(),
-                flags: 0,
-                desc_table_addr: queue.desc_table(),
-                used_ring_addr: queue.used_ring(),
-                avail_ring_addr: queue.avail_ring(),
-                log_addr: None,
-            };
-            backend.set_vring_addr(index, &rings)?;
-            backend.set_vring_kick(index, &active.kick)?;
-            backend.set_vring_call(index, active.interrupt.line())?;
-            backend.set_tap(index, true)?;
         }
         self.running = true;
         Ok(())
@@ -117,11 +106,16 @@ impl VhostPair {
     /// Takes the rings back. When it returns, the kernel touches neither them nor guest memory.
     fn stop(&mut self) -> Result<(), Error> {
         self.running = false;
+        // Both, before the first failure is looked at: this is what keeps the kernel out.
+        let detached = [0, 1].map(|index| match self.queues[index].dead {
+            true => Ok(()),
+            false => self.backend.set_tap(index, false),
+        });
+        detached.into_iter().collect::<Result<(), _>>()?;
         for (index, active) in self.queues.iter_mut().enumerate() {
             if active.dead {
                 continue;
             }
-            self.backend.set_tap(index, false)?;
             let next = self.backend.get_vring_base(index)? as u16;
             active.queue.set_next_avail(next);
             // It has no chain in its hands that is not used, and writes the index itself.
@@ -172,6 +166,26 @@ impl Backend {
                 ..VhostUserMemoryRegionInfo::default()
             })
             .collect()
+    }
+
+    /// Gives a queue to the kernel, which serves it from then on.
+    fn start_queue(&self, index: usize, active: &ActiveQueue) -> Result<(), Error> {
+        let queue = &active.queue;
+        self.set_vring_num(index, queue.size())?;
+        self.set_vring_base(index, queue.next_avail())?;
+        let rings = VringConfigData {
+            queue_max_size: queue.max_size(),
+            queue_size: queue.size(),
+            flags: 0,
+            desc_table_addr: queue.desc_table(),
+            used_ring_addr: queue.used_ring(),
+            avail_ring_addr: queue.avail_ring(),
+            log_addr: None,
+        };
+        self.set_vring_addr(index, &rings)?;
+        self.set_vring_kick(index, &active.kick)?;
+        self.set_vring_call(index, active.interrupt.line())?;
+        self.set_tap(index, true)
     }
 
     /// Connects a queue to the tap, or takes it away.

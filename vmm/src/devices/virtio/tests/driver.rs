@@ -38,7 +38,7 @@ pub(super) fn memory() -> GuestMemoryMap {
 pub(super) struct Driver {
     pub(super) transport: MmioTransport,
     /// The registers as the guest reads them without an exit.
-    shown: RegisterWindow,
+    pub(super) shown: RegisterWindow,
     pub(super) memory: GuestMemoryMap,
     pub(super) queues: Vec<Ring>,
     pub(super) end: Arc<EndSignal>,
@@ -146,6 +146,12 @@ impl Driver {
 
     pub(super) fn start(&mut self) {
         self.negotiate();
+        self.set_up_queues();
+        self.write(0x70, 15);
+        assert_eq!(self.status(), 15);
+    }
+
+    pub(super) fn set_up_queues(&mut self) {
         self.queues.clear();
         for index in 0.. {
             self.write(0x30, index);
@@ -157,8 +163,6 @@ impl Driver {
             let size = self.set_up_queue(index, base, base + 0x4000, base + 0x8000);
             self.queues.push(Ring::new(base, size));
         }
-        self.write(0x70, 15);
-        assert_eq!(self.status(), 15);
     }
 
     pub(super) fn reset(&mut self) {

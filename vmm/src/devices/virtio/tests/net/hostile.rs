@@ -1,9 +1,13 @@
-//! What no driver does.
+//! What no driver does, and what the host does to a device.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::wire::{
-    HEADER_LEN, Mover, Wire, frame, in_namespace, make_room, packet, take, transmit,
+    HEADER_LEN, Mover, VHOST_NET, Wire, frame, in_namespace, make_room, packet, take, transmit,
 };
-use crate::devices::virtio::tests::driver::{Buffer, Driver, INDIRECT, NEXT, WRITE};
+use crate::devices::virtio::tests::driver::{Buffer, Driver, INDIRECT, NEXT, PATIENCE, WRITE};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -147,5 +151,31 @@ fn the_host_may_take_the_tap_away() {
         }
         wire.taps.clear();
         driver.reset();
+    });
+}
+
+#[test]
+fn a_start_that_fails_leaves_no_queue_to_the_kernel() {
+    if !std::fs::exists(VHOST_NET).unwrap() {
+        return eprintln!("left out: needs {VHOST_NET}");
+    }
+    in_namespace(|| {
+        let wire = Wire::new(1);
+        let mut driver = Driver::found(Box::new(wire.device(Mover::Kernel)));
+        driver.negotiate();
+        driver.set_up_queues();
+        make_room(&mut driver, RECEIVE, 4, 1600);
+        // The second queue's kicks come by no event descriptor, which the kernel refuses.
+        let (_, kick) = driver.transport.worker_kicks().nth(TRANSMIT).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        // SAFETY: the number stays that of an open descriptor, which its owner closes.
+        assert!(unsafe { libc::dup2(file.as_raw_fd(), kick.as_raw_fd()) } >= 0);
+        driver.write(0x70, 15);
+        assert_eq!(driver.status() & 64, 64, "needs a reset");
+        // Nobody takes the packet from the tap.
+        wire.send(&frame(100, 1));
+        let mut fds = [PollFd::new(wire.taps[0].as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap(), 1);
+        assert_eq!(driver.used(RECEIVE), None);
     });
 }

@@ -20,7 +20,7 @@ pub(super) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 /// `struct virtio_net_hdr_v1`.
 pub(super) const HEADER_LEN: usize = 12;
 
-const VHOST_NET: &str = "/dev/vhost-net";
+pub(super) const VHOST_NET: &str = "/dev/vhost-net";
 
 /// For local experiments (IEEE 802), so that no protocol of the host answers.
 const ETHERTYPE: u16 = 0x88b5;
