@@ -6,8 +6,14 @@
 //!     ^                                                                                 |
 //!     +------------------------------- write 0 to Status ------------------------------+
 //! ```
+//!
+//! A reset waits for the device's workers, and one of them may be held up by a host file system for as
+//! long as that likes. So a thread of its own waits, and the vCPU for no longer than [`RESET_LIMIT`]:
+//! then Status goes on to say that the reset is not complete (2.4.2), and writes are without effect.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
@@ -16,10 +22,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::registers::RegisterWindow;
 use super::state::{MmioState, QueueState};
-use super::{Activation, ActiveQueue, INTERRUPT_USED_RING, Interrupt, VirtioDevice};
+use super::{Activation, ActiveQueue, INTERRUPT_USED_RING, Interrupt, VirtioDevice, read_from};
 use crate::bus::BusDevice;
 use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
+use crate::sync::lock;
+
+/// How long a vCPU waits for a device to be reset.
+const RESET_LIMIT: Duration = Duration::from_secs(1);
 
 /// "virt"
 const MAGIC: u32 = 0x7472_6976;
@@ -108,7 +118,11 @@ pub struct TransportState {
 
 /// A virtio device on the memory bus.
 pub struct MmioTransport {
-    device: Box<dyn VirtioDevice>,
+    /// `None` while it is being reset.
+    device: Option<Box<dyn VirtioDevice>>,
+    /// What becomes of it then.
+    resetting: Arc<Resetting>,
+    about: About,
     memory: GuestMemoryMap,
     state: TransportState,
     queues: Vec<Queue>,
@@ -116,6 +130,35 @@ pub struct MmioTransport {
     interrupt: Interrupt,
     window: RegisterWindow,
     end: Arc<EndSignal>,
+}
+
+/// What never changes about a device.
+struct About {
+    device_type: u32,
+    features: u64,
+    queue_sizes: Vec<u16>,
+    /// Which queues have a worker.
+    workers: Vec<bool>,
+    config: [u8; CONFIG_LEN as usize],
+}
+
+impl About {
+    fn new(device: &dyn VirtioDevice) -> Self {
+        let queue_sizes = device.queue_sizes().to_vec();
+        let workers = (0..queue_sizes.len()).map(|index| device.has_worker(index)).collect();
+        let mut config = [0; CONFIG_LEN as usize];
+        device.read_config(0, &mut config);
+        let features = device.features();
+        Self { device_type: device.device_type(), features, queue_sizes, workers, config }
+    }
+}
+
+/// A device on its way through a reset.
+#[derive(Default)]
+struct Resetting {
+    /// The device once it is reset.
+    device: Mutex<Option<Box<dyn VirtioDevice>>>,
+    done: Condvar,
 }
 
 impl MmioTransport {
@@ -132,14 +175,17 @@ impl MmioTransport {
         window: RegisterWindow,
         end: Arc<EndSignal>,
     ) -> std::io::Result<Self> {
-        let kicks = device
-            .queue_sizes()
+        let about = About::new(device.as_ref());
+        let kicks = about
+            .queue_sizes
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<std::io::Result<_>>()?;
-        let queues = new_queues(device.as_ref());
+        let queues = new_queues(&about.queue_sizes);
         let state = TransportState::default();
-        let transport = Self { device, memory, state, queues, kicks, interrupt, window, end };
+        let (device, resetting) = (Some(device), Arc::default());
+        let transport =
+            Self { device, resetting, about, memory, state, queues, kicks, interrupt, window, end };
         transport.show();
         transport.show_config();
         Ok(transport)
@@ -148,16 +194,17 @@ impl MmioTransport {
     /// Puts what the guest can read into its window.
     fn show(&self) {
         for offset in register::READABLE {
-            self.window.store(offset, self.read_register(offset));
+            // While the device is being reset, another thread shows the status.
+            if offset != register::STATUS || self.device.is_some() {
+                self.window.store(offset, self.read_register(offset));
+            }
         }
     }
 
     /// The same for the configuration space, which no device here ever changes.
     fn show_config(&self) {
-        for offset in (0..CONFIG_LEN).step_by(4) {
-            let mut bytes = [0; 4];
-            self.device.read_config(offset, &mut bytes);
-            self.window.store(register::CONFIG + offset, u32::from_le_bytes(bytes));
+        for (offset, bytes) in (0..).step_by(4).zip(self.about.config.as_chunks().0) {
+            self.window.store(register::CONFIG + offset, u32::from_le_bytes(*bytes));
         }
     }
 
@@ -166,15 +213,17 @@ impl MmioTransport {
     ///
     /// # Errors
     ///
-    /// When the host gives no thread for the workers to go on.
+    /// When the host gives no thread for the workers to go on, or the device is being reset.
     pub fn state(&mut self) -> std::io::Result<MmioState> {
-        self.device.hold();
+        let busy = || std::io::Error::from(std::io::ErrorKind::ResourceBusy);
+        let device = self.device.as_mut().ok_or_else(busy)?;
+        device.hold();
         let state = MmioState {
             transport: self.state,
             queues: self.queues.iter().map(|queue| QueueState::of(queue, false)).collect(),
-            device: self.device.state(),
+            device: device.state(),
         };
-        self.device.resume()?;
+        device.resume()?;
         Ok(state)
     }
 
@@ -183,7 +232,7 @@ impl MmioTransport {
         self.kicks
             .iter()
             .enumerate()
-            .filter(|(index, _)| self.device.has_worker(*index))
+            .filter(|(index, _)| self.about.workers[*index])
             .map(|(index, kick)| (index as u32, kick))
     }
 
@@ -191,7 +240,7 @@ impl MmioTransport {
         match offset {
             register::MAGIC => MAGIC,
             register::VERSION => VERSION,
-            register::DEVICE_ID => self.device.device_type(),
+            register::DEVICE_ID => self.about.device_type,
             register::VENDOR_ID => VENDOR,
             register::DEVICE_FEATURES => match self.state.device_features_sel {
                 0 => self.offered() as u32,
@@ -248,7 +297,7 @@ impl MmioTransport {
     }
 
     fn offered(&self) -> u64 {
-        self.device.features() | FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC
+        self.about.features | FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC
     }
 
     fn selected(&self) -> Option<&Queue> {
@@ -296,7 +345,7 @@ impl MmioTransport {
         let accepted = self.state.driver_features;
         accepted & !self.offered() == 0
             && accepted & FEATURE_VERSION_1 != 0
-            && self.device.accepts(accepted)
+            && self.device.as_ref().is_some_and(|device| device.accepts(accepted))
     }
 
     fn activate(&mut self) -> bool {
@@ -322,19 +371,59 @@ impl MmioTransport {
             queues: active,
             end: Arc::clone(&self.end),
         };
-        self.device.activate(activation).is_ok()
+        self.device.as_mut().is_some_and(|device| device.activate(activation).is_ok())
     }
 
     fn reset(&mut self) {
-        if self.state.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) != 0 {
-            self.device.reset();
-        }
+        let in_service = self.state.status & (STATUS_DRIVER_OK | STATUS_NEEDS_RESET) != 0;
         self.state = TransportState::default();
-        self.queues = new_queues(self.device.as_ref());
+        self.queues = new_queues(&self.about.queue_sizes);
+        if in_service {
+            self.reset_device();
+        }
         for kick in &self.kicks {
             // Kicks for the queues of before mean nothing now; no kick is an error to a read.
             let _ = kick.read();
         }
+    }
+
+    /// Has the device reset, and waits for that as long as a vCPU may.
+    fn reset_device(&mut self) {
+        let Some(mut device) = self.device.take() else { return };
+        let (resetting, window) = (Arc::clone(&self.resetting), self.window.clone());
+        let thread = thread::Builder::new().name("reset".to_owned()).spawn(move || {
+            device.reset();
+            let mut slot = lock(&resetting.device);
+            *slot = Some(device);
+            // After the device is there again: the driver may begin at once.
+            window.store(register::STATUS, 0);
+            resetting.done.notify_all();
+        });
+        if let Err(e) = thread {
+            // The device went with the thread that there is none of, and was reset by that.
+            return self.end.fail(format!("a device cannot be reset: starting a thread: {e}"));
+        }
+        let slot = lock(&self.resetting.device);
+        let waited =
+            self.resetting.done.wait_timeout_while(slot, RESET_LIMIT, |slot| slot.is_none());
+        let (mut slot, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        self.device = slot.take();
+        if self.device.is_none() {
+            self.state.status = STATUS_NEEDS_RESET;
+            // Under the lock, so that it does not replace the zero that the other thread shows.
+            self.window.store(register::STATUS, STATUS_NEEDS_RESET);
+        }
+    }
+
+    /// Whether the device is here to be steered, and not being reset.
+    fn is_here(&mut self) -> bool {
+        if self.device.is_none() {
+            self.device = lock(&self.resetting.device).take();
+            if self.device.is_some() {
+                self.state.status = 0;
+            }
+        }
+        self.device.is_some()
     }
 
     fn notify(&mut self, index: u32) {
@@ -342,11 +431,11 @@ impl MmioTransport {
         if self.state.status & STATUS_DRIVER_OK == 0 || index >= self.kicks.len() {
             return;
         }
-        if self.device.has_worker(index) {
+        if self.about.workers[index] {
             // Reached only where KVM does not take the write for an ioeventfd.
             let _ = self.kicks[index].write(1);
-        } else {
-            self.device.notify(index);
+        } else if let Some(device) = &mut self.device {
+            device.notify(index);
         }
     }
 }
@@ -366,16 +455,17 @@ pub(super) fn rings_are_in_memory(queue: &Queue, memory: &GuestMemoryMap) -> boo
         .all(|(start, len)| memory.check_range(GuestAddress(start), len))
 }
 
-fn new_queues(device: &dyn VirtioDevice) -> Vec<Queue> {
+fn new_queues(sizes: &[u16]) -> Vec<Queue> {
     // The crate wants a power of two up to 32768, which the sizes of all devices here are.
-    device.queue_sizes().iter().filter_map(|size| Queue::new(*size).ok()).collect()
+    sizes.iter().filter_map(|size| Queue::new(*size).ok()).collect()
 }
 
 impl BusDevice for MmioTransport {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         if offset >= register::CONFIG {
-            self.device.read_config(offset - register::CONFIG, data);
+            read_from(&self.about.config, offset - register::CONFIG, data);
         } else if data.len() == 4 {
+            self.is_here();
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }
     }
@@ -385,6 +475,7 @@ impl BusDevice for MmioTransport {
         // nobody here asks how large the balloon is.
         if let Ok(value) = <[u8; 4]>::try_from(data)
             && offset < register::CONFIG
+            && self.is_here()
         {
             self.write_register(offset, u32::from_le_bytes(value));
             if offset != register::QUEUE_NOTIFY && offset != register::INTERRUPT_ACK {

@@ -5,9 +5,9 @@ use std::fs::File;
 use super::driver::{Driver, EVENT_IDX, MEMORY_LEN, VERSION_1};
 use crate::config::BlockConfig;
 use crate::config::FileRef;
-use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::{Activation, VirtioDevice};
 
 pub(super) fn disk() -> Box<dyn VirtioDevice> {
     let file: File = tempfile::tempfile().unwrap();
@@ -170,4 +170,62 @@ fn chains_that_loop_or_nest_are_given_back() {
 
 fn memory_write(memory: &crate::memory::GuestMemoryMap, at: u64, bytes: &[u8]) {
     vm_memory::Bytes::write_slice(memory, bytes, vm_memory::GuestAddress(at)).unwrap();
+}
+
+/// A device whose reset takes until it is told to go on.
+struct Stuck(std::sync::mpsc::Receiver<()>);
+
+impl VirtioDevice for Stuck {
+    fn device_type(&self) -> u32 {
+        4
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn read_config(&self, _: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn has_worker(&self, _: usize) -> bool {
+        false
+    }
+
+    fn activate(&mut self, _: Activation) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.0.recv().unwrap();
+    }
+}
+
+#[test]
+fn a_reset_that_takes_long_holds_up_no_vcpu() {
+    let (go_on, may_go_on) = std::sync::mpsc::channel();
+    let mut driver = Driver::started(Box::new(Stuck(may_go_on)));
+    driver.write(0x70, 0);
+    // Not complete, and nothing can be done about it.
+    assert_eq!(driver.status(), 64);
+    for status in [0, 1, 3, 11, 15] {
+        driver.write(0x70, status);
+        assert_eq!(driver.status(), 64);
+    }
+    driver.write(0x30, 0);
+    assert_eq!(driver.read(0x44), 0, "the queues are those of after the reset");
+    assert!(driver.transport.state().is_err());
+    go_on.send(()).unwrap();
+    // Shown to a driver that only reads, which is no exit.
+    while driver.shown.load(0x70) != 0 {
+        std::thread::yield_now();
+    }
+    driver.start();
+    // The usual one is complete at once.
+    go_on.send(()).unwrap();
+    driver.reset();
 }
