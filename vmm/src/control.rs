@@ -76,7 +76,7 @@ pub enum VmmEvent {
         /// Why.
         reason: EndReason,
         /// The last lines of the guest's console, oldest first. Guest-controlled text, in which each
-        /// control character has become a `.`.
+        /// control or format character has become a `.`.
         console_tail: Vec<String>,
     },
     /// The VMM could not start the microVM; it exits after this message.

@@ -16,6 +16,7 @@ pub mod inherited;
 pub mod jail;
 pub mod memory;
 mod sync;
+pub mod text;
 pub mod usage;
 pub mod vcpu;
 pub mod vm;

@@ -46,6 +46,8 @@ use std::{os::fd::OwnedFd, time::Duration};
 use oci_spec::runtime::Hooks;
 use tokio::io::unix::AsyncFd;
 
+use isopod_vmm::text::is_showable;
+
 use crate::error::{Explain, Result};
 
 /// Longest that a start may take until it is answered. None if it has hooks without a timeout.
@@ -81,11 +83,11 @@ fn random(bytes: &mut [u8]) -> Result<()> {
     Ok(())
 }
 
-/// Text from the guest, made safe to show: one line, no control characters, bounded.
+/// Text from the guest, made safe to show: one line, no control or format characters, bounded.
 pub(crate) fn printable(text: &str) -> String {
     const MAX_CHARS: usize = 1024;
     let mut shown: String =
-        text.chars().take(MAX_CHARS).map(|c| if c.is_control() { ' ' } else { c }).collect();
+        text.chars().take(MAX_CHARS).map(|c| if is_showable(c) { c } else { ' ' }).collect();
     if text.chars().nth(MAX_CHARS).is_some() {
         shown.push_str("...");
     }

@@ -14,6 +14,7 @@ use vm_superio::{Serial, Trigger, serial::NoEvents};
 
 use crate::bus::BusDevice;
 use crate::sync::lock;
+use crate::text::is_showable;
 
 /// Lines kept for error reports.
 const TAIL_LINES: usize = 40;
@@ -33,7 +34,7 @@ pub struct ConsoleLog {
 }
 
 impl ConsoleLog {
-    /// The last lines, oldest first, without control characters.
+    /// The last lines, oldest first, without control and format characters.
     pub fn tail(&self) -> Vec<String> {
         let unfinished = (!self.line.is_empty()).then(|| printable(&self.line));
         self.lines.iter().cloned().chain(unfinished).collect()
@@ -65,7 +66,7 @@ impl ConsoleLog {
 }
 
 fn printable(line: &[u8]) -> String {
-    String::from_utf8_lossy(line).chars().map(|c| if c.is_control() { '.' } else { c }).collect()
+    String::from_utf8_lossy(line).chars().map(|c| if is_showable(c) { c } else { '.' }).collect()
 }
 
 /// A copy of the output in a file.
@@ -213,12 +214,12 @@ mod tests {
     fn the_tail_is_bounded_and_harmless() {
         let mut log = SharedLog::default();
         for n in 0..1000 {
-            writeln!(log, "line {n} \x1b[31m{}\r", "x".repeat(1000)).unwrap();
+            writeln!(log, "line {n} \x1b[31m\u{202e}{}\r", "x".repeat(1000)).unwrap();
         }
         write!(log, "unfinished").unwrap();
         let (tail, panicked) = log.snapshot();
         assert_eq!(tail.len(), TAIL_LINES + 1);
-        assert!(tail[0].starts_with("line 960 .[31mxxx") && tail[0].len() <= LINE_LEN);
+        assert!(tail[0].starts_with("line 960 .[31m.xxx") && tail[0].len() <= LINE_LEN);
         assert_eq!(tail[TAIL_LINES], "unfinished");
         assert!(!panicked);
         writeln!(log, "\n[    0.1] Kernel panic - not syncing: VFS").unwrap();
