@@ -7,6 +7,7 @@
 //!
 //! This is a library so that the tests can drive the same agent over unix sockets.
 
+mod clock;
 mod container;
 mod demand;
 mod error;

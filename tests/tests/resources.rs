@@ -41,7 +41,8 @@ fn limits_are_in_the_containers_cgroup() {
     let pressure = ["cpu", "memory", "io"].map(|kind| name(&format!("{kind}.pressure")));
     paths.extend(pressure.each_ref().map(String::as_str));
     let seen = files(container, &paths);
-    for path in pressure.iter().filter(|path| runtime().is_isopod() || !seen[*path]["text"].is_null())
+    for path in
+        pressure.iter().filter(|path| runtime().is_isopod() || !seen[*path]["text"].is_null())
     {
         let text = seen[path].to_string();
         assert!(text.contains("some avg10="), "{path}: {text}");

@@ -211,7 +211,10 @@ pub const SERVING: CapabilitySet = CapabilitySet::CHOWN
 /// The step that failed, for example without `CAP_SETPCAP`.
 pub fn keep_only(kept: CapabilitySet) -> Result<(), JailError> {
     let failed = |step| {
-        move |e: rustix::io::Errno| JailError { step, source: nix::Error::from_raw(e.raw_os_error()) }
+        move |e: rustix::io::Errno| JailError {
+            step,
+            source: nix::Error::from_raw(e.raw_os_error()),
+        }
     };
     for number in 0..u64::BITS {
         let one = CapabilitySet::from_bits_retain(1 << number);

@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use isopod_protocol::agent::{
-    ContainerRef, ContainerStats, CreateContainerRequest, Empty, ExecProcessRequest, OomKills,
-    ProcessExit, ProcessList, ProcessRef, ProcessStarted, ResizeTerminalRequest,
-    SetupNetworkRequest, SetupSandboxRequest, SignalProcessRequest, StreamTokens, TerminalSize,
-    UpdateContainerRequest, WaitOomRequest,
+    AdjustClockRequest, ClockReading, ContainerRef, ContainerStats, CreateContainerRequest, Empty,
+    ExecProcessRequest, OomKills, ProcessExit, ProcessList, ProcessRef, ProcessStarted,
+    ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest, SignalProcessRequest,
+    StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
 };
 use isopod_protocol::agent_ttrpc::Agent;
 use protobuf::MessageField;
@@ -38,6 +38,14 @@ impl Agent for AgentService {
         r: SetupSandboxRequest,
     ) -> ttrpc::Result<Empty> {
         self.run(move |sandbox| sandbox::set_up(sandbox, r)).await
+    }
+
+    async fn adjust_clock(
+        &self,
+        _: &TtrpcContext,
+        r: AdjustClockRequest,
+    ) -> ttrpc::Result<ClockReading> {
+        sandbox::adjust_clock(&r).map_err(status)
     }
 
     async fn create_container(

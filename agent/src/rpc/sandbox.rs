@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
-use isopod_protocol::agent::{Empty, SetupSandboxRequest};
+use isopod_protocol::agent::{AdjustClockRequest, ClockReading, Empty, SetupSandboxRequest};
 use tokio::sync::oneshot;
 
+use crate::clock;
 use crate::error::{Context as _, Error, Result};
 use crate::sandbox::{Sandbox, power_off};
 
@@ -15,6 +16,11 @@ pub(super) async fn set_up(sandbox: Arc<Sandbox>, request: SetupSandboxRequest) 
     };
     // Mounting asks the host and waits for it.
     tokio::task::spawn_blocking(set_up).await.map_err(|e| Error::internal(e.to_string()))?
+}
+
+pub(super) fn adjust_clock(request: &AdjustClockRequest) -> Result<ClockReading> {
+    let realtime_ns = clock::adjust(request.difference_ns, request.gradually)?;
+    Ok(ClockReading { realtime_ns, ..ClockReading::default() })
 }
 
 pub(super) async fn shut_down() -> Result<Empty> {

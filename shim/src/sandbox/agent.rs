@@ -7,9 +7,10 @@ use ttrpc::{Code, r#async::transport::Socket, context::Context};
 use isopod_protocol::{
     AGENT_PORT, SHARED_TAG,
     agent::{
-        ContainerRef, ContainerStats, CreateContainerRequest, Empty, ExecProcessRequest, Network,
-        ProcessInfo, ProcessRef, ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest,
-        SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
+        AdjustClockRequest, ContainerRef, ContainerStats, CreateContainerRequest, Empty,
+        ExecProcessRequest, Network, ProcessInfo, ProcessRef, ResizeTerminalRequest,
+        SetupNetworkRequest, SetupSandboxRequest, SignalProcessRequest, StreamTokens, TerminalSize,
+        UpdateContainerRequest, WaitOomRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -62,6 +63,14 @@ impl Agent {
             .await
             .map(drop)
             .map_err(|e| explain("cannot set up the guest", e))
+    }
+
+    /// Moves the guest's wall clock by a difference, and returns what it then reads in nanoseconds since
+    /// the epoch.
+    pub(super) async fn adjust_clock(&self, difference_ns: i64, gradually: bool) -> Result<u64> {
+        let request = AdjustClockRequest { difference_ns, gradually, ..Default::default() };
+        let reading = self.client.adjust_clock(Context::default(), &request).await;
+        reading.map(|reading| reading.realtime_ns).map_err(|e| explain("cannot set the clock", e))
     }
 
     /// Builds the container. `state` is for hooks in the guest.

@@ -4,7 +4,7 @@ use std::{
     iter,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use isopod_protocol::agent;
@@ -17,6 +17,7 @@ use super::{
     boot::{self, in_guest},
     console,
     control::Message,
+    guest_clock,
     hooks::{self, Point, RuntimeNamespace},
     launch::{Descriptors, Given, Launch, Terminal, read_document},
     lifecycle::{Lifecycle, START_TIMEOUT},
@@ -369,7 +370,12 @@ async fn create_container(
 ) -> Result<(Agent, Relay, Option<OwnedFd>)> {
     let agent = Agent::connect(dir, &launch.id, String::new()).await?;
     if launch.pod.is_none() {
+        let steps = guest_clock::Steps::watch()?;
+        let began = Instant::now();
         agent.setup_sandbox().await?;
+        // The clock was set at some time since.
+        let ask = began.elapsed() > guest_clock::WELL_SET;
+        tokio::spawn(guest_clock::keep(agent.clone(), steps, ask));
     }
     let (local, size, console) = match &launch.terminal {
         None => (Local::inherited()?, None, None),

@@ -6,6 +6,7 @@
 
 mod access;
 mod call;
+mod clock;
 mod directory;
 mod keeper;
 mod memory;
@@ -21,7 +22,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
-    | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | eat MIB | count FILE BLOCKS | hole | parallel \
+    | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | clock | eat MIB | count FILE BLOCKS | hole | parallel \
     | call ABI NUMBER[,ARG...]... | posix DIR XATTR | xattr DIR XATTR | tcp-server ADDRESS BYTES \
     | tcp-client ADDRESS BYTES | udp-server ADDRESS | udp-client ADDRESS COUNT BYTES... | keeper DIR";
 
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
         ["duplex", bytes] => stream::duplex(number(bytes)),
         ["window"] => stream::window(),
         ["fork-bomb"] => memory::fork_bomb(),
+        ["clock"] => clock::read(),
         ["eat", mib] => memory::eat(number(mib)),
         ["call", abi, ref calls @ ..] => print(&call::outcomes(abi, calls)),
         ["count", path, blocks] => shared::count(path, number(blocks)),
