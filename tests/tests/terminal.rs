@@ -153,9 +153,9 @@ fn the_callers_streams_need_not_be_a_terminal() {
     redirected(exec(), "word\n/dev/pts/0\ngot word\n25 81\n");
     if runtime().is_isopod() {
         // Without even a controlling terminal, where runc gives up.
-        let script = ["sh", "-c", "read word; tty; echo got $word; stty size"];
+        let script = ["sh", "-c", "read word; tty | cut -c 1-9; echo got $word"];
         let exec = sleeper.command("exec", &["--tty"]).args(script);
         let out = exec.through(&["setsid", "--wait"]).stdin("word\n").output().ok();
-        assert_eq!(out.stdout, "word\n/dev/pts/0\ngot word\n0 0\n");
+        assert_eq!(out.stdout, "word\n/dev/pts/\ngot word\n");
     }
 }
