@@ -425,18 +425,26 @@ fn a_volume_is_coherent_with_the_host() {
 
 #[test]
 fn a_lock_holds_between_containers_and_for_the_host() {
+    const KINDS: [&str; 2] = ["flock", "fcntl"];
     let scope = Scope::new();
     let (holder, dir) = with_volume(&scope, "data");
-    let script = "exec 9> /data/file; flock -n 9 && : > /data/locked; sleep 1000";
-    let holder = holder.shell(script);
+    let hold = KINDS
+        .map(|kind| format!("{PROBE_PATH} posix-hold {kind} /data/{kind} /data/{kind}.held & "));
+    let holder = holder.shell(&format!("{}wait", hold.concat()));
     let _created = holder.start_new();
-    assert!(bounded(|| dir.join("locked").exists()));
-    let file = dir.join("file");
-    let host_gets = || scope.program(&["flock", "-n", file.to_str().unwrap(), "true"]).output();
-    assert_eq!(host_gets().status, 1);
+    let held = |kind: &str| dir.join(format!("{kind}.held")).exists();
+    assert!(bounded(|| KINDS.iter().all(|kind| held(kind))));
+    let probe = runtime().probe.to_str().unwrap();
+    let on_the_host = |kind: &str| {
+        let file = dir.join(kind);
+        scope.program(&[probe, "posix-lock", kind, file.to_str().unwrap()]).output().ok().stdout
+    };
+    assert_eq!(KINDS.map(on_the_host), ["\"locked\"\n"; 2]);
     let (other, _) = with_volume(&scope, "data");
-    let other = other.shell("flock -n /data/file true || echo refused");
-    assert_eq!(other.run().ok().stdout, "refused\n");
+    let try_both =
+        KINDS.map(|kind| format!("{PROBE_PATH} posix-lock {kind} /data/{kind}; ")).concat();
+    assert_eq!(other.shell(&try_both).run().ok().stdout, "\"locked\"\n\"locked\"\n");
     holder.kill("KILL").ok();
-    assert!(bounded(|| host_gets().status == 0), "the lock outlives the container");
+    let free = bounded(|| KINDS.iter().all(|kind| on_the_host(kind) == "\"free\"\n"));
+    assert!(free, "a lock outlives its container");
 }

@@ -140,6 +140,27 @@ fn record(kind: i32) -> libc::flock {
     }
 }
 
+fn stay(mark: &str) {
+    File::create(mark).expect("the mark");
+    loop {
+        nix::unistd::pause();
+    }
+}
+
+/// Takes a lock, makes the file `mark`, and stays.
+pub(crate) fn hold(kind: &str, path: &str, mark: &str) {
+    let mut options = File::options();
+    let file = options.read(true).write(true).create(true).truncate(false).open(path);
+    let file = file.expect("the file");
+    if kind == "fcntl" {
+        fcntl(&file, FcntlArg::F_SETLK(&record(libc::F_WRLCK))).expect("fcntl");
+        return stay(mark);
+    }
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| e);
+    let _held = lock.expect("flock");
+    stay(mark);
+}
+
 /// Whether another process holds a lock: `locked`, `free` or an error.
 pub(crate) fn try_lock(kind: &str, path: &str) -> Value {
     let file = match File::options().read(true).write(true).open(path) {

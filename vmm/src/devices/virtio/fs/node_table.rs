@@ -164,3 +164,33 @@ impl NodeTable {
 fn no_node() -> io::Error {
     error(libc::EBADF)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::super::node::{FileSystemKind, Mount, Place};
+    use super::*;
+
+    #[test]
+    fn nodes_are_bounded_and_one_that_is_forgotten_makes_room() {
+        const MOUNT: Mount = Mount { level: 0, cached: false, file_system: FileSystemKind::Other };
+        let table = NodeTable::default();
+        let files = [(); 3].map(|()| tempfile::tempfile().unwrap());
+        let stats = files.each_ref().map(|file| Stat::of(file.as_fd()).unwrap());
+        let add = |stat: &Stat| {
+            let place = Place { parent: ROOT_ID, name: c"file".to_owned() };
+            let node = Node::new(table.new_id(), stat, place, MOUNT, false, None);
+            table.add(node, stat, 2).map(|node| node.id)
+        };
+        let one = add(&stats[0]).unwrap();
+        assert_eq!(add(&stats[0]).unwrap(), one, "a file has one node");
+        add(&stats[1]).unwrap();
+        assert_eq!(add(&stats[2]).unwrap_err().raw_os_error(), Some(libc::ENFILE));
+        table.forget(one, 1);
+        assert!(add(&stats[2]).is_err(), "the guest was told of it twice");
+        table.forget(one, 1);
+        assert!(add(&stats[2]).unwrap() > one);
+        assert!(table.find(one).is_err() && table.len() == 2);
+    }
+}
