@@ -7,7 +7,8 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use rustix::io::Errno;
 use rustix::net::Shutdown;
@@ -45,6 +46,119 @@ pub(crate) fn endpoint(fd: OwnedFd, interest: Interest) -> io::Result<Endpoint> 
 pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` stays open, and the same, for as long as the registration holds it.
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
+}
+
+/// What becomes of what is written to an output after its process has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Late {
+    /// It is thrown away, and the output ends. Nothing else of the container is left.
+    Dropped,
+    /// It is passed on until the last process that can write to the output has closed it.
+    PassedOn,
+}
+
+/// How much processes have written to an output.
+#[derive(Debug, Clone)]
+pub(crate) struct Written {
+    /// Its agent's end, as long as it is open.
+    source: Weak<AsyncFd<OwnedFd>>,
+    /// Bytes that have been taken out of it.
+    read: Arc<AtomicU64>,
+}
+
+impl Written {
+    /// In bytes up to now. More than any output if it is a terminal, whose buffers cannot be counted.
+    /// Its output ends with its process, which hangs it up.
+    pub(crate) fn bytes(&self) -> u64 {
+        let read = self.read.load(Ordering::Relaxed);
+        let Some(source) = self.source.upgrade() else { return read };
+        if rustix::termios::isatty(source.get_ref()) {
+            return u64::MAX;
+        }
+        // Nobody takes anything out between the two: the runtime has a single thread.
+        read.saturating_add(rustix::io::ioctl_fionread(source.get_ref()).unwrap_or(0))
+    }
+}
+
+/// An output with what is counted of it.
+pub(crate) struct Output {
+    source: Endpoint,
+    late: Late,
+    read: Arc<AtomicU64>,
+}
+
+impl Output {
+    pub(crate) fn new(source: Endpoint, late: Late) -> Self {
+        Self { source, late, read: Arc::default() }
+    }
+
+    pub(crate) fn written(&self) -> Written {
+        Written { source: Arc::downgrade(&self.source), read: Arc::clone(&self.read) }
+    }
+
+    /// Sends it to the host, until its end.
+    pub(crate) async fn send(self, stream: Connection, mut exit: ExitReceiver) {
+        let Self { source, late, read } = self;
+        let exit = match late {
+            Late::Dropped => Some(&mut exit),
+            Late::PassedOn => None,
+        };
+        let end = tokio::select! {
+            biased;
+            end = copy(&source, &stream, exit, &read) => end.unwrap_or(End::Source),
+            // The host sends nothing, so there is the end of its connection to be read only.
+            () = discard(&stream) => End::Sink,
+        };
+        match end {
+            // Dropping the pipe gives the process SIGPIPE, as if the reader were on this machine.
+            End::Sink => return,
+            End::Source => {}
+            End::ProcessEnded => {
+                let _ = drain(&source, &stream).await;
+            }
+        }
+        let _ = rustix::net::shutdown(stream.get_ref(), Shutdown::Write);
+        // Closing now could reset the connection under bytes that the host has not read yet. And
+        // descendants of the process may still write: they must not get SIGPIPE for that.
+        let linger = discard(&stream);
+        if end == End::ProcessEnded {
+            tokio::join!(linger, discard(&source));
+        } else {
+            drop(source);
+            linger.await;
+        }
+    }
+}
+
+/// A terminal: input and output, until the host has closed the connection for its output. Then the
+/// terminal is closed too, which hangs it up for the processes that have it.
+pub(crate) async fn terminal(
+    terminal: Endpoint,
+    input: Option<Connection>,
+    output: Option<Connection>,
+    exit: ExitReceiver,
+) {
+    let typed = {
+        let (terminal, exit) = (terminal.clone(), exit.clone());
+        async move {
+            if let Some(input) = input {
+                terminal_input(input, terminal, exit).await;
+            }
+            std::future::pending::<()>().await;
+        }
+    };
+    let shown = async move {
+        match output {
+            Some(output) => Output::new(terminal, Late::Dropped).send(output, exit).await,
+            // Output that nobody wants is thrown away, or the process would stop when the terminal
+            // is full.
+            None => discard(&terminal).await,
+        }
+    };
+    tokio::select! {
+        () = typed => {}
+        () = shown => {}
+    }
 }
 
 enum Step {
@@ -106,22 +220,31 @@ enum End {
     ProcessEnded,
 }
 
-/// Copies until an end of either side, or until the process ends where `exit` is given.
+/// Copies until an end of either side, or until the process ends where `exit` is given. Counts what has
+/// been read.
 async fn copy(
     source: &AsyncFd<OwnedFd>,
     sink: &AsyncFd<OwnedFd>,
-    exit: &mut ExitReceiver,
+    mut exit: Option<&mut ExitReceiver>,
+    count: &AtomicU64,
 ) -> io::Result<End> {
     loop {
+        let ended = async {
+            match &mut exit {
+                Some(exit) => drop(exited(exit).await),
+                None => std::future::pending().await,
+            }
+        };
         let mut guard = tokio::select! {
             biased;
-            _ = exited(exit) => return Ok(End::ProcessEnded),
+            () = ended => return Ok(End::ProcessEnded),
             guard = source.readable() => guard?,
         };
         match step(source.get_ref(), sink.get_ref(), CHUNK) {
-            Step::Moved(_) => {}
+            Step::Moved(read) => drop(count.fetch_add(read as u64, Ordering::Relaxed)),
             Step::WouldBlock => guard.clear_ready(),
-            Step::Pending { rest, .. } => {
+            Step::Pending { read, rest } => {
+                count.fetch_add(read as u64, Ordering::Relaxed);
                 if write_all(sink, &rest).await.is_err() {
                     return Ok(End::Sink);
                 }
@@ -129,33 +252,6 @@ async fn copy(
             Step::SourceEnded => return Ok(End::Source),
             Step::SinkClosed => return Ok(End::Sink),
         }
-    }
-}
-
-/// Output: from a pipe or terminal to the host, until its process has ended and everything that it
-/// wrote has been sent.
-pub(crate) async fn output(source: Endpoint, stream: Connection, mut exit: ExitReceiver) {
-    let end = match copy(&source, &stream, &mut exit).await {
-        Ok(end) => end,
-        Err(_) => End::Source,
-    };
-    match end {
-        // Dropping the pipe gives the process SIGPIPE, as if the reader were on this machine.
-        End::Sink => return,
-        End::Source => {}
-        End::ProcessEnded => {
-            let _ = drain(&source, &stream).await;
-        }
-    }
-    let _ = rustix::net::shutdown(stream.get_ref(), Shutdown::Write);
-    // Closing now could reset the connection under bytes that the host has not read yet. And
-    // descendants of the process may still write: they must not get SIGPIPE for that.
-    let linger = until_closed(&stream);
-    if end == End::ProcessEnded {
-        tokio::join!(linger, discard(&source));
-    } else {
-        drop(source);
-        linger.await;
     }
 }
 
@@ -180,13 +276,8 @@ async fn drain(source: &AsyncFd<OwnedFd>, sink: &AsyncFd<OwnedFd>) -> io::Result
     Ok(())
 }
 
-/// Waits until the host has closed its side.
-async fn until_closed(stream: &Connection) {
-    discard(stream).await;
-}
-
 /// Reads to the end and throws it away.
-pub(crate) async fn discard(source: &AsyncFd<OwnedFd>) {
+async fn discard(source: &AsyncFd<OwnedFd>) {
     loop {
         let Ok(mut guard) = source.readable().await else { return };
         let read =
@@ -207,9 +298,10 @@ pub(crate) async fn input(stream: Connection, sink: Endpoint, mut exit: ExitRece
     let closed = async {
         let _ = sink.ready(Interest::ERROR).await;
     };
+    let copied = AtomicU64::new(0);
     tokio::select! {
         _ = closed => {}
-        _ = copy(&stream, &sink, &mut exit) => {}
+        _ = copy(&stream, &sink, Some(&mut exit), &copied) => {}
     }
 }
 
@@ -231,14 +323,16 @@ pub(crate) async fn standard_input(stream: Connection, sink: Endpoint, mut exit:
 
 /// Input to a socket, which stays open for what the process writes to it.
 pub(crate) async fn socket_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
-    if !matches!(copy(&stream, &sink, &mut exit).await, Ok(End::ProcessEnded)) {
+    let copied = copy(&stream, &sink, Some(&mut exit), &AtomicU64::new(0)).await;
+    if !matches!(copied, Ok(End::ProcessEnded)) {
         let _ = rustix::net::shutdown(sink.get_ref(), Shutdown::Write);
     }
 }
 
 /// Input to a terminal, which stays open when the host's input ends.
-pub(crate) async fn terminal_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
-    if matches!(copy(&stream, &sink, &mut exit).await, Ok(End::Source)) {
+async fn terminal_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
+    let copied = copy(&stream, &sink, Some(&mut exit), &AtomicU64::new(0)).await;
+    if matches!(copied, Ok(End::Source)) {
         exited(&mut exit).await;
     }
 }
@@ -268,7 +362,8 @@ mod tests {
         let (mut host, guest) = UnixStream::pair().unwrap();
         let (exit, receiver) = watch::channel(None);
         let source = endpoint(read, Interest::READABLE).unwrap();
-        let pump = tokio::spawn(output(source, connection(guest), receiver));
+        let pump = Output::new(source, Late::Dropped).send(connection(guest), receiver);
+        let pump = tokio::spawn(pump);
         tokio::task::yield_now().await;
         rustix::io::write(&write, b"last words").unwrap();
         exit.send_replace(Some(Exit { status: 0, signal: 0 }));
@@ -288,6 +383,46 @@ mod tests {
         }
         drop(write);
         pump.await.unwrap();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn what_a_descendant_writes_later_is_passed_on_and_not_counted() {
+        let (read, write) = pipe();
+        let (mut host, guest) = UnixStream::pair().unwrap();
+        let (exit, receiver) = watch::channel(None);
+        let output = Output::new(endpoint(read, Interest::READABLE).unwrap(), Late::PassedOn);
+        let written = output.written();
+        rustix::io::write(&write, b"in time ").unwrap();
+        assert_eq!(written.bytes(), 8, "not read yet");
+        let pump = tokio::spawn(output.send(connection(guest), receiver));
+        exit.send_replace(Some(Exit { status: 0, signal: 0 }));
+        while written.read.load(Ordering::Relaxed) == 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(written.bytes(), 8, "read");
+        rustix::io::write(&write, b"late").unwrap();
+        drop(write);
+        let reader = std::thread::spawn(move || {
+            let mut text = String::new();
+            host.read_to_string(&mut text).unwrap();
+            text
+        });
+        pump.await.unwrap();
+        assert_eq!(reader.join().unwrap(), "in time late");
+        assert_eq!(written.bytes(), 12, "the pipe is gone");
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_reader_that_has_gone_closes_an_idle_output() {
+        let (read, write) = pipe();
+        let (host, guest) = UnixStream::pair().unwrap();
+        let (_exit, receiver) = watch::channel(None);
+        let output = Output::new(endpoint(read, Interest::READABLE).unwrap(), Late::PassedOn);
+        let pump = tokio::spawn(output.send(connection(guest), receiver));
+        tokio::task::yield_now().await;
+        drop(host);
+        pump.await.unwrap();
+        assert_eq!(rustix::io::write(&write, b"x"), Err(Errno::PIPE));
     }
 
     #[tokio::test(flavor = "current_thread")]

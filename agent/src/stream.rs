@@ -194,7 +194,8 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
     }
 }
 
-fn is_transient(e: &io::Error) -> bool {
+/// It may work the next time: descriptors or memory have run out, or whoever connected has gone.
+pub(crate) fn is_transient(e: &io::Error) -> bool {
     let transient =
         [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::ECONNABORTED, libc::EINTR];
     e.raw_os_error().is_some_and(|errno| transient.contains(&errno))

@@ -11,9 +11,32 @@ use super::terminal::Screen;
 use super::{Container, blocking, spec};
 use crate::error::{Error, Result};
 use crate::oci;
+use crate::pump::Late;
 use crate::reaper::Reaper;
 
+/// The owner of a further process. When it goes, the process is killed if it has not ended.
+pub(crate) struct Hold {
+    container: Arc<Container>,
+    exec_id: String,
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.container.execs().release(&self.exec_id);
+    }
+}
+
 impl Container {
+    /// Owns a further process that is to be started.
+    ///
+    /// # Errors
+    ///
+    /// It has an owner already.
+    pub(crate) fn hold(self: Arc<Self>, exec_id: String) -> Result<Hold> {
+        self.execs().hold(&exec_id)?;
+        Ok(Hold { container: self, exec_id })
+    }
+
     /// Starts a further process and returns its pid.
     ///
     /// # Errors
@@ -60,7 +83,9 @@ impl Container {
         let launch = move || container.launch_exec(&reaper, process, cgroup, streams, screen);
         let launched = blocking(launch).await?;
         let cgroup = Arc::clone(&self.cgroup);
-        let process = Arc::new(Process::new(launched, cgroup, oom_kills, pipes, connections)?);
+        let late = Late::PassedOn;
+        let process = Process::new(launched, cgroup, oom_kills, pipes, connections, late)?;
+        let process = Arc::new(process);
         process.start().await?;
         Ok(process)
     }

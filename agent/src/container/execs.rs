@@ -1,10 +1,11 @@
 //! The further processes of one container, by their ids.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::process::Process;
 use crate::error::{Code, Error, Result};
+use crate::log::log_warn;
 
 /// Processes that have ended and can still be asked for their exit. The oldest go first.
 const MAX_ENDED: usize = 256;
@@ -15,15 +16,40 @@ pub(crate) struct Execs {
     processes: HashMap<String, Option<Arc<Process>>>,
     /// In the order of their start.
     order: Vec<String>,
+    /// Those that somebody owns, from before their start on.
+    held: HashSet<String>,
 }
 
 impl Execs {
+    /// Notes that a process has an owner.
+    ///
+    /// # Errors
+    ///
+    /// It has one already.
+    pub(crate) fn hold(&mut self, id: &str) -> Result<()> {
+        if self.held.insert(id.to_owned()) {
+            return Ok(());
+        }
+        Err(Error::state(format!("process {id:?} is owned by somebody else")))
+    }
+
+    /// Kills a process whose owner is gone. One that is being set up is killed by [`Self::put`].
+    pub(crate) fn release(&mut self, id: &str) {
+        self.held.remove(id);
+        if let Some(Some(process)) = self.processes.get(id) {
+            kill(process);
+        }
+    }
+
     /// Takes an id for a process that is about to be set up.
     ///
     /// # Errors
     ///
-    /// A process that has not ended has it.
+    /// A process that has not ended has it, or nobody owns it.
     pub(crate) fn reserve(&mut self, id: &str) -> Result<()> {
+        if !self.held.contains(id) {
+            return Err(Error::state(format!("process {id:?} has no owner")));
+        }
         match self.processes.get(id) {
             None => {}
             Some(Some(process)) if process.has_ended() => self.order.retain(|known| known != id),
@@ -35,8 +61,11 @@ impl Execs {
         Ok(())
     }
 
-    /// Puts a process in the place that was reserved for it.
+    /// Puts a process in the place that was reserved for it, and kills it if its owner is gone by now.
     pub(crate) fn put(&mut self, id: String, process: Arc<Process>) {
+        if !self.held.contains(&id) {
+            kill(&process);
+        }
         self.processes.insert(id, Some(process));
     }
 
@@ -68,7 +97,7 @@ impl Execs {
             .filter(|process| ended(process))
             .count()
             .saturating_sub(MAX_ENDED - 1);
-        let Self { processes, order } = self;
+        let Self { processes, order, .. } = self;
         order.retain(|id| {
             let forget = excess > 0 && processes.get(id).is_some_and(ended);
             if forget {
@@ -77,5 +106,14 @@ impl Execs {
             }
             !forget
         });
+    }
+}
+
+fn kill(process: &Process) {
+    if !process.has_ended()
+        && let Err(e) = process.signal(libc::SIGKILL.unsigned_abs())
+    {
+        // It has just ended, as a rule.
+        log_warn!("a process whose owner is gone: {e}");
     }
 }

@@ -60,6 +60,7 @@ use self::terminal::Screen;
 use crate::error::{Context as _, Error, Result};
 use crate::log::log_warn;
 use crate::oci::{Capabilities, NamespaceKind, PosixRlimit, State};
+use crate::pump::Late;
 use crate::reaper::Reaper;
 
 /// A container whose first process exists.
@@ -144,7 +145,8 @@ impl Container {
             Ok((spec, launched))
         };
         let (spec, launched) = blocking(work).await?;
-        let init = Process::new(launched, Arc::clone(&cgroup), 0, pipes, connections)?;
+        let made = Arc::clone(&cgroup);
+        let init = Process::new(launched, made, 0, pipes, connections, Late::Dropped)?;
         let init = Arc::new(init);
         let defaults = ExecDefaults {
             capabilities: spec.process.capabilities.clone(),

@@ -1,16 +1,16 @@
 //! One process that the agent has started in a container.
 
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use super::cgroup::Cgroup;
 use super::channel::Channel;
 use super::launch::{self, Launched};
 use super::signals::MAX_SIGNAL;
-use super::stdio::{Connections, Pipes};
+use super::stdio::{Connected, Connections, Pipes};
 use super::terminal::{self, Size};
 use crate::error::{Code, Context as _, Error, Result};
-use crate::pump::Endpoint;
+use crate::pump::{Late, Written};
 use crate::reaper::{Exit, ExitReceiver, exited};
 
 /// A process from the time that it is ready to call `execve`.
@@ -18,12 +18,22 @@ pub(crate) struct Process {
     pid: i32,
     pidfd: OwnedFd,
     exit: ExitReceiver,
-    terminal: Option<Endpoint>,
+    streams: Connected,
     /// Taken by whoever starts the process.
     channel: Mutex<Option<Channel>>,
     cgroup: Arc<Cgroup>,
     oom_kills_before: u64,
-    oom_killed: OnceLock<bool>,
+    end: OnceLock<Ended>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone)]
+pub(crate) struct Ended {
+    pub(crate) exit: Exit,
+    /// The kernel has killed a process of the container for its memory limit meanwhile.
+    pub(crate) oom_killed: bool,
+    /// Bytes that had been written to each of its outputs by then.
+    pub(crate) written: Vec<u64>,
 }
 
 impl Process {
@@ -38,12 +48,13 @@ impl Process {
         oom_kills_before: u64,
         pipes: Pipes,
         connections: Connections,
+        late: Late,
     ) -> Result<Self> {
         let Launched { pid, pidfd, channel, exit, terminal } = launched;
-        let terminal = pipes.connect(connections, terminal, &exit)?;
+        let streams = pipes.connect(connections, terminal, late, &exit)?;
         let channel = Mutex::new(Some(channel));
-        let oom_killed = OnceLock::new();
-        Ok(Self { pid, pidfd, exit, terminal, channel, cgroup, oom_kills_before, oom_killed })
+        let end = OnceLock::new();
+        Ok(Self { pid, pidfd, exit, streams, channel, cgroup, oom_kills_before, end })
     }
 
     /// In the guest's root pid namespace.
@@ -59,12 +70,14 @@ impl Process {
         self.exit.borrow().is_some()
     }
 
-    /// Waits until the process has ended. True with the exit if the kernel has killed a process of
-    /// the container for its memory limit meanwhile.
-    pub(crate) async fn wait(&self) -> (Exit, bool) {
+    /// Waits until the process has ended.
+    pub(crate) async fn wait(&self) -> &Ended {
         let exit = exited(&mut self.exit.clone()).await;
-        let killed = || self.cgroup.oom_kills() > self.oom_kills_before;
-        (exit, *self.oom_killed.get_or_init(killed))
+        self.end.get_or_init(|| Ended {
+            exit,
+            oom_killed: self.cgroup.oom_kills() > self.oom_kills_before,
+            written: self.streams.written.iter().map(Written::bytes).collect(),
+        })
     }
 
     /// Lets the process call `execve`, once.
@@ -103,8 +116,9 @@ impl Process {
     ///
     /// It has none.
     pub(crate) fn resize(&self, size: Size) -> Result<()> {
-        match &self.terminal {
-            Some(terminal) => terminal::resize(terminal.get_ref(), size),
+        match self.streams.terminal.as_ref().map(Weak::upgrade) {
+            Some(Some(terminal)) => terminal::resize(terminal.get_ref(), size),
+            Some(None) => Err(Error::state("the terminal of the process has been hung up")),
             None => Err(Error::state("the process has no terminal")),
         }
     }

@@ -1,15 +1,17 @@
 //! The standard streams of a process: pipes between it and the host's connections.
 
 use std::os::fd::OwnedFd;
+use std::sync::{Arc, Weak};
 
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use super::path;
 use crate::error::{Context as _, Error, Result};
-use crate::pump::{self, Endpoint};
+use crate::pump::{self, Endpoint, Late, Output, Written};
 use crate::reaper::ExitReceiver;
 use crate::stream::Connection;
 
@@ -86,7 +88,7 @@ impl Pipes {
         Ok((write, Some(read)))
     }
 
-    /// Starts moving bytes, and returns the terminal for resizing, if it was to have one.
+    /// Starts moving bytes.
     ///
     /// # Errors
     ///
@@ -95,15 +97,20 @@ impl Pipes {
         self,
         mut connections: Connections,
         terminal: Option<OwnedFd>,
+        late: Late,
         exit: &ExitReceiver,
-    ) -> Result<Option<Endpoint>> {
+    ) -> Result<Connected> {
+        let mut connected = Connected::default();
         for (fd, further) in self.further.into_iter().zip(connections.further.drain(..)) {
             if let Some(fd) = fd {
-                connect_further(fd, further, exit)?;
+                connected.written.extend(connect_further(fd, further, late, exit)?);
             }
         }
         match (self.terminal, terminal) {
-            (true, Some(master)) => return connect_terminal(master, connections, exit).map(Some),
+            (true, Some(master)) => {
+                connect_terminal(master, connections, exit, &mut connected)?;
+                return Ok(connected);
+            }
             (true, None) => return Err(Error::internal("the process has not sent its terminal")),
             (false, _) => {}
         }
@@ -115,34 +122,60 @@ impl Pipes {
         for (fd, connection) in outputs {
             if let (Some(fd), Some(connection)) = (fd, connection) {
                 let source = endpoint(fd, Interest::READABLE)?;
-                tokio::spawn(pump::output(source, connection, exit.clone()));
+                connected.written.push(connect_output(source, connection, late, exit));
             }
         }
-        Ok(None)
+        Ok(connected)
     }
 }
 
-fn connect_further(fd: OwnedFd, further: Further, exit: &ExitReceiver) -> Result<()> {
+/// Streams that are connected.
+#[derive(Debug, Default)]
+pub(crate) struct Connected {
+    /// The process's terminal, until it is hung up.
+    pub(crate) terminal: Option<Weak<AsyncFd<OwnedFd>>>,
+    /// The outputs: those from descriptor 3 on, then standard output and error.
+    pub(crate) written: Vec<Written>,
+}
+
+fn connect_output(
+    source: Endpoint,
+    connection: Connection,
+    late: Late,
+    exit: &ExitReceiver,
+) -> Written {
+    let output = Output::new(source, late);
+    let written = output.written();
+    tokio::spawn(output.send(connection, exit.clone()));
+    written
+}
+
+fn connect_further(
+    fd: OwnedFd,
+    further: Further,
+    late: Late,
+    exit: &ExitReceiver,
+) -> Result<Option<Written>> {
     match (further.input, further.output) {
         (Some(input), Some(output)) => {
             let socket = endpoint(fd, Interest::READABLE | Interest::WRITABLE)?;
             tokio::spawn(pump::socket_input(input, socket.clone(), exit.clone()));
-            tokio::spawn(pump::output(socket, output, exit.clone()));
+            Ok(Some(connect_output(socket, output, late, exit)))
         }
         (Some(input), None) => {
             let sink = endpoint(fd, Interest::WRITABLE | Interest::ERROR)?;
             tokio::spawn(pump::input(input, sink, exit.clone()));
+            Ok(None)
         }
         (None, Some(output)) => {
             let source = endpoint(fd, Interest::READABLE)?;
-            tokio::spawn(pump::output(source, output, exit.clone()));
+            Ok(Some(connect_output(source, output, late, exit)))
         }
-        (None, None) => {}
+        (None, None) => Ok(None),
     }
-    Ok(())
 }
 
-/// Starts moving bytes between a terminal and the host, and returns the terminal for resizing.
+/// Starts moving bytes between a terminal and the host.
 ///
 /// # Errors
 ///
@@ -151,22 +184,16 @@ fn connect_terminal(
     master: OwnedFd,
     connections: Connections,
     exit: &ExitReceiver,
-) -> Result<Endpoint> {
+    connected: &mut Connected,
+) -> Result<()> {
     let terminal = endpoint(master, Interest::READABLE | Interest::WRITABLE)?;
-    if let Some(connection) = connections.stdin {
-        tokio::spawn(pump::terminal_input(connection, terminal.clone(), exit.clone()));
+    connected.terminal = Some(Arc::downgrade(&terminal));
+    let Connections { stdin, stdout, .. } = connections;
+    if stdout.is_some() {
+        connected.written.push(Output::new(terminal.clone(), Late::Dropped).written());
     }
-    // Output that nobody wants is thrown away, or the process would stop when the terminal is full.
-    match connections.stdout {
-        Some(connection) => {
-            tokio::spawn(pump::output(terminal.clone(), connection, exit.clone()));
-        }
-        None => {
-            let terminal = terminal.clone();
-            tokio::spawn(async move { pump::discard(&terminal).await });
-        }
-    }
-    Ok(terminal)
+    tokio::spawn(pump::terminal(terminal, stdin, stdout, exit.clone()));
+    Ok(())
 }
 
 fn endpoint(fd: OwnedFd, interest: Interest) -> Result<Endpoint> {

@@ -16,12 +16,16 @@ use vsock::{VMADDR_CID_HOST, VsockStream};
 
 use crate::error::{Context as _, Result};
 use crate::log::log_warn;
+use crate::stream::is_transient;
 
 /// Most questions at a time. More are dropped, as a network may drop them.
 const MAX_QUESTIONS: usize = 64;
 
 /// How long an answer may take. Whoever asks has asked again by then.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long to wait when descriptors or memory have run out: others give some back meanwhile.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The threads need next to no stack.
 const STACK: usize = 64 * 1024;
@@ -75,6 +79,7 @@ fn serve_datagrams(socket: &Arc<UdpSocket>, questions: &Arc<AtomicUsize>) {
             }
             // Somebody did not wait for an answer.
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
+            Err(e) if is_transient(&e) => thread::sleep(PAUSE),
             Err(e) => return log_warn!("no more names by datagram: {e}"),
         }
     }
@@ -97,6 +102,7 @@ fn serve_streams(listener: &TcpListener, questions: &Arc<AtomicUsize>) {
         match listener.accept() {
             Ok((stream, _)) => ask(questions, move || splice(&stream)),
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(e) if is_transient(&e) => thread::sleep(PAUSE),
             Err(e) => return log_warn!("no more names by stream: {e}"),
         }
     }

@@ -68,6 +68,11 @@ impl Agent for AgentService {
         self.run(move |sandbox| container::start(sandbox, r)).await
     }
 
+    async fn hold_process(&self, _: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<Empty> {
+        // Ends with the connection, which is what it is for.
+        process::hold(Arc::clone(&self.0), r).await.map_err(status)
+    }
+
     async fn exec_process(
         &self,
         _: &TtrpcContext,

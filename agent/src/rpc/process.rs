@@ -11,6 +11,17 @@ use crate::container::terminal::Screen;
 use crate::error::{Code, Error, Result};
 use crate::sandbox::Sandbox;
 
+/// Never returns unless it fails: its caller's connection ends it.
+pub(super) async fn hold(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<Empty> {
+    if request.exec_id.is_empty() {
+        return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
+    }
+    let container = sandbox.container(&request.container_id)?;
+    let _hold = container.hold(request.exec_id)?;
+    // A call that has been answered would be no sign of a caller.
+    std::future::pending().await
+}
+
 pub(super) async fn exec(
     sandbox: Arc<Sandbox>,
     request: ExecProcessRequest,
@@ -31,9 +42,14 @@ pub(super) async fn exec(
 
 pub(super) async fn wait(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<ProcessExit> {
     let process = sandbox.container(&request.container_id)?.process(&request.exec_id)?;
-    let (exit, oom_killed) = process.wait().await;
-    let (status, signal) = (exit.status, exit.signal);
-    Ok(ProcessExit { status, signal, oom_killed, ..ProcessExit::default() })
+    let ended = process.wait().await;
+    Ok(ProcessExit {
+        status: ended.exit.status,
+        signal: ended.exit.signal,
+        oom_killed: ended.oom_killed,
+        written: ended.written.clone(),
+        ..ProcessExit::default()
+    })
 }
 
 pub(super) async fn signal(sandbox: Arc<Sandbox>, request: SignalProcessRequest) -> Result<Empty> {

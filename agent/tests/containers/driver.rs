@@ -263,6 +263,12 @@ impl Driver {
         process: &Value,
         tokens: Option<StreamTokens>,
     ) -> Result<u32, (Code, String)> {
+        let client = self.client.clone();
+        let owned =
+            ProcessRef { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() };
+        tokio::spawn(async move { client.hold_process(context(), &owned).await });
+        // Sent before the call that needs it.
+        tokio::task::yield_now().await;
         let request = ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),

@@ -82,7 +82,7 @@ fn run_all(filter: &str) -> ExitCode {
             rootfs::files_of_the_guest_are_sealed,
             streams::both_ways_at_once,
             streams::last_line_is_never_lost,
-            streams::background_processes_do_not_hold_output,
+            streams::background_processes_go_on_to_write,
             streams::ends_of_streams,
             streams::terminals,
         );

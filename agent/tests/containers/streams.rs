@@ -54,16 +54,16 @@ pub(crate) async fn last_line_is_never_lost(d: &Driver) {
     d.end(&id).await;
 }
 
-pub(crate) async fn background_processes_do_not_hold_output(d: &Driver) {
+pub(crate) async fn background_processes_go_on_to_write(d: &Driver) {
     let id = d.sleeping(|_| ()).await;
-    // It goes on only after the output of its parent has ended.
-    let script = "{ while ! test -e /tmp/go; do sleep 0.05; done; echo late; echo $? > /tmp/late; } & \
-                  echo now";
-    assert_eq!(d.exec_sh(&id, script).await.out, "now\n");
-    // Its later write does not end it.
-    let wait = "touch /tmp/go; while ! test -s /tmp/late; do sleep 0.05; done; cat /tmp/late";
-    assert_eq!(d.exec_sh(&id, wait).await.out, "0\n");
-    std::fs::remove_file(d.file("/tmp/late")).unwrap();
+    let script = "{ while ! test -e /tmp/go; do sleep 0.05; done; echo late; } & echo now";
+    let io = d.io();
+    let process = d.spec(script)["process"].clone();
+    d.exec(&id, "a", &process, Some(io.tokens.clone())).await.unwrap();
+    // The process has ended, and the count tells its output from what follows.
+    assert_eq!(d.wait(&id, "a").await.written, [4, 0]);
+    std::fs::write(d.file("/tmp/go"), "").unwrap();
+    assert_eq!(io.bytes().await, b"now\nlate\n");
     std::fs::remove_file(d.file("/tmp/go")).unwrap();
     d.end(&id).await;
 }

@@ -97,9 +97,19 @@ impl Place {
         self.asked
     }
 
-    /// What is to be made, and to be removed at the end, whatever comes of it.
-    pub(crate) fn plan(&self) -> Cgroup {
-        Cgroup::plan(&self.dir, self.unit.as_ref())
+    /// What is to be made, and to be removed at the end, whatever comes of it. For the sandbox process: a
+    /// scope has been made by now, with this process in it.
+    ///
+    /// # Errors
+    ///
+    /// If this process is not in the scope that systemd was asked for.
+    pub(crate) fn plan(&self) -> Result<Cgroup> {
+        let Some(unit) = &self.unit else { return Ok(Cgroup::plan(&self.dir, None)) };
+        // systemd escapes what its names cannot hold, so the path is known to it alone.
+        let dir = own_path().filter(|dir| *dir != self.caller).ok_or_else(|| {
+            Error::new(format!("systemd has not put the sandbox process into {}", unit.name()))
+        })?;
+        Ok(Cgroup::plan(&dir, Some(unit)))
     }
 }
 

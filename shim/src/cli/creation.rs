@@ -3,7 +3,7 @@
 use std::{
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
-    process::ExitStatus,
+    process::{Child, ExitStatus},
     time::Duration,
 };
 
@@ -32,9 +32,12 @@ use crate::{
         signals::Signals,
     },
     settings,
-    state::{Id, Record, StateDir, write_whole},
+    state::{Id, ProcessId, Record, StateDir, write_whole},
     terminal,
 };
+
+/// How long a sandbox process may take to end that has said that it does, or has lost who launched it.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long the processes of a sandbox may take to end when they are killed.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -70,7 +73,7 @@ pub(super) struct NewContainer {
     pub(super) dir: StateDir,
     pub(super) terminal: Option<Terminal>,
     signals: Signals,
-    child: std::process::Child,
+    child: Child,
     reader: BufReader<OwnedReadHalf>,
     /// What has been read of the next message.
     line: Vec<u8>,
@@ -295,8 +298,12 @@ impl NewContainer {
         if dir.record().ok().flatten().is_some_and(|r| r.status != crate::state::Status::Creating) {
             let _ = child.kill();
         }
-        let ended = child.wait().explain(|| "cannot wait for the sandbox process".into());
-        let removed = match ended.and_then(|_| dir.record()) {
+        // Its poststop hooks are part of what it does before it ends.
+        let hooks = dir.record().ok().flatten().and_then(|record| record.hooks);
+        let hooks =
+            hooks.as_ref().and_then(|hooks| hooks.poststop().as_deref()).unwrap_or_default();
+        let limit = hooks::time_limit(hooks).unwrap_or(END_TIMEOUT).saturating_add(END_TIMEOUT);
+        let removed = match wait_within(&mut child, limit).and_then(|_| dir.record()) {
             Ok(record) => remove(&dir, record.as_ref()).await,
             Err(error) => Err(error),
         };
@@ -311,8 +318,23 @@ impl NewContainer {
     ///
     /// If that is not possible.
     pub(super) fn wait(&mut self) -> Result<ExitStatus> {
-        self.child.wait().explain(|| "cannot wait for the sandbox process".into())
+        wait_within(&mut self.child, END_TIMEOUT)
     }
+}
+
+/// Waits for the end of a sandbox process that is about to end, and kills it if it takes longer than
+/// `limit`: it may have been stopped.
+fn wait_within(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
+    let process = i32::try_from(child.id()).ok().and_then(ProcessId::of);
+    if process.is_some_and(|process| !process.wait(limit)) {
+        log::warn!(
+            "the sandbox process {} does not end within {} seconds, so it is killed",
+            child.id(),
+            limit.as_secs()
+        );
+        let _ = child.kill();
+    }
+    child.wait().explain(|| "cannot wait for the sandbox process".into())
 }
 
 /// What happened next.
@@ -385,7 +407,11 @@ pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()
 }
 
 /// Kills sandbox process and VMM. While one of them lives, what it uses cannot be removed.
-fn end_processes(record: &Record) -> Result<()> {
+///
+/// # Errors
+///
+/// If one of them does not end.
+pub(super) fn end_processes(record: &Record) -> Result<()> {
     let processes = [Some(record.sandbox), record.vmm].into_iter().flatten();
     // Both, even if one does not end.
     let left: Vec<_> = processes.filter(|process| !process.kill(KILL_TIMEOUT)).collect();

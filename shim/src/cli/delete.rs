@@ -7,8 +7,8 @@ use clap::Args;
 use super::{Global, creation::remove, run::event_loop};
 use crate::{
     error::{Error, Result},
-    sandbox::control::{Request, ask},
-    state::{Id, Record, StateDir, Status},
+    sandbox::control::{Request, is_answered},
+    state::{Id, Record, Remains, StateDir, Status},
 };
 
 /// How long a sandbox process may take to end its microVM in order. It gives itself less.
@@ -30,8 +30,10 @@ impl Delete {
             Err(_) if self.force && !global.root.join(id.as_str()).exists() => return Ok(0),
             dir => dir?,
         };
-        if let Some(record) = self.record(&dir)? {
-            self.end(&dir, &record)?;
+        match dir.record() {
+            Ok(Some(record)) => self.end(&dir, &record)?,
+            Ok(None) => {}
+            Err(error) => return self.delete_remains(&dir, error),
         }
         if !dir.try_lock()? {
             // Whose it is cannot be said if the record cannot be read.
@@ -40,30 +42,38 @@ impl Delete {
                 "container {id} is being created or deleted by somebody else"
             )));
         }
-        let record = match dir.record() {
-            Err(error) if self.force => {
-                log::warn!(
-                    "{error}; which cgroup it had, and what it made in a network namespace of \
-                     others, is not known and stays"
-                );
-                None
-            }
-            record => record?,
-        };
+        let record = dir.record()?;
         event_loop()?.block_on(remove(&dir, record.as_ref()))?;
         Ok(0)
     }
 
-    /// What is known of the container. With `--force`, what cannot be read is not known: its sandbox
-    /// process is gone if its lock is free, and the VMM with it.
-    fn record(&self, dir: &StateDir) -> Result<Option<Record>> {
-        match dir.record() {
-            Err(error) if self.force => {
-                log::debug!("{error}");
-                Ok(None)
-            }
-            record => record,
+    /// Deletes a container whose record cannot be read because of `error`: with `--force`, or if it has
+    /// ended. Its poststop hooks are not run, and its processes in a pod's microVM end with that.
+    fn delete_remains(&self, dir: &StateDir, error: Error) -> Result<u8> {
+        let Remains { sandbox, vmm, cgroup, network } = dir.remains();
+        let ended = sandbox.is_some_and(|sandbox| !sandbox.is_alive());
+        if !self.force && !ended {
+            return Err(error);
         }
+        for process in [sandbox, vmm].into_iter().flatten() {
+            process.kill(END_TIMEOUT);
+        }
+        // Its sandbox process is gone if its lock is free, and the VMM with it.
+        if !dir.try_lock()? {
+            return Err(error);
+        }
+        match (&cgroup, &network) {
+            (Some(_), _) | (_, Some(_)) => log::warn!("{error}"),
+            (None, None) => log::warn!(
+                "{error}; which cgroup it had, and what it made in a network namespace of \
+                 others, is not known and stays"
+            ),
+        }
+        let network = network.map_or(Ok(()), |taken| taken.give_back());
+        let cgroup = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
+        network.and(cgroup)?;
+        dir.remove()?;
+        Ok(0)
     }
 
     /// Sees to it that the sandbox process ends, if it may.
@@ -86,9 +96,16 @@ impl Delete {
             Status::Running | Status::Paused => {}
         }
         if record.current_status() != Status::Stopped {
-            // If it cannot be asked, it is killed when it does not end.
-            if let Err(error) = ask(dir, &Request::Destroy) {
-                log::debug!("{error}");
+            // One that is stopped would neither answer nor end.
+            record.sandbox.let_go_on();
+            let why = match is_answered(dir, &Request::Destroy) {
+                Ok(true) => None,
+                Ok(false) => Some("it does not answer".to_owned()),
+                Err(error) => Some(error.message),
+            };
+            if let Some(why) = why {
+                log::warn!("the sandbox process of {} is killed: {why}", record.id);
+                record.sandbox.kill(END_TIMEOUT);
             }
         }
         if !record.sandbox.wait(END_TIMEOUT) {

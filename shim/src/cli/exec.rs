@@ -113,6 +113,7 @@ impl Exec {
             cgroup,
             terminal,
             preserved,
+            detached: self.detach,
             memory_mib: record.map_or(0, |record| record.vm.memory_mib),
         };
         if self.detach { self.detach(&dir, &exec) } else { self.attend(&exec) }

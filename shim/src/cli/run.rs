@@ -113,16 +113,30 @@ impl Run {
             }
         };
         if !self.keep {
-            remove(&container.dir, container.dir.record()?.as_ref()).await?;
+            let removed = match container.dir.record() {
+                Ok(record) => remove(&container.dir, record.as_ref()).await,
+                Err(error) => Err(error),
+            };
+            // How the container ended is what the caller waits for.
+            if let Err(left) = removed {
+                log::warn!("container {id} has ended, and something of it is left: {left}");
+            }
         }
         if let (true, Some(ended)) = (self.timeline, &heard) {
             // There is nowhere to say that it cannot be said.
             let _ = std::io::stderr().write_all(ended.timeline.table().as_bytes());
         }
-        match (heard.and_then(|ended| ended.error), status.code()) {
-            (Some(error), _) => Err(error),
-            (None, Some(code)) => Ok(u8::try_from(code).unwrap_or(u8::MAX)),
-            (None, None) => Err(Error::with_kind(
+        if let Some(Ended { exit, error, .. }) = heard {
+            match (error, exit) {
+                (Some(error), _) => return Err(error),
+                // Known, whatever becomes of the process that has said it.
+                (None, Some(exit)) => return Ok(exit.status),
+                (None, None) => {}
+            }
+        }
+        match status.code() {
+            Some(code) => Ok(u8::try_from(code).unwrap_or(u8::MAX)),
+            None => Err(Error::with_kind(
                 ErrorKind::VmLost,
                 format!(
                     "the sandbox process of container {id} was {}, so the exit status of the \

@@ -1,5 +1,7 @@
 //! Calls to the agent. What it answers comes from the guest and is treated so.
 
+use std::{future::poll_fn, task::Poll};
+
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use serde_json::Value;
 use ttrpc::{Code, r#async::transport::Socket, context::Context};
@@ -125,6 +127,27 @@ impl Agent {
             .map_err(|e| explain_program("cannot start the container", e))
     }
 
+    /// Owns the process of an exec that is to be started by this connection: when that goes, the guest
+    /// kills the process.
+    pub(super) async fn hold(&self) -> Result<()> {
+        let request = self.process();
+        let client = self.client.clone();
+        let mut call =
+            Box::pin(async move { client.hold_process(Context::default(), &request).await });
+        // The call has no answer. With this it is on its way, before those that follow.
+        let sent = poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await;
+        match sent {
+            Poll::Pending => {
+                tokio::spawn(call);
+                Ok(())
+            }
+            Poll::Ready(Err(e)) => Err(explain("cannot run the process", e)),
+            Poll::Ready(Ok(_)) => {
+                Err(Error::new("cannot run the process: the agent does not own it"))
+            }
+        }
+    }
+
     /// Runs another process in the container, in this group below the container's own.
     pub(super) async fn exec_process(
         &self,
@@ -153,20 +176,29 @@ impl Agent {
 
     /// Waits for the end of the process, however long that takes.
     pub(super) async fn wait(&self) -> Result<Exit> {
-        let request = ProcessRef {
-            container_id: self.container_id.clone(),
-            exec_id: self.exec_id.clone(),
-            ..Default::default()
-        };
+        self.wait_with_output().await.map(|(exit, _)| exit)
+    }
+
+    /// As [`Self::wait`]. Returns as well how much had been written by then to each of the process's
+    /// outputs, in the order of [`Streams`](super::stdio::Streams).
+    pub(super) async fn wait_with_output(&self) -> Result<(Exit, Vec<u64>)> {
         let exit = self
             .client
-            .wait_process(Context::default(), &request)
+            .wait_process(Context::default(), &self.process())
             .await
             .map_err(|e| explain("cannot wait for the process", e))?;
         let status = u8::try_from(exit.status).map_err(|_| {
             Error::new(format!("the agent reported exit status {}, which none is", exit.status))
         })?;
-        Ok(Exit { status, oom_killed: exit.oom_killed })
+        Ok((Exit { status, oom_killed: exit.oom_killed }, exit.written))
+    }
+
+    fn process(&self) -> ProcessRef {
+        ProcessRef {
+            container_id: self.container_id.clone(),
+            exec_id: self.exec_id.clone(),
+            ..Default::default()
+        }
     }
 
     /// Sends a signal to the process, or to all of the container's.

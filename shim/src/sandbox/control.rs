@@ -15,6 +15,7 @@ use std::{
 };
 
 use oci_spec::runtime::LinuxResources;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt::Timeout};
 use serde::{Deserialize, Serialize};
 
 use super::timeline::Timeline;
@@ -23,6 +24,9 @@ use crate::{
     state::{CONTROL_SOCKET, Exit, StateDir},
     terminal::Size,
 };
+
+/// Version of the messages here. Raised by any change that one side alone cannot survive.
+pub const CONTROL_VERSION: u32 = 1;
 
 /// Longest message in either direction, in bytes.
 pub const MAX_MESSAGE_LEN: usize = 64 * 1024;
@@ -116,6 +120,10 @@ impl Answer {
 /// How long the answer to what is done at once may take.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a sandbox process may take to answer what it answers without asking its guest, before it
+/// counts as one that cannot answer any more: stopped, or out of descriptors.
+const LIFE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Asks the sandbox process behind `dir` for what it does at once, and waits for the answer.
 ///
 /// # Errors
@@ -131,37 +139,58 @@ pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
 ///
 /// As [`ask`].
 pub fn ask_within(dir: &StateDir, request: &Request, limit: Option<Duration>) -> Result<Answer> {
+    exchange(dir, request, limit)?.ok_or_else(|| {
+        Error::new(format!(
+            "the sandbox process of container {id} does not answer within {} seconds: `isopod \
+             delete --force {id}` ends it",
+            limit.unwrap_or_default().as_secs(),
+            id = dir.path().file_name().unwrap_or_default().display()
+        ))
+    })
+}
+
+/// Asks for what a sandbox process answers without its guest. False if no answer comes, as from one that
+/// is stopped or has no descriptor left for the connection.
+///
+/// # Errors
+///
+/// As [`ask`].
+pub fn is_answered(dir: &StateDir, request: &Request) -> Result<bool> {
+    exchange(dir, request, Some(LIFE_TIMEOUT)).map(|answer| answer.is_some())
+}
+
+/// Sends a request and receives the answer. None if there is none within `limit`.
+fn exchange(dir: &StateDir, request: &Request, limit: Option<Duration>) -> Result<Option<Answer>> {
     use std::io::ErrorKind::{
         BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, WouldBlock,
     };
     let gone = |e: &std::io::Error| {
         matches!(e.kind(), NotFound | ConnectionRefused | ConnectionReset | BrokenPipe)
     };
+    dir.check_protocols()?;
+    let silent = |e: &std::io::Error| matches!(e.kind(), WouldBlock | TimedOut);
     let path = dir.path().join(CONTROL_SOCKET);
     let what = || format!("cannot talk to the sandbox process at {}", path.display());
-    let mut socket = match UnixStream::connect(dir.short_path(CONTROL_SOCKET)) {
+    let mut socket = match connect(dir, limit) {
         Ok(socket) => socket,
-        Err(e) if gone(&e) => return Ok(Answer::Gone),
+        Err(e) if gone(&e) => return Ok(Some(Answer::Gone)),
+        Err(e) if silent(&e) => return Ok(None),
         Err(e) => return Err(e).explain(what),
     };
     // A sandbox process that is stopped takes the connection but never answers.
     socket.set_read_timeout(limit).explain(what)?;
     match send(&mut socket, request) {
-        Err(e) if gone(&e) => return Ok(Answer::Gone),
+        Err(e) if gone(&e) => return Ok(Some(Answer::Gone)),
+        Err(e) if silent(&e) => return Ok(None),
         result => result.explain(what)?,
     }
     match read_line(&mut BufReader::new(socket)) {
-        Ok(None) => Ok(Answer::Gone),
-        Err(e) if gone(&e) => Ok(Answer::Gone),
-        Err(e) if matches!(e.kind(), WouldBlock | TimedOut) => Err(Error::new(format!(
-            "the sandbox process of container {id} does not answer within {} seconds: `isopod \
-             delete --force {id}` ends it",
-            limit.unwrap_or_default().as_secs(),
-            id = dir.path().file_name().unwrap_or_default().display()
-        ))),
+        Ok(None) => Ok(Some(Answer::Gone)),
+        Err(e) if gone(&e) => Ok(Some(Answer::Gone)),
+        Err(e) if silent(&e) => Ok(None),
         Err(e) => Err(e).explain(what),
         Ok(Some(line)) => match serde_json::from_str(&line).explain(what)? {
-            Message::Done => Ok(Answer::Done),
+            Message::Done => Ok(Some(Answer::Done)),
             Message::Failed { error } => Err(error),
             Message::Created | Message::Ended(_) => Err(Error::new(format!(
                 "{}: it answered with something else than was asked",
@@ -169,6 +198,26 @@ pub fn ask_within(dir: &StateDir, request: &Request, limit: Option<Duration>) ->
             ))),
         },
     }
+}
+
+/// Connects within `limit`: a sandbox process that accepts no connections lets their queue fill up, and
+/// connect(2) waits for room in it as long as a send may take (unix(7)).
+fn connect(dir: &StateDir, limit: Option<Duration>) -> std::io::Result<UnixStream> {
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    rustix::net::sockopt::set_socket_timeout(&socket, Timeout::Send, limit)?;
+    let address = SocketAddrUnix::new(dir.short_path(CONTROL_SOCKET))?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    }
+    Ok(socket.into())
 }
 
 /// A message as a line.

@@ -26,7 +26,7 @@ use super::{
     preserved::Preserved,
     random_u64,
     signals::{KILL, Signals, WINCH},
-    stdio::{self, Local, Relay},
+    stdio::{self, Apart, Local, Relay, Release},
 };
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
@@ -55,8 +55,18 @@ pub struct Exec {
     pub terminal: Option<Terminal>,
     /// What it gets beyond the standard streams, from descriptor 3 on.
     pub preserved: Vec<Preserved>,
+    /// The command that starts it does not stay until its end.
+    pub detached: bool,
     /// The microVM's memory.
     pub memory_mib: u64,
+}
+
+/// Where the streams of the process are relayed.
+enum Streaming {
+    /// By threads of this process.
+    Here(Relay),
+    /// By a process of their own.
+    Apart(Apart),
 }
 
 /// Where the call that starts the process is.
@@ -152,6 +162,7 @@ impl Exec {
 
     async fn run_process(&self, started: impl FnOnce() -> Result<()>) -> Result<Exit> {
         let dir = StateDir::open_path(&self.state_dir)?;
+        dir.check_protocols()?;
         let mut signals = Signals::new()?;
         let (end, agent) = bounded(&mut signals, self.connect(&dir)).await?;
         let mut call = Call::NotMade;
@@ -191,7 +202,7 @@ impl Exec {
         dir: &StateDir,
         agent: &Agent,
         call: &mut Call,
-    ) -> Result<(Relay, Option<OwnedFd>)> {
+    ) -> Result<(Streaming, Option<OwnedFd>)> {
         let (local, size, console) = match &self.terminal {
             None => (Local::inherited()?, None, None),
             Some(Terminal::Inherited { size }) => {
@@ -204,9 +215,10 @@ impl Exec {
         };
         let local = local.with(&self.preserved)?;
         if !matches!(self.terminal, Some(Terminal::Inherited { .. })) {
-            stdio::release(stdio::Release::but_for_messages())?;
+            stdio::release(if self.detached { Release::All } else { Release::but_for_messages() })?;
         }
         let (tokens, streams) = local.connect(dir).await?;
+        agent.hold().await?;
         let (caller, process, cgroup) = (agent.clone(), self.process.clone(), self.cgroup.clone());
         let screen = Screen::of(self.terminal.as_ref(), size);
         let task =
@@ -218,23 +230,35 @@ impl Exec {
             answer.map_err(|_| Error::new("the start was given up"))??;
             *call = Call::Answered;
         }
-        Ok((streams.relay()?, console))
+        let relay = if self.detached && streams.have_output() {
+            Streaming::Apart(streams.relay_apart(self.memory())?)
+        } else {
+            Streaming::Here(streams.relay()?)
+        };
+        Ok((relay, console))
     }
 
-    /// Passes signals on to the process until it ends, and its output until that does.
+    /// The size of the microVM's memory in bytes.
+    fn memory(&self) -> u64 {
+        self.memory_mib << 20
+    }
+
+    /// Passes signals on to the process until it ends, and its output: to a caller that stays until that
+    /// ends, as with runc, and for one that does not until all is passed on that the process can have
+    /// written.
     async fn attend(
         &self,
         dir: &StateDir,
         agent: &Agent,
         end: ContainerEnd,
         signals: &mut Signals,
-        mut relay: Relay,
+        relay: Streaming,
         console: Option<OwnedFd>,
     ) -> Result<Exit> {
         let forward = |number| forward(agent.clone(), console.as_ref(), number);
         // The terminal's size may have been set while the process was started.
         forward(WINCH);
-        let mut waiting = pin!(agent.wait());
+        let mut waiting = pin!(agent.wait_with_output());
         let exit = loop {
             tokio::select! {
                 biased;
@@ -242,12 +266,27 @@ impl Exec {
                 number = signals.next() => forward(number),
             }
         };
-        let exit = match exit {
-            Ok(exit) => exit,
-            Err(error) => self.exit_with_container(dir, end, error).await?,
-        };
-        relay.finished(self.memory_mib << 20).await;
-        Ok(exit)
+        match exit {
+            Ok((exit, written)) => {
+                match relay {
+                    Streaming::Apart(relay) => relay.written(&written).await,
+                    Streaming::Here(mut relay) => tokio::select! {
+                        () = relay.outputs_ended() => {}
+                        // The process that it is meant for is no more.
+                        _ = signals.next_ending() => {}
+                    },
+                }
+                Ok(exit)
+            }
+            Err(error) => {
+                let exit = self.exit_with_container(dir, end, error).await?;
+                match relay {
+                    Streaming::Apart(relay) => relay.written(&[]).await,
+                    Streaming::Here(mut relay) => relay.finished(self.memory()).await,
+                }
+                Ok(exit)
+            }
+        }
     }
 
     /// How the process ended when the connection to its agent broke. If its container ended as it

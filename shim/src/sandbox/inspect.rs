@@ -112,6 +112,7 @@ fn ended_in_order(dir: &StateDir) -> bool {
 }
 
 async fn connect(dir: &StateDir, id: &Id) -> Result<Agent> {
+    dir.check_protocols()?;
     let connected = answer(id, Agent::connect(dir, id, String::new())).await;
     connected.map_err(|error| {
         log::debug!("{error}");

@@ -18,7 +18,7 @@ use std::{
 use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{control, pod::Membership, preserved::Preserved};
+use super::{control, limits, pod::Membership, preserved::Preserved};
 use crate::{
     bundle::{Bind, Filter, VmSize},
     cgroup::{Place, Unit},
@@ -136,7 +136,8 @@ pub fn spawn(
     document: &impl Serialize,
 ) -> Result<Launched> {
     let (mut socket, theirs) = UnixStream::pair().explain(|| "cannot make a socket pair".into())?;
-    let log = logger::file();
+    // A pipe or a terminal is the caller's, who would wait for its end.
+    let log = logger::file().filter(|log| is_regular(*log));
     let (format, debug) = logger::options();
     let mut command = match unit {
         Some(unit) => {
@@ -183,13 +184,21 @@ pub fn spawn(
     Ok(Launched { child, socket })
 }
 
-/// Lets the given descriptors through the next `execve`, and no others but the standard streams.
-/// For use between `fork` and `execve`.
+fn is_regular(fd: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstat(fd).is_ok_and(|stat| {
+        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::RegularFile
+    })
+}
+
+/// Lets the given descriptors through the next `execve`, and no others but the standard streams, and
+/// gives the program the limit of descriptors that this process was started with. For use between
+/// `fork` and `execve`.
 ///
 /// # Errors
 ///
 /// If a descriptor is not open.
 pub(super) fn inherit_only(descriptors: &[RawFd]) -> io::Result<()> {
+    limits::restore()?;
     // SAFETY: close_range(2) with CLOSE_RANGE_CLOEXEC only sets flags; no pointer is passed.
     let result = unsafe {
         libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)

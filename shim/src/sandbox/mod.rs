@@ -26,6 +26,7 @@ mod id_map;
 pub mod inspect;
 pub mod launch;
 mod lifecycle;
+mod limits;
 mod machine;
 mod oom;
 pub mod pod;

@@ -4,6 +4,7 @@ use std::{
     iter,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -21,6 +22,7 @@ use super::{
     hooks::{self, Point, RuntimeNamespace},
     launch::{Descriptors, Given, Launch, Terminal, read_document},
     lifecycle::{Lifecycle, START_TIMEOUT},
+    limits,
     machine::Machine,
     oom,
     pod::{PodShare, PodVm},
@@ -30,7 +32,7 @@ use super::{
     signals::Signals,
     stdio::{self, Local, Relay, Release},
     timeline::{GuestBoot, Timeline},
-    view,
+    view::{self, Cover},
 };
 use crate::{
     bundle::{Bind, guest_spec},
@@ -38,9 +40,12 @@ use crate::{
     clock,
     error::{Error, Explain, Result},
     network::{self, Network},
-    state::{PROCESS_FILE, ProcessId, Record, StateDir, Status},
+    state::{PROCESS_FILE, ProcessId, Protocols, Record, STATE_VERSION, StateDir, Status},
     terminal::Size,
 };
+
+/// Stack of the thread that does everything: what a first thread has.
+const STACK: usize = 8 << 20;
 
 /// Runs the sandbox process with what it was launched with, to its end. Returns its exit status:
 /// the container's, if there is one.
@@ -54,6 +59,7 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     // The kernel calls it by the link that was executed.
     rustix::thread::set_name(c"isopod").explain(|| "cannot set this process's name".into())?;
     let Given { socket, state } = descriptors.take()?;
+    limits::raise()?;
     let launch: Launch = read_document(&socket)?;
     launch.preserved.iter().try_for_each(|one| one.guard())?;
     let path = StateDir::path_of(state.as_fd())?;
@@ -65,32 +71,40 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
         Ok(origin) => (share::enter_namespace().and_then(|()| launch.network.enter()), origin),
         Err(error) => (Err(error), None),
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .explain(|| "cannot start the event loop".into())?;
-    let status = runtime.block_on(async {
-        let launcher = Launcher::new(socket)?;
-        // Opened again, since the inherited descriptor is of the old namespace. That one stays open
-        // for its lock.
-        let dir = StateDir::adopt(&path, launch.made.clone())?;
-        let timeline = Timeline {
-            command: Some(launch.command_us),
-            sandbox: Some(began_us),
-            ..Timeline::default()
-        };
-        let sandbox = Sandbox {
-            launch,
-            dir,
-            timeline,
-            origin,
-            record: None,
-            network: None,
-            share: None,
-            machine: None,
-        };
-        Ok(sandbox.run(namespace, launcher).await)
-    });
+    let (cover, covered) = view::main_thread();
+    let work = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .explain(|| "cannot start the event loop".into())?;
+        runtime.block_on(async {
+            let launcher = Launcher::new(socket)?;
+            // Opened again, since the inherited descriptor is of the old namespace. That one stays
+            // open for its lock.
+            let dir = StateDir::adopt(&path, launch.made.clone())?;
+            let timeline = Timeline {
+                command: Some(launch.command_us),
+                sandbox: Some(began_us),
+                ..Timeline::default()
+            };
+            let sandbox = Sandbox {
+                launch,
+                dir,
+                timeline,
+                origin,
+                cover,
+                record: None,
+                network: None,
+                share: None,
+                machine: None,
+            };
+            Ok(sandbox.run(namespace, launcher).await)
+        })
+    };
+    let worker = thread::Builder::new().name(view::WORKER.to_owned()).stack_size(STACK).spawn(work);
+    let worker = worker.explain(|| "cannot start a thread".into())?;
+    covered.serve();
+    let status = worker.join().unwrap_or_else(|_| Err(Error::new("the sandbox process failed")));
     drop(state);
     status
 }
@@ -102,6 +116,8 @@ struct Sandbox {
     timeline: Timeline,
     /// The way back to where this process comes from, if there are hooks.
     origin: Option<RuntimeNamespace>,
+    /// The root that others see of this process.
+    cover: Cover,
     /// As first written: from then on the container exists.
     record: Option<Record>,
     network: Option<Network>,
@@ -195,7 +211,7 @@ impl Sandbox {
             in_guest(machine, "creating the container", limit, create).await?;
         let pids: Vec<i32> =
             iter::once(record.sandbox).chain(record.vmm).map(|id| id.pid).collect();
-        view::cover(launch, &pids)?;
+        self.cover.root(view::cover(launch, &pids)?).await?;
         // Not earlier: booting takes what it takes, and nothing of the container has run.
         if let (Some(cgroup), true) = (&record.cgroup, record.bounds_microvm()) {
             cgroup.limit(&CpuLimits::of(&record.resources))?;
@@ -290,6 +306,8 @@ impl Sandbox {
         let launch = &self.launch;
         let sandbox = ProcessId::own().ok_or_else(|| Error::new("cannot read /proc/self/stat"))?;
         Ok(Record {
+            version: STATE_VERSION,
+            protocols: Protocols::OWN,
             id: launch.id.clone(),
             oci_version: launch.spec.version().clone(),
             bundle: launch.bundle.clone(),
@@ -309,7 +327,7 @@ impl Sandbox {
                 .flatten()
                 .map(|(key, value)| (key.clone(), value.clone()))
                 .collect(),
-            cgroup: launch.cgroup.as_ref().map(Place::plan),
+            cgroup: launch.cgroup.as_ref().map(Place::plan).transpose()?,
             hooks: launch.spec.hooks().clone(),
             exit: None,
             error: None,
@@ -387,10 +405,9 @@ async fn create_container(
         }
     };
     let local = local.with(&launch.preserved)?;
-    let released = Release::but_for_messages();
-    stdio::release(released)?;
+    stdio::release(if launch.detached { Release::All } else { Release::but_for_messages() })?;
     let (tokens, mut streams) = local.connect(dir).await?;
-    if launch.detached && released == Release::All {
+    if launch.detached {
         streams = streams.with_last_words();
     }
     let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();

@@ -5,18 +5,23 @@ use std::{
     io::{self, IoSliceMut},
     mem::MaybeUninit,
     os::{fd::OwnedFd, unix::net::UnixStream as StdUnixStream},
+    time::Duration,
 };
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use tokio::{
     io::{AsyncReadExt, unix::AsyncFd},
     net::UnixStream,
+    time::sleep,
 };
 
 use isopod_protocol::{Hello, PROTOCOL_VERSION, READY_PORT, RESOLVER_PORT};
 
 use super::{printable, resolver::Resolver, wait_for};
 use crate::error::{Error, Explain, Result};
+
+/// How long to wait for memory.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Longest hello in bytes.
 const MAX_HELLO_LEN: u64 = 4096;
@@ -61,31 +66,47 @@ impl GuestConnections {
     /// Passes further connections that the guest makes on to where they belong, and closes those for
     /// which there is nothing on the host.
     pub(super) async fn serve(self, resolver: Option<Resolver>) {
-        while let Ok(Some((port, stream))) = self.next().await {
-            if let Some(resolver) = resolver.as_ref().filter(|_| port == RESOLVER_PORT) {
-                resolver.take(stream);
+        loop {
+            match self.next().await {
+                Ok(Some((port, stream))) => {
+                    if let Some(resolver) = resolver.as_ref().filter(|_| port == RESOLVER_PORT) {
+                        resolver.take(stream);
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    log::warn!("the guest can connect to the host no more: {error}");
+                    return;
+                }
             }
         }
     }
 
-    /// The next connection and its port; `None` when the VMM has closed its end.
+    /// The next connection and its port; `None` when the VMM has closed its end. One for which this
+    /// process has no descriptor or memory is passed over: to the guest it has been closed.
     async fn next(&self) -> io::Result<Option<(u32, UnixStream)>> {
         loop {
             let mut guard = self.socket.readable().await?;
             match guard.try_io(|socket| receive(socket.get_ref())) {
                 Err(_) => {}
+                // It may have the memory the next time.
+                Ok(Err(e)) if e.raw_os_error() == Some(libc::ENOMEM) => sleep(PAUSE).await,
                 Ok(Err(e)) => return Err(e),
                 Ok(Ok(None)) => return Ok(None),
                 Ok(Ok(Some((port, Some(fd))))) => {
                     let stream = StdUnixStream::from(fd);
-                    stream.set_nonblocking(true)?;
-                    return Ok(Some((port, UnixStream::from_std(stream)?)));
+                    let usable =
+                        stream.set_nonblocking(true).and_then(|()| UnixStream::from_std(stream));
+                    match usable {
+                        Ok(stream) => return Ok(Some((port, stream))),
+                        Err(e) => {
+                            log::warn!("a connection of the guest to port {port} is closed: {e}")
+                        }
+                    }
                 }
-                Ok(Ok(Some((port, None)))) => {
-                    return Err(io::Error::other(format!(
-                        "the VMM announced a connection to port {port} without a descriptor"
-                    )));
-                }
+                Ok(Ok(Some((port, None)))) => log::warn!(
+                    "a connection of the guest to port {port} is closed: descriptors have run out"
+                ),
             }
         }
     }

@@ -1,7 +1,12 @@
 //! The sandbox process's side of [`super::control`]: connections in, requests out to the one task
 //! that owns the container's state.
 
-use std::{os::unix::net::UnixStream as StdUnixStream, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, VecDeque},
+    os::unix::net::UnixStream as StdUnixStream,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -26,6 +31,12 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long to wait before the next try when a connection cannot be accepted: descriptors have run
 /// out, and the connection that is next stays the next.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Most connections of one process at a time: each costs a descriptor. A client needs one.
+const MAX_CONNECTIONS: u32 = 16;
+
+/// Most requests of one connection that wait for the answer to an earlier one.
+const MAX_AHEAD: usize = 16;
 
 /// Listens on the control socket in `dir`.
 ///
@@ -126,25 +137,41 @@ async fn accept(
     mut closing: watch::Receiver<Option<Ended>>,
 ) {
     let mut connections = JoinSet::new();
+    let mut clients = Clients::default();
+    // A warning for each stretch of failures, not for each try.
+    let mut failing = false;
     loop {
         tokio::select! {
             // Who has connected before the end is to hear of it.
             biased;
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => {
+                    failing = false;
+                    let Some(client) = clients.admit(&stream) else { continue };
                     let (reader, writer) = stream.into_split();
                     let writer = Arc::new(Mutex::new(writer));
-                    connections.spawn(serve(reader, writer, commands.clone(), closing.clone()));
+                    let served = serve(reader, writer, commands.clone(), closing.clone());
+                    connections.spawn(async move {
+                        served.await;
+                        client
+                    });
                 }
                 Err(error) => {
-                    log::warn!("cannot accept a connection to {CONTROL_SOCKET}: {error}");
+                    if !failing {
+                        log::warn!("cannot accept a connection to {CONTROL_SOCKET}: {error}");
+                    }
+                    failing = true;
                     tokio::select! {
                         () = sleep(ACCEPT_PAUSE) => {}
                         _ = closing.changed() => break,
                     }
                 }
             },
-            Some(_) = connections.join_next() => {}
+            Some(ended) = connections.join_next() => {
+                if let Ok(client) = ended {
+                    clients.gone(client);
+                }
+            }
             _ = closing.changed() => break,
         }
     }
@@ -152,28 +179,107 @@ async fn accept(
     while connections.join_next().await.is_some() {}
 }
 
-/// Carries out the requests of one connection, one at a time.
+/// Open connections by the pid of the process that made them.
+#[derive(Debug, Default)]
+struct Clients(HashMap<i32, u32>);
+
+impl Clients {
+    /// Counts a connection. None if its process has too many.
+    fn admit(&mut self, stream: &UnixStream) -> Option<i32> {
+        // 0 for a process outside this pid namespace: all of those are one client.
+        let pid = stream.peer_cred().ok()?.pid().unwrap_or(0);
+        let open = self.0.entry(pid).or_default();
+        if *open >= MAX_CONNECTIONS {
+            let why = format!(
+                "process {pid} has {open} connections to {CONTROL_SOCKET}, and gets no more"
+            );
+            let refusal = Message::Failed { error: Error::new(why) };
+            if let Ok(line) = control::line(&refusal) {
+                // Fits into the buffer of a new socket.
+                let _ = stream.try_write(&line);
+            }
+            return None;
+        }
+        *open += 1;
+        Some(pid)
+    }
+
+    /// Forgets a connection.
+    fn gone(&mut self, pid: i32) {
+        if let Some(open) = self.0.get_mut(&pid) {
+            *open -= 1;
+            if *open == 0 {
+                self.0.remove(&pid);
+            }
+        }
+    }
+}
+
+/// The requests of a connection, in the order in which they were sent.
+struct Requests {
+    reader: BufReader<OwnedReadHalf>,
+    /// What has been read of the next line.
+    line: Vec<u8>,
+    ahead: VecDeque<Vec<u8>>,
+}
+
+impl Requests {
+    fn new(reader: OwnedReadHalf) -> Self {
+        Self { reader: BufReader::new(reader), line: Vec::new(), ahead: VecDeque::new() }
+    }
+
+    /// The next request. None if the client is gone, or sends what is no line. Nothing is lost when
+    /// this is cancelled.
+    async fn next(&mut self) -> Option<Vec<u8>> {
+        match self.ahead.pop_front() {
+            Some(line) => Some(line),
+            None => self.read().await,
+        }
+    }
+
+    /// Waits until the client is gone, and keeps what it sends until then for [`Self::next`]. A client
+    /// that sends too much before it has its answers counts as gone.
+    async fn gone(&mut self) {
+        while self.ahead.len() < MAX_AHEAD {
+            match self.read().await {
+                Some(line) => self.ahead.push_back(line),
+                None => return,
+            }
+        }
+    }
+
+    async fn read(&mut self) -> Option<Vec<u8>> {
+        let left = MAX_MESSAGE_LEN.saturating_sub(self.line.len());
+        let mut limited = (&mut self.reader).take(left as u64);
+        limited.read_until(b'\n', &mut self.line).await.ok()?;
+        // At the end, or at the limit, the line has no end.
+        self.line.ends_with(b"\n").then(|| std::mem::take(&mut self.line))
+    }
+}
+
+/// Carries out the requests of one connection, one at a time, until its client is gone. What a client
+/// that has gone asked for is carried out all the same.
 async fn serve(
     reader: OwnedReadHalf,
     writer: Arc<Mutex<OwnedWriteHalf>>,
     commands: mpsc::Sender<Command>,
     mut closing: watch::Receiver<Option<Ended>>,
 ) {
-    let mut reader = BufReader::new(reader);
+    let mut requests = Requests::new(reader);
     loop {
-        let mut line = Vec::new();
-        let mut limited = (&mut reader).take(MAX_MESSAGE_LEN as u64);
-        let length = tokio::select! {
+        let line = tokio::select! {
             biased;
-            read = limited.read_until(b'\n', &mut line) => read.unwrap_or(0),
+            line = requests.next() => line,
             _ = closing.changed() => return,
         };
-        if length == 0 {
-            return;
-        }
+        let Some(line) = line else { return };
         let result = match serde_json::from_slice(&line) {
             Ok(Request::Wait) => {
-                let ended = closing.wait_for(Option::is_some).await.ok().and_then(|e| e.clone());
+                let ended = tokio::select! {
+                    biased;
+                    ended = closing.wait_for(Option::is_some) => ended.ok().and_then(|e| e.clone()),
+                    () = requests.gone() => None,
+                };
                 if let Some(ended) = ended {
                     send(&writer, &Message::Ended(Box::new(ended))).await;
                 }
@@ -184,8 +290,14 @@ async fn serve(
                 if commands.send(Command { request, answer }).await.is_err() {
                     return;
                 }
-                let Ok(result) = answered.await else { return };
-                result
+                tokio::select! {
+                    biased;
+                    answered = answered => match answered {
+                        Ok(result) => result,
+                        Err(_) => return,
+                    },
+                    () = requests.gone() => return,
+                }
             }
             Err(e) => Err(Error::new(format!("the sandbox process cannot read a request: {e}"))),
         };

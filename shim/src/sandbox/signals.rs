@@ -74,6 +74,23 @@ impl Signals {
     }
 }
 
+/// Has this process ignore what [`Signals`] passes on, and the programs that it becomes. For use between
+/// `fork` and `execve`: makes system calls and no more.
+///
+/// # Errors
+///
+/// If the kernel refuses it.
+pub(super) fn ignore() -> std::io::Result<()> {
+    for number in passed_on() {
+        // SAFETY: SIG_IGN is a disposition for every signal that can be handled, and no handler of
+        // this process is lost that would run before the next `execve`.
+        if unsafe { libc::signal(number, libc::SIG_IGN) } == libc::SIG_ERR {
+            return Err(std::io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// The numbers of all signals that are passed on. The C library keeps those between the last standard
 /// signal and the first real-time one.
 fn passed_on() -> impl Iterator<Item = i32> {

@@ -5,6 +5,7 @@
 //! included, and their file status flags are shared with other processes, so they cannot be made
 //! non-blocking.
 
+mod apart;
 mod last_words;
 
 use std::{
@@ -12,7 +13,7 @@ use std::{
     io::{self, ErrorKind, Read, Write},
     net::Shutdown,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     sync::{
@@ -29,7 +30,7 @@ use rustix::{
 };
 use tokio::{
     io::AsyncWriteExt,
-    sync::oneshot,
+    sync::{oneshot, watch},
     time::{Instant, timeout_at},
 };
 
@@ -38,6 +39,7 @@ use isopod_protocol::{
     agent::{FurtherStream, StreamTokens},
 };
 
+pub use self::apart::Apart;
 use self::last_words::{LastWords, Listener};
 use super::{preserved::Preserved, random_u64, vsock};
 use crate::{
@@ -168,11 +170,12 @@ impl Local {
             further,
             ..Default::default()
         };
-        let last_is_for_messages = self.terminal || stderr.is_some();
+        let (terminal, last_is_for_messages) = (self.terminal, self.terminal || stderr.is_some());
         inputs.extend(stdin);
         outputs.extend(stdout);
         outputs.extend(stderr);
-        Ok((tokens, Streams { inputs, outputs, last_is_for_messages, last_words: None }))
+        let last_words = None;
+        Ok((tokens, Streams { inputs, outputs, terminal, last_is_for_messages, last_words }))
     }
 }
 
@@ -181,13 +184,14 @@ impl Local {
 pub enum Release {
     /// Not standard error, which is for messages to a person.
     InputAndOutput,
-    /// All three.
+    /// All three: for a process whose caller does not stay, and waits for the end of its standard error
+    /// as that of a command that has returned.
     All,
 }
 
 impl Release {
-    /// What a process gives up whose messages go to the log file, or, if it has none, to whoever
-    /// started it: containerd waits for the end of a standard error that it does not pass on.
+    /// What a process gives up whose caller stays. Its messages go to the log file, or, if it has none,
+    /// to that caller: containerd waits for the end of a standard error that it does not pass on.
     pub fn but_for_messages() -> Self {
         match crate::logger::file() {
             Some(_) => Self::All,
@@ -231,7 +235,10 @@ struct Stream {
 #[derive(Debug)]
 pub struct Streams {
     inputs: Vec<Stream>,
+    /// Those from descriptor 3 on, then standard output and error.
     outputs: Vec<Stream>,
+    /// The last input and the last output are a terminal's, as far as they are connected.
+    terminal: bool,
     /// The last output is standard error, or the terminal.
     last_is_for_messages: bool,
     last_words: Option<LastWords>,
@@ -247,26 +254,29 @@ impl Streams {
         self
     }
 
+    /// There is something to pass on that may outlive the process.
+    pub fn have_output(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
+    /// All descriptors of the streams.
+    fn descriptors(&self) -> Vec<RawFd> {
+        let streams = self.inputs.iter().chain(&self.outputs);
+        streams.flat_map(|stream| [stream.local.as_raw_fd(), stream.remote.as_raw_fd()]).collect()
+    }
+
     /// Starts to relay.
     ///
     /// # Errors
     ///
     /// If a thread cannot be started.
     pub fn relay(self) -> Result<Relay> {
-        for Stream { local, remote, on_demand, .. } in self.inputs {
-            // Not waited for: it may be blocked in a read that nobody will ever satisfy, and ends
-            // with the process.
-            start("input", move || {
-                if !on_demand || is_wanted(&remote) {
-                    relay_input(&local, &remote);
-                }
-            })?;
-        }
-        let mut outputs = Vec::new();
+        let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
         for stream in self.outputs {
             let (done, finished) = oneshot::channel();
             let Stream { local, remote, socket, listener, .. } = stream;
-            let flow = Arc::new(Flow::new(remote));
+            let (flow, written) = Flow::new(remote);
+            let flow = Arc::new(flow);
             let looked_at = Arc::downgrade(&flow);
             start("output", move || {
                 relay_output(&flow, &local);
@@ -281,9 +291,30 @@ impl Streams {
                 // Nobody waits any more, if this fails.
                 let _ = done.send(());
             })?;
-            outputs.push(Output { flow: looked_at, finished, ended_at: None, waited: 0 });
+            outputs.push(Output { flow: looked_at, finished, written, ended_at: None, waited: 0 });
         }
-        Ok(Relay { outputs, last_words: self.last_words, next_look: None })
+        let mut terminal =
+            self.terminal.then(|| outputs.last().map(|last| last.flow.clone())).flatten();
+        for Stream { local, remote, on_demand, .. } in self.inputs.into_iter().rev() {
+            let (done, finished) = oneshot::channel();
+            let shown = terminal.take().filter(|_| rustix::termios::isatty(&local));
+            // Not waited for as a rule: it may be blocked in a read that nobody will ever satisfy, and
+            // ends with the process.
+            start("input", move || {
+                let wanted = !on_demand || is_wanted(&remote);
+                if wanted
+                    && relay_input(&local, &remote) == InputEnd::HungUp
+                    && let Some(flow) = shown.and_then(|shown| shown.upgrade())
+                {
+                    // The guest hangs its terminal up in turn.
+                    let _ = flow.remote.shutdown(Shutdown::Both);
+                }
+                drop((local, remote));
+                let _ = done.send(());
+            })?;
+            inputs.push(finished);
+        }
+        Ok(Relay { inputs, outputs, last_words: self.last_words, next_look: None })
     }
 }
 
@@ -293,13 +324,18 @@ struct Flow {
     remote: UnixStream,
     /// Bytes that the guest has sent so far.
     received: AtomicU64,
+    /// Bytes that have been written here so far. Dropped at the end.
+    written: watch::Sender<u64>,
     /// The thread waits for the guest, and not for whoever reads here.
     waiting: AtomicBool,
 }
 
 impl Flow {
-    fn new(remote: UnixStream) -> Self {
-        Self { remote, received: AtomicU64::new(0), waiting: AtomicBool::new(false) }
+    /// A flow, and how much of it has been written.
+    fn new(remote: UnixStream) -> (Self, watch::Receiver<u64>) {
+        let (written, progress) = watch::channel(0);
+        let (received, waiting) = (AtomicU64::new(0), AtomicBool::new(false));
+        (Self { remote, received, written, waiting }, progress)
     }
 
     /// What the guest sends next.
@@ -320,6 +356,8 @@ struct Output {
     /// The thread has it, and closes it at its end.
     flow: Weak<Flow>,
     finished: oneshot::Receiver<()>,
+    /// Bytes that have been written here.
+    written: watch::Receiver<u64>,
     /// How much had been sent when its process was known to have ended.
     ended_at: Option<u64>,
     /// In how many looks since then the guest was waited for.
@@ -345,6 +383,7 @@ impl Output {
 /// Running relays.
 #[derive(Debug, Default)]
 pub struct Relay {
+    inputs: Vec<oneshot::Receiver<()>>,
     outputs: Vec<Output>,
     last_words: Option<LastWords>,
     next_look: Option<Instant>,
@@ -368,6 +407,47 @@ impl Relay {
     /// `most` bytes, the size of its memory. Can be waited for again if cancelled.
     pub async fn finished(&mut self, most: u64) {
         self.finished_within(most, PATIENCE).await;
+    }
+
+    /// Waits until all output has ended, however long that takes. Can be waited for again if cancelled.
+    pub async fn outputs_ended(&mut self) {
+        while let Some(output) = self.outputs.last_mut() {
+            let _ = (&mut output.finished).await;
+            self.outputs.pop();
+        }
+    }
+
+    /// As [`Self::outputs_ended`], for all input as well.
+    async fn all_ended(&mut self) {
+        self.outputs_ended().await;
+        while let Some(input) = self.inputs.last_mut() {
+            let _ = input.await;
+            self.inputs.pop();
+        }
+    }
+
+    /// Waits until as much of each output has been written as `marks` say, or has ended. The guest and
+    /// readers have as long as in [`Self::finished`]. An output without a mark has to end.
+    async fn written(&mut self, marks: &[u64], most: u64) {
+        self.written_within(marks, most, PATIENCE).await;
+    }
+
+    async fn written_within(&mut self, marks: &[u64], most: u64, patience: Patience) {
+        let mut marks = marks.iter().copied();
+        for output in &mut self.outputs {
+            let mark = marks.next().unwrap_or(u64::MAX);
+            loop {
+                let limit = Instant::now() + patience.interval;
+                // An error means that the output has ended.
+                if timeout_at(limit, output.written.wait_for(|written| *written >= mark))
+                    .await
+                    .is_ok()
+                {
+                    break;
+                }
+                output.look(most, patience);
+            }
+        }
     }
 
     async fn finished_within(&mut self, most: u64, patience: Patience) {
@@ -431,15 +511,25 @@ fn is_wanted(mut remote: &UnixStream) -> bool {
     remote.read_exact(&mut [0]).is_ok()
 }
 
+/// How an input ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum InputEnd {
+    /// There is no more of it, or nobody to read it.
+    Plain,
+    /// Its other end has been closed: that of a terminal has been hung up.
+    HungUp,
+}
+
 /// Copies from `local` to `remote` until either ends, and passes the end of input on.
-fn relay_input(local: &OwnedFd, remote: &UnixStream) {
+fn relay_input(local: &OwnedFd, remote: &UnixStream) -> InputEnd {
     let mut buffer = vec![0; BUFFER_LEN];
     let mut remote_out = remote;
+    let mut end = InputEnd::Plain;
     loop {
         match wait_for_input(local, remote) {
-            Ok(true) => {}
+            Ok(Some(found)) => end = found,
             // Nobody reads there any more: leave the rest of the input to whoever else may.
-            Ok(false) => return,
+            Ok(None) => return InputEnd::Plain,
             Err(_) => break,
         }
         let length = match rustix::io::read(local, &mut buffer) {
@@ -450,15 +540,17 @@ fn relay_input(local: &OwnedFd, remote: &UnixStream) {
             Err(_) => break,
         };
         if remote_out.write_all(&buffer[..length]).is_err() {
-            return;
+            return InputEnd::Plain;
         }
     }
     // The other side may be gone already.
     let _ = remote.shutdown(Shutdown::Write);
+    end
 }
 
-/// Waits for something to read from `local`; false if `remote` was closed instead.
-fn wait_for_input(local: &OwnedFd, remote: &UnixStream) -> io::Result<bool> {
+/// Waits for something to read from `local`, the end included, and tells whether its other end has been
+/// closed. None if `remote` was closed instead.
+fn wait_for_input(local: &OwnedFd, remote: &UnixStream) -> io::Result<Option<InputEnd>> {
     loop {
         let mut fds = [PollFd::new(local, PollFlags::IN), PollFd::new(remote, PollFlags::RDHUP)];
         match poll(&mut fds, None) {
@@ -467,10 +559,12 @@ fn wait_for_input(local: &OwnedFd, remote: &UnixStream) -> io::Result<bool> {
         }
         let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
         if fds[1].revents().intersects(closed) {
-            return Ok(false);
+            return Ok(None);
         }
-        if !fds[0].revents().is_empty() {
-            return Ok(true);
+        let found = fds[0].revents();
+        if !found.is_empty() {
+            let hung_up = found.contains(PollFlags::HUP);
+            return Ok(Some(if hung_up { InputEnd::HungUp } else { InputEnd::Plain }));
         }
     }
 }
@@ -494,6 +588,7 @@ fn relay_output(flow: &Flow, local: &OwnedFd) {
             let _ = flow.remote.shutdown(Shutdown::Both);
             return;
         }
+        flow.written.send_modify(|written| *written += length as u64);
     }
 }
 

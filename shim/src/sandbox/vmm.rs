@@ -30,7 +30,7 @@ use isopod_vmm::{
     control::{EndReason, MAX_MESSAGE_LEN, VmmAction, VmmEvent, VmmMessage},
 };
 
-use super::{launch::inherit_only, printable, timeline::Timeline, wait_for};
+use super::{launch::inherit_only, printable, signals, timeline::Timeline, wait_for};
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
     state::ProcessId,
@@ -113,8 +113,8 @@ impl Vmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        // SAFETY: prctl, getppid, close_range and fcntl are async-signal-safe, and `inherited` was
-        // allocated before the fork: the closure allocates nothing and takes no lock.
+        // SAFETY: prctl, getppid, signal, setrlimit, close_range and fcntl are async-signal-safe, and
+        // `inherited` was allocated before the fork: the closure allocates nothing and takes no lock.
         unsafe {
             command.pre_exec(move || {
                 // The VMM must not outlive the sandbox process, however that ends.
@@ -122,6 +122,9 @@ impl Vmm {
                 if rustix::process::getppid() != Some(own) {
                     return Err(io::Error::from(rustix::io::Errno::SRCH));
                 }
+                // A signal to every process of the cgroup is for the container, whose end is also
+                // that of the VMM.
+                signals::ignore()?;
                 inherit_only(&inherited)
             });
         }

@@ -24,12 +24,16 @@ use std::{
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
+use self::record::Versions;
 pub use self::{
     id::Id,
     process::ProcessId,
-    record::{Exit, Record, Status},
+    record::{Exit, Protocols, Record, Remains, STATE_VERSION, Status},
 };
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    sandbox::random_u64,
+};
 
 /// Where `--root` points by default.
 pub const DEFAULT_ROOT: &str = "/run/isopod/default";
@@ -187,16 +191,47 @@ impl StateDir {
     ///
     /// # Errors
     ///
-    /// If it cannot be read or is not valid.
+    /// If it cannot be read, is not valid, or another version of isopod has written it.
     pub fn record(&self) -> Result<Option<Record>> {
-        let path = self.path.join(RECORD_FILE);
+        let Some(json) = self.read_record()? else { return Ok(None) };
+        let what = || self.path.join(RECORD_FILE).display().to_string();
+        // First, since a record of another version may well have another form.
+        let versions: Versions = serde_json::from_slice(&json).explain(what)?;
+        versions.check_state(&self.name())?;
+        serde_json::from_slice(&json).map(Some).explain(what)
+    }
+
+    /// Checks that the sandbox speaks as this program does. One that has no record yet was started by
+    /// this program.
+    ///
+    /// # Errors
+    ///
+    /// If it does not, with what to do.
+    pub fn check_protocols(&self) -> Result<()> {
+        let Some(json) = self.read_record()? else { return Ok(()) };
+        let versions: Versions = serde_json::from_slice(&json)
+            .explain(|| self.path.join(RECORD_FILE).display().to_string())?;
+        versions.check(&self.name())
+    }
+
+    /// What can be known of a container, however its record is written.
+    pub fn remains(&self) -> Remains {
+        self.read_record().ok().flatten().map(|json| Remains::of(&json)).unwrap_or_default()
+    }
+
+    fn read_record(&self) -> Result<Option<Vec<u8>>> {
         match fs::read(self.short_path(RECORD_FILE)) {
-            Ok(json) => {
-                serde_json::from_slice(&json).map(Some).explain(|| path.display().to_string())
-            }
+            Ok(json) => Ok(Some(json)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e).explain(|| format!("cannot read {}", path.display())),
+            Err(e) => {
+                Err(e).explain(|| format!("cannot read {}", self.path.join(RECORD_FILE).display()))
+            }
         }
+    }
+
+    /// The container's id.
+    fn name(&self) -> String {
+        self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// Writes the record; a reader sees the old one or the new one, whole.
@@ -301,25 +336,35 @@ pub fn ids(root: &Path) -> Result<Vec<Id>> {
     Ok(ids)
 }
 
-/// Writes a file through a temporary one beside it, so that nobody sees half of it.
+/// Writes a file through a temporary one beside it, so that nobody sees half of it. The temporary one is
+/// new: in a directory of somebody else, a link with its name leads nowhere.
 ///
 /// # Errors
 ///
 /// If it cannot be written; the temporary file is removed.
 pub fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    let mut temporary = OsStr::new(".").to_owned();
-    temporary.push(path.file_name().unwrap_or_default());
-    temporary.push(format!(".{}", std::process::id()));
-    let temporary = path.with_file_name(temporary);
-    let write = || {
-        let mut file =
-            File::options().write(true).create(true).truncate(true).mode(0o644).open(&temporary)?;
+    let (mut file, temporary) = make_temporary(path)?;
+    let mut write = || {
         file.write_all(content)?;
         fs::rename(&temporary, path)
     };
     write().inspect_err(|_| {
         let _ = fs::remove_file(&temporary);
     })
+}
+
+/// Makes a file beside `path` whose name nobody can foresee.
+fn make_temporary(path: &Path) -> std::io::Result<(File, PathBuf)> {
+    loop {
+        let mut name = OsStr::new(".").to_owned();
+        name.push(path.file_name().unwrap_or_default());
+        name.push(format!(".{:016x}", random_u64().map_err(std::io::Error::other)?));
+        let temporary = path.with_file_name(name);
+        match File::options().write(true).create_new(true).mode(0o644).open(&temporary) {
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+            made => return Ok((made?, temporary)),
+        }
+    }
 }
 
 fn open_dir(path: &Path) -> Result<OwnedFd> {

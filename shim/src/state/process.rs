@@ -58,6 +58,14 @@ impl ProcessId {
         }
     }
 
+    /// Lets it go on, if it has been stopped by a signal.
+    pub fn let_go_on(self) {
+        if let Some(fd) = self.pidfd().filter(|_| state(self.pid) == Some('T')) {
+            // It may have ended in between, or go on by itself.
+            let _ = rustix::process::pidfd_send_signal(fd, Signal::CONT);
+        }
+    }
+
     /// Kills it and waits until it has ended. False if it still runs after `timeout`.
     pub fn kill(self, timeout: Duration) -> bool {
         let Some(fd) = self.pidfd() else { return true };
@@ -65,6 +73,12 @@ impl ProcessId {
         let _ = rustix::process::pidfd_send_signal(fd, Signal::KILL);
         self.wait(timeout)
     }
+}
+
+/// The state of a process (proc_pid_stat(5)).
+fn state(pid: i32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.get(stat.rfind(')')? + 1..)?.trim_start().chars().next()
 }
 
 /// When a process started, or `None` if there is none or it has ended.

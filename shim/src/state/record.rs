@@ -14,9 +14,108 @@ use super::{Id, ProcessId};
 use crate::{
     bundle::{VmSize, is_first_of_pod},
     cgroup::Cgroup,
+    error::{Error, Result},
     network::Taken,
-    sandbox::pod::Pod,
+    sandbox::{control::CONTROL_VERSION, pod::Pod},
 };
+
+/// Version of what is in a state directory. Raised by any change that an older or newer isopod cannot
+/// read, or would read wrongly. What [`Remains`] reads stays as it is in all versions.
+pub const STATE_VERSION: u32 = 1;
+
+/// Versions of what a running sandbox speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Protocols {
+    /// Of the agent in its guest.
+    pub agent: u32,
+    /// Of its sandbox process, over the control socket.
+    pub control: u32,
+}
+
+impl Protocols {
+    /// Those of this program.
+    pub const OWN: Self =
+        Self { agent: isopod_protocol::PROTOCOL_VERSION, control: CONTROL_VERSION };
+}
+
+/// Versions of a container's state and of what its sandbox speaks. Missing ones are 0, which none is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub(super) struct Versions {
+    #[serde(default)]
+    version: u32,
+    protocols: Option<Protocols>,
+}
+
+impl Versions {
+    /// Checks that the state can be read.
+    ///
+    /// # Errors
+    ///
+    /// If another version of isopod has written it.
+    pub(super) fn check_state(self, id: &str) -> Result<()> {
+        if self.version == STATE_VERSION {
+            return Ok(());
+        }
+        Err(Error::new(format!(
+            "container {id} was created by another isopod: its state has version {}, and this one \
+             reads {STATE_VERSION}. Use that isopod for it, or end it by `isopod delete --force {id}`",
+            self.version
+        )))
+    }
+
+    /// Checks that the sandbox can be talked to.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::check_state`], or if it speaks another version of one of its protocols.
+    pub(super) fn check(self, id: &str) -> Result<()> {
+        self.check_state(id)?;
+        match self.protocols {
+            Some(Protocols::OWN) => Ok(()),
+            other => {
+                let Protocols { agent, control } =
+                    other.unwrap_or(Protocols { agent: 0, control: 0 });
+                let own = Protocols::OWN;
+                Err(Error::new(format!(
+                    "container {id} runs under another isopod, whose protocols have version {agent} \
+                     (agent) and {control} (control), and this one speaks {} and {}. Use that isopod \
+                     for it, or end it by `isopod kill {id} KILL` or `isopod delete --force {id}`",
+                    own.agent, own.control
+                )))
+            }
+        }
+    }
+}
+
+/// What can be known of a container whose record cannot be read, as of one that another version of
+/// isopod has created.
+#[derive(Debug, Default)]
+pub struct Remains {
+    /// The sandbox process.
+    pub sandbox: Option<ProcessId>,
+    /// The VMM.
+    pub vmm: Option<ProcessId>,
+    /// Its cgroup on the host.
+    pub cgroup: Option<Cgroup>,
+    /// What it has taken of a network namespace that outlives it.
+    pub network: Option<Taken>,
+}
+
+impl Remains {
+    /// Takes what can be read of a record.
+    pub(super) fn of(json: &[u8]) -> Self {
+        fn field<T: serde::de::DeserializeOwned>(record: &mut Value, name: &str) -> Option<T> {
+            serde_json::from_value(record.get_mut(name)?.take()).ok()
+        }
+        let mut record: Value = serde_json::from_slice(json).unwrap_or_default();
+        Self {
+            sandbox: field(&mut record, "sandbox"),
+            vmm: field(&mut record, "vmm"),
+            cgroup: field(&mut record, "cgroup"),
+            network: field(&mut record, "network"),
+        }
+    }
+}
 
 /// Where a container is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +157,10 @@ pub struct Exit {
 /// Everything known of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
+    /// [`STATE_VERSION`] of the isopod that created it.
+    pub version: u32,
+    /// What its sandbox speaks.
+    pub protocols: Protocols,
     /// Its id.
     pub id: Id,
     /// `ociVersion` of its config.json.

@@ -4,6 +4,8 @@ use super::*;
 
 fn record(id: &Id, sandbox: ProcessId) -> Record {
     Record {
+        version: STATE_VERSION,
+        protocols: Protocols::OWN,
         id: id.clone(),
         oci_version: "1.0.2".into(),
         bundle: "/b".into(),
@@ -164,4 +166,46 @@ fn ids_lists_what_can_be_a_container() {
     fs::write(root.path().join("file"), "").unwrap();
     let names: Vec<_> = ids(root.path()).unwrap().iter().map(Id::to_string).collect();
     assert_eq!(names, ["a", "b"]);
+}
+
+#[test]
+fn other_versions_are_named() {
+    let root = tempfile::tempdir().unwrap();
+    let id = Id::parse("one").unwrap();
+    let dir = StateDir::create(root.path(), &id).unwrap();
+    dir.check_protocols().unwrap();
+    let own = ProcessId::own().unwrap();
+    dir.write_record(&record(&id, own)).unwrap();
+    dir.check_protocols().unwrap();
+
+    let protocols = Protocols { agent: Protocols::OWN.agent - 1, ..Protocols::OWN };
+    dir.write_record(&Record { protocols, ..record(&id, own) }).unwrap();
+    assert!(dir.record().unwrap().is_some(), "the state can be read");
+    let error = dir.check_protocols().unwrap_err().message;
+    let version = format!("version {} (agent)", protocols.agent);
+    assert!(error.contains(&version) && error.contains("isopod delete --force one"), "{error}");
+
+    let version = STATE_VERSION + 1;
+    dir.write_record(&Record { version, ..record(&id, own) }).unwrap();
+    for error in [dir.record().unwrap_err(), dir.check_protocols().unwrap_err()] {
+        assert!(error.message.contains(&format!("version {version}")), "{error}");
+    }
+    assert_eq!(dir.remains().sandbox, Some(own));
+    dir.write("state.json", br#"{"sandbox": 7, "vmm": null}"#).unwrap();
+    assert!(dir.record().unwrap_err().message.contains("version 0"));
+    assert!(dir.remains().sandbox.is_none());
+}
+
+#[test]
+fn a_planted_link_leads_nowhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, victim) = (dir.path().join("pid"), dir.path().join("victim"));
+    fs::write(&victim, "untouched").unwrap();
+    std::os::unix::fs::symlink(&victim, &path).unwrap();
+    let link = dir.path().join(format!(".pid.{}", std::process::id()));
+    std::os::unix::fs::symlink(&victim, &link).unwrap();
+    write_whole(&path, b"7").unwrap();
+    assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
+    assert!(fs::symlink_metadata(&path).unwrap().is_file());
+    assert_eq!(fs::read_to_string(&path).unwrap(), "7");
 }

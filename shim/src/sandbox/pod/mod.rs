@@ -179,6 +179,7 @@ impl PodVm {
         let gone =
             || Error::new(format!("the microVM of container {} is ending or gone", pod.sandbox));
         let sandbox = StateDir::open_path(&pod.dir)?;
+        sandbox.check_protocols()?;
         let end = ContainerEnd::watch(&sandbox).await.map_err(|error| {
             log::debug!("{error}");
             gone()
@@ -254,6 +255,7 @@ impl Pod {
     async fn end_container(&self, id: &Id) -> Result<()> {
         let asked = timeout(DELETE_TIMEOUT, async {
             let dir = StateDir::open_path(&self.dir)?;
+            dir.check_protocols()?;
             Agent::connect(&dir, id, String::new()).await?.delete_container().await
         });
         match asked.await {

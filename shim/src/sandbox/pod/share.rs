@@ -19,7 +19,7 @@ use rustix::{
 use super::Pod;
 use crate::{
     error::{Error, Explain, Result},
-    sandbox::{launch::Launch, share::Trees, share::writable},
+    sandbox::{launch::Launch, share::Trees, share::writable, view::WORKER},
     state::{Id, ProcessId, SHARED},
 };
 
@@ -124,9 +124,9 @@ impl Origin {
         let pid = process.pid;
         let find = || -> std::io::Result<Self> {
             let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
-            // What others find as the root there is a container's.
+            // What others find as the root there is a container's, as is that of its first thread.
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let root = open(format!("/proc/{pid}/root"), flags, Mode::empty())?;
+            let root = open(worker(pid)?.join("root"), flags, Mode::empty())?;
             Ok(Self { namespace, root, pid })
         };
         match find() {
@@ -154,6 +154,18 @@ impl Origin {
             thread.join().unwrap_or_else(|_| Err(Error::new(what())))
         })
     }
+}
+
+/// Where /proc tells of the thread of a sandbox process that sees the host.
+fn worker(pid: i32) -> std::io::Result<PathBuf> {
+    for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = thread?.path();
+        // One that has ended meanwhile is another one.
+        if fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.trim_end() == WORKER) {
+            return Ok(thread);
+        }
+    }
+    Err(std::io::Error::from_raw_os_error(libc::ESRCH))
 }
 
 fn cannot_enter(pid: i32) -> String {

@@ -1,4 +1,4 @@
-use std::{fs::File, os::fd::AsRawFd, time::Duration};
+use std::{fs::File, time::Duration};
 
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -19,7 +19,8 @@ fn stream(local: OwnedFd, remote: UnixStream) -> Stream {
 }
 
 fn streams(inputs: Vec<Stream>, output: Stream) -> Streams {
-    Streams { inputs, outputs: vec![output], last_is_for_messages: true, last_words: None }
+    let outputs = vec![output];
+    Streams { inputs, outputs, terminal: false, last_is_for_messages: true, last_words: None }
 }
 
 #[test]
@@ -144,6 +145,30 @@ fn output_waits_for_its_reader_however_long_that_takes() {
 }
 
 #[test]
+fn what_was_written_in_time_is_told_from_what_follows() {
+    let (mut relay, mut read, mut there) = one_output();
+    there.write_all(b"in time").unwrap();
+    runtime().block_on(relay.written(&[7], 0));
+    assert_eq!(rustix::io::ioctl_fionread(&read).unwrap(), 7);
+    there.write_all(b", late").unwrap();
+    let mut all = [0; 13];
+    read.read_exact(&mut all).unwrap();
+    assert_eq!(&all, b"in time, late");
+    drop(there);
+    runtime().block_on(relay.all_ended());
+}
+
+#[test]
+fn a_guest_that_promises_more_than_it_sends_is_cut_off() {
+    let (mut relay, mut read, mut there) = one_output();
+    there.write_all(b"a").unwrap();
+    runtime().block_on(relay.written_within(&[2], u64::MAX, IMPATIENT));
+    let mut all = String::new();
+    read.read_to_string(&mut all).unwrap();
+    assert_eq!(all, "a");
+}
+
+#[test]
 fn a_file_as_input_ends_with_a_half_close() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(b"content").unwrap();
@@ -181,7 +206,7 @@ fn a_reader_that_goes_away_closes_the_stream() {
     drop(read);
     let (here, mut there) = UnixStream::pair().unwrap();
     there.write_all(b"x").unwrap();
-    relay_output(&Flow::new(here), &write);
+    relay_output(&Flow::new(here).0, &write);
     assert_eq!(there.read(&mut [0]).unwrap(), 0);
 }
 
