@@ -238,6 +238,30 @@ fn of_several_at_the_same_time_one_has_it() {
     }
 }
 
+/// As the end of a systemd scope sends it: the container ends by itself, and nothing of it before.
+#[test]
+fn a_signal_to_all_of_it_is_the_containers() {
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    for signal in ["TERM", "INT", "HUP", "QUIT", "USR1"] {
+        let script =
+            format!("trap 'echo heard; exit 21' {signal}; echo up; while :; do sleep 1; done");
+        let container = scope.container().shell(&script);
+        let mut created = container.start_new();
+        created.stdout.line_with("up");
+        let inside = read(&cgroup_of(created.pid), "cgroup.procs");
+        // Threads of the kernel's for the VMM cannot be signalled.
+        for pid in inside.lines() {
+            scope.program(&["kill", &format!("-{signal}"), pid]).output();
+        }
+        created.stdout.line_with("heard");
+        assert_eq!(created.wait().status(), 21, "{signal}");
+        assert_eq!(container.status(), "stopped");
+        container.delete().ok();
+        scope.assert_nothing_left();
+    }
+}
+
 /// What cannot be removed does not keep the rest, and can be removed later.
 #[test]
 fn a_delete_that_fails_in_part_removes_the_rest() {

@@ -44,6 +44,39 @@ fn a_pid_file_that_cannot_be_written_leaves_no_process() {
     }
 }
 
+/// What engines do on a timeout.
+#[test]
+fn a_process_whose_pid_on_the_host_is_killed_ends() {
+    let scope = Scope::new();
+    let container = sleeper(&scope);
+    let _created = container.start_new();
+    let runs = || container.exec(["ps"]).ok().stdout.contains("sleep 4321");
+    let until = |wanted: bool| {
+        let until = Instant::now() + DEADLINE;
+        while runs() != wanted {
+            assert!(Instant::now() < until, "its process is there: {}", !wanted);
+        }
+    };
+    let pid_file = scope.dir().join("exec.pid");
+    let detached = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
+    for options in [&detached[..], &[]] {
+        // That of runc's own process is not its process's.
+        if options.is_empty() && !runtime().is_isopod() {
+            continue;
+        }
+        let mut job = container.command("exec", options).args(["sleep", "4321"]).spawn();
+        let pid = if options.is_empty() {
+            job.pid
+        } else {
+            assert_eq!(job.wait().status(), 0);
+            std::fs::read_to_string(&pid_file).unwrap().parse().unwrap()
+        };
+        until(true);
+        scope.keeper().signal(pid, libc::SIGKILL).unwrap();
+        until(false);
+    }
+}
+
 #[test]
 fn the_last_of_equal_variables_counts() {
     let scope = Scope::new();

@@ -37,6 +37,25 @@ fn a_signal_ends_with_128_and_its_number() {
 }
 
 #[test]
+fn a_clean_up_that_fails_leaves_the_status_as_it_is() {
+    microvm_only!();
+    let scope = Scope::new();
+    let container = scope.container().shell("echo up; read line; exit 9");
+    let mut run = container.command_with_bundle("run", &[]).stdin_piped().spawn();
+    run.stdout.line_with("up");
+    // What is in a directory of the state is never removed with it.
+    let kept = scope.root().join(&container.id).join("kept");
+    fs::create_dir_all(kept.join("by-somebody")).unwrap();
+    drop(run.take_stdin());
+    assert_eq!(run.wait().status(), 9);
+    let said = run.stderr.rest();
+    assert!(said.contains("warning") && said.contains("something of it is left"), "{said}");
+    fs::remove_dir_all(kept).unwrap();
+    container.delete().ok();
+    scope.assert_nothing_left();
+}
+
+#[test]
 fn run_of_a_missing_program_names_it() {
     let scope = Scope::new();
     for program in ["no-such-program", "/no/such/program"] {

@@ -331,6 +331,13 @@ fn who_enters_the_mount_namespace_finds_the_container() {
     names.sort();
     assert!(seen.stdout.starts_with(&names.join(" ")), "{seen} {names:?}");
     assert_eq!(seen.stdout.matches("from the host").count(), 2, "{seen}");
+    // Others take a short cut, and go by the root of that pid.
+    let root = format!("/proc/{pid}/root");
+    let found = scope.program(&["sh", "-c", "cd $0 && cat sent data/file", &root]).output().ok();
+    assert!(
+        found.stdout.starts_with("sent\n") && found.stdout.contains("from the host"),
+        "{found}"
+    );
     let refused = enter("echo no >/data/file");
     assert!(refused.stderr.contains("Read-only file system"), "{refused}");
     container.start().ok();

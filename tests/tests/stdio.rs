@@ -4,7 +4,7 @@
 use std::io::{Read, Write, copy};
 
 use isopod_tests::pattern::{Pattern, compare};
-use isopod_tests::{Command, PROBE_PATH, Scope, microvm_only, runtime};
+use isopod_tests::{Command, DEADLINE, PROBE_PATH, Scope, microvm_only, runtime};
 
 const LEN: u64 = 64 << 20;
 
@@ -104,18 +104,31 @@ fn the_end_of_output_arrives_while_the_program_runs_on() {
     assert_eq!(job.wait().status(), 5);
 }
 
+/// A command that stays waits for all who hold its output. The pid of one that does not stay ends with
+/// the process, and what comes later arrives all the same.
 #[test]
-fn a_descendant_that_holds_the_output_does_not_hold_up_the_end() {
-    // runc waits for all holders of the pipe.
-    microvm_only!();
+fn what_a_descendant_writes_after_the_end_arrives() {
     let scope = Scope::new();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
-    // The descendant inherits standard output and keeps it.
-    let mut job =
-        container.command("exec", &[]).args(["sh", "-c", "sleep 1000 & echo now"]).spawn();
-    assert_eq!(job.stdout.line().unwrap(), "now");
-    assert_eq!(job.wait().status(), 0);
+    let script = "(while ! test -e /tmp/go; do sleep 0.1; done; echo late) & echo first; exit 3";
+    let pid_file = container.bundle.dir.join("exec.pid");
+    let detached = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
+    for options in [&[][..], &detached] {
+        let mut job = container.command("exec", options).args(["sh", "-c", script]).spawn();
+        assert_eq!(job.stdout.line().as_deref(), Some("first"));
+        if options.is_empty() {
+            assert_eq!(job.ended(), None);
+        } else {
+            assert_eq!(job.wait().status(), 0);
+            let pid = std::fs::read_to_string(&pid_file).unwrap().parse().unwrap();
+            assert_eq!(scope.keeper().wait(pid, DEADLINE).unwrap().status(), 3);
+        }
+        container.exec(["touch", "/tmp/go"]).ok();
+        assert_eq!(job.stdout.rest(), "late\n");
+        assert_eq!(job.wait().status(), if options.is_empty() { 3 } else { 0 });
+        container.exec(["rm", "/tmp/go"]).ok();
+    }
 }
 
 #[test]

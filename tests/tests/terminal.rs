@@ -83,6 +83,27 @@ fn exec_sends_its_terminal_over_the_console_socket() {
     assert_follows_resizing(&mut terminal);
 }
 
+/// As the end of whoever holds it: a process that waits is told by a signal, and one that writes does
+/// not wait for ever.
+#[test]
+fn a_terminal_whose_reader_is_gone_is_hung_up() {
+    let scope = Scope::new();
+    for (script, status) in [
+        ("trap 'exit 7' HUP; echo up; while :; do sleep 0.1; done", 7),
+        ("trap '' HUP; echo up; while echo; do :; done; exit 8", 8),
+    ] {
+        let console = ConsoleSocket::bind(scope.dir());
+        let container = with_terminal(&scope, &["sh", "-c", script]);
+        let created = container.detach("create", &["--console-socket", console.path()]);
+        let mut terminal = console.terminal();
+        container.start().ok();
+        terminal.screen.line_with("up");
+        drop(terminal);
+        assert_eq!(created.wait().status(), status);
+        container.delete().ok();
+    }
+}
+
 #[test]
 fn run_on_the_callers_terminal_follows_its_size() {
     let scope = Scope::new();

@@ -1,0 +1,169 @@
+//! The process that stands for a container: what it holds of others, and that it can always be ended.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
+
+use std::fs;
+use std::time::Instant;
+
+use isopod_tests::terminal::ConsoleSocket;
+use isopod_tests::{Container, DEADLINE, Scope, microvm_only, runtime};
+use serde_json::{Value, json};
+
+fn sleeper(scope: &Scope) -> Container<'_> {
+    scope.container().args(["sleep", "1000"])
+}
+
+fn descriptors(pid: i32) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+/// Sets the limit of descriptors of a running process, soft and hard.
+fn limit_descriptors(scope: &Scope, pid: i32, limit: &str) {
+    scope.program(&["prlimit", "--pid", &pid.to_string(), "--nofile", limit]).output().ok();
+}
+
+/// Somebody has connected to a socket at such a path, and has not been accepted.
+fn is_waited_for(path: &str) -> bool {
+    let table = fs::read_to_string("/proc/net/unix").unwrap();
+    // Num RefCount Protocol Flags Type St Inode Path, and 02 is SS_CONNECTING.
+    table.lines().any(|line| line.ends_with(path) && line.split_whitespace().nth(5) == Some("02"))
+}
+
+/// Every client has gone, those that wait for the end of the container included.
+#[test]
+fn no_client_leaves_anything_behind() {
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    container.exec(["true"]).ok();
+    let before = descriptors(created.pid);
+    let options = ["--detach"];
+    for _ in 0..8 {
+        container.exec(["true"]).ok();
+        assert_eq!(container.command("exec", &options).args(["true"]).spawn().wait().status(), 0);
+        container.command("pause", &[]).output().ok();
+        container.command("resume", &[]).output().ok();
+    }
+    let until = Instant::now() + DEADLINE;
+    // Each of the eight would leave one.
+    while descriptors(created.pid) > before + 2 {
+        assert!(
+            Instant::now() < until,
+            "{} descriptors became {}",
+            before,
+            descriptors(created.pid)
+        );
+    }
+}
+
+/// A container ends whatever has become of the process that stands for it, and has the status of one
+/// that was killed.
+#[test]
+fn kill_needs_no_answer() {
+    let scope = Scope::alone();
+    for stopped in [true, false] {
+        let container = sleeper(&scope);
+        let created = container.start_new();
+        if stopped {
+            scope.program(&["kill", "-STOP", &created.pid.to_string()]).output().ok();
+        } else {
+            limit_descriptors(&scope, created.pid, "3:3");
+        }
+        container.kill("KILL").ok();
+        assert_eq!(created.wait().status(), 128 + 9);
+        let state = container.state();
+        assert_eq!(state["status"], "stopped", "{state}");
+        assert_eq!(state["annotations"]["dev.isopod.error"], Value::Null, "{state}");
+        container.delete().ok();
+        scope.assert_nothing_left();
+    }
+}
+
+#[test]
+fn delete_force_needs_no_descriptors() {
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    limit_descriptors(&scope, created.pid, "3:3");
+    container.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+/// A process that had no descriptor for a connection takes it as soon as it has one.
+#[test]
+fn a_verb_waits_for_descriptors() {
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    limit_descriptors(&scope, created.pid, "3:1024");
+    let mut pause = container.command("pause", &[]).spawn();
+    let until = Instant::now() + DEADLINE;
+    while runtime().is_isopod() && !is_waited_for("/control.sock") {
+        assert!(Instant::now() < until, "{}", pause.stderr.so_far());
+    }
+    limit_descriptors(&scope, created.pid, "1024:1024");
+    assert_eq!(pause.wait().status(), 0, "{}", pause.stderr.so_far());
+    assert_eq!(container.status(), "paused");
+}
+
+/// What goes to a terminal elsewhere keeps nothing of the caller's: the caller's pipes end with the
+/// command.
+#[test]
+fn a_detached_container_with_a_terminal_holds_nothing() {
+    let scope = Scope::alone();
+    for verb in [&["create"][..], &["run", "--detach"]] {
+        let console = ConsoleSocket::bind(scope.dir());
+        let container = sleeper(&scope).edit(|c| c["process"]["terminal"] = json!(true));
+        let options = [&verb[1..], &["--console-socket", console.path()]].concat();
+        let mut created = container.detach(verb[0], &options);
+        let _terminal = console.terminal();
+        assert_eq!((created.stdout.rest(), created.stderr.rest()), (String::new(), String::new()));
+        assert!(created.ended().is_none());
+
+        let exec = ["--tty", "--detach", "--console-socket", console.path()];
+        if verb[0] == "run" {
+            let mut exec = container.command("exec", &exec).args(["sleep", "1000"]).spawn();
+            let _terminal = console.terminal();
+            assert_eq!((exec.stdout.rest(), exec.stderr.rest()), (String::new(), String::new()));
+            assert_eq!(exec.wait().status(), 0);
+        }
+        container.delete_force().ok();
+    }
+}
+
+/// One isopod does not talk to what another one runs, and says so. It can be ended all the same.
+#[test]
+fn another_version_is_named() {
+    microvm_only!();
+    let scope = Scope::alone();
+    for (field, readable) in
+        [("/protocols/agent", true), ("/protocols/control", true), ("/version", false)]
+    {
+        let container = sleeper(&scope);
+        let created = container.start_new();
+        let path = scope.root().join(&container.id).join("state.json");
+        let mut state: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        *state.pointer_mut(field).unwrap() = json!(999);
+        fs::write(&path, state.to_string()).unwrap();
+        for (verb, args) in [
+            ("exec", &["true"][..]),
+            ("kill", &["TERM"]),
+            ("pause", &[]),
+            ("ps", &[]),
+            ("events", &[]),
+            ("update", &["--memory", "64M"]),
+        ] {
+            let out = container.command(verb, &[]).args(args).output();
+            out.one_line_error(&[&container.id, "999", "isopod delete --force"]);
+        }
+        assert_eq!(container.command("state", &[]).output().status == 0, readable);
+        assert!(created.ended().is_none());
+        if field == "/protocols/agent" {
+            container.delete_force().ok();
+        } else {
+            container.kill("KILL").ok();
+            assert_eq!(created.wait().status(), 128 + 9);
+            container.delete().ok();
+        }
+        scope.assert_nothing_left();
+    }
+}
