@@ -34,7 +34,8 @@ const MOUNTS: [(&str, &str, MountFlags, &std::ffi::CStr); 5] = [
 ///
 /// The step that failed; the guest cannot be used then.
 pub(crate) fn boot() -> Result<()> {
-    rustix::process::umask(Mode::empty());
+    // Containers see some of the directories that the agent makes: the cgroup of each, for one.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     own_root()?;
     make_dir("/dev")?;
     mount_on("/dev", "devtmpfs", NOSUID, c"mode=755")?;
