@@ -9,7 +9,7 @@ use std::{
 
 use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::{Bind, IdMap, kernel, mount_options, pod, scheduling};
+use super::{Bind, IdMap, Propagation, kernel, mount_options, pod, scheduling};
 use crate::{
     error::{Error, Explain, Result},
     logger,
@@ -341,6 +341,7 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
         directory: kind.is_dir(),
         recursive: has_option(mount, "rbind"),
         read_only: has_option(mount, "ro") || has_option(mount, "rro"),
+        propagation: Propagation::of_bind(spec, mount),
         id_map: IdMap::of(&name, mount, true, spec)?,
     })
 }

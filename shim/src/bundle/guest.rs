@@ -107,6 +107,7 @@ pub(crate) fn shared_name(bind: &Bind) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bundle::Propagation;
 
     #[test]
     fn only_the_root_and_bind_sources_move() {
@@ -122,6 +123,7 @@ mod tests {
             directory: true,
             recursive: true,
             read_only: false,
+            propagation: Propagation::Slave,
             id_map: None,
         };
         let guest = guest_spec(&spec, "web", &[bind], 1, &[]);

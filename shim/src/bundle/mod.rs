@@ -10,6 +10,7 @@ mod id_map;
 mod kernel;
 mod mount_options;
 mod pod;
+mod propagation;
 mod scheduling;
 mod seccomp;
 mod size;
@@ -34,6 +35,7 @@ pub use self::{
     guest::{guest_processors, guest_spec},
     id_map::IdMap,
     pod::{Joined, is_first_of_pod},
+    propagation::Propagation,
     seccomp::Filter,
     size::{VmSize, cpu_list_len},
     update::{beyond_vm, check_fits, parse_resources, update_resources},
@@ -90,6 +92,8 @@ pub struct Bind {
     pub recursive: bool,
     /// The guest may only read.
     pub read_only: bool,
+    /// Which later mounts of the host arrive below it.
+    pub propagation: Propagation,
     /// Whose its files are instead.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id_map: Option<IdMap>,

@@ -32,7 +32,7 @@ use rustix::{
 
 use super::{id_map, launch::Launch};
 use crate::{
-    bundle::{Bind, shared_hook, shared_name},
+    bundle::{Bind, Propagation, shared_hook, shared_name},
     error::{Error, Explain, Result},
     state::{SHARED, StateDir},
 };
@@ -124,13 +124,14 @@ impl Trees {
     ///
     /// If a source is gone or cannot be bound.
     pub(super) fn open(launch: &Launch) -> Result<Self> {
-        let tree = |source: &Path, place: PathBuf, directory, recursive, read_only| {
-            let mount = clone(source, recursive, read_only)?;
-            Ok::<_, Error>(Tree { mount, directory, source: source.to_owned(), place })
-        };
         // Writable even if the container's root is read-only: the agent makes missing mount points
         // in it, as runc does, before it makes its own mount of it read-only.
-        let mut trees = vec![tree(&launch.rootfs, "rootfs".into(), true, true, false)?];
+        let mut trees = vec![Tree {
+            mount: clone(&launch.rootfs, true, false, Propagation::of_root(&launch.spec))?,
+            directory: true,
+            source: launch.rootfs.clone(),
+            place: "rootfs".into(),
+        }];
         for bind in &launch.binds {
             trees.push(Tree {
                 mount: clone_bind(bind)?,
@@ -140,7 +141,12 @@ impl Trees {
             });
         }
         for (index, program) in launch.hooks.iter().enumerate() {
-            trees.push(tree(program, shared_hook(index), false, false, true)?);
+            trees.push(Tree {
+                mount: clone(program, false, true, Propagation::Private)?,
+                directory: false,
+                source: program.clone(),
+                place: shared_hook(index),
+            });
         }
         Ok(Self(trees))
     }
@@ -190,7 +196,12 @@ fn flags() -> MountFlags {
 ///
 /// Device nodes cannot be opened through it: a guest that makes one gets no device of the host. Its
 /// own devices work, since its kernel opens those itself.
-pub(super) fn clone(source: &Path, recursive: bool, read_only: bool) -> Result<OwnedFd> {
+pub(super) fn clone(
+    source: &Path,
+    recursive: bool,
+    read_only: bool,
+    propagation: Propagation,
+) -> Result<OwnedFd> {
     let what = || cannot_share(source);
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     if recursive {
@@ -201,14 +212,24 @@ pub(super) fn clone(source: &Path, recursive: bool, read_only: bool) -> Result<O
     if read_only {
         set |= libc::MOUNT_ATTR_RDONLY;
     }
-    // What happens to these mounts in the share never reaches those of the host.
-    change_attributes(tree.as_fd(), set, 0, libc::MS_SLAVE).explain(what)?;
+    // Either way what happens to these mounts in the share never reaches those of the host. A private
+    // mount is none that the host finds when it unmounts below the source, so it keeps nothing busy.
+    let (all, top) = match propagation {
+        Propagation::Private => (libc::MS_PRIVATE, None),
+        Propagation::PrivateTop => (libc::MS_SLAVE, Some(libc::MS_PRIVATE)),
+        Propagation::Slave => (libc::MS_SLAVE, None),
+    };
+    change_attributes(tree.as_fd(), set, 0, all).explain(what)?;
+    if let Some(propagation) = top {
+        let attr = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 };
+        mount_setattr(tree.as_fd(), false, &attr).explain(what)?;
+    }
     Ok(tree)
 }
 
 /// A mount of what a bind mount shows, attached nowhere, with the owners that it is to show.
 pub(super) fn clone_bind(bind: &Bind) -> Result<OwnedFd> {
-    let tree = clone(&bind.source, bind.recursive, bind.read_only)?;
+    let tree = clone(&bind.source, bind.recursive, bind.read_only, bind.propagation)?;
     if let Some(map) = &bind.id_map {
         id_map::apply(tree.as_fd(), map, &bind.source)?;
     }

@@ -30,7 +30,7 @@ use tokio::sync::oneshot;
 
 use super::{launch::Launch, share};
 use crate::{
-    bundle::Bind,
+    bundle::{Bind, Propagation},
     error::{Error, Explain, Result},
 };
 
@@ -43,7 +43,8 @@ use crate::{
 /// If a source is gone or cannot be bound.
 pub(super) fn cover(launch: &Launch, pids: &[i32]) -> Result<OwnedFd> {
     let read_only = launch.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
-    let root = share::clone(&launch.rootfs, true, read_only)?;
+    let propagation = Propagation::of_root(&launch.spec);
+    let root = share::clone(&launch.rootfs, true, read_only, propagation)?;
     // All before the root is covered: from then on this process counts as one that has changed its
     // root, and may make no user namespace for ids to be mapped by.
     let binds = launch.binds.iter().map(|bind| Ok((bind, share::clone_bind(bind)?)));
