@@ -20,6 +20,8 @@ mod reaper;
 mod rpc;
 mod sandbox;
 mod server;
+mod share;
+mod shm;
 mod stream;
 mod syscall;
 

@@ -7,14 +7,11 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs;
 use std::io::Write as _;
-use std::path::Path;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use isopod_protocol::SHARED_DIR;
-use isopod_protocol::agent::Network;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use isopod_protocol::agent::{Network, SharedMemory};
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::sync::Notify;
@@ -26,6 +23,8 @@ use crate::container::{Container, Document, blocking};
 use crate::error::{Code, Context as _, Error, Result};
 use crate::log::log_warn;
 use crate::reaper::Reaper;
+use crate::share::{self, Forgetting};
+use crate::shm::SharedMemories;
 use crate::stream::Streams;
 
 /// Longest id of a container: it becomes the name of a cgroup.
@@ -39,6 +38,8 @@ pub(crate) struct Sandbox {
     /// Told when a creation gets on, succeeds or fails.
     settled: Notify,
     set_up: AtomicBool,
+    forgetting: Arc<Forgetting>,
+    memories: Arc<SharedMemories>,
 }
 
 /// What the table has of a container.
@@ -48,10 +49,27 @@ enum Known {
     There(Arc<Container>),
 }
 
+impl Known {
+    /// The pid of a container's first process, if that has not ended.
+    fn init(&self) -> Option<i32> {
+        let Self::There(container) = self else { return None };
+        let init = container.process("").ok()?;
+        (!init.has_ended()).then(|| init.pid())
+    }
+}
+
 impl Sandbox {
     pub(crate) fn new(reaper: Arc<Reaper>, streams: Arc<Streams>) -> Self {
         let set_up = AtomicBool::new(false);
-        Self { reaper, streams, containers: Mutex::default(), settled: Notify::new(), set_up }
+        Self {
+            reaper,
+            streams,
+            containers: Mutex::default(),
+            settled: Notify::new(),
+            set_up,
+            forgetting: Arc::default(),
+            memories: Arc::default(),
+        }
     }
 
     /// Mounts the shared directory, sets the clock and mixes in entropy.
@@ -78,9 +96,7 @@ impl Sandbox {
                 .and_then(|mut pool| pool.write_all(entropy))
                 .context(|| "mix entropy into the guest's random pool")?;
         }
-        fs::create_dir_all(SHARED_DIR).context(|| format!("create {SHARED_DIR}"))?;
-        mount(tag, SHARED_DIR, "virtiofs", MountFlags::empty(), None)
-            .context(|| format!("mount the shared directory {tag:?} on {SHARED_DIR}"))
+        share::attach(tag)
     }
 
     /// Creates a container and returns the pid of its first process.
@@ -95,13 +111,14 @@ impl Sandbox {
         connections: Connections,
         screen: Screen,
         network: Option<Network>,
+        memory: Vec<SharedMemory>,
     ) -> Result<i32> {
         check_id(&id)?;
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => return Err(Error::state(format!("container {id:?} exists"))),
             Entry::Vacant(vacant) => vacant.insert(Known::Creating(None)),
         };
-        let created = self.build(&id, document, connections, screen, network).await;
+        let created = self.build(&id, document, connections, screen, network, memory).await;
         let pid = created.and_then(|container| {
             let pid = container.process("")?.pid();
             self.containers().insert(id.clone(), Known::There(Arc::new(container)));
@@ -122,6 +139,7 @@ impl Sandbox {
         connections: Connections,
         screen: Screen,
         network: Option<Network>,
+        memory: Vec<SharedMemory>,
     ) -> Result<Container> {
         let name = id.to_owned();
         let cgroup = Arc::new(blocking(move || Cgroup::create(&name)).await?);
@@ -131,12 +149,18 @@ impl Sandbox {
         let reaper = Arc::clone(&self.reaper);
         let find = |id: &str| self.container(id);
         let made = Arc::clone(&cgroup);
-        let created = Container::create(reaper, made, document, connections, screen, network, find);
-        let created = created.await;
-        if created.is_err()
-            && let Err(left) = blocking(move || cgroup.remove()).await
-        {
-            log_warn!("{left}");
+        let created = match self.join_memory(id, memory).await {
+            Ok(()) => {
+                Container::create(reaper, made, document, connections, screen, network, find).await
+            }
+            Err(error) => Err(error),
+        };
+        if created.is_err() {
+            for left in [self.leave_memory(id).await, blocking(move || cgroup.remove()).await] {
+                if let Err(left) = left {
+                    log_warn!("{left}");
+                }
+            }
         }
         created
     }
@@ -159,7 +183,7 @@ impl Sandbox {
             };
             match creating {
                 // Its creation may have looked at files.
-                None => return forget_files().await,
+                None => return release(id).await,
                 // Without its cgroup no process of it can be born any more.
                 Some(Some(cgroup)) => blocking(move || cgroup.remove()).await?,
                 Some(None) => {}
@@ -168,7 +192,8 @@ impl Sandbox {
         };
         container.end().await?;
         container.remove().await?;
-        forget_files().await?;
+        self.leave_memory(id).await?;
+        release(id).await?;
         let mut containers = self.containers();
         // Unless somebody else has deleted it meanwhile and there is a new one with its name.
         if let Some(Known::There(known)) = containers.get(id)
@@ -177,6 +202,27 @@ impl Sandbox {
             containers.remove(id);
         }
         Ok(())
+    }
+
+    async fn join_memory(&self, id: &str, wanted: Vec<SharedMemory>) -> Result<()> {
+        let (all, id) = (Arc::clone(&self.memories), id.to_owned());
+        blocking(move || all.join(&id, &wanted)).await
+    }
+
+    async fn leave_memory(&self, id: &str) -> Result<()> {
+        let (all, id) = (Arc::clone(&self.memories), id.to_owned());
+        blocking(move || all.leave(&id)).await
+    }
+
+    /// Has the kernel forget the files that nobody uses, at most once a second.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub(crate) async fn forget_files(&self) -> Result<()> {
+        let forgetting = Arc::clone(&self.forgetting);
+        let inits: Vec<i32> = self.containers().values().filter_map(Known::init).collect();
+        blocking(move || forgetting.forget(&inits)).await
     }
 
     /// The container with this id.
@@ -199,13 +245,10 @@ impl Sandbox {
     }
 }
 
-/// Has the kernel forget the files that nobody uses: the host holds each one that this kernel knows of,
-/// those of a container that is no more among them, and its file systems with them.
-async fn forget_files() -> Result<()> {
-    blocking(|| {
-        fs::write("/proc/sys/vm/drop_caches", "2").context(|| "have the kernel forget files")
-    })
-    .await
+/// Lets go of the container's part of the share.
+async fn release(id: &str) -> Result<()> {
+    let id = id.to_owned();
+    blocking(move || share::release(&id)).await
 }
 
 fn check_id(id: &str) -> Result<()> {
@@ -223,13 +266,8 @@ fn check_id(id: &str) -> Result<()> {
 pub(crate) fn power_off() {
     cgroup::kill_all_containers();
     rustix::fs::sync();
-    if Path::new(SHARED_DIR).exists()
-        && let Err(e) = unmount(SHARED_DIR, UnmountFlags::DETACH)
-    {
-        // It is only mounted once the sandbox has been set up.
-        if e != rustix::io::Errno::INVAL {
-            log_warn!("unmount {SHARED_DIR}: {e}");
-        }
+    if let Err(e) = share::detach() {
+        log_warn!("{e}");
     }
     if let Err(e) = rustix::system::reboot(RebootCommand::Restart) {
         crate::log::log_error!("the guest cannot be restarted: {e}");

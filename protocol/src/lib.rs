@@ -43,6 +43,9 @@ pub const SHARED_TAG: &str = "isopod";
 /// Where the guest mounts the shared directory.
 pub const SHARED_DIR: &str = "/run/isopod/shared";
 
+/// Where the guest has the shared memory of the containers of a pod.
+pub const SHM_DIR: &str = "/run/isopod/shm";
+
 /// Begins the `path` of a namespace in the specification that the agent gets, when that is the one of
 /// another container of the sandbox: its id follows.
 pub const JOIN_PREFIX: &str = "container:";

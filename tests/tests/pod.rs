@@ -5,7 +5,7 @@ use std::fs;
 use std::time::Instant;
 
 use isopod_tests::keeper::End;
-use isopod_tests::{Container, Created, DEADLINE, Scope, microvm_only};
+use isopod_tests::{Container, Created, DEADLINE, Job, PROBE_PATH, Scope, microvm_only};
 use serde_json::{Value, json};
 
 /// What Podman shares by default, as config.json and /proc name it.
@@ -164,6 +164,56 @@ fn mounts_of_the_host_stay_when_it_goes() {
     let again = member(&scope, created.pid).args(["true"]);
     assert_eq!(again.run().status, 0);
     first.delete_force().ok();
+    scope.assert_nothing_left();
+}
+
+/// A container whose /dev/shm is bound from the host.
+fn with_shm<'a>(container: Container<'a>, source: &str) -> Container<'a> {
+    let options = ["rbind", "nosuid", "noexec", "nodev", "rprivate"];
+    let without = container.edit(|c| {
+        c["mounts"].as_array_mut().unwrap().retain(|mount| mount["destination"] != "/dev/shm");
+    });
+    without.mount("/dev/shm", "bind", source, &options)
+}
+
+/// Leaves a mark in a page of shared memory, and waits for that of another container.
+fn meet<'a>(container: &Container<'a>, own: &str, other: &str) -> Job<'a> {
+    let probe = [PROBE_PATH, "meet", "/dev/shm/page", own, other];
+    container.command("exec", &[]).args(probe).spawn()
+}
+
+/// What engines make for the containers of a pod: a tmpfs of the host, bound at /dev/shm by each.
+#[test]
+fn shared_memory_is_one_for_all_containers() {
+    let scope = Scope::new();
+    let host = scope.dir().join("shm");
+    fs::create_dir(&host).unwrap();
+    let source = host.to_string_lossy().into_owned();
+    let mount = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=1777", "shm", &source];
+    scope.program(&mount).output().ok();
+    let first = with_shm(scope.container(), &source)
+        .annotation("io.kubernetes.cri-o.ContainerType", "sandbox")
+        .shell("echo up; exec sleep 1000");
+    let mut created = first.start_new();
+    created.stdout.line_with("up");
+    let one = with_shm(member(&scope, created.pid), &source);
+    let _one = up(&one);
+    for container in [&first, &one] {
+        assert_eq!(shell(container, "stat -f -c '%b %S %t' /dev/shm"), "512 4096 1021994\n");
+        assert_eq!(shell(container, "stat -c '%a %u %g' /dev/shm"), "1777 0 0\n");
+    }
+    shell(&first, "echo text >/dev/shm/file");
+    assert_eq!(shell(&one, "cat /dev/shm/file"), "text\n");
+    let (a, b) = (meet(&first, "0", "1"), meet(&one, "1", "0"));
+    assert_eq!((a.output().ok().stdout, b.output().ok().stdout), ("met\n".into(), "met\n".into()));
+    // It ends with the last of them.
+    one.delete_force().ok();
+    let again = with_shm(member(&scope, created.pid), &source);
+    let _again = up(&again);
+    assert_eq!(shell(&again, "cat /dev/shm/file"), "text\n");
+    again.delete_force().ok();
+    first.delete_force().ok();
+    scope.program(&["umount", &source]).output().ok();
     scope.assert_nothing_left();
 }
 

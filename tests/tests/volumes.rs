@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::time::Instant;
 
-use isopod_tests::{Container, Scope};
+use isopod_tests::{Container, DEADLINE, Scope, skip};
 
 /// A directory of the host with mounts of its own below it. Unmounted when dropped.
 struct Volume<'a> {
@@ -38,6 +40,14 @@ impl<'a> Volume<'a> {
         self.shell(&format!("mkdir -p {name}; {mount} {name}; echo {name} > {name}/file"));
     }
 
+    /// Unmounts what is on a directory in it, once nothing keeps it busy any more.
+    #[track_caller]
+    fn unmount(&self, name: &str) {
+        let path = self.path.join(name);
+        let program = ["umount", path.to_str().unwrap()];
+        assert!(bounded(|| self.scope.program(&program).output().status == 0), "{name} is busy");
+    }
+
     fn source(&self) -> &str {
         self.path.to_str().unwrap()
     }
@@ -49,6 +59,17 @@ impl Drop for Volume<'_> {
             format!("while umount --recursive --lazy '{}'; do :; done", self.path.display());
         self.scope.program(&["sh", "-c", &script]).output();
     }
+}
+
+/// Nothing tells the moment at which a guest has let go of something.
+fn bounded(mut holds: impl FnMut() -> bool) -> bool {
+    let until = Instant::now() + DEADLINE;
+    while Instant::now() < until {
+        if holds() {
+            return true;
+        }
+    }
+    false
 }
 
 fn shell(container: &Container<'_>, script: &str) -> String {
@@ -77,13 +98,61 @@ fn a_volume_follows_the_host_as_its_propagation_says() {
         volume.mount("new");
         let seen = shell(&container, &format!("cat /{name}/new/file || true"));
         assert_eq!(seen, if *follows { "new\n" } else { "" }, "{name}");
-        if !follows {
-            // Nothing of the container keeps it busy, and it keeps what it has.
-            volume.shell("umount old");
-            assert_eq!(shell(&container, &format!("cat /{name}/old/file")), "old\n", "{name}");
+        // A file below it is known inside, and none is open.
+        shell(&container, &format!("cat /{name}/old/file"));
+        volume.unmount("old");
+        // What keeps the mount itself goes on to show it.
+        let there = || container.exec(["test", "-e", &format!("/{name}/old/file")]).status == 0;
+        if *follows {
+            assert!(bounded(|| !there()), "{name}: what the host unmounts stays inside");
+            volume.unmount("new");
+        } else {
+            assert!(there(), "{name}: what the host unmounts goes inside");
         }
     }
     container.delete_force().ok();
     drop(volumes);
     scope.assert_nothing_left();
+}
+
+/// Two file systems of the host whose files have equal inode numbers, one of them with a third below it.
+#[test]
+fn mounts_are_told_apart() {
+    let scope = Scope::new();
+    let [a, b] = ["a", "b"].map(|name| Volume::new(&scope, name));
+    for volume in [&a, &b] {
+        volume.shell("for i in 1 2 3; do echo $PWD$i >$i; ln $i link$i; done; mkdir sub");
+    }
+    let ino = |volume: &Volume<'_>, name: &str| fs::metadata(volume.path.join(name)).unwrap().ino();
+    if ino(&a, "1") != ino(&b, "1") {
+        skip!("tmpfs on this host numbers the inodes of all");
+    }
+    b.shell("mount -t tmpfs -o size=1m,mode=755,noexec none sub; echo deep >sub/1; ln sub/1 sub/2");
+    let script = "\
+        for p in '/a/1 /b/1' '/a/1 /b/sub/1' '/a/1 /file' '/file /other'; do set -- $p; \
+            [ $(stat -c %d:%i $1) != $(stat -c %d:%i $2) ] || echo $1 is $2; done; \
+        cp /a/1 /b/1 && cp /file /other && cmp /a/1 /b/1 && cmp /file /other && echo copied; \
+        tar -C / -cf - a b file other | tar -tvf - | awk '/ -> / { split($(NF-2), x, \"/\"); \
+            split($NF, y, \"/\"); if (x[1] != y[1]) print }'; \
+        df -k /a /b/sub /file | awk 'NR > 1 { print $2 }'; \
+        find /b -xdev -type f | wc -l; find / -xdev -path '/a/*' | wc -l; \
+        grep -c ' /b/sub [^ ]*noexec' /proc/self/mountinfo; \
+        mount -t tmpfs none /tmp && mkdir /tmp/u /tmp/w /tmp/m && \
+        mount -t overlay -o lowerdir=/b,upperdir=/tmp/u,workdir=/tmp/w none /tmp/m && \
+        ls /tmp/m && ls /tmp/m/sub | wc -l && echo new >/tmp/m/sub/new && cat /tmp/m/sub/new";
+    let options = ["rbind", "rprivate"];
+    let capabilities = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_CHOWN"];
+    let container = scope
+        .container()
+        .capabilities(&capabilities)
+        .mount("/a", "bind", a.source(), &options)
+        .mount("/b", "bind", b.source(), &options)
+        .mount("/file", "bind", a.path.join("2").to_str().unwrap(), &options)
+        .mount("/other", "bind", b.path.join("2").to_str().unwrap(), &options)
+        .shell(script);
+    let out = container.run().ok();
+    let expected = "copied\n3072\n1024\n3072\n6\n0\n1\n\
+                    1\n2\n3\nlink1\nlink2\nlink3\nsub\n0\nnew\n";
+    assert_eq!(out.stdout, expected, "{out}");
+    assert_eq!(fs::read(a.path.join("1")).unwrap(), fs::read(b.path.join("1")).unwrap());
 }

@@ -26,7 +26,7 @@ mod launch;
 mod mount_options;
 mod mounts;
 mod namespaces;
-mod path;
+pub(crate) mod path;
 pub(crate) mod process;
 mod processes;
 mod resources;

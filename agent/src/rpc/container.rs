@@ -24,7 +24,8 @@ pub(super) async fn create(
     let document = Document::of(request.spec_json, &request.state_json, filter)?;
     let id = request.container_id;
     let network = request.network.into_option();
-    let pid = sandbox.create(id, document, streams, screen, network).await?;
+    let memory = request.shared_memory;
+    let pid = sandbox.create(id, document, streams, screen, network, memory).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 

@@ -143,6 +143,10 @@ impl Agent for AgentService {
         self.run(move |sandbox| container::delete(sandbox, r)).await
     }
 
+    async fn forget_files(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.run(sandbox::forget_files).await
+    }
+
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
         self.run(|_| sandbox::shut_down()).await
     }

@@ -23,6 +23,10 @@ pub(super) fn adjust_clock(request: &AdjustClockRequest) -> Result<ClockReading>
     Ok(ClockReading { realtime_ns, ..ClockReading::default() })
 }
 
+pub(super) async fn forget_files(sandbox: Arc<Sandbox>) -> Result<Empty> {
+    sandbox.forget_files().await.map(|()| Empty::default())
+}
+
 pub(super) async fn shut_down() -> Result<Empty> {
     let (sender, ended) = oneshot::channel();
     // Those of the runtime may all be waiting for processes of containers.

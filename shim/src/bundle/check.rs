@@ -9,7 +9,7 @@ use std::{
 
 use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::{Bind, IdMap, Propagation, kernel, mount_options, pod, scheduling};
+use super::{Bind, IdMap, Propagation, Shm, kernel, mount_options, pod, scheduling};
 use crate::{
     error::{Error, Explain, Result},
     logger,
@@ -320,9 +320,9 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
     let source = bundle.join(source);
     let source = fs::canonicalize(&source)
         .explain(|| format!("{name}: cannot find its source {}", source.display()))?;
-    let kind = fs::metadata(&source)
-        .explain(|| format!("{name}: cannot read its source {}", source.display()))?
-        .file_type();
+    let what = || format!("{name}: cannot read its source {}", source.display());
+    let found = fs::metadata(&source).explain(what)?;
+    let kind = found.file_type();
     let special = if kind.is_block_device() || kind.is_char_device() {
         Some("a device: list it under linux.devices")
     } else if kind.is_socket() {
@@ -335,6 +335,12 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
     if let Some(special) = special {
         return Err(Error::new(format!("{name}: its source {} is {special}", source.display())));
     }
+    let id_map = IdMap::of(&name, mount, true, spec)?;
+    // One of other owners is a matter of files, and stays on the host.
+    let shm = match &id_map {
+        None => Shm::of(mount.destination(), &source, &found).explain(what)?,
+        Some(_) => None,
+    };
     Ok(Bind {
         mount: index,
         source,
@@ -342,7 +348,8 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
         recursive: has_option(mount, "rbind"),
         read_only: has_option(mount, "ro") || has_option(mount, "rro"),
         propagation: Propagation::of_bind(spec, mount),
-        id_map: IdMap::of(&name, mount, true, spec)?,
+        id_map,
+        shm,
     })
 }
 

@@ -2,21 +2,23 @@
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, LinuxResources, Spec};
+use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, LinuxResources, Mount, Spec};
 
-use isopod_protocol::{JOIN_PREFIX, SHARED_DIR};
+use isopod_protocol::{JOIN_PREFIX, SHARED_DIR, SHM_DIR};
 
-use super::{Bind, cpu_list_len, id_map};
+use super::{Bind, cpu_list_len, id_map, mount_options};
 use crate::state::Id;
 
 /// `spec` with the root file system and the sources of bind mounts where the guest finds them:
 /// below the shared directory, in the folder of the container. Processors become those of the guest:
 /// as many as the container may use, from the first of `vcpus` on, whatever their numbers on the
-/// host. Namespaces of `joins` are those of containers in the same microVM.
+/// host. Namespaces of `joins` are those of containers in the same microVM. Mounts of `inner` become
+/// bind mounts of their own.
 pub fn guest_spec(
     spec: &Spec,
     id: &str,
     binds: &[Bind],
+    inner: &[Inner],
     vcpus: u8,
     joins: &[(LinuxNamespaceType, Id)],
 ) -> Spec {
@@ -30,10 +32,15 @@ pub fn guest_spec(
     if let Some(mounts) = spec.mounts_mut().as_mut() {
         for bind in binds {
             if let Some(mount) = mounts.get_mut(bind.mount) {
-                mount.set_source(Some(shared.join(shared_name(bind))));
+                let source = match &bind.shm {
+                    Some(shm) => Path::new(SHM_DIR).join(&shm.key),
+                    None => shared.join(shared_name(bind)),
+                };
+                mount.set_source(Some(source));
                 id_map::forget(mount);
             }
         }
+        add_inner(mounts, inner, &shared);
     }
     // The guest's own stands for it, whichever it is on the host.
     let linux = spec.linux_mut().as_mut();
@@ -50,6 +57,61 @@ pub fn guest_spec(
         guest_processors(resources, vcpus);
     }
     spec
+}
+
+/// A mount of the host that is inside of what a container shares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inner {
+    /// What it is inside of.
+    pub of: InnerOf,
+    /// Where, relative to that. Empty for the very mount that a bind mount's source lies on.
+    pub path: PathBuf,
+    /// Where it is shared, relative to the container's folder in the shared directory.
+    pub place: PathBuf,
+    /// Its options on the host, as far as a bind mount has them too.
+    pub options: Vec<&'static str>,
+}
+
+/// What a mount is inside of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InnerOf {
+    /// The container's root.
+    Root,
+    /// The source of the bind mount at this position in `mounts`.
+    Mount(usize),
+}
+
+/// Puts each inner mount behind the one that it is inside of, those of the root before all others.
+fn add_inner(mounts: &mut Vec<Mount>, inner: &[Inner], shared: &Path) {
+    let bind = |destination: PathBuf, inner: &Inner, more: Vec<String>| {
+        let own = ["bind"].iter().chain(&inner.options).map(|option| (*option).to_owned());
+        let mut mount = Mount::default();
+        mount
+            .set_destination(destination)
+            .set_typ(Some("bind".to_owned()))
+            .set_source(Some(shared.join(&inner.place)))
+            .set_options(Some(own.chain(more).collect()));
+        mount
+    };
+    let of = |what: InnerOf| inner.iter().filter(move |inner| inner.of == what);
+    let in_root =
+        of(InnerOf::Root).map(|inner| bind(Path::new("/").join(&inner.path), inner, Vec::new()));
+    let mut all: Vec<Mount> = in_root.collect();
+    for (index, mut mount) in std::mem::take(mounts).into_iter().enumerate() {
+        let own = InnerOf::Mount(index);
+        for inner in of(own).filter(|inner| inner.path.as_os_str().is_empty()) {
+            let options = mount.options_mut().get_or_insert_default();
+            // In front, so that what config.json says counts.
+            options.splice(0..0, inner.options.iter().map(|option| (*option).to_owned()));
+        }
+        let destination = mount.destination().clone();
+        let recursive: Vec<String> = mount_options::recursive(&mount).map(str::to_owned).collect();
+        all.push(mount);
+        for inner in of(own).filter(|inner| !inner.path.as_os_str().is_empty()) {
+            all.push(bind(destination.join(&inner.path), inner, recursive.clone()));
+        }
+    }
+    *mounts = all;
 }
 
 /// Limits with the processors of the guest in place of the host's.
@@ -101,7 +163,21 @@ pub(crate) fn shared_hook(index: usize) -> PathBuf {
 
 /// Where a bind mount's source is, relative to the container's folder in the shared directory.
 pub(crate) fn shared_name(bind: &Bind) -> PathBuf {
-    Path::new("mounts").join(bind.mount.to_string())
+    in_mounts(bind.mount.to_string(), bind.directory)
+}
+
+/// Where the mount of this number inside of another one is, as [`shared_name`].
+pub(crate) fn shared_inner(of: InnerOf, number: usize, directory: bool) -> PathBuf {
+    match of {
+        InnerOf::Root => in_mounts(format!("root.{number}"), directory),
+        InnerOf::Mount(index) => in_mounts(format!("{index}.{number}"), directory),
+    }
+}
+
+/// A file lies in a directory of its own.
+fn in_mounts(name: String, directory: bool) -> PathBuf {
+    let path = Path::new("mounts").join(name);
+    if directory { path } else { path.join("file") }
 }
 
 #[cfg(test)]
@@ -125,8 +201,9 @@ mod tests {
             read_only: false,
             propagation: Propagation::Slave,
             id_map: None,
+            shm: None,
         };
-        let guest = guest_spec(&spec, "web", &[bind], 1, &[]);
+        let guest = guest_spec(&spec, "web", &[bind], &[], 1, &[]);
         let root = guest.root().as_ref().unwrap();
         assert_eq!(root.path(), Path::new("/run/isopod/shared/web/rootfs"));
         assert_eq!(root.readonly(), Some(true));
@@ -139,12 +216,50 @@ mod tests {
     }
 
     #[test]
+    fn mounts_inside_of_others_follow_them() {
+        let spec: Spec = serde_json::from_str(
+            r#"{"ociVersion":"1.0.2","root":{"path":"rootfs"},"mounts":[
+                {"destination":"/proc","type":"proc","source":"proc"},
+                {"destination":"/data","type":"bind","source":"/srv","options":["rbind","rnoexec","exec","ro"]}]}"#,
+        )
+        .unwrap();
+        let inner = |of, path: &str, place: &str, options: &[&'static str]| Inner {
+            of,
+            path: path.into(),
+            place: place.into(),
+            options: options.to_vec(),
+        };
+        let inner = [
+            inner(InnerOf::Root, "opt", "mounts/root.0", &["nosuid"]),
+            inner(InnerOf::Mount(1), "", "", &["noexec"]),
+            inner(InnerOf::Mount(1), "a/b", "mounts/1.0", &["ro"]),
+            inner(InnerOf::Mount(1), "f", "mounts/1.1/file", &[]),
+        ];
+        let guest = guest_spec(&spec, "web", &[], &inner, 1, &[]);
+        let shown = guest.mounts().iter().flatten().map(|mount| {
+            let options = mount.options().iter().flatten().map(String::as_str);
+            let source = mount.source().as_ref().unwrap().display().to_string();
+            let source = source.replace("/run/isopod/shared/web/mounts/", "");
+            let options = options.collect::<Vec<_>>().join(",");
+            format!("{source} {} {options}", mount.destination().display())
+        });
+        let expected = [
+            "root.0 /opt bind,nosuid",
+            "proc /proc ",
+            "/srv /data noexec,rbind,rnoexec,exec,ro",
+            "1.0 /data/a/b bind,ro,rnoexec",
+            "1.1/file /data/f bind,rnoexec",
+        ];
+        assert_eq!(shown.collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
     fn namespaces_of_the_pod_are_those_of_its_containers() {
         let spec = r#"{"ociVersion":"1.0.2","linux":{"namespaces":[{"type":"pid"},
             {"type":"network","path":"/proc/7/ns/net"},{"type":"uts","path":"/proc/7/ns/uts"}]}}"#;
         let kinds = [LinuxNamespaceType::Network, LinuxNamespaceType::Uts];
         let joins = kinds.map(|kind| (kind, Id::parse("pause").unwrap()));
-        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], 1, &joins);
+        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], &[], 1, &joins);
         let namespaces = guest.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
         let paths = namespaces.iter().map(|n| n.path().as_ref().map(|path| path.to_str().unwrap()));
         let joined = Some("container:pause");
@@ -155,7 +270,7 @@ mod tests {
     fn processors_of_unified_limits_too() {
         let spec = r#"{"ociVersion":"1.0.2","linux":{"resources":{"unified":
             {"cpuset.cpus":"4-6","cpuset.mems":"0","memory.high":"1"}}}}"#;
-        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], 2, &[]);
+        let guest = guest_spec(&serde_json::from_str(spec).unwrap(), "web", &[], &[], 2, &[]);
         let resources = guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
         let unified = resources.unified().as_ref().unwrap();
         assert_eq!((unified["cpuset.cpus"].as_str(), unified.len()), ("0-1", 2));
@@ -165,7 +280,9 @@ mod tests {
     fn only_hooks_of_the_guest_get_there() {
         let hooks = |json: &str| {
             let spec = format!(r#"{{"ociVersion":"1.0.2","hooks":{json}}}"#);
-            guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], 1, &[]).hooks().clone()
+            guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], &[], 1, &[])
+                .hooks()
+                .clone()
         };
         assert_eq!(hooks(r#"{"createRuntime":[{"path":"/x"}],"startContainer":[]}"#), None);
         let guest = hooks(
@@ -188,7 +305,8 @@ mod tests {
                 r#"{{"ociVersion":"1.0.2","linux":{{"resources":{{"cpu":
                     {{"cpus":"{list}","mems":"0"}}}}}}}}"#
             );
-            let guest = guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], vcpus, &[]);
+            let guest =
+                guest_spec(&serde_json::from_str(&spec).unwrap(), "web", &[], &[], vcpus, &[]);
             let resources = guest.linux().as_ref().unwrap().resources().as_ref().unwrap();
             let cpu = resources.cpu().as_ref().unwrap();
             assert_eq!(cpu.mems(), &None);

@@ -13,6 +13,7 @@ mod pod;
 mod propagation;
 mod scheduling;
 mod seccomp;
+mod shm;
 mod size;
 mod spelling;
 mod unknown;
@@ -32,16 +33,17 @@ use serde_json::{Map, Value};
 pub use self::{
     default::{capabilities, default_spec, rootless_spec, write_spec},
     features::features,
-    guest::{guest_processors, guest_spec},
+    guest::{Inner, InnerOf, guest_processors, guest_spec},
     id_map::IdMap,
     pod::{Joined, is_first_of_pod},
     propagation::Propagation,
     seccomp::Filter,
+    shm::Shm,
     size::{VmSize, cpu_list_len},
     update::{beyond_vm, check_fits, parse_resources, update_resources},
 };
 pub(crate) use self::{
-    guest::{shared_hook, shared_name},
+    guest::{shared_hook, shared_inner, shared_name},
     pod::of_pod,
 };
 use crate::{
@@ -97,6 +99,9 @@ pub struct Bind {
     /// Whose its files are instead.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id_map: Option<IdMap>,
+    /// The tmpfs of the guest that takes its place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shm: Option<Shm>,
 }
 
 impl Bundle {

@@ -31,6 +31,15 @@ pub(super) fn check(name: &str, mount: &Mount, bind: bool) -> Result<()> {
     Ok(())
 }
 
+/// The options of a bind mount that are for what is mounted below it too.
+pub(super) fn recursive(mount: &Mount) -> impl Iterator<Item = &str> {
+    let options = mount.options().iter().flatten().map(String::as_str);
+    options.filter(|option| {
+        let plain = option.strip_prefix('r');
+        plain.is_some_and(|option| ATTRIBUTES.contains(&option) || PROPAGATION.contains(&option))
+    })
+}
+
 fn is_of_a_bind(option: &str) -> bool {
     let known = |option| ATTRIBUTES.contains(&option) || PROPAGATION.contains(&option);
     matches!(option, "bind" | "rbind")

@@ -11,15 +11,18 @@ use isopod_protocol::{
     agent::{
         AdjustClockRequest, ContainerRef, ContainerStats, CreateContainerRequest, Empty,
         ExecProcessRequest, Network, ProcessInfo, ProcessRef, ResizeTerminalRequest,
-        SetupNetworkRequest, SetupSandboxRequest, SignalProcessRequest, StreamTokens, TerminalSize,
-        UpdateContainerRequest, WaitOomRequest,
+        SetupNetworkRequest, SetupSandboxRequest, SharedMemory, SignalProcessRequest, StreamTokens,
+        TerminalSize, UpdateContainerRequest, WaitOomRequest,
     },
     agent_ttrpc::AgentClient,
 };
 
-use super::{launch::Terminal, printable, random, vsock};
+use super::{
+    launch::{Launch, Terminal},
+    printable, random, vsock,
+};
 use crate::{
-    bundle::Filter,
+    bundle::{Filter, Shm},
     clock,
     error::{Error, ErrorKind, Explain, Result},
     state::{Exit, Id, StateDir},
@@ -75,16 +78,19 @@ impl Agent {
         reading.map(|reading| reading.realtime_ns).map_err(|e| explain("cannot set the clock", e))
     }
 
-    /// Builds the container. `state` is for hooks in the guest.
+    /// Builds the container of a launch, with config.json as the guest gets it. `state` is for hooks in
+    /// the guest.
     pub(super) async fn create_container(
         &self,
+        launch: &Launch,
         spec: &Spec,
-        seccomp: Option<&Filter>,
         state: Option<&Value>,
         streams: StreamTokens,
         screen: Screen,
         network: Option<Network>,
     ) -> Result<()> {
+        let seccomp = launch.seccomp.as_ref();
+        let memories = launch.binds.iter().filter_map(|bind| bind.shm.as_ref());
         let request = CreateContainerRequest {
             container_id: self.container_id.clone(),
             spec_json: serde_json::to_vec(spec).explain(|| "cannot write config.json".into())?,
@@ -94,6 +100,7 @@ impl Agent {
             seccomp_filter: seccomp.map(Filter::bytes).unwrap_or_default(),
             seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
             network: network.into(),
+            shared_memory: memories.map(memory).collect(),
             state_json: state.map(|state| state.to_string().into_bytes()).unwrap_or_default(),
             ..Default::default()
         };
@@ -275,6 +282,12 @@ impl Agent {
         Ok((kills.count, kills.ended))
     }
 
+    /// Has the guest forget the files that nobody uses in it.
+    pub(super) async fn forget_files(&self) -> Result<()> {
+        let answer = self.client.forget_files(Context::default(), &Empty::default()).await;
+        answer.map(drop).map_err(|e| explain("cannot have the guest forget files", e))
+    }
+
     /// Ends and forgets the container, if it is there.
     pub(super) async fn delete_container(&self) -> Result<()> {
         let answer = self.client.delete_container(Context::default(), &self.container()).await;
@@ -326,6 +339,17 @@ impl Screen {
     /// them is a terminal. An engine that asks for the terminal itself gets it as programs expect one.
     pub(super) fn of(terminal: Option<&Terminal>, size: Option<Size>) -> Self {
         Self { size, plain_newlines: matches!(terminal, Some(Terminal::Inherited { .. })) }
+    }
+}
+
+fn memory(shm: &Shm) -> SharedMemory {
+    SharedMemory {
+        key: shm.key.clone(),
+        size: shm.size,
+        mode: shm.mode,
+        uid: shm.uid,
+        gid: shm.gid,
+        ..Default::default()
     }
 }
 

@@ -20,6 +20,7 @@ pub(crate) mod console;
 pub mod control;
 mod ending;
 pub mod exec;
+mod forgetting;
 mod guest_clock;
 pub(crate) mod hooks;
 mod id_map;

@@ -18,6 +18,7 @@ use super::{
     boot::{self, in_guest},
     console,
     control::Message,
+    forgetting::Forgetting,
     guest_clock,
     hooks::{self, Point, RuntimeNamespace},
     launch::{Descriptors, Given, Launch, Terminal, read_document},
@@ -35,7 +36,7 @@ use super::{
     view::{self, Cover},
 };
 use crate::{
-    bundle::{Bind, guest_spec},
+    bundle::{Bind, Inner, guest_spec},
     cgroup::{CpuLimits, Place},
     clock,
     error::{Error, Explain, Result},
@@ -96,6 +97,8 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
                 record: None,
                 network: None,
                 share: None,
+                inner: Vec::new(),
+                forgetting: Forgetting::default(),
                 machine: None,
             };
             Ok(sandbox.run(namespace, launcher).await)
@@ -122,6 +125,9 @@ struct Sandbox {
     record: Option<Record>,
     network: Option<Network>,
     share: Option<Share>,
+    /// The mounts inside of those that it shares.
+    inner: Vec<Inner>,
+    forgetting: Forgetting,
     machine: Option<Machine>,
 }
 
@@ -191,7 +197,9 @@ impl Sandbox {
             None => self.boot(&mut record, network).await?,
             Some(member) => {
                 self.network = Some(network);
-                let share = PodShare::attach(&member.pod, &self.launch)?;
+                let mut share = PodShare::attach(&member.pod, &self.launch)?;
+                share.keep_covers(self.forgetting.clone());
+                self.inner = share.inner().to_vec();
                 self.timeline.shared = Some(clock::monotonic_us());
                 let vm = PodVm::enter(&self.dir, &self.launch.id, &member.pod, share).await?;
                 self.machine = Some(Machine::Pod(vm));
@@ -206,7 +214,7 @@ impl Sandbox {
         let hooks = hooks::time_limit(create_hooks.unwrap_or_default()).unwrap_or(Duration::MAX);
         let limit = START_TIMEOUT.max(launch.boot_timeout).saturating_add(hooks);
         let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
-        let create = create_container(launch, dir, state.as_ref(), guest_network);
+        let create = create_container(launch, dir, &self.inner, state.as_ref(), guest_network);
         let (agent, relay, console) =
             in_guest(machine, "creating the container", limit, create).await?;
         let pids: Vec<i32> =
@@ -231,8 +239,10 @@ impl Sandbox {
         let network = self.network.insert(network);
         let guest_network = network.connect(self.launch.vm.vcpus, self.launch.spare_nics)?;
         let share = self.share.insert(Share::build(&self.launch, &self.dir)?);
+        self.inner = share.inner().to_vec();
         self.timeline.shared = Some(clock::monotonic_us());
         let (vmm, connections) = boot::start(&self.launch, &self.dir, share, network)?;
+        tokio::spawn(share.take_covers().keep(None, self.forgetting.clone()));
         record.vmm = Some(vmm.id());
         let Machine::Own(vmm) = self.machine.insert(Machine::Own(vmm)) else {
             return Err(Error::new("there is no VMM"));
@@ -285,8 +295,9 @@ impl Sandbox {
     /// The container, to the task that owns it from now on.
     fn hand_over(self, created: Created) -> Option<Lifecycle> {
         let Created { agent, relay, console, record } = created;
-        let Self { dir, timeline, origin, network, share, machine, .. } = self;
+        let Self { dir, timeline, origin, network, share, forgetting, machine, .. } = self;
         let (machine, network) = (machine?, network?);
+        tokio::spawn(forgetting.serve(agent.clone()));
         Some(Lifecycle {
             dir,
             record,
@@ -383,6 +394,7 @@ fn resources(launch: &Launch) -> LinuxResources {
 async fn create_container(
     launch: &Launch,
     dir: &StateDir,
+    inner: &[Inner],
     state: Option<&Value>,
     network: Option<agent::Network>,
 ) -> Result<(Agent, Relay, Option<OwnedFd>)> {
@@ -412,9 +424,9 @@ async fn create_container(
     }
     let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();
     let (id, vcpus) = (launch.id.as_str(), launch.vm.vcpus);
-    let spec = guest_spec(&launch.spec, id, &launch.binds, vcpus, joins);
+    let spec = guest_spec(&launch.spec, id, &launch.binds, inner, vcpus, joins);
     let screen = Screen::of(launch.terminal.as_ref(), size);
-    agent.create_container(&spec, launch.seccomp.as_ref(), state, tokens, screen, network).await?;
+    agent.create_container(launch, &spec, state, tokens, screen, network).await?;
     Ok((agent, streams.relay()?, console))
 }
 

@@ -25,7 +25,7 @@ use oci_spec::runtime::LinuxNamespaceType;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, time::timeout};
 
-pub(super) use self::share::PodShare;
+pub(super) use self::share::{Origin, PodShare};
 use super::{agent::Agent, control::Ended, ending::ContainerEnd};
 use crate::{
     bundle::{Joined, VmSize, beyond_vm, check_fits},
@@ -157,7 +157,7 @@ pub(super) struct PodVm {
     /// The container.
     id: Id,
     end: watch::Receiver<Option<PodEnd>>,
-    share: Option<PodShare>,
+    share: Option<Box<PodShare>>,
 }
 
 /// How the microVM of a pod has ended.
@@ -197,7 +197,7 @@ impl PodVm {
             let ended = end.heard().await;
             tell.send_replace(Some(PodEnd::of(&sandbox, ended)));
         });
-        Ok(Self { pod: pod.clone(), id: id.clone(), end: heard, share: Some(share) })
+        Ok(Self { pod: pod.clone(), id: id.clone(), end: heard, share: Some(Box::new(share)) })
     }
 
     /// Waits for the end of the microVM.

@@ -18,8 +18,14 @@ use rustix::{
 
 use super::Pod;
 use crate::{
+    bundle::Inner,
     error::{Error, Explain, Result},
-    sandbox::{launch::Launch, share::Trees, share::writable, view::WORKER},
+    sandbox::{
+        forgetting::Forgetting,
+        launch::Launch,
+        share::{Covers, Trees, writable},
+        view::WORKER,
+    },
     state::{Id, ProcessId, SHARED},
 };
 
@@ -31,12 +37,16 @@ pub(in crate::sandbox) struct PodShare {
     path: PathBuf,
     /// The container's folder in it.
     id: Id,
+    /// The mounts below others of the container.
+    inner: Vec<Inner>,
+    covers: Covers,
 }
 
 impl PodShare {
     /// That of the container `id`, whether anything is there or not.
     pub(super) fn of(pod: &Pod, id: &Id) -> Self {
-        Self { process: pod.process, path: pod.dir.join(SHARED), id: id.clone() }
+        let (process, path) = (pod.process, pod.dir.join(SHARED));
+        Self { process, path, id: id.clone(), inner: Vec::new(), covers: Covers::default() }
     }
 
     /// Adds what a container shares to the share of its pod.
@@ -46,19 +56,33 @@ impl PodShare {
     /// If a source is gone or cannot be bound, or the sandbox process of the pod is gone. Nothing is
     /// left mounted.
     pub(in crate::sandbox) fn attach(pod: &Pod, launch: &Launch) -> Result<Self> {
-        let trees = Trees::open(launch)?;
+        let mut trees = Trees::open(launch)?;
         // From here on, dropping it removes what has been made.
-        let share = Self::of(pod, &launch.id);
+        let mut share = Self::of(pod, &launch.id);
+        share.inner = trees.take_inner();
         let Some(origin) = Origin::of(pod.process)? else {
             return Err(Error::new(format!("{}: it has ended", cannot_enter(pod.process.pid))));
         };
-        origin.within(|| {
+        share.covers = origin.within(|| {
             let what = || format!("cannot add to the share {}", share.path.display());
             let view = writable(&share.path).explain(what)?;
             trees.make_places(&within(&view).join(share.id.as_str()))?;
-            trees.attach(&share.path.join(share.id.as_str()))
+            trees.attach(&share.path.join(share.id.as_str()))?;
+            let mut covers = trees.covers()?;
+            covers.refresh()?;
+            Ok(covers)
         })?;
         Ok(share)
+    }
+
+    /// Keeps the covers of what the host mounts in it, for as long as it is there.
+    pub(in crate::sandbox) fn keep_covers(&mut self, forgetting: Forgetting) {
+        tokio::spawn(std::mem::take(&mut self.covers).keep(Some(self.process), forgetting));
+    }
+
+    /// The mounts below others of the container that it was made for.
+    pub(in crate::sandbox) fn inner(&self) -> &[Inner] {
+        &self.inner
     }
 
     /// Removes all that there is. With the process that has the share, all of it is gone.
@@ -112,7 +136,7 @@ fn within(view: &impl AsFd) -> PathBuf {
 }
 
 /// Where another process is.
-struct Origin {
+pub(in crate::sandbox) struct Origin {
     namespace: File,
     root: OwnedFd,
     pid: i32,
@@ -120,7 +144,7 @@ struct Origin {
 
 impl Origin {
     /// None if the process has ended, or is about to and has left already.
-    fn of(process: ProcessId) -> Result<Option<Self>> {
+    pub(in crate::sandbox) fn of(process: ProcessId) -> Result<Option<Self>> {
         let pid = process.pid;
         let find = || -> std::io::Result<Self> {
             let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
@@ -138,7 +162,10 @@ impl Origin {
     }
 
     /// Does something there, as the process sees it, on a thread that goes there and ends.
-    fn within<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    pub(in crate::sandbox) fn within<T: Send>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send,
+    ) -> Result<T> {
         let what = || cannot_enter(self.pid);
         let go = || {
             // SAFETY: root and working directory become this thread's own, and no other code of it

@@ -47,7 +47,8 @@ pub(super) fn cover(launch: &Launch, pids: &[i32]) -> Result<OwnedFd> {
     let root = share::clone(&launch.rootfs, true, read_only, propagation)?;
     // All before the root is covered: from then on this process counts as one that has changed its
     // root, and may make no user namespace for ids to be mapped by.
-    let binds = launch.binds.iter().map(|bind| Ok((bind, share::clone_bind(bind)?)));
+    let binds = launch.binds.iter().filter(|bind| bind.shm.is_none());
+    let binds = binds.map(|bind| Ok((bind, share::clone_bind(bind, bind.recursive)?)));
     let binds: Vec<(&Bind, OwnedFd)> = binds.collect::<Result<_>>()?;
     let what = || "cannot show the container's root in its mount namespace".into();
     move_mount(root.as_fd(), "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)

@@ -9,6 +9,7 @@ mod call;
 mod clock;
 mod directory;
 mod keeper;
+mod meet;
 mod memory;
 mod network;
 mod parallel;
@@ -22,7 +23,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
-    | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | clock | eat MIB | count FILE BLOCKS | hole | parallel \
+    | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | clock | eat MIB | meet PATH OWN OTHER | count FILE BLOCKS | hole | parallel \
     | call ABI NUMBER[,ARG...]... | posix DIR XATTR | xattr DIR XATTR | tcp-server ADDRESS BYTES \
     | tcp-client ADDRESS BYTES | udp-server ADDRESS | udp-client ADDRESS COUNT BYTES... | keeper DIR";
 
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         ["eat", mib] => memory::eat(number(mib)),
         ["call", abi, ref calls @ ..] => print(&call::outcomes(abi, calls)),
         ["count", path, blocks] => shared::count(path, number(blocks)),
+        ["meet", path, own, other] => meet::meet(path, number(own), number(other)),
         ["hole"] => print(&memory::across_the_hole()),
         ["parallel"] => print(&parallel::report()),
         ["posix", dir, xattr] => print(&posix::report(dir, xattr)),

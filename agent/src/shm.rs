@@ -1,0 +1,91 @@
+//! Shared memory of the containers of a pod: a tmpfs for each directory that the host has for it, which
+//! all containers with a mount of that directory bind.
+
+use std::collections::{HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use isopod_protocol::SHM_DIR;
+use isopod_protocol::agent::SharedMemory;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use crate::error::{Context as _, Error, Result};
+
+/// Most bytes of a key: it becomes the name of a directory.
+const MAX_KEY: usize = 64;
+
+/// The ids of the containers that have each of them, by their keys.
+#[derive(Debug, Default)]
+pub(crate) struct SharedMemories(Mutex<HashMap<String, HashSet<String>>>);
+
+impl SharedMemories {
+    /// Makes those of a container that are not there yet. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// One cannot be made; the container then has those before it, until [`Self::leave`].
+    pub(crate) fn join(&self, container_id: &str, wanted: &[SharedMemory]) -> Result<()> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for memory in wanted {
+            let path = path_of(&memory.key)?;
+            let users = all.entry(memory.key.clone()).or_default();
+            if users.is_empty() {
+                make(&path, memory)?;
+            }
+            users.insert(container_id.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Removes those that only this container has. Processes that still use one keep it. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// One cannot be removed.
+    pub(crate) fn leave(&self, container_id: &str) -> Result<()> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (key, users) in all.iter_mut() {
+            if users.remove(container_id) && users.is_empty() {
+                let path = path_of(key)?;
+                let what = || format!("remove {}", path.display());
+                unmount(&path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).context(what)?;
+                fs::remove_dir(&path).context(what)?;
+            }
+        }
+        all.retain(|_, users| !users.is_empty());
+        Ok(())
+    }
+}
+
+fn path_of(key: &str) -> Result<PathBuf> {
+    let usable = (1..=MAX_KEY).contains(&key.len())
+        && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
+    if !usable {
+        return Err(Error::invalid("shared_memory.key", format!("{key:?} cannot be one")));
+    }
+    Ok(Path::new(SHM_DIR).join(key))
+}
+
+fn make(path: &Path, memory: &SharedMemory) -> Result<()> {
+    let what = || format!("make the shared memory {}", path.display());
+    let SharedMemory { size, mode, uid, gid, .. } = memory;
+    let options = format!("size={size},mode={:o},uid={uid},gid={gid}", mode & 0o7777);
+    let options = std::ffi::CString::new(options).context(what)?;
+    fs::create_dir_all(path).context(what)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("shm", path, "tmpfs", flags, options.as_c_str()).context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::path_of;
+
+    #[test]
+    fn keys_become_names() {
+        assert!(path_of("0-1a-2F").is_ok());
+        for key in ["", "a/b", "..", ".", "a b", &"x".repeat(65)] {
+            assert!(path_of(key).is_err(), "{key:?}");
+        }
+    }
+}
