@@ -242,6 +242,7 @@ impl Sandbox {
         self.inner = share.inner().to_vec();
         self.timeline.shared = Some(clock::monotonic_us());
         let (vmm, connections) = boot::start(&self.launch, &self.dir, share, network)?;
+        self.forgetting = vmm.forgetting();
         tokio::spawn(share.take_covers().keep(None, self.forgetting.clone()));
         record.vmm = Some(vmm.id());
         let Machine::Own(vmm) = self.machine.insert(Machine::Own(vmm)) else {

@@ -30,7 +30,9 @@ use isopod_vmm::{
     control::{EndReason, MAX_MESSAGE_LEN, VmmAction, VmmEvent, VmmMessage},
 };
 
-use super::{launch::inherit_only, printable, signals, timeline::Timeline, wait_for};
+use super::{
+    forgetting::Forgetting, launch::inherit_only, printable, signals, timeline::Timeline, wait_for,
+};
 use crate::{
     error::{Error, ErrorKind, Explain, Result},
     state::ProcessId,
@@ -55,6 +57,7 @@ pub(super) struct Vmm {
     pidfd: Arc<AsyncFd<OwnedFd>>,
     control: Arc<AsyncFd<OwnedFd>>,
     progress: watch::Receiver<Progress>,
+    forgetting: Forgetting,
 }
 
 /// What is known of a VMM.
@@ -156,13 +159,20 @@ impl Vmm {
         };
         let (sender, progress) = watch::channel(Progress::default());
         let (watched, heard) = (Arc::clone(&pidfd), Arc::clone(&control));
-        tokio::spawn(watch_process(child, watched, heard, stderr, sender));
-        Ok(Self { id, pidfd, control, progress })
+        let forgetting = Forgetting::default();
+        let wishes = forgetting.clone();
+        tokio::spawn(watch_process(child, watched, heard, stderr, sender, wishes));
+        Ok(Self { id, pidfd, control, progress, forgetting })
     }
 
     /// The process.
     pub(super) fn id(&self) -> ProcessId {
         self.id
+    }
+
+    /// The wish that the guest forgets files, which the VMM has when the guest knows of many.
+    pub(super) fn forgetting(&self) -> Forgetting {
+        self.forgetting.clone()
     }
 
     /// Waits for the end of the VMM.
@@ -298,6 +308,7 @@ async fn watch_process(
     control: Arc<AsyncFd<OwnedFd>>,
     stderr: pipe::Receiver,
     progress: watch::Sender<Progress>,
+    forgetting: Forgetting,
 ) {
     let stderr = tokio::spawn(last_lines(stderr));
     let mut end = VmmEnd::default();
@@ -321,7 +332,7 @@ async fn watch_process(
                     console_tail.iter().skip(skip).map(|line| printable(line)).collect();
             }
             // Not asked of the agent yet.
-            VmmMessage::Event(VmmEvent::FilesHigh) => {}
+            VmmMessage::Event(VmmEvent::FilesHigh) => forgetting.wish(),
             VmmMessage::Event(VmmEvent::Failed { message }) => {
                 end.failure = Some(printable(&message));
             }
