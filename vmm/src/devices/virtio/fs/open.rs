@@ -154,7 +154,8 @@ impl Files {
     pub(super) fn sync(&self, node: u64, handle: u64, data_only: bool) -> io::Result<()> {
         let handle = self.handles.get(handle, node)?;
         let fd = handle.fd().as_raw_fd();
-        // SAFETY: they take a number only.
-        done(unsafe { if data_only { libc::fdatasync(fd) } else { libc::fsync(fd) } })
+        let sync = if data_only { libc::fdatasync } else { libc::fsync };
+        // SAFETY: it takes a number only.
+        done(unsafe { sync(fd) })
     }
 }
