@@ -50,6 +50,10 @@ pub(super) fn correct(config: &mut Value) {
         }
     }
     remove_nulls(config);
+    let linux = config.get_mut("linux").and_then(Value::as_object_mut);
+    if let Some(linux) = linux.filter(|linux| linux.get("seccomp").is_some_and(says_nothing)) {
+        linux.remove("seccomp");
+    }
     for (place, member, value) in DEFAULTS {
         for object in objects(config, place) {
             object.entry(member).or_insert_with(value);
@@ -72,6 +76,15 @@ pub(super) fn correct_resources(resources: &mut Value) {
     let mut config = serde_json::json!({ "linux": { "resources": resources.take() } });
     correct(&mut config);
     *resources = config["linux"]["resources"].take();
+}
+
+/// A `linux.seccomp` without an action and without system calls: no filter, as to runc.
+fn says_nothing(seccomp: &Value) -> bool {
+    let Some(seccomp) = seccomp.as_object() else { return false };
+    let action = seccomp.get("defaultAction").is_none_or(|action| action == "");
+    let calls =
+        seccomp.get("syscalls").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
+    action && !calls && seccomp.keys().all(|key| !key.starts_with("listener"))
 }
 
 fn remove_nulls(value: &mut Value) {
@@ -164,14 +177,16 @@ mod tests {
         use super::super::fields;
         use oci_spec::runtime::Spec;
         // Without these there is no such thing, and runc refuses it too.
-        let named = ["type", "action", "op", "mode", "path", "domain", "policy"];
+        let named = ["type", "defaultAction", "action", "op", "mode", "path", "domain", "policy"];
+        // Refused whatever they say.
+        let other = |path: &str| ["vm", "windows"].iter().any(|root| path.starts_with(root));
         let whole: Map<String, Value> = fields::of::<Spec>()
             .into_iter()
             .filter(|(path, _)| !path.contains(['.', '[']))
             .collect();
         for path in fields::of::<Spec>().keys().filter(|path| !path.ends_with(['*', ']'])) {
             let (parent, member) = path.rsplit_once('.').unwrap_or(("", path));
-            if named.contains(&member) {
+            if named.contains(&member) || other(path) {
                 continue;
             }
             for null in [true, false] {
@@ -188,6 +203,22 @@ mod tests {
                     panic!("{path}: {error}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_filter_that_says_nothing_is_none() {
+        for (seccomp, stays) in [
+            (json!({}), false),
+            (json!({"defaultAction": "", "architectures": ["SCMP_ARCH_X86_64"]}), false),
+            (json!({"syscalls": null}), false),
+            (json!({"defaultAction": "SCMP_ACT_ALLOW"}), true),
+            (json!({"syscalls": [{"names": ["x"], "action": "SCMP_ACT_ERRNO"}]}), true),
+            (json!({"listenerPath": "/x"}), true),
+        ] {
+            let mut config = json!({"linux": {"seccomp": seccomp}});
+            correct(&mut config);
+            assert_eq!(config["linux"].get("seccomp").is_some(), stays, "{config}");
         }
     }
 }
