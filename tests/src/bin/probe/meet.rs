@@ -18,10 +18,11 @@ pub(crate) fn meet(path: &str, own: u64, other: u64) {
     // SAFETY: a new mapping at a place of the kernel's choice, which is never unmapped.
     let page =
         unsafe { mmap(None, PAGE, protection, MapFlags::MAP_SHARED, &file, 0) }.expect("mmap");
+    // SAFETY: the whole mapping, which stays; other processes change it as atomically.
+    let marks = unsafe { std::slice::from_raw_parts(page.as_ptr().cast::<AtomicU8>(), PAGE.get()) };
     let mark = |at: u64| {
-        let at = usize::try_from(at).ok().filter(|at| *at < PAGE.get()).expect("within a page");
-        // SAFETY: within the mapping, which stays; other processes change it as atomically.
-        unsafe { &*page.as_ptr().cast::<AtomicU8>().add(at) }
+        let at = usize::try_from(at).ok();
+        at.and_then(|at| marks.get(at)).expect("within a page")
     };
     mark(own).store(1, Ordering::SeqCst);
     while mark(other).load(Ordering::SeqCst) == 0 {
