@@ -8,6 +8,7 @@ mod boot;
 mod clock;
 mod cycle;
 mod figure;
+mod files;
 mod net;
 mod qemu;
 mod runtime;
@@ -20,15 +21,20 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::figure::Figure;
+
 const HELP: &str = "\
-Usage: isopod-bench boot|cycle|net --programs DIR --bundle DIR [--runs N] [--json FILE]
+Usage: isopod-bench boot|cycle|files|net --programs DIR --bundle DIR [--runs N] [--json FILE]
 
   boot             a microVM until its agent is ready, and `run`, beside QEMU
   cycle            create, start, wait, delete, and exec, beside runc and crun
+  files            what a guest does with the host's files, beside QEMU with virtiofsd
   net              traffic between a container and the host, beside runc and QEMU
 
   --programs DIR   where isopod, isopod-vmm, vmlinux and isopod.initramfs are
   --bundle DIR     an OCI bundle whose process is /bin/true
+  --tree DIR       for `files`: a Debian tree with gcc and tar
+  --virtiofsd FILE for `files`: Debian's virtiofsd
   --runs N         runs of each, the least counts [5]
   --json FILE      also write the figures there";
 
@@ -36,6 +42,8 @@ Usage: isopod-bench boot|cycle|net --programs DIR --bundle DIR [--runs N] [--jso
 struct Arguments {
     programs: PathBuf,
     bundle: PathBuf,
+    tree: Option<PathBuf>,
+    virtiofsd: Option<PathBuf>,
     runs: usize,
     json: Option<PathBuf>,
 }
@@ -52,10 +60,18 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let mut words = std::env::args().skip(1);
-    let measure = match words.next().as_deref() {
-        Some("boot") => boot::measure,
-        Some("cycle") => cycle::measure,
-        Some("net") => net::measure,
+    let measure: fn(&Arguments) -> Result<Vec<Figure>> = match words.next().as_deref() {
+        Some("boot") => |a| boot::measure(&a.programs, &a.bundle, a.runs),
+        Some("cycle") => |a| cycle::measure(&a.programs, &a.bundle, a.runs),
+        Some("files") => |a| {
+            let tree = a.tree.as_deref().context("`files` needs --tree")?;
+            let server = a.virtiofsd.as_deref().context("`files` needs --virtiofsd")?;
+            let files = files::Files { programs: &a.programs, bundle: &a.bundle, tree, server };
+            files.measure(a.runs)
+        },
+        Some("net") => |a| net::measure(&a.programs, &a.bundle, a.runs),
+        // What `files` runs in guests.
+        Some("work") => return files::work(words.next().context("work where?")?.as_ref()),
         // What `net` runs in containers.
         Some("peer") => return net::peer(&words.next().context("peer of whom?")?),
         Some("--help" | "-h") => {
@@ -65,7 +81,7 @@ fn run() -> Result<()> {
         _ => bail!("which benchmark?\n{HELP}"),
     };
     let arguments = parse(words)?;
-    let figures = measure(&arguments.programs, &arguments.bundle, arguments.runs)?;
+    let figures = measure(&arguments)?;
     print!("{}", figure::table(&figures));
     if let Some(file) = &arguments.json {
         let json = serde_json::to_vec_pretty(&figures)?;
@@ -76,11 +92,14 @@ fn run() -> Result<()> {
 
 fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
     let (mut programs, mut bundle, mut runs, mut json) = (None, None, 5, None);
+    let (mut tree, mut virtiofsd) = (None, None);
     while let Some(word) = words.next() {
         let value = words.next().with_context(|| format!("{word} needs a value\n{HELP}"))?;
         match word.as_str() {
             "--programs" => programs = Some(PathBuf::from(value)),
             "--bundle" => bundle = Some(PathBuf::from(value)),
+            "--tree" => tree = Some(PathBuf::from(value)),
+            "--virtiofsd" => virtiofsd = Some(PathBuf::from(value)),
             "--runs" => runs = value.parse().context("--runs")?,
             "--json" => json = Some(PathBuf::from(value)),
             _ => bail!("there is no option {word}\n{HELP}"),
@@ -91,5 +110,5 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
     }
     let programs = programs.with_context(|| format!("--programs is missing\n{HELP}"))?;
     let bundle = bundle.with_context(|| format!("--bundle is missing\n{HELP}"))?;
-    Ok(Arguments { programs, bundle, runs, json })
+    Ok(Arguments { programs, bundle, tree, virtiofsd, runs, json })
 }

@@ -10,19 +10,23 @@ use crate::apt::Need;
 use crate::lab::{Ended, Input, Options, Run, Show, qemu};
 use crate::place::{self, Place};
 use crate::progress::step;
-use crate::{apt, build, bundle, repository};
+use crate::{apt, build, bundle, repository, test};
 
 const HELP: &str = "\
-Usage: cargo xtask bench boot|cycle|net [--runs N] [--json FILE]
+Usage: cargo xtask bench boot|cycle|files|net [--runs N] [--json FILE]
 
   boot          a microVM until its agent is ready, and `run`, beside QEMU
   cycle         create, start, wait, delete, and exec, beside runc and crun
+  files         what a guest does with the host's files, beside QEMU with virtiofsd
   net           traffic between a container and the host, beside runc and QEMU
 
   --runs N      runs of each measurement, the least counts [3]
   --json FILE   also write the figures to FILE";
 
-const BENCHMARKS: [&str; 3] = ["boot", "cycle", "net"];
+const BENCHMARKS: [&str; 4] = ["boot", "cycle", FILES, "net"];
+
+/// The benchmark whose guests work in a Debian tree, that of the tests of workloads.
+const FILES: &str = "files";
 
 /// The runtimes beside which a cycle is measured.
 const PEERS: [Need; 2] = [
@@ -51,6 +55,8 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         bail!("which benchmark?\n{HELP}");
     };
     apt::ensure(build::needs().chain(place::needs(true)?).chain(PEERS))?;
+    // Before a lab looks at this machine's files.
+    let tree = if benchmark == FILES { Some(test::workload_tree()?) } else { None };
     let product = build::build()?;
     let compiled = step("compile the benchmarks", || build::compile(&["isopod-bench"]))?;
     build::place(&compiled.join("isopod-bench"), &product.join("isopod-bench"))?;
@@ -58,7 +64,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let programs = place.bring(&product)?;
     let bundle = place.bring(&bundle::make("true", &["/bin/true".to_owned()])?)?;
     let figures = repository::target().join("figures.json");
-    let argv = [
+    let mut argv = vec![
         programs.join("isopod-bench").display().to_string(),
         benchmark.clone(),
         "--programs".to_owned(),
@@ -70,7 +76,12 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         "--json".to_owned(),
         figures.display().to_string(),
     ];
-    let mut run = Run::here(argv.to_vec())?;
+    if let Some(tree) = tree {
+        place.expose(std::slice::from_ref(&tree))?;
+        argv.extend(["--tree".to_owned(), tree.display().to_string()]);
+        argv.extend(["--virtiofsd".to_owned(), qemu::virtiofsd()?.display().to_string()]);
+    }
+    let mut run = Run::here(argv)?;
     for (name, value) in qemu::environment() {
         run.env.retain(|(other, _)| *other != name);
         run.env.push((name, value));

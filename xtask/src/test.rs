@@ -59,6 +59,12 @@ impl Choice {
     }
 }
 
+/// The Debian tree of the tests of workloads, with a compiler.
+pub(crate) fn workload_tree() -> Result<PathBuf> {
+    apt::ensure([needs::DEBOOTSTRAP])?;
+    tree::WORKLOADS.ensure()
+}
+
 /// Runs the tests; the exit status is 0 when all of them pass.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let began = Instant::now();

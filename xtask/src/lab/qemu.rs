@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::{Context as _, Result};
+
 use crate::apt;
 
 /// Where Debian has the virtiofsd of its QEMU package.
@@ -20,6 +22,17 @@ pub(super) fn own_virtiofsd() -> Option<PathBuf> {
 /// Whether there is any virtiofsd to start.
 pub(super) fn has_virtiofsd() -> bool {
     own_virtiofsd().is_some() || Path::new(VIRTIOFSD_RUST).exists()
+}
+
+/// The virtiofsd to start.
+pub(crate) fn virtiofsd() -> Result<PathBuf> {
+    let package = Some(PathBuf::from(VIRTIOFSD_RUST)).filter(|path| path.exists());
+    own_virtiofsd().or(package).with_context(|| {
+        format!(
+            "there is no virtiofsd in /{VIRTIOFSD} or {VIRTIOFSD_RUST}; install one of the Debian \
+             packages qemu-system-common (12) and virtiofsd (13)"
+        )
+    })
 }
 
 /// The variables by which a QEMU that was unpacked is found, and finds its own modules. None for an

@@ -8,6 +8,9 @@ const ENGINE: &str = "engine under test";
 const NETWORK: &str = "networks of engines";
 const IMAGE: &str = "images for engines";
 
+/// Makes Debian trees.
+pub(super) const DEBOOTSTRAP: Need = Need { package: "debootstrap", purpose: IMAGE };
+
 /// For all end-to-end tests.
 pub(super) const NEEDS: [Need; 5] = [
     Need { package: "runc", purpose: "runtime to prove tests" },
@@ -26,5 +29,5 @@ pub(super) const ENGINES: [Need; 8] = [
     Need { package: "netavark", purpose: NETWORK },
     Need { package: "aardvark-dns", purpose: NETWORK },
     Need { package: "iptables", purpose: NETWORK },
-    Need { package: "debootstrap", purpose: IMAGE },
+    DEBOOTSTRAP,
 ];

@@ -20,6 +20,23 @@ pub(super) struct Tree {
     packages: &'static [&'static str],
 }
 
+/// Programs that people run, and a compiler.
+pub(super) const WORKLOADS: Tree = Tree {
+    program: "workloads",
+    variable: "ISOPOD_TEST_WORKLOAD_TREE",
+    suite: "bookworm",
+    packages: &[
+        "redis-server",
+        "redis-tools",
+        "nginx-light",
+        "python3-minimal",
+        "libpython3-stdlib",
+        "make",
+        "gcc",
+        "libc6-dev",
+    ],
+};
+
 /// All trees.
 pub(super) const TREES: [Tree; 2] = [
     Tree {
@@ -28,21 +45,7 @@ pub(super) const TREES: [Tree; 2] = [
         suite: "trixie",
         packages: &["docker.io", "docker-cli", "iptables", "iproute2", "procps"],
     },
-    Tree {
-        program: "workloads",
-        variable: "ISOPOD_TEST_WORKLOAD_TREE",
-        suite: "bookworm",
-        packages: &[
-            "redis-server",
-            "redis-tools",
-            "nginx-light",
-            "python3-minimal",
-            "libpython3-stdlib",
-            "make",
-            "gcc",
-            "libc6-dev",
-        ],
-    },
+    WORKLOADS,
 ];
 
 /// What no program in a tree reads.
