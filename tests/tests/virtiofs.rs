@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use isopod_tests::{Container, DEADLINE, PROBE_PATH, Scope, runtime};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use serde_json::json;
 
 /// All that Docker gives by default, so that files can belong to anyone.
@@ -447,4 +448,35 @@ fn a_lock_holds_between_containers_and_for_the_host() {
     holder.kill("KILL").ok();
     let free = bounded(|| KINDS.iter().all(|kind| on_the_host(kind) == "\"free\"\n"));
     assert!(free, "a lock outlives its container");
+}
+
+/// Whoever holds the lock, and however long: here the host, to the end.
+#[test]
+fn a_process_that_waits_for_a_lock_ends_with_a_signal() {
+    let scope = Scope::new();
+    let (container, dir) = with_volume(&scope, "data");
+    let file = fs::File::create(dir.join("flock")).unwrap();
+    let _flock = Flock::lock(file, FlockArg::LockExclusive).unwrap();
+    let file = fs::File::create(dir.join("fcntl")).unwrap();
+    let whole = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)).unwrap();
+    let script = format!(
+        "for kind in flock fcntl; do for signal in INT ALRM KILL; do
+             timeout -s $signal 1 {PROBE_PATH} posix-wait $kind /data/$kind
+             echo $kind $signal $?
+         done; done"
+    );
+    let out = container.shell(&script).run().ok();
+    let ends = ["INT 130", "ALRM 142", "KILL 137"];
+    let expected: Vec<String> = ["flock", "fcntl"]
+        .into_iter()
+        .flat_map(|kind| ends.map(|end| format!("{kind} {end}")))
+        .collect();
+    assert_eq!(out.stdout.lines().collect::<Vec<_>>(), expected, "{out}");
 }

@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         ["posix", dir, xattr] => print(&posix::report(dir, xattr)),
         ["xattr", dir, name] => print(&posix::xattr(dir, name)),
         ["posix-hold", kind, path, mark] => posix::hold(kind, path, mark),
+        ["posix-wait", kind, path] => posix::wait(kind, path),
         ["posix-lock", kind, path] => print(&posix::try_lock(kind, path)),
         ["posix-append", path, mark] => posix::append(path, mark),
         ["tcp-server", address, len] => network::tcp_server(address, number(len)),

@@ -161,6 +161,18 @@ pub(crate) fn hold(kind: &str, path: &str, mark: &str) {
     stay(mark);
 }
 
+/// Waits for a lock, and says so once it is there.
+pub(crate) fn wait(kind: &str, path: &str) {
+    let file = File::options().read(true).write(true).open(path).expect("the file");
+    if kind == "fcntl" {
+        fcntl(&file, FcntlArg::F_SETLKW(&record(libc::F_WRLCK))).expect("fcntl");
+        return println!("locked");
+    }
+    let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e);
+    let _held = lock.expect("flock");
+    println!("locked");
+}
+
 /// Whether another process holds a lock: `locked`, `free` or an error.
 pub(crate) fn try_lock(kind: &str, path: &str) -> Value {
     let file = match File::options().read(true).write(true).open(path) {
