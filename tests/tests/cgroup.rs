@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use isopod_tests::keeper::End;
-use isopod_tests::{Container, Netns, Scope, microvm_only, runtime, skip};
+use isopod_tests::{Container, DEADLINE, Netns, Scope, microvm_only, runtime, skip};
 use serde_json::json;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -351,4 +352,34 @@ fn processor_time_is_limited_on_the_host() {
     }
     update(&["--cpu-quota", "-1"]).ok();
     assert_eq!(read(&dir, "cpu.max").trim(), "max 100000");
+}
+
+/// As if the container had taken over the guest's kernel: its limit is gone inside, and holds outside.
+#[test]
+fn a_guest_that_lifts_its_own_limit_is_held_by_the_hosts() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let script =
+        "echo max > /sys/fs/cgroup/cpu.max && cat /sys/fs/cgroup/cpu.max; while :; do :; done";
+    let container = scope.container().shell(script).edit(|c| {
+        c["linux"]["resources"]["cpu"] = json!({ "quota": 20_000, "period": 100_000 });
+        let mounts = c["mounts"].as_array_mut().unwrap();
+        let cgroup = mounts.iter_mut().find(|m| m["destination"] == "/sys/fs/cgroup").unwrap();
+        cgroup["options"].as_array_mut().unwrap().retain(|option| option != "ro");
+        // In one of its own the guest's kernel keeps the limit from being written.
+        c["linux"]["namespaces"].as_array_mut().unwrap().retain(|n| n["type"] != "cgroup");
+    });
+    let mut created = container.start_new();
+    created.stdout.line_with("max 100000");
+    let throttled = || {
+        let stat = read(&cgroup_of(created.pid), "cpu.stat");
+        let count = stat.lines().find_map(|line| line.strip_prefix("nr_throttled ")).unwrap();
+        count.parse::<u64>().unwrap()
+    };
+    let (before, until) = (throttled(), Instant::now() + DEADLINE);
+    while throttled() < before + 5 {
+        assert!(Instant::now() < until, "the host does not hold it");
+        std::thread::yield_now();
+    }
 }
