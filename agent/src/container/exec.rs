@@ -1,7 +1,7 @@
 //! Further processes of a container that runs.
 
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::channel::Request;
 use super::launch::{self, Birth, Launch, Launched};
@@ -16,13 +16,16 @@ use crate::reaper::Reaper;
 
 /// The owner of a further process. When it goes, the process is killed if it has not ended.
 pub(crate) struct Hold {
-    container: Arc<Container>,
+    // A container that has been deleted goes, with its descriptors, before the owners of its processes.
+    container: Weak<Container>,
     exec_id: String,
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.container.execs().release(&self.exec_id);
+        if let Some(container) = self.container.upgrade() {
+            container.execs().release(&self.exec_id);
+        }
     }
 }
 
@@ -32,9 +35,9 @@ impl Container {
     /// # Errors
     ///
     /// It has an owner already.
-    pub(crate) fn hold(self: Arc<Self>, exec_id: String) -> Result<Hold> {
+    pub(crate) fn hold(self: &Arc<Self>, exec_id: String) -> Result<Hold> {
         self.execs().hold(&exec_id)?;
-        Ok(Hold { container: self, exec_id })
+        Ok(Hold { container: Arc::downgrade(self), exec_id })
     }
 
     /// Starts a further process and returns its pid.

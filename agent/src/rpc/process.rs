@@ -16,8 +16,7 @@ pub(super) async fn hold(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<E
     if request.exec_id.is_empty() {
         return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
     }
-    let container = sandbox.container(&request.container_id)?;
-    let _hold = container.hold(request.exec_id)?;
+    let _hold = sandbox.container(&request.container_id)?.hold(request.exec_id)?;
     // A call that has been answered would be no sign of a caller.
     std::future::pending().await
 }
