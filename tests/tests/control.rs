@@ -18,7 +18,8 @@ fn descriptors(pid: i32) -> usize {
 
 /// Sets the limit of descriptors of a running process, soft and hard.
 fn limit_descriptors(scope: &Scope, pid: i32, limit: &str) {
-    scope.program(&["prlimit", "--pid", &pid.to_string(), "--nofile", limit]).output().ok();
+    let limit = format!("--nofile={limit}");
+    scope.program(&["prlimit", "--pid", &pid.to_string(), &limit]).output().ok();
 }
 
 /// Somebody has connected to a socket at such a path, and has not been accepted.

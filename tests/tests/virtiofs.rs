@@ -192,7 +192,7 @@ fn file_system_with_attributes(scope: &Scope, content: Option<&Path>) -> (String
         format!("; {mount}; cp -a {}/. {volume}; mkdir {volume}/volume", content.display())
     });
     let make = format!(
-        "set -e; truncate -s 64M {volume}.image; mkfs.ext4 -q {volume}.image; mkdir {volume}{fill}"
+        "set -e; truncate -s 64M {volume}.image; mkfs.ext4 -q -b 4096 {volume}.image; mkdir {volume}{fill}"
     );
     scope.program(&["unshare", "--mount", "sh", "-c", &make]).output().ok();
     (volume, mount)
