@@ -363,7 +363,11 @@ fn explain(what: &str, error: ttrpc::Error) -> Error {
         ttrpc::Error::RpcStatus(status) => {
             Error::new(format!("{what}: {}", printable(&status.message)))
         }
-        ttrpc::Error::Others(message) => Error::new(format!("{what}: {}", printable(&message))),
+        // A call on a connection that has just broken, or an answer that is none.
+        ttrpc::Error::Others(message) => Error::with_kind(
+            ErrorKind::VmLost,
+            format!("{what}: the connection to the microVM failed: {}", printable(&message)),
+        ),
         _ => Error::with_kind(
             ErrorKind::VmLost,
             format!("{what}: the connection to the microVM is broken"),
