@@ -202,10 +202,7 @@ impl Show<'_> {
                 kept.extend_from_slice(bytes);
                 return Ok(());
             }
-            Self::Timed(lines) => {
-                lines.push(bytes);
-                return Ok(());
-            }
+            Self::Timed(lines) => return lines.push(bytes),
         }
         stdout().write_all(bytes)?;
         stdout().flush()

@@ -96,6 +96,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     apt::ensure(build::needs().chain(lab).chain(programs))?;
     let report = run(&choice);
     let total = report.total();
+    total.details().iter().for_each(|detail| println!("\n{detail}"));
     println!("\n{report}\nall tests, {}:\n{total}", seconds(began));
     if total.is_empty() {
         match choice.filter {

@@ -45,7 +45,7 @@ pub(crate) enum Show<'a> {
     Also(&'a mut Vec<u8>),
     /// Here only.
     Only(&'a mut Vec<u8>),
-    /// Here only, with the time of each line.
+    /// Here, and to this process's own line by line.
     Timed(&'a mut Timed),
 }
 

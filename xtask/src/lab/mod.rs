@@ -106,6 +106,15 @@ impl Options {
     }
 }
 
+impl Options {
+    /// Room in MiB for the code that QEMU has translated. A microVM adds 50: its kernel is new to QEMU each
+    /// time. When the room is full, QEMU begins anew with all of it. At most 2 GiB (QEMU's
+    /// `MAX_CODE_GEN_BUFFER_SIZE`).
+    fn translated_mib(&self) -> u64 {
+        (self.memory_mib / 4).clamp(512, 2047)
+    }
+}
+
 /// Memory in MiB of a lab that runs all tests: those of a guest of 4 GiB need more than that.
 const TEST_MIB: u64 = 6 * 1024;
 

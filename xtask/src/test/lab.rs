@@ -184,7 +184,7 @@ impl Labs<'_> {
 }
 
 /// Shows what a program has printed, in one piece.
-pub(super) fn print(name: &str, output: &[u8]) -> Result<()> {
+fn print(name: &str, output: &[u8]) -> Result<()> {
     static TERMINAL: Mutex<()> = Mutex::new(());
     let _one = lock(&TERMINAL);
     say(format!("what {name} printed:"));

@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::Choice;
-use super::lab::print;
 use super::program::Program;
 use super::proof::{self, Proofs};
 use super::report::Row;
@@ -35,8 +34,8 @@ impl Site {
         Ok(Self { place, product })
     }
 
-    /// Runs one program. Its output is shown as it comes on this machine, and when it has ended in a lab,
-    /// where others run beside it. `kernel` names the kernel of the place.
+    /// Runs one program. Its output is shown as it comes: line by line in a lab, where others run beside it.
+    /// `kernel` names the kernel of the place.
     ///
     /// # Errors
     ///
@@ -88,9 +87,8 @@ impl Site {
             let ended = self.place.run(run, Input::Nothing, &mut Show::Also(&mut output))?;
             return Ok((output, ended));
         }
-        let mut output = Timed::new();
+        let mut output = Timed::new(&program.name);
         let ended = self.place.run(run, Input::Nothing, &mut Show::Timed(&mut output));
-        print(&program.name, &output.with_times())?;
-        Ok((output.bytes().to_vec(), ended?))
+        Ok((output.finish().context("cannot write output")?, ended?))
     }
 }

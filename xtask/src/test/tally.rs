@@ -18,6 +18,8 @@ pub(super) struct Tally {
     remembered: u64,
     /// Programs that failed, and how.
     failures: Vec<String>,
+    /// What programs with failed tests said of them.
+    details: Vec<String>,
 }
 
 impl Tally {
@@ -45,6 +47,9 @@ impl Tally {
                 }
             }
         }
+        if !matches!(ended, Ended::Status(0)) {
+            tally.details.extend(detail(name, &String::from_utf8_lossy(output)));
+        }
         match ended {
             Ended::Status(0) if reported => {}
             Ended::Status(0) => tally.failures.push(format!("{name} (it ended without a result)")),
@@ -66,6 +71,12 @@ impl Tally {
         self.filtered_out += other.filtered_out;
         self.remembered += other.remembered;
         self.failures.extend_from_slice(&other.failures);
+        self.details.extend_from_slice(&other.details);
+    }
+
+    /// What programs with failed tests said of them: once more, in one piece each.
+    pub(super) fn details(&self) -> &[String] {
+        &self.details
     }
 
     /// How many passed, how many of these an earlier run has proven, and how many failed.
@@ -81,6 +92,13 @@ impl Tally {
     pub(super) fn is_empty(&self) -> bool {
         self.passed_all() && self.passed + self.ignored == 0
     }
+}
+
+/// What a runner prints of failed tests below its list of verdicts, under the name of the program.
+fn detail(name: &str, output: &str) -> Option<String> {
+    let (_, failures) = output.split_once("\nfailures:\n")?;
+    let end = failures.rfind("\ntest result: ").unwrap_or(failures.len());
+    Some(format!("what failed in {name}:\n{}", failures[..end].trim_end()))
 }
 
 impl fmt::Display for Tally {
@@ -122,6 +140,17 @@ mod tests {
         assert!(tally.to_string().ends_with(
             "test result: FAILED. 4 passed; 2 failed; 1 ignored; 0 measured; 2 filtered out"
         ));
+    }
+
+    #[test]
+    fn what_a_program_said_of_failed_tests_is_kept() {
+        let output =
+            b"test a ... FAILED\n\nfailures:\n\n---- a ----\nleft: 1\n\nfailures:\n    a\n\n\
+            test result: FAILED. 0 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\n";
+        let tally = Tally::of("x", output, &Ended::Status(101));
+        let want = "what failed in x:\n\n---- a ----\nleft: 1\n\nfailures:\n    a";
+        assert_eq!(tally.details(), [want]);
+        assert!(Tally::of("x", OUTPUT, &Ended::Status(0)).details().is_empty());
     }
 
     #[test]
