@@ -13,10 +13,6 @@ use serde::{Deserialize, Serialize};
 pub enum ErrorKind {
     /// Everything that has no kind of its own.
     Failed,
-    /// The program to run does not exist in the container.
-    ProgramNotFound,
-    /// The program to run exists and cannot be executed.
-    ProgramNotExecutable,
     /// The microVM ended while it was needed; the exit status of the process is unknown.
     VmLost,
 }
@@ -41,7 +37,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// recorded state tell the two apart.
 pub const EXIT_VM_LOST: u8 = 255;
 
-/// Exit status of `exec` when it could not run the process.
+/// Exit status of `exec` when it could not run the process, as runc's: the process itself can end with 1.
 pub const EXIT_EXEC_FAILED: u8 = 255;
 
 impl Error {
@@ -67,23 +63,12 @@ impl Error {
         self
     }
 
-    /// The exit status of `run`, `exec` and the sandbox process for this failure. Shells use 127
-    /// and 126 for a missing and a not executable program; all else is 1, as with runc.
+    /// The exit status of `run` and the sandbox process for this failure: 1 as with runc, also for a program
+    /// that is not there.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             ErrorKind::Failed => 1,
-            ErrorKind::ProgramNotFound => 127,
-            ErrorKind::ProgramNotExecutable => 126,
             ErrorKind::VmLost => EXIT_VM_LOST,
-        }
-    }
-
-    /// The exit status of `exec` for this failure: as [`Self::exit_code`], but 255 for what has no kind
-    /// of its own, as with runc. The process can end with 1 by itself.
-    pub fn exec_exit_code(&self) -> u8 {
-        match self.kind {
-            ErrorKind::Failed => EXIT_EXEC_FAILED,
-            _ => self.exit_code(),
         }
     }
 }
@@ -176,18 +161,12 @@ mod tests {
 
     #[test]
     fn kinds_survive_json_and_decide_the_exit_code() {
-        for (kind, code) in [
-            (ErrorKind::Failed, 1),
-            (ErrorKind::ProgramNotFound, 127),
-            (ErrorKind::ProgramNotExecutable, 126),
-            (ErrorKind::VmLost, 255),
-        ] {
+        for (kind, code) in [(ErrorKind::Failed, 1), (ErrorKind::VmLost, 255)] {
             let error = Error::with_kind(kind, "x").details(vec!["y".into()]);
             let json = serde_json::to_string(&error).unwrap();
             let back: Error = serde_json::from_str(&json).unwrap();
             assert_eq!(back, error);
             assert_eq!(back.exit_code(), code);
-            assert_eq!(back.exec_exit_code(), if code == 1 { 255 } else { code });
         }
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use isopod_tests::{Container, DEADLINE, Scope, skip};
+use isopod_tests::{Container, DEADLINE, Scope, runtime, skip};
 
 /// A directory of the host with mounts of its own below it. Unmounted when dropped.
 struct Volume<'a> {
@@ -155,4 +155,28 @@ fn mounts_are_told_apart() {
                     1\n2\n3\nlink1\nlink2\nlink3\nsub\n0\nnew\n";
     assert_eq!(out.stdout, expected, "{out}");
     assert_eq!(fs::read(a.path.join("1")).unwrap(), fs::read(b.path.join("1")).unwrap());
+}
+
+/// A guest's kernel remembers the files of a root file system, which nobody else writes, for as long as it
+/// has memory. It is asked to forget some, long before there are as many as the host keeps for it.
+#[test]
+fn a_guest_forgets_the_files_of_a_large_tree() {
+    let scope = Scope::new();
+    // A quarter of the files that the host keeps for 128 MiB, which have room for all of them.
+    let container = scope.container().annotation("dev.isopod.memory_mib", "128");
+    let tree = container.bundle.rootfs("/tree");
+    let script =
+        "mkdir $1; cd $1; for i in $(seq 330); do mkdir $i; (cd $i && touch $(seq 100)); done";
+    scope.program(&["sh", "-c", script, "sh", tree.to_str().unwrap()]).output().ok();
+    let forgotten = if runtime().is_isopod() {
+        "until set -- $(cat /proc/sys/fs/inode-nr); [ $1 -lt 31000 ]; do sleep 1; done;"
+    } else {
+        ""
+    };
+    let walk = |dir| format!("find {dir} -type f | wc -l");
+    let container = container.shell(&format!("{}; {forgotten} {}", walk("/tree"), walk("/tree/1")));
+    // With no more descriptors than this, files that the guest knows of are not all open.
+    let limit = ["prlimit", "--nofile=1024:1024"];
+    let out = container.command_with_bundle("run", &[]).through(&limit).output().ok();
+    assert_eq!(out.stdout, "33000\n100\n", "{out}");
 }

@@ -35,7 +35,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     bundle::SPEC_VERSION,
     clock,
-    error::{Error, Explain, Result},
+    error::{EXIT_EXEC_FAILED, Error, Explain, Result},
     logger,
     sandbox::{self, launch::Descriptors},
     state::DEFAULT_ROOT,
@@ -177,7 +177,7 @@ pub fn main() -> ExitCode {
     // Only these two have the exit status of a process in a container.
     let status_of: fn(&Error) -> u8 = match verb {
         Verb::Run(_) => Error::exit_code,
-        Verb::Exec(_) => Error::exec_exit_code,
+        Verb::Exec(_) => |_| EXIT_EXEC_FAILED,
         _ => |_| 1,
     };
     match carry_out(verb, cli.global) {

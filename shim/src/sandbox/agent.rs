@@ -108,7 +108,7 @@ impl Agent {
             .create_container(Context::default(), &request)
             .await
             .map(drop)
-            .map_err(|e| explain_program("cannot create the container", e))
+            .map_err(|e| explain("cannot create the container", e))
     }
 
     /// Gives the container a network that it did not have when it was created.
@@ -131,7 +131,7 @@ impl Agent {
             .start_container(Context::default(), &self.container())
             .await
             .map(drop)
-            .map_err(|e| explain_program("cannot start the container", e))
+            .map_err(|e| explain("cannot start the container", e))
     }
 
     /// Owns the process of an exec that is to be started by this connection: when that goes, the guest
@@ -178,7 +178,7 @@ impl Agent {
             .exec_process(Context::default(), &request)
             .await
             .map(drop)
-            .map_err(|e| explain_program("cannot run the process", e))
+            .map_err(|e| explain("cannot run the process", e))
     }
 
     /// Waits for the end of the process, however long that takes.
@@ -373,17 +373,4 @@ fn explain(what: &str, error: ttrpc::Error) -> Error {
             format!("{what}: the connection to the microVM is broken"),
         ),
     }
-}
-
-/// As [`explain`], for calls whose status may say that there is no program to run.
-fn explain_program(what: &str, error: ttrpc::Error) -> Error {
-    let kind = match &error {
-        ttrpc::Error::RpcStatus(status) => match status.code.enum_value() {
-            Ok(Code::NOT_FOUND) => ErrorKind::ProgramNotFound,
-            Ok(Code::PERMISSION_DENIED) => ErrorKind::ProgramNotExecutable,
-            _ => return explain(what, error),
-        },
-        _ => return explain(what, error),
-    };
-    Error { kind, ..explain(what, error) }
 }

@@ -29,7 +29,7 @@ use super::{
     stdio::{self, Apart, Local, Relay, Release},
 };
 use crate::{
-    error::{Error, ErrorKind, Explain, Result},
+    error::{EXIT_EXEC_FAILED, Error, ErrorKind, Explain, Result},
     state::{Exit, Id, StateDir},
     terminal::{self, Size},
 };
@@ -108,14 +108,13 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     match result {
         Ok(exit) => Ok(exit.status),
         Err(error) => {
-            let code = error.exec_exit_code();
             // That command has said why.
             if given_up {
                 log::debug!("{error}");
             } else if started || !told(&Message::Failed { error: error.clone() }) {
                 log::error!("{error}");
             }
-            Ok(code)
+            Ok(EXIT_EXEC_FAILED)
         }
     }
 }

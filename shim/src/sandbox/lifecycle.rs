@@ -49,8 +49,9 @@ pub(super) const START_TIMEOUT: Duration = Duration::from_secs(60);
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a process may take to die of SIGKILL when only that was asked for: nothing but a guest
-/// that does not answer takes so long, and it must not be able to outlive its killing.
-const KILL_TIMEOUT: Duration = Duration::from_secs(15);
+/// that does not answer takes so long, and it must not be able to outlive its killing. With what it takes
+/// to end the VMM it is gone within ten seconds.
+const KILL_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How long whoever reads a container's output may take for its end, if its microVM was lost.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);

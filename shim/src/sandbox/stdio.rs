@@ -6,60 +6,38 @@
 //! non-blocking.
 
 mod apart;
+mod copy;
 mod last_words;
+mod relay;
 
 use std::{
     fs::File,
-    io::{self, ErrorKind, Read, Write},
     net::Shutdown,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread,
-    time::Duration,
+    sync::Arc,
 };
 
-use rustix::{
-    event::{PollFd, PollFlags, poll},
-    io::Errno,
-};
-use tokio::{
-    io::AsyncWriteExt,
-    sync::{oneshot, watch},
-    time::{Instant, timeout_at},
-};
+use tokio::{io::AsyncWriteExt, sync::oneshot};
 
 use isopod_protocol::{
     STREAM_PORT,
     agent::{FurtherStream, StreamTokens},
 };
 
-pub use self::apart::Apart;
-use self::last_words::{LastWords, Listener};
+pub use self::{apart::Apart, relay::Relay};
+use self::{
+    copy::{Flow, InputEnd, is_wanted, relay_input, relay_output},
+    last_words::{LastWords, Listener},
+    relay::{Output, start},
+};
 use super::{preserved::Preserved, random_u64, vsock};
 use crate::{
     error::{Explain, Result},
     state::StateDir,
 };
-
-/// How much is read at a time: what a socket's buffer holds by default is a little more.
-const BUFFER_LEN: usize = 128 * 1024;
-
-/// How much longer a guest may take for what a process wrote before it ended. The agent has all of
-/// it, and ends the stream behind it.
-const PATIENCE: Patience = Patience { interval: Duration::from_secs(1), intervals: 30 };
-
-/// How long somebody is waited for, as far as it is noticed: by a look each interval.
-#[derive(Debug, Clone, Copy)]
-struct Patience {
-    interval: Duration,
-    intervals: u32,
-}
 
 /// The local ends of a process's standard streams. A missing one is `/dev/null` in the guest.
 #[derive(Debug, Default)]
@@ -318,163 +296,6 @@ impl Streams {
     }
 }
 
-/// Output on its way from the guest: what the thread that relays it shares with who waits for it.
-#[derive(Debug)]
-struct Flow {
-    remote: UnixStream,
-    /// Bytes that the guest has sent so far.
-    received: AtomicU64,
-    /// Bytes that have been written here so far. Dropped at the end.
-    written: watch::Sender<u64>,
-    /// The thread waits for the guest, and not for whoever reads here.
-    waiting: AtomicBool,
-}
-
-impl Flow {
-    /// A flow, and how much of it has been written.
-    fn new(remote: UnixStream) -> (Self, watch::Receiver<u64>) {
-        let (written, progress) = watch::channel(0);
-        let (received, waiting) = (AtomicU64::new(0), AtomicBool::new(false));
-        (Self { remote, received, written, waiting }, progress)
-    }
-
-    /// What the guest sends next.
-    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.waiting.store(true, Ordering::Relaxed);
-        let received = (&self.remote).read(buffer);
-        self.waiting.store(false, Ordering::Relaxed);
-        if let Ok(length) = received {
-            self.received.fetch_add(length as u64, Ordering::Relaxed);
-        }
-        received
-    }
-}
-
-/// An output that is relayed.
-#[derive(Debug)]
-struct Output {
-    /// The thread has it, and closes it at its end.
-    flow: Weak<Flow>,
-    finished: oneshot::Receiver<()>,
-    /// Bytes that have been written here.
-    written: watch::Receiver<u64>,
-    /// How much had been sent when its process was known to have ended.
-    ended_at: Option<u64>,
-    /// In how many looks since then the guest was waited for.
-    waited: u32,
-}
-
-impl Output {
-    /// Ends the stream if the guest takes too long, or sends more than it can have had. Time in which
-    /// nobody reads here is not the guest's.
-    fn look(&mut self, most: u64, patience: Patience) {
-        let Some(flow) = self.flow.upgrade() else { return };
-        let received = flow.received.load(Ordering::Relaxed);
-        let ended_at = *self.ended_at.get_or_insert(received);
-        self.waited += u32::from(flow.waiting.load(Ordering::Relaxed));
-        if self.waited > patience.intervals || received - ended_at > most {
-            log::warn!("the guest does not end the output of a process that has ended: cut off");
-            // What has been received is still there to be read.
-            let _ = flow.remote.shutdown(Shutdown::Both);
-        }
-    }
-}
-
-/// Running relays.
-#[derive(Debug, Default)]
-pub struct Relay {
-    inputs: Vec<oneshot::Receiver<()>>,
-    outputs: Vec<Output>,
-    last_words: Option<LastWords>,
-    next_look: Option<Instant>,
-}
-
-impl Relay {
-    /// The process has ended: nothing is to be said of that.
-    pub fn process_ended(&mut self) {
-        self.last_words = None;
-    }
-
-    /// Says why there is no more output, if nobody else does, once all that has come is written.
-    pub fn say(&mut self, text: String) {
-        if let Some(words) = self.last_words.take() {
-            words.say(text);
-        }
-    }
-
-    /// Waits until all output of a process that has ended has been written, for as long as it takes
-    /// whoever reads it, and at most half a minute for the guest. That cannot have kept more than
-    /// `most` bytes, the size of its memory. Can be waited for again if cancelled.
-    pub async fn finished(&mut self, most: u64) {
-        self.finished_within(most, PATIENCE).await;
-    }
-
-    /// Waits until all output has ended, however long that takes. Can be waited for again if cancelled.
-    pub async fn outputs_ended(&mut self) {
-        while let Some(output) = self.outputs.last_mut() {
-            let _ = (&mut output.finished).await;
-            self.outputs.pop();
-        }
-    }
-
-    /// As [`Self::outputs_ended`], for all input as well.
-    async fn all_ended(&mut self) {
-        self.outputs_ended().await;
-        while let Some(input) = self.inputs.last_mut() {
-            let _ = input.await;
-            self.inputs.pop();
-        }
-    }
-
-    /// Waits until as much of each output has been written as `marks` say, or has ended. The guest and
-    /// readers have as long as in [`Self::finished`]. An output without a mark has to end.
-    async fn written(&mut self, marks: &[u64], most: u64) {
-        self.written_within(marks, most, PATIENCE).await;
-    }
-
-    async fn written_within(&mut self, marks: &[u64], most: u64, patience: Patience) {
-        let mut marks = marks.iter().copied();
-        for output in &mut self.outputs {
-            let mark = marks.next().unwrap_or(u64::MAX);
-            loop {
-                let limit = Instant::now() + patience.interval;
-                // An error means that the output has ended.
-                if timeout_at(limit, output.written.wait_for(|written| *written >= mark))
-                    .await
-                    .is_ok()
-                {
-                    break;
-                }
-                output.look(most, patience);
-            }
-        }
-    }
-
-    async fn finished_within(&mut self, most: u64, patience: Patience) {
-        while let Some(output) = self.outputs.last_mut() {
-            let look = *self.next_look.get_or_insert_with(|| Instant::now() + patience.interval);
-            // An error means that the thread is gone, which is as finished as can be.
-            if timeout_at(look, &mut output.finished).await.is_ok() {
-                self.outputs.pop();
-                continue;
-            }
-            self.next_look = None;
-            for output in &mut self.outputs {
-                output.look(most, patience);
-            }
-        }
-    }
-}
-
-fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
-    thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(64 * 1024)
-        .spawn(body)
-        .map(drop)
-        .explain(|| format!("cannot start the thread for {name}"))
-}
-
 async fn connect(dir: &StateDir, local: Option<OwnedFd>) -> Result<Option<Stream>> {
     let Some(local) = local else { return Ok(None) };
     // 0 means "not connected".
@@ -504,111 +325,6 @@ fn is_null(fd: BorrowedFd<'_>) -> bool {
         }
         Err(_) => true,
     }
-}
-
-/// Waits until the guest's process waits for its input. False if it never will.
-fn is_wanted(mut remote: &UnixStream) -> bool {
-    remote.read_exact(&mut [0]).is_ok()
-}
-
-/// How an input ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum InputEnd {
-    /// There is no more of it, or nobody to read it.
-    Plain,
-    /// Its other end has been closed: that of a terminal has been hung up.
-    HungUp,
-}
-
-/// Copies from `local` to `remote` until either ends, and passes the end of input on.
-fn relay_input(local: &OwnedFd, remote: &UnixStream) -> InputEnd {
-    let mut buffer = vec![0; BUFFER_LEN];
-    let mut remote_out = remote;
-    let mut end = InputEnd::Plain;
-    loop {
-        match wait_for_input(local, remote) {
-            Ok(Some(found)) => end = found,
-            // Nobody reads there any more: leave the rest of the input to whoever else may.
-            Ok(None) => return InputEnd::Plain,
-            Err(_) => break,
-        }
-        let length = match rustix::io::read(local, &mut buffer) {
-            Ok(0) => break,
-            Ok(length) => length,
-            Err(Errno::INTR | Errno::AGAIN) => continue,
-            // A terminal that has hung up, for one. There will be no more input.
-            Err(_) => break,
-        };
-        if remote_out.write_all(&buffer[..length]).is_err() {
-            return InputEnd::Plain;
-        }
-    }
-    // The other side may be gone already.
-    let _ = remote.shutdown(Shutdown::Write);
-    end
-}
-
-/// Waits for something to read from `local`, the end included, and tells whether its other end has been
-/// closed. None if `remote` was closed instead.
-fn wait_for_input(local: &OwnedFd, remote: &UnixStream) -> io::Result<Option<InputEnd>> {
-    loop {
-        let mut fds = [PollFd::new(local, PollFlags::IN), PollFd::new(remote, PollFlags::RDHUP)];
-        match poll(&mut fds, None) {
-            Err(Errno::INTR) => continue,
-            result => result.map(drop)?,
-        }
-        let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL;
-        if fds[1].revents().intersects(closed) {
-            return Ok(None);
-        }
-        let found = fds[0].revents();
-        if !found.is_empty() {
-            let hung_up = found.contains(PollFlags::HUP);
-            return Ok(Some(if hung_up { InputEnd::HungUp } else { InputEnd::Plain }));
-        }
-    }
-}
-
-/// Copies from the guest to `local` until either ends.
-fn relay_output(flow: &Flow, local: &OwnedFd) {
-    let mut buffer = vec![0; BUFFER_LEN];
-    loop {
-        let length = match flow.receive(&mut buffer) {
-            Ok(0) => return,
-            Ok(length) => length,
-            Err(e) if e.kind() == ErrorKind::Interrupted => continue,
-            Err(_) => return,
-        };
-        if let Err(e) = write_all(local, &buffer[..length]) {
-            // Nobody reads any more, or the disk is full. The process gets the same from its next
-            // write when its agent sees the connection closed.
-            if e != Errno::PIPE {
-                log::debug!("output is lost: {e}");
-            }
-            let _ = flow.remote.shutdown(Shutdown::Both);
-            return;
-        }
-        flow.written.send_modify(|written| *written += length as u64);
-    }
-}
-
-/// Writes all of `bytes`, also to a descriptor that somebody else has made non-blocking.
-fn write_all(local: &OwnedFd, mut bytes: &[u8]) -> std::result::Result<(), Errno> {
-    while !bytes.is_empty() {
-        match rustix::io::write(local, bytes) {
-            Ok(0) => return Err(Errno::IO),
-            Ok(length) => bytes = &bytes[length..],
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => {
-                match poll(&mut [PollFd::new(&local.as_fd(), PollFlags::OUT)], None) {
-                    Ok(_) | Err(Errno::INTR) => {}
-                    Err(e) => return Err(e),
-                }
-            }
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -12,9 +12,10 @@ const IMAGE: &str = "images for engines";
 pub(super) const DEBOOTSTRAP: Need = Need { package: "debootstrap", purpose: IMAGE };
 
 /// For all end-to-end tests.
-pub(super) const NEEDS: [Need; 5] = [
+pub(super) const NEEDS: [Need; 6] = [
     Need { package: "runc", purpose: "runtime to prove tests" },
     Need { package: "iproute2", purpose: NETWORK },
+    Need { package: "systemd", purpose: "tests of its scopes" },
     Need { package: "busybox-static", purpose: IMAGE },
     Need { package: "skopeo", purpose: IMAGE },
     Need { package: "umoci", purpose: IMAGE },

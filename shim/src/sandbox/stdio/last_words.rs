@@ -45,6 +45,6 @@ impl Listener {
             // The guest's end is the one that turned lines into what a terminal takes.
             text = text.replace('\n', "\r\n");
         }
-        let _ = super::write_all(output, text.as_bytes());
+        let _ = super::copy::write_all(output, text.as_bytes());
     }
 }

@@ -1,8 +1,16 @@
-use std::{fs::File, time::Duration};
+use std::{
+    fs::File,
+    io::{self, ErrorKind, Read, Write},
+    thread,
+    time::Duration,
+};
 
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::{
+    io::Errno,
+    pipe::{PipeFlags, pipe_with},
+};
 
-use super::*;
+use super::{copy::write_all, relay::Patience, *};
 
 /// Bytes that repeat with no power of two, so that a lost or doubled buffer shows.
 fn pattern(length: usize) -> Vec<u8> {
