@@ -104,7 +104,7 @@ fn set_up() -> Result<()> {
 /// the HLT, and sleeps although that interrupt gave it work, now and then for as long as nothing
 /// else wakes it. With its tick left on, that is until the next tick. Of several processors: see
 /// [`IdleVm`]. No real processor needs any of this, and a lab that counts has to run what others run.
-/// `norandmaps` is for speed, in the guest as in the lab (see `CMDLINE` of `machine.rs`).
+/// `norandmaps` is for speed, in the guest as in the lab (see `SAME_ADDRESSES` of `machine.rs`).
 fn make_up_for_processors() -> Result<Option<IdleVm>> {
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
     if cmdline.split_whitespace().any(|word| word == COUNTING) {

@@ -14,11 +14,15 @@ use super::qemu::{self, VIRTIOFSD_RUST};
 use super::{Options, PORT_PREFIX, PORTS, text};
 use crate::process::{bound_to_us, inheriting, tail};
 
-/// Kernel command line: a quick boot, and a console for what goes wrong. QEMU keeps the code that it has
-/// translated by its virtual address too: without `norandmaps` it translates every program anew each time
-/// that one runs, which takes half of a test's time.
+/// Kernel command line: a quick boot, and a console for what goes wrong.
 const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_timer_check \
-                       apparmor=0 random.trust_cpu=on norandmaps quiet";
+                       apparmor=0 random.trust_cpu=on quiet";
+
+/// On the kernel command line of a lab with one processor. QEMU keeps the code that it has translated by its
+/// virtual address too: otherwise it translates every program anew each time that one runs, which takes half
+/// of a test's time. With several processors it is less exact already (see [`Options`]), and old code of one
+/// that another has changed is then met more often: the lab's own kernel has crashed.
+const SAME_ADDRESSES: &str = "norandmaps";
 
 /// On the kernel command line of a lab that counts, for its PID 1.
 pub(super) const COUNTING: &str = "lab.counting";
@@ -199,8 +203,9 @@ fn arguments(kernel: &Path, ports: &[OwnedFd], options: &Options) -> Vec<String>
         add(&format!("-device virtserialport,chardev=port{number},name={PORT_PREFIX}{number}"));
     }
     add("-device virtio-rng-pci -serial file:console.log -initrd initramfs.cpio");
+    let addresses = if options.cpus == 1 { SAME_ADDRESSES } else { "" };
     let counting = if options.count { COUNTING } else { "" };
-    args.extend(["-append".to_owned(), format!("{CMDLINE} {counting}")]);
+    args.extend(["-append".to_owned(), format!("{CMDLINE} {addresses} {counting}")]);
     args.extend(["-kernel".to_owned(), kernel.display().to_string()]);
     args
 }

@@ -75,8 +75,9 @@ pub(super) fn run(
     Ok(Report(rows))
 }
 
-/// The jobs in the order in which they begin. First those that need no usual lab, so that no thread has to
-/// give up one that it has; then the longest, lest one lab be busy with it while the others are idle.
+/// The jobs in the order in which they begin. First the unit tests, which need no lab; then the longest, lest
+/// one lab be busy with it while the others are idle; at the end those that need two processors, when little
+/// else wants these.
 fn queue(programs: Programs, times: &Times) -> VecDeque<Job> {
     let mut queue = VecDeque::new();
     if !programs.unit.is_empty() {
@@ -88,8 +89,8 @@ fn queue(programs: Programs, times: &Times) -> VecDeque<Job> {
     usual.sort_by_key(|program| {
         std::cmp::Reverse((program.filter.is_none(), times.expected(&program.name)))
     });
-    queue.extend(two.into_iter().map(Job::TwoCpus));
     queue.extend(usual.into_iter().map(Job::Usual));
+    queue.extend(two.into_iter().map(Job::TwoCpus));
     queue
 }
 
@@ -196,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_needs_no_usual_lab_is_first_and_then_the_longest() {
+    fn unit_tests_are_first_and_then_the_longest() {
         let program = |name: &str, filter: Option<&str>| Program {
             name: name.to_owned(),
             path: "/x".into(),
@@ -209,6 +210,6 @@ mod tests {
         let programs = Programs { unit, e2e: e2e.to_vec() };
         let order = queue(programs, &Times::default());
         let names: Vec<&str> = order.iter().map(Job::name).collect();
-        assert_eq!(names, [UNIT, "smp", "podman", "docker", "exec"]);
+        assert_eq!(names, [UNIT, "podman", "docker", "exec", "smp"]);
     }
 }
