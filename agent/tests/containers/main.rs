@@ -31,7 +31,7 @@ fn main() -> ExitCode {
     }
     if rustix::process::getuid().as_raw() != 0 {
         println!("skipped: the agent can only run as root");
-        return ExitCode::SUCCESS;
+        return result(&Counts::default());
     }
     let filter = args.iter().skip(1).find(|arg| !arg.starts_with('-')).cloned();
     run_all(&filter.unwrap_or_default())
@@ -40,7 +40,7 @@ fn main() -> ExitCode {
 /// Runs every test whose name contains the filter, one after the other against one agent.
 fn run_all(filter: &str) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let mut failures = 0;
+    let mut counts = Counts::default();
     runtime.block_on(async {
         let driver = Driver::start().await;
         let before = driver.resources().await;
@@ -48,7 +48,9 @@ fn run_all(filter: &str) -> ExitCode {
             ($($module:ident :: $test:ident),+ $(,)?) => { $(
                 let name = concat!(stringify!($module), "::", stringify!($test));
                 if name.contains(filter) {
-                    failures += u32::from(!passes(name, $module::$test(&driver)).await);
+                    counts.add(passes(name, $module::$test(&driver)).await);
+                } else {
+                    counts.filtered_out += 1;
                 }
             )+ };
         }
@@ -87,13 +89,40 @@ fn run_all(filter: &str) -> ExitCode {
             streams::terminals,
         );
         // A test that failed has left its container behind.
-        if failures == 0 && !passes("nothing is left over", driver.settle(&before)).await {
-            failures += 1;
+        if counts.failed == 0 {
+            counts.add(passes("nothing_is_left_over", driver.settle(&before)).await);
         }
         driver.stop().await;
     });
-    println!("{failures} failed");
-    if failures == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    result(&counts)
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    passed: u32,
+    failed: u32,
+    filtered_out: u32,
+}
+
+impl Counts {
+    fn add(&mut self, passed: bool) {
+        if passed {
+            self.passed += 1;
+        } else {
+            self.failed += 1;
+        }
+    }
+}
+
+/// The result in the words of Rust's own runner, which whoever adds up results goes by.
+fn result(counts: &Counts) -> ExitCode {
+    let Counts { passed, failed, filtered_out } = counts;
+    let verdict = if *failed == 0 { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; \
+         {filtered_out} filtered out"
+    );
+    if *failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 async fn passes(name: &str, test: impl Future<Output = ()>) -> bool {
@@ -103,11 +132,8 @@ async fn passes(name: &str, test: impl Future<Output = ()>) -> bool {
         tokio::time::timeout(std::time::Duration::from_secs(900), AssertUnwindSafe(test).caught())
             .await
             .unwrap_or(false);
-    println!(
-        "{} {name} ({} ms)",
-        if ok { "ok    " } else { "FAILED" },
-        began.elapsed().as_millis()
-    );
+    let verdict = if ok { "ok" } else { "FAILED" };
+    println!("test {name} ... {verdict} ({} ms)", began.elapsed().as_millis());
     ok
 }
 
