@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::clock;
 
-/// Exit status for a program that is not there, as of a shell.
-const NOT_FOUND: i32 = 127;
+/// Exit status of a `run` that fails itself.
+const FAILED: i32 = 1;
 
 /// Runs the bundle's process once. Returns the units it took.
 pub(crate) fn run(programs: &Path, bundle: &Path) -> Result<f64> {
@@ -17,7 +17,7 @@ pub(crate) fn run(programs: &Path, bundle: &Path) -> Result<f64> {
 
 /// Runs the bundle once with a program that it does not have. Returns the units until that was said.
 pub(crate) fn run_missing(programs: &Path, bundle: &Path) -> Result<f64> {
-    run_command(programs, bundle, &["--", "no-such-program"], NOT_FOUND)
+    run_command(programs, bundle, &["--", "no-such-program"], FAILED)
 }
 
 fn run_command(programs: &Path, bundle: &Path, command: &[&str], status: i32) -> Result<f64> {
