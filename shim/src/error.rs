@@ -1,7 +1,8 @@
 //! The one error of the host side: a line for a person, and what kind of failure it is.
 //!
 //! It crosses process boundaries (sandbox process to command line) as JSON, so it carries text and
-//! a kind, not sources. Exit codes follow from the kind, in one place: [`Error::exit_code`].
+//! a kind, not sources. Exit codes follow from the kind, in one place: [`Error::exit_code`]; `exec` has
+//! one for all, [`EXIT_EXEC_FAILED`].
 
 use std::{fmt, io};
 
@@ -63,8 +64,8 @@ impl Error {
         self
     }
 
-    /// The exit status of `run` and the sandbox process for this failure: 1 as with runc, also for a program
-    /// that is not there.
+    /// The exit status of `run` and the sandbox process for this failure: 1 as with runc, also for a missing
+    /// program.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             ErrorKind::Failed => 1,

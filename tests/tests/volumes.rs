@@ -132,9 +132,8 @@ fn mounts_are_told_apart() {
         for p in '/a/1 /b/1' '/a/1 /b/sub/1' '/a/1 /file' '/file /other'; do set -- $p; \
             [ $(stat -c %d:%i $1) != $(stat -c %d:%i $2) ] || echo $1 is $2; done; \
         cp /a/1 /b/1 && cp /file /other && cmp /a/1 /b/1 && cmp /file /other && echo copied; \
-        tar -C / -cf - a b file other | tar -tvf - | awk '/ -> / { x = $(NF-2); y = $NF; \
-            sub(/^file/, \"a\", x); sub(/^other/, \"b\", x); \
-            if (substr(x, 1, 1) != substr(y, 1, 1)) print }'; \
+        tar -C / -cf - a b file other | tar -tvf - | awk '/ -> / { split($(NF-2), x, \"/\"); \
+            split($NF, y, \"/\"); if (x[1] != y[1]) print x[1], y[1] }'; \
         df -k /a /b/sub /file | awk 'NR > 1 { print $2 }'; \
         find /b -xdev -type f | wc -l; find / -xdev -path '/a/*' | wc -l; \
         grep -c ' /b/sub [^ ]*noexec' /proc/self/mountinfo; \
@@ -152,8 +151,11 @@ fn mounts_are_told_apart() {
         .mount("/other", "bind", b.path.join("2").to_str().unwrap(), &options)
         .shell(script);
     let out = container.run().ok();
-    let expected = "copied\n3072\n1024\n3072\n6\n0\n1\n\
-                    1\n2\n3\nlink1\nlink2\nlink3\nsub\n0\nnew\n";
+    // A bound file has a device of its own inside, and with runc that of its file system.
+    let linked = if runtime().is_isopod() { "" } else { "file a\nother b\n" };
+    let expected = format!(
+        "copied\n{linked}3072\n1024\n3072\n6\n0\n1\n1\n2\n3\nlink1\nlink2\nlink3\nsub\n0\nnew\n"
+    );
     assert_eq!(out.stdout, expected, "{out}");
     assert_eq!(fs::read(a.path.join("1")).unwrap(), fs::read(b.path.join("1")).unwrap());
 }

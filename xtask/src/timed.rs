@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 const WORTH_TELLING: Duration = Duration::from_millis(100);
 
 /// Output of a program beside which others run: each line is shown when it is complete, behind the
-/// program's name. With one test at a time, the time from the end of one line to the end of the next is
-/// that of a test.
+/// program's name. With one test at a time, a test's time is that from the end of one line to the end of
+/// the next.
 #[derive(Debug)]
 pub(crate) struct Timed {
     name: String,
@@ -44,10 +44,9 @@ impl Timed {
     }
 
     /// The lines that `piece` completes, the first of which took `took`, as they are shown.
-    fn complete(&mut self, piece: &[u8], took: Duration) -> Vec<u8> {
+    fn complete(&mut self, piece: &[u8], mut took: Duration) -> Vec<u8> {
         self.bytes.extend_from_slice(piece);
         let mut shown = Vec::new();
-        let mut took = took;
         while let Some(length) = self.bytes[self.begin..].iter().position(|byte| *byte == b'\n') {
             let end = self.begin + length;
             shown.extend(self.line(&self.bytes[self.begin..end], took));

@@ -48,9 +48,9 @@ pub(super) const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// microVM is ended under it.
 const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long a process may take to die of SIGKILL when only that was asked for: nothing but a guest
-/// that does not answer takes so long, and it must not be able to outlive its killing. With what it takes
-/// to end the VMM it is gone within ten seconds.
+/// Most time for a process to die of SIGKILL when only that was asked for: nothing but a guest without an
+/// answer takes so long, and it must not be able to outlive its killing. Together with the end of the VMM it
+/// is within ten seconds.
 const KILL_TIMEOUT: Duration = Duration::from_secs(8);
 
 /// How long whoever reads a container's output may take for its end, if its microVM was lost.

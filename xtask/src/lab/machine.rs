@@ -20,8 +20,8 @@ const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_ti
 
 /// On the kernel command line of a lab with one processor. QEMU keeps the code that it has translated by its
 /// virtual address too: otherwise it translates every program anew each time that one runs, which takes half
-/// of a test's time. With several processors it is less exact already (see [`Options`]), and old code of one
-/// that another has changed is then met more often: the lab's own kernel has crashed.
+/// of a test's time. With several processors QEMU is less exact already (see [`Options`]), and code changed by one
+/// of them then stays old for another more often: the lab's own kernel has crashed.
 const SAME_ADDRESSES: &str = "norandmaps";
 
 /// On the kernel command line of a lab that counts, for its PID 1.

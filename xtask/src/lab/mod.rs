@@ -104,9 +104,7 @@ impl Options {
         let (labs, memory_mib) = share(cpus.min(jobs), total_mib());
         (labs, Self { count: false, cpus: 1, memory_mib })
     }
-}
 
-impl Options {
     /// Room in MiB for the code that QEMU has translated. A microVM adds 50: its kernel is new to QEMU each
     /// time. When the room is full, QEMU begins anew with all of it. At most 2 GiB (QEMU's
     /// `MAX_CODE_GEN_BUFFER_SIZE`).

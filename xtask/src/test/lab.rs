@@ -170,7 +170,8 @@ impl Labs<'_> {
         let mut output = Vec::new();
         let began = Instant::now();
         let tally = step(UNIT, || unit::run(programs, self.choice, &mut Show::Only(&mut output)));
-        let printed = print(UNIT, &output);
+        say(format!("what {UNIT} printed:"));
+        let printed = Show::Through.stdout(&output).context("cannot write output");
         let mut row = match tally {
             Ok(tally) => {
                 Row { name: UNIT.to_owned(), place: String::new(), took: began.elapsed(), tally }
@@ -182,14 +183,6 @@ impl Labs<'_> {
         }
         Ok(row)
     }
-}
-
-/// Shows what a program has printed, in one piece.
-fn print(name: &str, output: &[u8]) -> Result<()> {
-    static TERMINAL: Mutex<()> = Mutex::new(());
-    let _one = lock(&TERMINAL);
-    say(format!("what {name} printed:"));
-    Show::Through.stdout(output).context("cannot write output")
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ pub(super) struct Tally {
     remembered: u64,
     /// Programs that failed, and how.
     failures: Vec<String>,
-    /// What programs with failed tests said of them.
+    /// Messages of failed tests, in one piece a program.
     details: Vec<String>,
 }
 
@@ -74,7 +74,7 @@ impl Tally {
         self.details.extend_from_slice(&other.details);
     }
 
-    /// What programs with failed tests said of them: once more, in one piece each.
+    /// The messages of failed tests, in one piece a program.
     pub(super) fn details(&self) -> &[String] {
         &self.details
     }
@@ -94,7 +94,7 @@ impl Tally {
     }
 }
 
-/// What a runner prints of failed tests below its list of verdicts, under the name of the program.
+/// The messages of failed tests, which a runner prints below its list of verdicts, under the program's name.
 fn detail(name: &str, output: &str) -> Option<String> {
     let (_, failures) = output.split_once("\nfailures:\n")?;
     let end = failures.rfind("\ntest result: ").unwrap_or(failures.len());

@@ -16,7 +16,7 @@ use rustix::{
 };
 use tokio::sync::watch;
 
-/// How much is read at a time: what a socket's buffer holds by default is a little more.
+/// Most bytes of one read: a little less than a socket's buffer holds by default.
 const BUFFER_LEN: usize = 128 * 1024;
 
 /// Output on its way from the guest: what the thread that relays it shares with who waits for it.
@@ -39,7 +39,7 @@ impl Flow {
         (Self { remote, received, written, waiting }, progress)
     }
 
-    /// What the guest sends next.
+    /// Reads the guest's next bytes.
     fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
         self.waiting.store(true, Ordering::Relaxed);
         let received = (&self.remote).read(buffer);
@@ -56,7 +56,7 @@ pub(super) fn is_wanted(mut remote: &UnixStream) -> bool {
     remote.read_exact(&mut [0]).is_ok()
 }
 
-/// How an input ended.
+/// The end of an input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum InputEnd {
     /// There is no more of it, or nobody to read it.

@@ -15,11 +15,11 @@ use tokio::{
 use super::{copy::Flow, last_words::LastWords};
 use crate::error::{Explain, Result};
 
-/// How much longer a guest may take for what a process wrote before it ended. The agent has all of
-/// it, and ends the stream behind it.
+/// Further time of a guest for the output of a process that has ended. The agent has all of it, and ends
+/// the stream behind it.
 const PATIENCE: Patience = Patience { interval: Duration::from_secs(1), intervals: 30 };
 
-/// How long somebody is waited for, as far as it is noticed: by a look each interval.
+/// Most time to wait for somebody, as far as it is noticed: by a look each interval.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
     pub(super) interval: Duration,
@@ -34,7 +34,7 @@ pub(super) struct Output {
     pub(super) finished: oneshot::Receiver<()>,
     /// Bytes that have been written here.
     pub(super) written: watch::Receiver<u64>,
-    /// How much had been sent when its process was known to have ended.
+    /// Bytes sent by the time that its process was known to have ended.
     pub(super) ended_at: Option<u64>,
     /// In how many looks since then the guest was waited for.
     pub(super) waited: u32,
@@ -50,7 +50,7 @@ impl Output {
         self.waited += u32::from(flow.waiting.load(Ordering::Relaxed));
         if self.waited > patience.intervals || received - ended_at > most {
             log::warn!("the guest does not end the output of a process that has ended: cut off");
-            // What has been received is still there to be read.
+            // Bytes already received can still be read.
             let _ = flow.remote.shutdown(Shutdown::Both);
         }
     }
