@@ -61,6 +61,7 @@ pub(crate) fn boot(programs: &Path) -> Result<Boot> {
         initramfs: FileRef { fd: initramfs.as_raw_fd(), path: initramfs_path },
         cmdline: String::new(),
         nested: false,
+        share_kernel: false,
         console_fd: None,
         control_fd: vmm_control.as_raw_fd(),
         vsock: VsockConfig {

@@ -49,6 +49,7 @@ struct ConfigFile {
     kernel: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     kernel_params: Option<String>,
+    share_kernel: Option<bool>,
     nics: Option<u8>,
 }
 
@@ -189,6 +190,16 @@ pub fn kernel_params() -> Result<String> {
     }
 }
 
+/// Whether microVMs share the pages of the guest kernel that it does not change: the key `share_kernel` of
+/// `/etc/isopod/config.toml`; not if it is not there.
+///
+/// # Errors
+///
+/// If the settings file is not valid.
+pub fn share_kernel() -> Result<bool> {
+    Ok(ConfigFile::read(Path::new(CONFIG_FILE))?.share_kernel.unwrap_or_default())
+}
+
 /// Network devices that a microVM gets whose namespace is empty when the container is created: the
 /// key `nics` of `/etc/isopod/config.toml`, or [`SPARE_NICS`].
 ///
@@ -239,8 +250,10 @@ mod tests {
         assert!(!error.message.contains('\n'), "{error}");
         fs::write(&path, "vmm = \"/x\"\n").unwrap();
         assert_eq!(ConfigFile::read(&path).unwrap().vmm, Some("/x".into()));
-        fs::write(&path, "kernel_params = \"nohz=off\"\n").unwrap();
-        assert_eq!(ConfigFile::read(&path).unwrap().kernel_params.unwrap(), "nohz=off");
+        fs::write(&path, "kernel_params = \"nohz=off\"\nshare_kernel = true\n").unwrap();
+        let config = ConfigFile::read(&path).unwrap();
+        assert_eq!(config.kernel_params.unwrap(), "nohz=off");
+        assert_eq!(config.share_kernel, Some(true));
         assert!(ConfigFile::read(&dir.path().join("none")).unwrap().vmm.is_none());
     }
 

@@ -10,7 +10,7 @@ use std::thread;
 use kvm_ioctls::{Kvm, VcpuFd};
 use linux_loader::cmdline::Cmdline;
 
-use crate::arch::x86_64::{boot, cpuid, layout, mptable, regs};
+use crate::arch::x86_64::{boot, cpuid, kernel, layout, mptable, regs};
 use crate::config::{self, ConfigError, NetConfig, VmConfig};
 use crate::devices::console::{SerialConsole, SharedLog};
 use crate::devices::reset::ResetPort;
@@ -246,10 +246,10 @@ fn new_net(
 fn load(
     ram: &GuestRam,
     config: &VmConfig,
-    kernel: &mut File,
+    kernel_file: &mut File,
     image: &mut File,
 ) -> Result<(u64, boot::Initramfs), BuildError> {
-    let kernel = boot::load_kernel(ram, kernel, &config.kernel.path)?;
+    let kernel = kernel::load(ram, kernel_file, &config.kernel.path, config.share_kernel)?;
     let initramfs = boot::load_initramfs(ram, image, &config.initramfs.path, kernel.end)?;
     Ok((kernel.entry, initramfs))
 }
@@ -316,6 +316,7 @@ mod tests {
             initramfs: file(),
             cmdline: "x".repeat(config::MAX_CMDLINE_LEN / 2),
             nested: false,
+            share_kernel: true,
             console_fd: None,
             control_fd: number(control),
             vsock: VsockConfig {

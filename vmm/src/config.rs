@@ -51,6 +51,9 @@ pub struct VmConfig {
     /// microVMs of its own.
     #[serde(default)]
     pub nested: bool,
+    /// The kernel's code and constants are pages of its file, which all microVMs share, and not copies.
+    #[serde(default)]
+    pub share_kernel: bool,
     /// Receives the kernel's console output, if given: any descriptor open for writing.
     /// The last lines are kept in memory for error reports in either case.
     #[serde(default)]

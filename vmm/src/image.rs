@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::thread;
 
 use vm_memory::bitmap::BitmapSlice;
@@ -15,17 +16,49 @@ const CHUNK_LEN: usize = 1 << 20;
 /// A processor in the middle of a long `read` is never seen to be quiescent, so no RCU grace period
 /// of the host can end; and KVM waits for some while it makes the machine on another thread. A
 /// yield is a quiescent state, and costs next to nothing.
-pub struct Chunked<'f>(pub &'f mut File);
+#[derive(Debug)]
+pub struct Chunked<'f> {
+    file: &'f mut File,
+    /// Parts of the file that are passed over.
+    mapped: Vec<Range<u64>>,
+}
+
+impl<'f> Chunked<'f> {
+    /// All of `file`.
+    pub fn new(file: &'f mut File) -> Self {
+        Self::without(file, Vec::new())
+    }
+
+    /// `file` without the parts that are `mapped` already: guest memory is not written where they would go. A
+    /// read that begins in one leaves out the rest of it.
+    pub fn without(file: &'f mut File, mapped: Vec<Range<u64>>) -> Self {
+        Self { file, mapped }
+    }
+
+    /// Passes over what is mapped at the file's position, at most `len` bytes. Returns how many.
+    fn pass_over(&mut self, len: usize) -> io::Result<usize> {
+        if self.mapped.is_empty() {
+            return Ok(0);
+        }
+        let position = self.file.stream_position()?;
+        let Some(part) = self.mapped.iter().find(|part| part.contains(&position)) else {
+            return Ok(0);
+        };
+        let len = (part.end - position).min(len as u64);
+        self.file.seek(SeekFrom::Start(position + len))?;
+        Ok(len as usize)
+    }
+}
 
 impl Read for Chunked<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.read(buffer)
+        self.file.read(buffer)
     }
 }
 
 impl Seek for Chunked<'_> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        self.0.seek(to)
+        self.file.seek(to)
     }
 }
 
@@ -36,8 +69,9 @@ impl ReadVolatile for Chunked<'_> {
     ) -> Result<usize, VolatileMemoryError> {
         let mut done = 0;
         while done < target.len() {
+            done += self.pass_over(target.len() - done).map_err(VolatileMemoryError::IOError)?;
             let len = CHUNK_LEN.min(target.len() - done);
-            match self.0.read_volatile(&mut target.subslice(done, len)?)? {
+            match self.file.read_volatile(&mut target.subslice(done, len)?)? {
                 0 => break,
                 read => done += read,
             }
@@ -65,7 +99,7 @@ mod tests {
         let ram = GuestRam::new(64).unwrap();
         let read = ram
             .memory()
-            .read_volatile_from(GuestAddress(16), &mut Chunked(&mut file), content.len() + 5)
+            .read_volatile_from(GuestAddress(16), &mut Chunked::new(&mut file), content.len() + 5)
             .unwrap();
         assert_eq!(read, content.len());
         let mut loaded = vec![0; content.len()];

@@ -2,10 +2,12 @@
 
 use std::error::Error;
 use std::ffi::c_void;
+use std::fs::File;
+use std::io;
 use std::num::NonZeroUsize;
 use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use vm_memory::{
     Address, GuestAddress, GuestMemory, GuestMemoryError, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MemoryRegionAddress, MmapRegion,
@@ -37,7 +39,8 @@ pub enum MemoryError {
     },
 }
 
-/// All RAM of the guest, anonymous and private, given by the host page by page as it is touched.
+/// All RAM of the guest, private, given by the host page by page as it is touched. It is anonymous but for
+/// what [`Self::map_file`] has put there.
 #[derive(Debug, Clone)]
 pub struct GuestRam {
     memory: GuestMemoryMap,
@@ -71,6 +74,31 @@ impl GuestRam {
     /// The mappings.
     pub fn memory(&self) -> &GuestMemoryMap {
         &self.memory
+    }
+
+    /// Shows `len` bytes of `file` from `offset` at the guest address `start`: pages that all microVMs share until
+    /// the guest writes to one, which is a copy then. All three numbers are multiples of 4096.
+    ///
+    /// The file has to keep its length, or the guest loses pages; what is replaced by a rename does.
+    ///
+    /// # Errors
+    ///
+    /// If that is no guest memory, or the file's own file system does not map files.
+    pub fn map_file(&self, start: u64, len: usize, file: &File, offset: u64) -> io::Result<()> {
+        let slice = self.memory.get_slice(GuestAddress(start), len).map_err(io::Error::other)?;
+        let target = slice.ptr_guard_mut().as_ptr().addr();
+        let (Some(target), Some(len), Ok(offset)) =
+            (NonZeroUsize::new(target), NonZeroUsize::new(len), offset.try_into())
+        else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let flags = FLAGS.union(MapFlags::MAP_FIXED);
+        // SAFETY: the range is within one mapping of guest RAM, which stays as long as the process and which
+        // nothing but volatile accesses through guest addresses uses; other pages in its place do them no harm.
+        let mapped = unsafe { mmap(Some(target), len, PROTECTION, flags, file, offset)? };
+        // SAFETY: it changes what a core dump contains, not the memory.
+        unsafe { madvise(mapped, len.get(), MmapAdvise::MADV_DONTDUMP)? };
+        Ok(())
     }
 
     /// First address behind the RAM below 4 GiB.

@@ -149,6 +149,7 @@ impl CreateOptions {
             find_terminal(wanted.unwrap_or(false), detached, self.console_socket.as_deref())?;
         let artifacts = settings::Artifacts::find()?;
         let kernel_params = settings::kernel_params()?;
+        let share_kernel = settings::share_kernel()?;
         let boot_timeout = settings::boot_timeout()?;
         let linux = bundle.spec.linux().as_ref();
         let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
@@ -180,6 +181,7 @@ impl CreateOptions {
             detached,
             preserved,
             kernel_params,
+            share_kernel,
             boot_timeout,
             made: dir.made().to_vec(),
             console_log: global.debug,

@@ -67,6 +67,7 @@ pub(super) fn start(
         initramfs: file_ref(&initramfs, &launch.artifacts.initramfs),
         cmdline: launch.kernel_params.clone(),
         nested: launch.nested,
+        share_kernel: launch.share_kernel,
         console_fd: console.as_ref().map(AsRawFd::as_raw_fd),
         // Filled in by whoever has the other end.
         control_fd: -1,

@@ -69,6 +69,8 @@ pub struct Launch {
     pub preserved: Vec<Preserved>,
     /// What the operator adds to the guest kernel's command line.
     pub kernel_params: String,
+    /// The microVM shares what its kernel does not change with others.
+    pub share_kernel: bool,
     /// How long the guest may take to boot.
     pub boot_timeout: Duration,
     /// Parents of the state directory that were made for it, and go when it does.

@@ -21,6 +21,7 @@ fn run_as_vmm(script: &str) -> (Timeline, VmmEnd) {
         initramfs: FileRef { fd: files[2].as_raw_fd(), path: "/dev/null".into() },
         cmdline: String::new(),
         nested: false,
+        share_kernel: false,
         console_fd: None,
         control_fd: -1,
         vsock: VsockConfig {

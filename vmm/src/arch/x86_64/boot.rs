@@ -1,11 +1,11 @@
-//! Puts kernel, initramfs and boot parameters into guest memory.
+//! Puts initramfs and boot parameters into guest memory.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator};
-use linux_loader::loader::{Elf, KernelLoader, bootparam::boot_e820_entry, bootparam::boot_params};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
 use super::layout;
@@ -34,10 +34,6 @@ const CPIO_TRAILER: &[u8] = b"TRAILER!!!";
 const CPIO_TAIL_LEN: u64 = 8192;
 
 const PAGE_SIZE: u64 = 4096;
-
-/// Offset of `e_machine` in an ELF header, and its value (System V ABI, AMD64 supplement, 4.1).
-const E_MACHINE: usize = 18;
-const EM_X86_64: u16 = 62;
 
 /// The guest cannot be given its kernel or image.
 #[derive(Debug, thiserror::Error)]
@@ -90,35 +86,6 @@ pub enum BootError {
     Params(#[from] linux_loader::configurator::Error),
 }
 
-/// Loads an ELF kernel at its physical addresses.
-///
-/// Returns its entry point and the first address behind it.
-///
-/// # Errors
-///
-/// [`BootError::Kernel`].
-pub fn load_kernel(ram: &GuestRam, file: &mut File, path: &str) -> Result<Kernel, BootError> {
-    // The loader does not ask whose code it is.
-    let mut header = [0u8; 20];
-    let whole = file.read_exact_at(&mut header, 0).is_ok();
-    if whole && header[..4] == *b"\x7fELF" && header[E_MACHINE..] != EM_X86_64.to_le_bytes() {
-        return Err(BootError::OtherMachine(path.to_owned()));
-    }
-    let loaded =
-        Elf::load(ram.memory(), None, &mut Chunked(file), Some(GuestAddress(layout::HIMEM_START)))
-            .map_err(|source| BootError::Kernel { path: path.to_owned(), source })?;
-    Ok(Kernel { entry: loaded.kernel_load.raw_value(), end: loaded.kernel_end })
-}
-
-/// Where a kernel lies in guest memory.
-#[derive(Debug, Clone, Copy)]
-pub struct Kernel {
-    /// Its 64-bit entry point.
-    pub entry: u64,
-    /// First address behind it, its zero-filled part included.
-    pub end: u64,
-}
-
 /// Reads the image to the top of the memory below 4 GiB.
 ///
 /// # Errors
@@ -150,7 +117,7 @@ pub fn load_initramfs(
         return Err(BootError::CutShort(path.to_owned()));
     }
     ram.memory()
-        .read_exact_volatile_from(GuestAddress(start), &mut Chunked(file), len as usize)
+        .read_exact_volatile_from(GuestAddress(start), &mut Chunked::new(file), len as usize)
         .map_err(|source| MemoryError::Access { what: "guest image", source })?;
     Ok(Initramfs { start, len })
 }

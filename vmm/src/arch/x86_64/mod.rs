@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod kernel;
 pub mod layout;
 pub mod mptable;
 pub mod regs;
