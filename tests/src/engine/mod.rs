@@ -161,6 +161,19 @@ impl Engine {
         format!("/isopod-{}", self.scope.name())
     }
 
+    /// How many containers the engine keeps, going by their directories.
+    fn containers(&self) -> usize {
+        let dir = match self.kind {
+            Kind::Docker => "docker/containers",
+            Kind::Podman => "storage/overlay-containers",
+        };
+        let path = self.dir().join(dir);
+        let entries =
+            std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        let is_dir = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+        entries.flatten().filter(is_dir).count()
+    }
+
     fn make_cgroup(&mut self) {
         let path = format!("/sys/fs/cgroup{}", self.cgroup());
         // Where the tree is not that of cgroup v2 alone, the engine makes its own ones.

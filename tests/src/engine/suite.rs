@@ -113,7 +113,8 @@ impl Suite {
         let idle = self.idle.entry(with).or_insert_with(|| {
             // What a runtime and an engine make once is no remainder of a case.
             let first = Run::new(engine, with, "first");
-            first.run(&[], &["true"]);
+            first.run(&["--network=bridge"], &["true"]);
+            first.ok(&["ps"]);
             let _ = catch_unwind(AssertUnwindSafe(|| first.remove_containers()));
             Remains::of(engine)
         });

@@ -43,14 +43,15 @@ pub fn volumes(run: &Run<'_>) {
 /// `--tmpfs`, `--shm-size`, `--read-only`.
 pub fn memory_file_systems(run: &Run<'_>) {
     let options = ["--read-only", "--tmpfs=/scratch:size=3m,mode=1777,noexec", "--shm-size=5m"];
-    let seen = run.probe(&options, &["mounts"]);
+    let script = "probe mounts; touch /no 2>&1; echo yes >/scratch/yes; cat /scratch/yes; \
+                  stat -f -c '%b of %S' /dev/shm";
+    let said = run.shell(&options, script);
+    let (mounts, said) = said.split_once('\n').expect("lines");
+    let seen: Value = serde_json::from_str(mounts).expect("mounts");
     assert_eq!(seen["/scratch"]["type"], json!("tmpfs"));
     assert!(has(&seen["/scratch"]["super"], "size=3072k"), "{seen}");
     assert!(has(&seen["/scratch"]["options"], "noexec"), "{seen}");
     assert!(has(&seen["/"]["options"], "ro"), "{seen}");
-    let script = "touch /no 2>&1; echo yes >/scratch/yes; cat /scratch/yes; \
-                  stat -f -c '%b of %S' /dev/shm";
-    let said = run.shell(&options, script);
     assert!(said.contains("Read-only file system") && said.contains("\nyes\n"), "{said}");
     // Podman mounts it on the host and binds it.
     assert!(said.ends_with("\n1280 of 4096"), "{said}");

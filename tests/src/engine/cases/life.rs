@@ -23,7 +23,8 @@ pub fn detached(run: &Run<'_>) {
 
 /// `create`, then `start --attach`, twice.
 pub fn created_and_started(run: &Run<'_>) {
-    let container = run.make("create", &[], &["sh", "-c", "echo x >>/count; wc -l </count"]);
+    let container =
+        run.make("create", &["--network=bridge"], &["sh", "-c", "echo x >>/count; wc -l </count"]);
     assert_eq!(container.inspect(".State.Running"), "false");
     assert_eq!(container.ok(&["start", "--attach"]), "1");
     assert_eq!(container.ok(&["start", "--attach"]), "2");
@@ -81,7 +82,8 @@ pub fn kill(run: &Run<'_>) {
 
 /// `restart` keeps the container's files; `rm --force` takes one that runs.
 pub fn restart(run: &Run<'_>) {
-    let container = run.start_shell(&[], "echo up >>/count; echo up; exec sleep 1000");
+    let script = "echo up >>/count; echo up; exec sleep 1000";
+    let container = run.start_shell(&["--network=bridge"], script);
     container.await_log("up");
     container.ok(&["restart", "--time", "1"]);
     container.shell("until [ $(wc -l </count) = 2 ]; do sleep 0.1; done");

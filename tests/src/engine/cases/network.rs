@@ -16,7 +16,7 @@ fn server<'r, 'e>(run: &'r Run<'e>, options: &[&str], text: &str) -> Container<'
 
 /// The default network: an address, a route, a neighbour that answers; outside it, the container.
 pub fn bridge(run: &Run<'_>) {
-    let server = server(run, &[], "over-the-bridge");
+    let server = server(run, &["--network=bridge"], "over-the-bridge");
     let address = server.inspect(".NetworkSettings.IPAddress");
     let inside = server.shell("ip -4 -o addr show dev eth0; ip route; cat /sys/class/net/eth0/mtu");
     assert!(inside.contains(&address) && inside.contains("default via"), "{inside}");
@@ -24,7 +24,7 @@ pub fn bridge(run: &Run<'_>) {
     let url = format!("http://{address}/");
     let fetched = run.end(run.engine.on_network(&["busybox", "wget", "-q", "-O-", &url])).ok();
     assert_eq!(fetched.stdout, "over-the-bridge\n");
-    let from_other = run.stdout(&[], &["wget", "-q", "-O-", &url]);
+    let from_other = run.stdout(&["--network=bridge"], &["wget", "-q", "-O-", &url]);
     assert_eq!(from_other, "over-the-bridge");
     server.remove();
 }
@@ -91,7 +91,7 @@ pub fn host(run: &Run<'_>) {
 
 /// `--network container:`: another microVM's network is not there to be joined, which is said.
 pub fn of_another_container(run: &Run<'_>) {
-    let first = run.start(&[], &["sleep", "1000"]);
+    let first = run.start(&["--network=bridge"], &["sleep", "1000"]);
     let joined = format!("--network=container:{}", first.name);
     let output = run.run(&[&joined], &["ip", "-o", "-4", "addr", "show", "dev", "eth0"]);
     if run.isopod() {

@@ -65,6 +65,7 @@ pub fn identity(run: &Run<'_>) {
         "--workdir=/home",
         "--env=ONE=two words",
         "--hostname=a-host",
+        "--network=bridge",
         "--dns=192.0.2.53",
         "--dns-search=example.org",
         "--add-host=other:192.0.2.7",
