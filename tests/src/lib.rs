@@ -45,6 +45,18 @@ pub use reader::Reader;
 pub use runtime::{Runtime, host_memory_mib, meminfo_kib, runtime};
 pub use scope::Scope;
 
+/// Whether something comes to hold within [`DEADLINE`]: asked again and again, for what nothing tells of, such as
+/// the moment at which a guest has let go of a file.
+pub fn bounded(mut holds: impl FnMut() -> bool) -> bool {
+    let until = std::time::Instant::now() + DEADLINE;
+    while std::time::Instant::now() < until {
+        if holds() {
+            return true;
+        }
+    }
+    false
+}
+
 /// Says on standard error itself that a test was skipped: the test runner keeps back what a test that
 /// passes has printed. For what this machine cannot have, or a runtime that the tests are proved with
 /// cannot do; what Isopod lacks is a failure.

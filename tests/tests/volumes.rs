@@ -4,9 +4,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::time::Instant;
 
-use isopod_tests::{Container, DEADLINE, Scope, runtime, skip};
+use isopod_tests::{Container, Scope, bounded, runtime, skip};
 
 /// A directory of the host with mounts of its own below it. Unmounted when dropped.
 struct Volume<'a> {
@@ -59,17 +58,6 @@ impl Drop for Volume<'_> {
             format!("while umount --recursive --lazy '{}'; do :; done", self.path.display());
         self.scope.program(&["sh", "-c", &script]).output();
     }
-}
-
-/// Nothing tells the moment at which a guest has let go of something.
-fn bounded(mut holds: impl FnMut() -> bool) -> bool {
-    let until = Instant::now() + DEADLINE;
-    while Instant::now() < until {
-        if holds() {
-            return true;
-        }
-    }
-    false
 }
 
 fn shell(container: &Container<'_>, script: &str) -> String {

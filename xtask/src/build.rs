@@ -1,5 +1,6 @@
 //! The product: static binaries, guest kernel and guest image, together in one folder.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -125,9 +126,20 @@ pub(crate) fn compile(packages: &[&str]) -> Result<PathBuf> {
 
 /// Cargo, at the root of the checkout.
 pub(crate) fn cargo() -> Command {
-    let mut cargo = process::command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let mut cargo = process::command(cargo_program());
     cargo.current_dir(repository::root());
     cargo
+}
+
+/// As [`cargo`], for what lets others go first.
+pub(crate) fn patient_cargo() -> Command {
+    let mut nice = process::command("nice");
+    nice.args(["-n", "10"]).arg(cargo_program()).current_dir(repository::root());
+    nice
+}
+
+fn cargo_program() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
 /// Copies a file such that `to` is at any time the old one or the new one.

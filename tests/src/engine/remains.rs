@@ -69,8 +69,10 @@ fn mounts(table: &str, name: &str, found: &mut BTreeSet<String>) {
     for line in text.lines().filter(|line| line.contains(name)) {
         // Not the numbers in front, which are given again.
         let what: Vec<&str> = line.split(' ').skip(3).collect();
-        // Docker keeps the namespace of `--network host`, its own, once it was asked for.
-        if what.get(1) == Some(&"/run/docker/netns/default") {
+        // Docker keeps the namespace of `--network host`, its own, once it was asked for. Podman mounts the
+        // directory of its layers on itself, and leaves that when it has failed to run a container.
+        let at = what.get(1).copied().unwrap_or_default();
+        if at == "/run/docker/netns/default" || at.ends_with("/storage/overlay") {
             continue;
         }
         found.insert(format!("mount in {table}: {}", what.join(" ")));

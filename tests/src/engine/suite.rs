@@ -114,11 +114,9 @@ impl Suite {
             // What a runtime and an engine make once is no remainder of a case.
             let first = Run::new(engine, with, "first");
             first.run(&["--network=bridge"], &["true"]);
-            first.ok(&["ps"]);
             let _ = catch_unwind(AssertUnwindSafe(|| first.remove_containers()));
             Remains::of(engine)
         });
-        let began = Instant::now();
         let run = Run::new(engine, with, case.name);
         let mut outcome =
             catch_unwind(AssertUnwindSafe(|| (case.run)(&run))).map_err(|panic| words(&*panic));
@@ -140,7 +138,6 @@ impl Suite {
             let last = lines[lines.len().saturating_sub(15)..].join("\n");
             eprintln!("{why}\n=== the daemon's last lines\n{last}");
         }
-        eprintln!("{} in {:.1} s", run.name("took"), began.elapsed().as_secs_f64());
         let said = run.said();
         if with == With::Runc && outcome.is_ok() {
             self.proven.insert(case.name);

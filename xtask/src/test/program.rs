@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value as Json;
 
 use super::Choice;
-use crate::build::cargo;
+use crate::build::patient_cargo;
 use crate::process::capture;
 
 /// The crate of the end-to-end tests.
@@ -80,7 +80,8 @@ pub(super) fn selection(choice: &Choice) -> &'static [&'static str] {
 ///
 /// If one does not compile, which the compiler has told of.
 pub(super) fn compile(choice: &Choice) -> Result<Programs> {
-    let mut cargo = cargo();
+    // The product's last steps, which all else waits for, leave a processor idle.
+    let mut cargo = patient_cargo();
     cargo.arg("test").args(selection(choice)).args(["--no-run", "--quiet"]);
     cargo.arg("--message-format=json-render-diagnostics").stdin(Stdio::null());
     cargo.stderr(Stdio::inherit());
