@@ -9,6 +9,7 @@ use std::{
     env, fs,
     io::ErrorKind,
     path::{Path, PathBuf},
+    sync::OnceLock,
     time::Duration,
 };
 
@@ -97,7 +98,7 @@ impl Artifacts {
 
     /// Finds each file on its own: VMM, kernel, image.
     pub fn find_each() -> [Result<PathBuf>; 3] {
-        let config = match ConfigFile::read(Path::new(CONFIG_FILE)) {
+        let config = match ConfigFile::of_host() {
             Ok(config) => config,
             Err(e) => return [Err(e.clone()), Err(e.clone()), Err(e)],
         };
@@ -110,6 +111,12 @@ impl Artifacts {
 }
 
 impl ConfigFile {
+    /// That of this host, read once.
+    fn of_host() -> Result<&'static Self> {
+        static FILE: OnceLock<Result<ConfigFile>> = OnceLock::new();
+        FILE.get_or_init(|| Self::read(Path::new(CONFIG_FILE))).as_ref().map_err(Error::clone)
+    }
+
     fn read(path: &Path) -> Result<Self> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
@@ -182,7 +189,7 @@ pub fn kernel_params() -> Result<String> {
     match env::var("ISOPOD_KERNEL_PARAMS") {
         Ok(params) => Ok(params),
         Err(env::VarError::NotPresent) => {
-            Ok(ConfigFile::read(Path::new(CONFIG_FILE))?.kernel_params.unwrap_or_default())
+            Ok(ConfigFile::of_host()?.kernel_params.clone().unwrap_or_default())
         }
         Err(env::VarError::NotUnicode(_)) => {
             Err(Error::new("ISOPOD_KERNEL_PARAMS is not valid UTF-8"))
@@ -197,7 +204,7 @@ pub fn kernel_params() -> Result<String> {
 ///
 /// If the settings file is not valid.
 pub fn share_kernel() -> Result<bool> {
-    Ok(ConfigFile::read(Path::new(CONFIG_FILE))?.share_kernel.unwrap_or_default())
+    Ok(ConfigFile::of_host()?.share_kernel.unwrap_or_default())
 }
 
 /// Network devices that a microVM gets whose namespace is empty when the container is created: the
@@ -207,7 +214,7 @@ pub fn share_kernel() -> Result<bool> {
 ///
 /// If the settings file is not valid.
 pub fn nics() -> Result<u8> {
-    match ConfigFile::read(Path::new(CONFIG_FILE))?.nics {
+    match ConfigFile::of_host()?.nics {
         None => Ok(SPARE_NICS),
         Some(nics @ 0..=MAX_NICS) => Ok(nics),
         Some(nics) => Err(Error::new(format!(

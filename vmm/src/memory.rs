@@ -39,8 +39,8 @@ pub enum MemoryError {
     },
 }
 
-/// All RAM of the guest, private, given by the host page by page as it is touched. It is anonymous but for
-/// what [`Self::map_file`] has put there.
+/// All RAM of the guest, private, given by the host page by page as it is touched. All of
+/// it is anonymous except for files that [`Self::map_file`] has put there.
 #[derive(Debug, Clone)]
 pub struct GuestRam {
     memory: GuestMemoryMap,

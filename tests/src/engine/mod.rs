@@ -161,8 +161,8 @@ impl Engine {
         format!("/isopod-{}", self.scope.name())
     }
 
-    /// How many containers the engine keeps, going by their directories.
-    fn containers(&self) -> usize {
+    /// Whether the engine keeps a container, going by their directories.
+    fn has_containers(&self) -> bool {
         let dir = match self.kind {
             Kind::Docker => "docker/containers",
             Kind::Podman => "storage/overlay-containers",
@@ -171,7 +171,7 @@ impl Engine {
         let entries =
             std::fs::read_dir(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         let is_dir = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
-        entries.flatten().filter(is_dir).count()
+        entries.flatten().any(|entry| is_dir(&entry))
     }
 
     fn make_cgroup(&mut self) {

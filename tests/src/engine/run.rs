@@ -174,7 +174,7 @@ impl<'e> Run<'e> {
     /// Removes what containers the case has left.
     pub(super) fn remove_containers(&self) {
         // Asking the client takes an emulated machine a second, and most cases leave none.
-        if self.engine.containers() == 0 {
+        if !self.engine.has_containers() {
             return;
         }
         let all = self.output(&["ps", "--all", "--quiet"]).ok().stdout;

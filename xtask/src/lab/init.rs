@@ -31,7 +31,7 @@ const MODULES: [&str; 4] = ["kvm_amd", "tun", "vhost_vsock", "vhost_net"];
 /// Soft and hard limit of open files: those of a systemd machine.
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
-/// How late timers may be that somebody waits for, in nanoseconds: what wakes at the same time costs one
+/// Most delay of timers that somebody waits for, in nanoseconds: what wakes at the same time costs one
 /// switch. Go's runtime looks after itself every 20 µs, which an emulated processor has no time for.
 const TIMER_SLACK_NS: u64 = 5_000_000;
 
@@ -111,7 +111,7 @@ fn set_up() -> Result<()> {
     Ok(())
 }
 
-/// What makes up for QEMU's processors, for as long as it is kept.
+/// Makes up for QEMU's processors for as long as it is kept.
 struct Help {
     _idle_vm: Option<IdleVm>,
     _clock: File,
@@ -126,8 +126,8 @@ struct Help {
 /// A lab has slept for minutes too, until something came from outside: its clock interrupts it, so that it goes on.
 /// Of several processors, see [`IdleVm`]; as they lose more, guests on them keep their tick.
 ///
-/// For speed: `norandmaps`, in the guest as in the lab (see `SAME_ADDRESSES` of `machine.rs`); the slack of timers,
-/// which all processes of the lab inherit; and that guests share their kernel, whose shared pages QEMU then
+/// For speed: `norandmaps`, in the guest as in the lab (see `SAME_ADDRESSES` of `machine.rs`); the slack of timers
+/// for all processes of the lab, by inheritance; and that guests share their kernel, whose shared pages QEMU then
 /// translates once.
 fn make_up_for_processors() -> Result<Option<Help>> {
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;

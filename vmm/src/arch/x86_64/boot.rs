@@ -8,7 +8,7 @@ use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootC
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion};
 
-use super::layout;
+use super::layout::{self, PAGE_SIZE};
 use crate::config::MAX_CMDLINE_LEN;
 use crate::image::Chunked;
 use crate::memory::{GuestRam, MemoryError};
@@ -32,8 +32,6 @@ const CPIO_TRAILER: &[u8] = b"TRAILER!!!";
 /// Where that entry is looked for, in bytes from the end: `cpio` fills up blocks behind it, of 512
 /// bytes by itself and of 5120 with `-B`.
 const CPIO_TAIL_LEN: u64 = 8192;
-
-const PAGE_SIZE: u64 = 4096;
 
 /// The guest cannot be given its kernel or image.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,7 @@ use linux_loader::loader::{Elf, KernelLoader};
 use vm_memory::{Address, GuestAddress};
 
 use super::boot::BootError;
-use super::layout;
+use super::layout::{self, PAGE_SIZE};
 use crate::image::Chunked;
 use crate::memory::GuestRam;
 
@@ -22,8 +22,6 @@ const EM_X86_64: u16 = 62;
 /// `p_type` of what is loaded, and the flag of what may be written (System V ABI, "Program Header").
 const PT_LOAD: u32 = 1;
 const PF_W: u32 = 2;
-
-const PAGE_SIZE: u64 = 4096;
 
 /// Where a kernel lies in guest memory.
 #[derive(Debug, Clone, Copy)]
@@ -168,7 +166,7 @@ mod tests {
                 assert!(loaded(ram, start, len) == bytes[start..start + len]);
             }
         }
-        // What the guest writes is its own.
+        // A guest has its own copy of a page that it writes to.
         load(&other, &mut file, "kernel", true).unwrap();
         let address = GuestAddress(layout::HIMEM_START + PAGE_SIZE);
         ram.memory().write_slice(b"changed", address).unwrap();

@@ -8,6 +8,9 @@
 //! 0x0009_fc00  MP table
 //! ```
 
+/// Length of a page, in bytes (SDM volume 3, 4.3).
+pub const PAGE_SIZE: u64 = 4096;
+
 /// Boot GDT; free memory behind the BIOS data area.
 pub const BOOT_GDT_START: u64 = 0x500;
 
