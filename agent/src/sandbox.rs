@@ -269,7 +269,11 @@ pub(crate) fn power_off() {
     if let Err(e) = share::detach() {
         log_warn!("{e}");
     }
+    // The kernel's farewell on the console would take two exits for each letter.
+    let console_level = |level: &str| std::fs::write("/proc/sys/kernel/printk", level);
+    let _ = console_level("0");
     if let Err(e) = rustix::system::reboot(RebootCommand::Restart) {
+        let _ = console_level("7");
         crate::log::log_error!("the guest cannot be restarted: {e}");
     }
 }

@@ -32,8 +32,9 @@ use crate::vm::{Vm, VmError};
 /// What the VMM has to say on every command line.
 ///
 /// `quiet` leaves the early console to errors; a panic restarts at once, through the i8042's
-/// reset line; and nothing is looked for that is not there.
-const CMDLINE: &str = "quiet earlyprintk=serial,ttyS0,115200,keep panic=-1 reboot=k \
+/// reset line, and a restart does not put interrupt controllers in order before, which end with the
+/// machine; and nothing is looked for that is not there.
+const CMDLINE: &str = "quiet earlyprintk=serial,ttyS0,115200,keep panic=-1 reboot=k,f \
                        random.trust_cpu=on rdinit=/init";
 
 // Sockets, files, entropy and balloon have a line each, and every disk and network interface.

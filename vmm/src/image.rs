@@ -20,18 +20,18 @@ const CHUNK_LEN: usize = 1 << 20;
 pub struct Chunked<'f> {
     file: &'f mut File,
     /// Parts of the file that are passed over.
-    mapped: Vec<Range<u64>>,
+    mapped: &'f [Range<u64>],
 }
 
 impl<'f> Chunked<'f> {
     /// All of `file`.
     pub fn new(file: &'f mut File) -> Self {
-        Self::without(file, Vec::new())
+        Self::without(file, &[])
     }
 
     /// `file` without the parts that are `mapped` already: guest memory is not written where they would go. A
     /// read that begins in one leaves out the rest of it.
-    pub fn without(file: &'f mut File, mapped: Vec<Range<u64>>) -> Self {
+    pub fn without(file: &'f mut File, mapped: &'f [Range<u64>]) -> Self {
         Self { file, mapped }
     }
 

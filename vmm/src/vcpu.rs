@@ -271,7 +271,8 @@ impl Shared {
                 self.mmio.write(address, data);
                 &self.exits.mmio_write
             }
-            VcpuExit::Intr | VcpuExit::InternalError => &self.exits.other,
+            // No device's line waits for the end of an interrupt, which the guest may still ask to be told.
+            VcpuExit::IoapicEoi(_) | VcpuExit::Intr | VcpuExit::InternalError => &self.exits.other,
             VcpuExit::Shutdown => return Err(EndReason::TripleFault),
             VcpuExit::SystemEvent(kind, _) => {
                 return Err(match kind {

@@ -4,12 +4,13 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, KVM_PMU_CAP_DISABLE,
-    kvm_enable_cap, kvm_userspace_memory_region,
+    CpuId, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KVM_PMU_CAP_DISABLE, KvmIrqRouting, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::x86_64::ioapic::{self, IoApic};
 use crate::arch::x86_64::layout;
 use crate::arch::x86_64::state::{StateError, VmState};
 use crate::bus::{Bus, BusDevice};
@@ -18,6 +19,7 @@ use crate::devices::virtio::registers::RegisterPages;
 use crate::devices::virtio::{self, Interrupt, VirtioDevice};
 use crate::end::EndSignal;
 use crate::memory::GuestRam;
+use crate::sync::lock;
 
 /// The version of the KVM API that all Linux since 2.6.22 has.
 const KVM_API_VERSION: i32 = 12;
@@ -61,7 +63,7 @@ fn ioctl(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
 
 /// A virtual machine without processors.
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     supported_cpuid: CpuId,
     ram: GuestRam,
     /// Memory-mapped devices.
@@ -69,6 +71,7 @@ pub struct Vm {
     /// Port devices.
     pub ports: Bus,
     devices: u32,
+    ioapic: Arc<Mutex<IoApic>>,
     registers: RegisterPages,
     /// Takes the driver's acknowledgement of each interrupt, which nobody needs; so it is an exit to
     /// KVM but not to this process.
@@ -86,6 +89,20 @@ fn disable_counters(vm: &VmFd) -> Result<(), VmError> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
     cap.args[0] = KVM_PMU_CAP_DISABLE.into();
     vm.enable_cap(&cap).map_err(ioctl("taking the performance counters away"))
+}
+
+/// Leaves the local APICs to KVM, and nothing else of what interrupts. Linux 4.4 has it.
+fn split_irqchip(vm: &VmFd) -> Result<(), VmError> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    cap.args[0] = ioapic::MAX_LINES as u64;
+    vm.enable_cap(&cap).map_err(ioctl("creating the interrupt controllers"))
+}
+
+/// The IO-APIC of `vm`, whose failure is the machine's end.
+fn new_ioapic(vm: &Arc<VmFd>, end: &Arc<EndSignal>) -> IoApic {
+    let (vm, end) = (Arc::clone(vm), Arc::clone(end));
+    let route = move |routes: &KvmIrqRouting| Ok(vm.set_gsi_routing(routes)?);
+    IoApic::new(route, move |e| end.fail(format!("KVM refuses to send interrupts: {e}")))
 }
 
 /// Where a virtio device was put, as the kernel command line wants it.
@@ -108,7 +125,7 @@ impl Vm {
             return Err(VmError::Api(kvm.get_api_version()));
         }
         for cap in [
-            Cap::Irqchip,
+            Cap::SplitIrqchip,
             Cap::Ioeventfd,
             Cap::Irqfd,
             Cap::UserMemory,
@@ -127,18 +144,24 @@ impl Vm {
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
             .map_err(ioctl("placing the identity map"))?;
         fd.set_tss_address(layout::KVM_TSS_START).map_err(ioctl("placing the task state"))?;
-        fd.create_irq_chip().map_err(ioctl("creating the interrupt controllers"))?;
+        split_irqchip(&fd)?;
+        let fd = Arc::new(fd);
+        let end = Arc::new(EndSignal::new().map_err(VmError::Event)?);
+        let ioapic = Arc::new(Mutex::new(new_ioapic(&fd, &end)));
+        let mut mmio = Bus::default();
+        mmio.insert(layout::IOAPIC_START.into(), ioapic::SIZE, Arc::clone(&ioapic) as _);
         let vm = Self {
             fd,
             supported_cpuid,
             ram,
-            mmio: Bus::default(),
+            mmio,
+            ioapic,
             ports: Bus::default(),
             devices: 0,
             registers: RegisterPages::new(layout::VIRTIO_MMIO_LEN as usize)
                 .map_err(VmError::Event)?,
             acknowledged: EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::Event)?,
-            end: Arc::new(EndSignal::new().map_err(VmError::Event)?),
+            end,
         };
         vm.register_ram()?;
         vm.register_registers()?;
@@ -214,7 +237,7 @@ impl Vm {
     ///
     /// The ioctl that failed.
     pub fn state(&self) -> Result<VmState, StateError> {
-        VmState::capture(&self.fd)
+        VmState::capture(&self.fd, &lock(&self.ioapic))
     }
 
     /// Makes the machine what another was.
@@ -223,7 +246,7 @@ impl Vm {
     ///
     /// The ioctl that failed; the machine is then not to be run.
     pub fn restore(&self, state: &VmState) -> Result<(), StateError> {
-        state.restore(&self.fd)
+        state.restore(&self.fd, &mut lock(&self.ioapic))
     }
 
     /// Puts a virtio device into the next free window and line.
@@ -239,6 +262,7 @@ impl Vm {
         let offset = u64::from(self.devices) * layout::VIRTIO_MMIO_SIZE;
         let address = layout::VIRTIO_MMIO_START + offset;
         self.devices += 1;
+        lock(&self.ioapic).add_line(irq);
         let name = virtio::name(device.device_type());
         let failed = |source| VmError::Device { device: name, source };
         let line = EventFd::new(libc::EFD_NONBLOCK).map_err(failed)?;

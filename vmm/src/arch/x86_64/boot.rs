@@ -49,6 +49,14 @@ pub enum BootError {
     /// The kernel is for another processor.
     #[error("{0}: the kernel is not for x86-64; rebuild or reinstall the guest kernel")]
     OtherMachine(String),
+    /// The kernel is to be shared, and cannot be.
+    #[error("{path}: microVMs cannot share this kernel: {source}; set share_kernel to false")]
+    Unshared {
+        /// The kernel file.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The image file is no cpio archive.
     #[error("{0}: not a newc cpio archive; rebuild or reinstall the guest image")]
     NoArchive(String),

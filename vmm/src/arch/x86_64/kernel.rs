@@ -1,6 +1,7 @@
 //! Puts the kernel into guest memory: what it does not change by mapping its file, the rest by reading it.
 
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
@@ -34,11 +35,11 @@ pub struct Kernel {
 
 /// Loads an ELF kernel at its physical addresses. With `share`, the whole pages of its code and constants are
 /// those of the file, which all microVMs share; some of them become the guest's own when it adapts its code to
-/// the processor. They are read like the rest where the file cannot be mapped.
+/// the processor.
 ///
 /// # Errors
 ///
-/// [`BootError::Kernel`] and [`BootError::OtherMachine`].
+/// [`BootError::Kernel`], [`BootError::OtherMachine`] and [`BootError::Unshared`].
 pub fn load(ram: &GuestRam, file: &mut File, path: &str, share: bool) -> Result<Kernel, BootError> {
     let mut header = [0; HEADER_LEN];
     let whole = file.read_exact_at(&mut header, 0).is_ok();
@@ -46,18 +47,26 @@ pub fn load(ram: &GuestRam, file: &mut File, path: &str, share: bool) -> Result<
     if whole && header[..4] == *b"\x7fELF" && u16::from_le_bytes(at(&header, 18)) != EM_X86_64 {
         return Err(BootError::OtherMachine(path.to_owned()));
     }
-    let mut mapped = Vec::new();
-    let segments = if share { constant_segments(file, &header) } else { Vec::new() };
-    for segment in segments {
-        let Segment { offset, address, len } = segment;
-        if ram.map_file(address, len, file, offset).is_ok() {
-            mapped.push(segment.in_file());
-        }
-    }
-    let mut rest = Chunked::without(file, mapped);
+    let mapped = if share { map(ram, file, &header) } else { Ok(Vec::new()) };
+    let mut rest = Chunked::without(file, mapped.as_deref().unwrap_or_default());
     let loaded = Elf::load(ram.memory(), None, &mut rest, Some(GuestAddress(layout::HIMEM_START)))
         .map_err(|source| BootError::Kernel { path: path.to_owned(), source })?;
+    // Said behind what the loader has to say: a file that is no kernel cannot be shared either.
+    mapped.map_err(|source| BootError::Unshared { path: path.to_owned(), source })?;
     Ok(Kernel { entry: loaded.kernel_load.raw_value(), end: loaded.kernel_end })
+}
+
+/// Shows the guest the constant segments of `file`, and returns which parts of the file these are.
+fn map(ram: &GuestRam, file: &File, header: &[u8; HEADER_LEN]) -> io::Result<Vec<Range<u64>>> {
+    let segments = constant_segments(file, header);
+    if segments.is_empty() {
+        return Err(io::Error::other("none of its segments is constant and on whole pages"));
+    }
+    let map = |segment: &Segment| {
+        ram.map_file(segment.address, segment.len, file, segment.offset)?;
+        Ok(segment.offset..segment.offset + segment.len as u64)
+    };
+    segments.iter().map(map).collect()
 }
 
 /// Whole pages of a file that belong to a guest address.
@@ -66,12 +75,6 @@ struct Segment {
     offset: u64,
     address: u64,
     len: usize,
-}
-
-impl Segment {
-    fn in_file(&self) -> Range<u64> {
-        self.offset..self.offset + self.len as u64
-    }
 }
 
 /// The segments that nobody writes and that lie on pages in the file as in memory. None of a file that is
@@ -175,6 +178,15 @@ mod tests {
         let mut kept = [0; 7];
         file.read_exact_at(&mut kept, PAGE_SIZE).unwrap();
         assert_eq!(kept, bytes[page(1)..page(1) + 7]);
+    }
+
+    #[test]
+    fn a_kernel_that_changes_all_of_itself_is_not_shared() {
+        let (mut file, _) = kernel(&[7]);
+        let ram = GuestRam::new(64).unwrap();
+        load(&ram, &mut file, "kernel", false).unwrap();
+        let error = load(&ram, &mut file, "kernel", true).unwrap_err();
+        assert!(matches!(error, BootError::Unshared { .. }), "{error}");
     }
 
     #[test]

@@ -55,7 +55,7 @@ pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// Size of all windows: one for each interrupt line.
 pub const VIRTIO_MMIO_LEN: u64 = (IRQ_LAST - VIRTIO_IRQ_FIRST + 1) as u64 * VIRTIO_MMIO_SIZE;
 
-/// IO-APIC registers, where KVM's in-kernel one is.
+/// IO-APIC registers, where PCs have them.
 pub const IOAPIC_START: u32 = 0xfec0_0000;
 
 /// Local APIC registers (`APIC_DEFAULT_PHYS_BASE`).
@@ -67,11 +67,11 @@ pub const KVM_TSS_START: usize = 0xfffb_d000;
 /// One page that KVM on Intel needs before that (`KVM_SET_IDENTITY_MAP_ADDR`).
 pub const KVM_IDENTITY_MAP_START: u64 = 0xfffb_c000;
 
-/// First interrupt line for virtio-mmio devices: those below belong to ISA devices by custom.
-pub const VIRTIO_IRQ_FIRST: u32 = 5;
+/// First interrupt line for virtio-mmio devices: Linux has no interrupt 0 for devices.
+pub const VIRTIO_IRQ_FIRST: u32 = 1;
 
-/// Last interrupt line of the in-kernel IO-APIC.
-pub const IRQ_LAST: u32 = 23;
+/// Last interrupt line that a device can have.
+pub const IRQ_LAST: u32 = 19;
 
 /// First serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;

@@ -2,6 +2,7 @@
 
 pub mod boot;
 pub mod cpuid;
+pub mod ioapic;
 pub mod kernel;
 pub mod layout;
 pub mod mptable;

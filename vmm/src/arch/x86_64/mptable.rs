@@ -26,7 +26,6 @@ const CPU_BOOTSTRAP: u8 = 2;
 
 const INTERRUPT_INT: u8 = 0;
 const INTERRUPT_NMI: u8 = 1;
-const INTERRUPT_EXTINT: u8 = 3;
 
 /// Writes the table for `vcpus` processors, and for the interrupt lines that have a device. The
 /// kernel sets up each line that it is told of, at some ten exits a line.
@@ -80,7 +79,6 @@ fn config_table(vcpus: u8, irqs: RangeInclusive<u8>) -> Vec<u8> {
     for irq in irqs {
         push(&[ENTRY_INTERRUPT, INTERRUPT_INT, 0, 0, 0, irq, ioapic_id, irq]);
     }
-    push(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_EXTINT, 0, 0, 0, 0, 0, 0]);
     push(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_NMI, 0, 0, 0, 0, 0xff, 1]);
 
     let mut b = Vec::with_capacity(44 + entries.len());
@@ -123,7 +121,7 @@ mod tests {
     fn the_header_counts_its_entries_and_its_length() {
         let table = config_table(2, 5..=8);
         assert_eq!(u16::from_le_bytes([table[4], table[5]]) as usize, table.len());
-        // 2 processors, bus, IO-APIC, 4 lines, 2 local interrupts.
-        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 10);
+        // 2 processors, bus, IO-APIC, 4 lines, a local interrupt.
+        assert_eq!(u16::from_le_bytes([table[34], table[35]]), 9);
     }
 }
