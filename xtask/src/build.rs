@@ -12,7 +12,15 @@ use crate::apt::{self, Need};
 use crate::progress::{say, seconds, step};
 use crate::{image, kernel, process, repository};
 
-const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// The target triple of the product.
+pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Cargo's target directory of the product, relative to the checkout's: apart from cargo's other builds,
+/// which have other flags.
+pub(crate) const STATIC: &str = "static";
+
+/// Where the product's binaries are in that.
+pub(crate) const RELEASE: &str = "x86_64-unknown-linux-gnu/release";
 
 /// What compiling the binaries needs from Debian.
 const NEEDS: [Need; 2] = [
@@ -114,14 +122,13 @@ fn folder() -> Result<PathBuf> {
 
 /// Compiles the static release binaries of `packages` and returns their folder.
 pub(crate) fn compile(packages: &[&str]) -> Result<PathBuf> {
-    // Apart from cargo's other builds, which have other flags.
-    let target = repository::target().join("static");
+    let target = repository::target().join(STATIC);
     let mut cargo = cargo();
     cargo.args(["build", "--release", "--target", TARGET, "--target-dir"]).arg(&target);
     cargo.args(packages.iter().flat_map(|package| ["--package", package]));
     cargo.env_remove("CARGO_ENCODED_RUSTFLAGS").env("RUSTFLAGS", "-C target-feature=+crt-static");
     process::run_logged(&mut cargo, &repository::target().join("compile.log"))?;
-    Ok(target.join(TARGET).join("release"))
+    Ok(target.join(RELEASE))
 }
 
 /// Cargo, at the root of the checkout.

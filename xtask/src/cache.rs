@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
@@ -85,6 +86,30 @@ pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
         .and_then(|()| fs::write(&new, content))
         .and_then(|()| fs::rename(&new, path))
         .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Notes in the time of an entry, or of a file of the cache, that it was of use. Without, it is forgotten
+/// sooner.
+pub(crate) fn used(path: &Path) {
+    let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
+}
+
+/// Removes entries of `shelf` that have been of no use for longer than `kept`. One that cannot be removed
+/// does no harm.
+pub(crate) fn forget_unused(shelf: &Path, kept: Duration) {
+    for entry in fs::read_dir(shelf).into_iter().flatten().flatten() {
+        let used = entry.metadata().and_then(|metadata| metadata.modified());
+        let age = used.ok().and_then(|used| used.elapsed().ok()).unwrap_or_default();
+        // Locks stay: somebody may wait for one.
+        if age > kept && !entry.file_name().as_encoded_bytes().starts_with(b".") {
+            let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+            let _ = if is_dir {
+                fs::remove_dir_all(entry.path())
+            } else {
+                fs::remove_file(entry.path())
+            };
+        }
+    }
 }
 
 /// Removes what makers of other entries left when they died: nobody has the lock of its key. One

@@ -6,6 +6,7 @@ mod build;
 mod bundle;
 mod cache;
 mod demo;
+mod dependencies;
 mod image;
 mod install;
 mod kernel;

@@ -22,8 +22,9 @@ use self::program::Programs;
 use self::report::{Report, Row};
 use crate::apt;
 use crate::build;
+use crate::dependencies::Dependencies;
 use crate::place;
-use crate::progress::{seconds, step};
+use crate::progress::{say, seconds, step};
 
 const HELP: &str = "\
 Usage: cargo xtask test [--unit | --e2e] [--proofs] [FILTER]
@@ -139,11 +140,15 @@ fn failed(what: &str, error: &anyhow::Error) -> Report {
 type Prepared = (Programs, Option<Result<(PathBuf, bool)>>);
 
 /// Compiles tests and product and fetches the rest, all at the same time: each of them has parts that keep
-/// one processor busy only, or none.
+/// one processor busy only, or none. What is compiled of others is kept for the next checkout.
 fn prepare(choice: &Choice) -> Result<Prepared> {
     let in_lab = choice.e2e && !place::is_here(false)?;
     let filter = choice.filter.as_deref();
-    thread::scope(|scope| {
+    let dependencies = Dependencies::of_checkout()?;
+    if let Err(error) = dependencies.take() {
+        say(format!("all crates are compiled here: {error:#}"));
+    }
+    let prepared = thread::scope(|scope| {
         let product = choice.e2e.then(|| scope.spawn(e2e::build));
         let fetched = choice.e2e.then(|| scope.spawn(move || e2e::fetch(filter, in_lab)));
         let programs = step("compile the tests", || program::compile(choice));
@@ -151,7 +156,13 @@ fn prepare(choice: &Choice) -> Result<Prepared> {
         let product = product.map(joined);
         let ready = product.map(|product| fetched.and(product).map(|product| (product, in_lab)));
         Ok((programs?, ready))
-    })
+    });
+    // Without a part of them, there is not all that the next run needs.
+    let whole = choice.unit && matches!(prepared, Ok((_, Some(Ok(_)))));
+    if whole && let Err(error) = dependencies.keep() {
+        say(format!("the next checkout has to compile all crates: {error:#}"));
+    }
+    prepared
 }
 
 fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {

@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -103,8 +103,7 @@ impl Proofs {
         for case in cases {
             let file = self.file(case)?;
             if file.exists() {
-                // Its time says when it was last of use. Without, it is forgotten sooner.
-                let _ = fs::File::open(&file).and_then(|f| f.set_modified(SystemTime::now()));
+                cache::used(&file);
                 proven.push(case.to_owned());
             }
         }
@@ -124,7 +123,7 @@ impl Proofs {
         if let Err(error) = result {
             say(format!("the next run does not know what runc has proven in this one: {error:#}"));
         }
-        sweep(&self.shelf);
+        cache::forget_unused(&self.shelf, KEPT);
     }
 
     fn file(&self, case: &str) -> Result<PathBuf> {
@@ -182,17 +181,6 @@ fn forget(proof: &Path) -> Result<()> {
             Err(error).with_context(|| format!("cannot remove {}", proof.display()))
         }
         _ => Ok(()),
-    }
-}
-
-/// Removes proofs of which there has been no use for long. One that cannot be removed does no harm.
-fn sweep(shelf: &Path) {
-    for entry in fs::read_dir(shelf).into_iter().flatten().flatten() {
-        let used = entry.metadata().and_then(|metadata| metadata.modified());
-        let age = used.ok().and_then(|used| used.elapsed().ok()).unwrap_or_default();
-        if age > KEPT {
-            let _ = fs::remove_file(entry.path());
-        }
     }
 }
 

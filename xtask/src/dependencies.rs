@@ -1,0 +1,163 @@
+//! Compiled crates of others, kept in the cache: a fresh checkout need not compile them again.
+//!
+//! Kept is what cargo left in its target directories, without the crates of this workspace. A checkout that
+//! has compiled nothing yet gets a copy. Cargo decides itself, as ever, what of it fits.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value as Json;
+
+use crate::build::{self, TARGET};
+use crate::process::{self, capture};
+use crate::progress::step;
+use crate::{cache, repository};
+
+/// Its entries' shelf in the cache.
+const SHELF: &str = "dependencies";
+
+/// What nobody has asked for in this time is forgotten: an entry is as large as all that cargo compiles.
+const KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
+
+/// Debian's static libraries that get into compiled crates, beside what [`inputs`] reads.
+const PACKAGES: [&str; 2] = ["libc6-dev", "libseccomp-dev"];
+
+/// One of cargo's target directories, relative to the checkout's.
+struct Target {
+    dir: &'static str,
+    /// Where cargo put what it compiled, relative to `dir`: for the host, and for the product.
+    profiles: &'static [&'static str],
+    /// What cargo has to be told of the profile.
+    options: &'static [&'static str],
+}
+
+/// Those of the tests and of the product.
+const TARGETS: [Target; 2] = [
+    Target { dir: ".", profiles: &["debug"], options: &[] },
+    Target {
+        dir: build::STATIC,
+        profiles: &["release", build::RELEASE],
+        options: &["--release", "--target", TARGET],
+    },
+];
+
+/// What the crates are compiled from, and by what.
+pub(crate) struct Dependencies {
+    key: String,
+    /// The names of this workspace's packages.
+    own: Vec<String>,
+}
+
+impl Dependencies {
+    /// Those of this checkout.
+    ///
+    /// # Errors
+    ///
+    /// If cargo, rustc or dpkg do not answer, or a manifest cannot be read.
+    pub(crate) fn of_checkout() -> Result<Self> {
+        let metadata =
+            capture(build::cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
+        let metadata: Json = serde_json::from_str(&metadata).context("cargo's metadata")?;
+        let packages =
+            metadata["packages"].as_array().context("cargo's metadata has no packages")?;
+        let texts = |field: &str| -> Vec<String> {
+            packages.iter().filter_map(|one| one[field].as_str()).map(str::to_owned).collect()
+        };
+        let mut parts = inputs()?;
+        for manifest in texts("manifest_path") {
+            parts.push(read(Path::new(&manifest))?);
+        }
+        let key = cache::key(parts.iter().map(|part| ("part", &part[..])));
+        Ok(Self { key, own: texts("name") })
+    }
+
+    /// Gives the checkout a copy, if it has compiled no product yet and the cache has one.
+    ///
+    /// # Errors
+    ///
+    /// If files cannot be copied. What is there then does no harm.
+    pub(crate) fn take(&self) -> Result<()> {
+        let target = repository::target();
+        let entry = cache::root()?.join(SHELF).join(&self.key);
+        if target.join(build::STATIC).exists() || !entry.is_dir() {
+            return Ok(());
+        }
+        cache::used(&entry);
+        step("copy compiled crates from the cache", || copy(&entry, &target))
+    }
+
+    /// Keeps what the checkout has compiled, if the cache does not have it.
+    ///
+    /// # Errors
+    ///
+    /// If files cannot be copied, or cargo does not remove this workspace's crates from the copy.
+    pub(crate) fn keep(&self) -> Result<()> {
+        cache::entry(SHELF, &self.key, |dir| {
+            step("copy compiled crates to the cache", || {
+                copy(&repository::target(), dir)?;
+                TARGETS.iter().try_for_each(|target| self.without_own(target, dir))
+            })
+        })?;
+        cache::forget_unused(&cache::root()?.join(SHELF), KEPT);
+        Ok(())
+    }
+
+    fn without_own(&self, target: &Target, root: &Path) -> Result<()> {
+        let mut cargo = build::cargo();
+        cargo.args(["clean", "--quiet", "--target-dir"]).arg(root.join(target.dir));
+        cargo.args(target.options);
+        cargo.args(self.own.iter().flat_map(|package| ["--package", package]));
+        capture(&mut cargo).map(drop)
+    }
+}
+
+/// Copies what cargo compiled, times included, from one checkout's target directory to another. Left out is
+/// what lies beside the directories of a profile, and what serves this workspace's crates only.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    for target in &TARGETS {
+        for profile in target.profiles {
+            let within = |root: &Path| root.join(target.dir).join(profile);
+            copy_profile(&within(from), &within(to))?;
+        }
+    }
+    Ok(())
+}
+
+fn copy_profile(from: &Path, to: &Path) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("cannot create {}", to.display()))?;
+    let entries = fs::read_dir(from).with_context(|| format!("cannot list {}", from.display()))?;
+    for entry in entries {
+        let entry = entry.with_context(|| format!("cannot list {}", from.display()))?;
+        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if is_dir && entry.file_name() != "incremental" {
+            let mut cp = process::command("cp");
+            // A file that is there may be linked to elsewhere, or run.
+            cp.args(["--archive", "--remove-destination"]).arg(entry.path()).arg(to);
+            capture(&mut cp)?;
+        }
+    }
+    Ok(())
+}
+
+/// What decides how crates are compiled, beside the manifests.
+fn inputs() -> Result<Vec<Vec<u8>>> {
+    let root = repository::root();
+    let mut versions = process::command("dpkg-query");
+    versions.args(["--show", "--showformat", "${Package} ${Version}\n"]).args(PACKAGES);
+    let rustc: PathBuf = std::env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
+    let mut compiler = process::command(rustc);
+    compiler.arg("-vV").current_dir(root);
+    Ok(vec![
+        capture(&mut compiler)?.into_bytes(),
+        capture(&mut versions)?.into_bytes(),
+        read(&root.join("Cargo.lock"))?,
+        read(&root.join("Cargo.toml"))?,
+        read(&root.join(".cargo/config.toml"))?,
+    ])
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
