@@ -1,6 +1,6 @@
 //! Images, made here: no registry is asked for anything.
 
-use super::{Engine, With};
+use super::Engine;
 use crate::bundle::Bundle;
 
 impl Engine {
@@ -15,13 +15,5 @@ impl Engine {
             .output()
             .ok();
         archive
-    }
-
-    /// Imports a directory as an image, without what fits the patterns of `waste`.
-    pub fn import_tree(&self, tree: &str, waste: &[&str], image: &str) {
-        let excludes: String = waste.iter().map(|one| format!("--exclude='{one}' ")).collect();
-        let script = format!("tar -C \"$0\" {excludes} -c . | \"$@\"");
-        let client = self.client(With::Runc).args(["import", "-", image]);
-        client.through(&["sh", "-c", &script, tree]).output().ok();
     }
 }

@@ -1,12 +1,11 @@
-//! Real programs, in the image of a Debian tree.
+//! Real programs, in a Debian tree: Podman lays an overlay over it. To import it as an image would take
+//! minutes in a lab.
 
 use std::fmt::Write as _;
 use std::fs;
 
-use crate::engine::{Container, Run};
-
-/// The name of the image.
-pub const IMAGE: &str = "isopod-work";
+use crate::command::Command;
+use crate::engine::{Container, Run, tree};
 
 /// For a minute: clients that set, get and count; then what was counted is there, and so is every
 /// one of five thousand values.
@@ -78,6 +77,12 @@ fn directory(run: &Run<'_>, name: &str) -> String {
     path.to_string_lossy().into_owned()
 }
 
+/// `run` of a program in the tree, whose changes are forgotten with the container.
+fn program<'e>(run: &Run<'e>, options: &[&str], command: &[&str]) -> Command<'e> {
+    let tree = format!("{}:O", tree("ISOPOD_TEST_WORKLOAD_TREE"));
+    run.command_of(&tree, "run", &[options, &["--rootfs"]].concat(), command)
+}
+
 fn serve<'r, 'e>(
     run: &'r Run<'e>,
     name: &str,
@@ -86,7 +91,7 @@ fn serve<'r, 'e>(
 ) -> Container<'r, 'e> {
     let container = run.named();
     let given = ["--detach", "--name", &container.name, "--network-alias", name];
-    run.end(run.command_of(IMAGE, "run", &[&given, options].concat(), command)).ok();
+    run.end(program(run, &[&given, options].concat(), command)).ok();
     container
 }
 
@@ -98,7 +103,7 @@ pub fn redis_under_load(run: &Run<'_>) {
     let words = ["redis-server", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""];
     let server = serve(run, "redis", &[&on], &words);
     server.await_log("Ready to accept connections");
-    let client = run.command_of(IMAGE, "run", &["--rm", &on], &["sh", "-c", LOAD]);
+    let client = program(run, &["--rm", &on], &["sh", "-c", LOAD]);
     let output = run.end(client).ok();
     assert!(output.stdout.ends_with("all there\n"), "{output}");
     server.remove();
@@ -126,7 +131,7 @@ pub fn nginx_serves_files(run: &Run<'_>) {
     let client = format!("--volume={client}:/client:ro");
     // nginx listens a while after its start, and says nothing of it.
     let script = "until : </dev/tcp/web/80; do sleep 0.2; done; exec python3 /client/fetch.py";
-    let fetched = run.command_of(IMAGE, "run", &["--rm", &on, &client], &["bash", "-c", script]);
+    let fetched = program(run, &["--rm", &on, &client], &["bash", "-c", script]);
     assert_eq!(run.end(fetched).ok().stdout, "1000 answers as they should be\n");
     server.remove();
     run.ok(&["network", "rm", &network]);
@@ -137,7 +142,7 @@ pub fn python_processes(run: &Run<'_>) {
     let dir = directory(run, "python");
     fs::write(format!("{dir}/processes.py"), PROCESSES).expect("a script");
     let options = ["--rm", &format!("--volume={dir}:/work:ro") as &str];
-    let command = run.command_of(IMAGE, "run", &options, &["python3", "/work/processes.py"]);
+    let command = program(run, &options, &["python3", "/work/processes.py"]);
     assert_eq!(run.end(command).ok().stdout, "processes agree\n");
 }
 
@@ -168,7 +173,7 @@ pub fn parallel_build(run: &Run<'_>) {
         "--workdir=/build",
     ];
     let script = "cp /source/* . && make -j2 && ./program && make -q && echo up to date";
-    let built = run.end(run.command_of(IMAGE, "run", &options, &["sh", "-c", script])).ok();
+    let built = run.end(program(run, &options, &["sh", "-c", script])).ok();
     let sum: usize = (0..PARTS).sum();
     assert!(built.stdout.ends_with(&format!("\n{sum}\nup to date\n")), "{built}");
     run.ok(&["volume", "rm", &volume]);
