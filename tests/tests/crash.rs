@@ -178,7 +178,7 @@ fn kill_needs_nobodys_help() {
     let created = container.start_new();
     let vmm = scope.child(created.pid, VMM);
     scope.program(&["kill", "-STOP", &vmm.to_string()]).output().ok();
-    container.kill("KILL").one_line_error(&["cannot send the signal", "microVM is broken"]);
+    container.kill("KILL").ok();
     assert_lost(&scope, &container, &created);
 }
 

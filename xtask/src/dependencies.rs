@@ -161,3 +161,36 @@ fn inputs() -> Result<Vec<Vec<u8>>> {
 fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_has_what_cargo_compares() {
+        let root = std::env::temp_dir().join(format!("xtask-dependencies-{}", std::process::id()));
+        let [from, to] = ["from", "to"].map(|name| root.join(name));
+        let profile = from.join("static").join(build::RELEASE);
+        for dir in ["debug", "static/release", &format!("static/{}", build::RELEASE)] {
+            for part in ["deps", "incremental"] {
+                fs::create_dir_all(from.join(dir).join(part)).unwrap();
+            }
+            fs::write(from.join(dir).join("program"), "").unwrap();
+        }
+        let library = profile.join("deps/liblibc.rlib");
+        fs::write(&library, "compiled").unwrap();
+        let then =
+            std::time::SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
+        fs::File::options().write(true).open(&library).unwrap().set_modified(then).unwrap();
+        // What is there is replaced: its dependents are newer than the copy.
+        fs::create_dir_all(to.join("static").join(build::RELEASE).join("deps")).unwrap();
+        let copied = to.join("static").join(build::RELEASE).join("deps/liblibc.rlib");
+        fs::write(&copied, "older").unwrap();
+        copy(&from, &to).unwrap();
+        assert_eq!(fs::read(&copied).unwrap(), b"compiled");
+        assert_eq!(fs::metadata(&copied).unwrap().modified().unwrap(), then);
+        assert!(to.join("debug/deps").is_dir() && to.join("static/release/deps").is_dir());
+        assert!(!to.join("debug/incremental").exists() && !to.join("debug/program").exists());
+        fs::remove_dir_all(&root).unwrap();
+    }
+}

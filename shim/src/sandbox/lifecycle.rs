@@ -15,9 +15,8 @@
 use std::{os::fd::OwnedFd, pin::pin, time::Duration};
 
 use tokio::{
-    sync::oneshot,
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
@@ -30,6 +29,7 @@ use super::{
     server::{Command, Server},
     share::Share,
     signals::{self, Signals, WINCH},
+    starting::{Starting, Step, finish},
     stdio::Relay,
     timeline::Timeline,
 };
@@ -50,8 +50,8 @@ const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Most time for a process to die of SIGKILL when only that was asked for: nothing but a guest without an
 /// answer takes so long, and it must not be able to outlive its killing. Together with the end of the VMM it
-/// is within ten seconds.
-const KILL_TIMEOUT: Duration = Duration::from_secs(8);
+/// is within ten seconds, on a slow host too.
+const KILL_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// How long whoever reads a container's output may take for its end, if its microVM was lost.
 const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -246,7 +246,17 @@ impl Lifecycle {
                             }
                             let agent = self.agent.clone();
                             tokio::spawn(async move {
-                                let _ = answer.send(agent.signal(signal, all).await);
+                                let sent = match agent.signal(signal, all).await {
+                                    // What was to be killed has ended with its microVM.
+                                    Err(error)
+                                        if signal == signals::KILL
+                                            && error.kind == ErrorKind::VmLost =>
+                                    {
+                                        Ok(())
+                                    }
+                                    sent => sent,
+                                };
+                                let _ = answer.send(sent);
                             });
                         }
                         Request::Resize { size } => {
@@ -342,69 +352,5 @@ impl Lifecycle {
         if let Err(error) = self.dir.write_record(&self.record) {
             log::error!("container {}: {error}", self.record.id);
         }
-    }
-}
-
-/// What a start consists of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
-    /// The guest starts the process.
-    Process,
-    /// The poststart hooks run, for as long as they may.
-    Hooks,
-}
-
-/// A start that is under way, and where its answer goes.
-struct Starting {
-    step: Step,
-    task: AbortOnDrop<Result<()>>,
-    answer: oneshot::Sender<Result<()>>,
-    deadline: Option<Instant>,
-}
-
-impl Starting {
-    fn new(
-        step: Step,
-        task: JoinHandle<Result<()>>,
-        answer: oneshot::Sender<Result<()>>,
-        limit: Option<Duration>,
-    ) -> Self {
-        let deadline = limit.and_then(|limit| Instant::now().checked_add(limit));
-        Self { step, task: AbortOnDrop(task), answer, deadline }
-    }
-
-    async fn wait(&mut self) -> Result<()> {
-        let ended = match self.deadline {
-            Some(deadline) => timeout_at(deadline, &mut self.task.0).await,
-            None => Ok((&mut self.task.0).await),
-        };
-        match ended {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(Error::new("the start was given up")),
-            Err(_) => Err(Error::new("the process was not started in time by the guest")),
-        }
-    }
-}
-
-/// A task that nobody needs any more when this is gone.
-struct AbortOnDrop<T>(JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Waits for the start that is under way. Never returns if there is none.
-async fn finish(
-    starting: &mut Option<Starting>,
-) -> (Result<()>, Step, oneshot::Sender<Result<()>>) {
-    let result = match starting.as_mut() {
-        Some(starting) => starting.wait().await,
-        None => std::future::pending().await,
-    };
-    match starting.take() {
-        Some(Starting { step, answer, .. }) => (result, step, answer),
-        None => std::future::pending().await,
     }
 }

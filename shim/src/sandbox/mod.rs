@@ -38,6 +38,7 @@ mod resolver;
 mod server;
 mod share;
 pub mod signals;
+mod starting;
 pub mod stdio;
 pub mod timeline;
 mod view;
