@@ -91,6 +91,27 @@ fn user_groups_and_umask_are_as_asked() {
     assert_eq!(seen["capabilities"]["bounding"], default);
 }
 
+/// To the kernel the largest number means "as it was", which is root.
+#[test]
+fn nobody_is_root_by_a_number_out_of_range() {
+    const WORDS: &str = "uids and gids must be in range 0-2147483647";
+    let scope = Scope::new();
+    for user in [
+        json!({ "uid": 4_294_967_295_u32, "gid": 1000 }),
+        json!({ "uid": 1000, "gid": 4_294_967_295_u32 }),
+        json!({ "uid": 1000, "gid": 1000, "additionalGids": [4_294_967_295_u32] }),
+    ] {
+        let out = scope.container().edit(|c| c["process"]["user"] = user.clone()).run();
+        assert!(out.status != 0 && out.stderr.contains(WORDS), "{out}");
+    }
+    let container = sleeper(&scope);
+    let _created = container.start_new();
+    for user in ["4294967295", "1000:4294967295", "2147483648"] {
+        let out = container.command("exec", &["--user", user]).args(["id"]).output();
+        assert!(out.status != 0 && out.stderr.contains(WORDS), "{out}");
+    }
+}
+
 #[test]
 fn rlimits_are_as_asked() {
     let scope = Scope::new();

@@ -6,7 +6,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use isopod_protocol::capability::NAMES;
 
-use crate::error::{Context as _, Result};
+use crate::error::{Code, Context as _, Error, Result};
 use crate::log::log_warn;
 use crate::oci::{Capabilities, Process};
 
@@ -43,6 +43,13 @@ pub(crate) fn apply(process: &Process, filtered: bool) -> Result<()> {
 fn change_user(process: &Process) -> Result<()> {
     let user = &process.user;
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    // To the kernel this number means "as it was".
+    if [user.uid, user.gid].contains(&u32::MAX) {
+        return Err(Error::new(
+            Code::InvalidArgument,
+            format!("process.user: {} is no id", u32::MAX),
+        ));
+    }
     let groups: Vec<Gid> = user.additional_gids.iter().copied().map(Gid::from_raw).collect();
     rustix::thread::set_thread_groups(&groups)
         .context(|| format!("set process.user.additionalGids {groups:?}"))?;

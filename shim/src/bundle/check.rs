@@ -9,7 +9,7 @@ use std::{
 
 use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::{Bind, IdMap, Propagation, Shm, kernel, mount_options, pod, scheduling};
+use super::{Bind, IdMap, Propagation, Shm, kernel, mount_options, owner, pod, scheduling};
 use crate::{
     error::{Error, Explain, Result},
     logger,
@@ -48,6 +48,9 @@ pub(super) fn spec(spec: &Spec) -> Result<()> {
     if let Some(linux) = spec.linux() {
         for device in linux.devices().iter().flatten() {
             absolute("linux.devices", device.path())?;
+            for (field, id) in [("uid", device.uid()), ("gid", device.gid())] {
+                owner::id(&format!("linux.devices: {field}"), id.unwrap_or_default())?;
+            }
         }
         for (field, paths) in [
             ("linux.maskedPaths", linux.masked_paths()),
@@ -88,6 +91,7 @@ pub(super) fn process(process: &Process) -> Result<()> {
         return Err(Error::new(format!("process.env[{index}] is {entry:?}, which {why}")));
     }
     scheduling::check(process)?;
+    owner::user(process.user())?;
     if let Some(umask) = process.user().umask().filter(|umask| *umask > 0o777) {
         return Err(Error::new(format!(
             "process.user.umask is {umask:#o}; it has to be from 0 to 0o777 (511)"

@@ -9,6 +9,7 @@ mod guest;
 mod id_map;
 mod kernel;
 mod mount_options;
+mod owner;
 mod pod;
 mod propagation;
 mod scheduling;
