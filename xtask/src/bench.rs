@@ -51,9 +51,12 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    let Some(benchmark) = benchmark.filter(|name| BENCHMARKS.contains(&name.as_str())) else {
+    let Some(benchmark) = benchmark else {
         bail!("which benchmark?\n{HELP}");
     };
+    if !BENCHMARKS.contains(&benchmark.as_str()) {
+        bail!("there is no benchmark `{benchmark}`\n{HELP}");
+    }
     apt::ensure(build::needs().chain(place::needs(true)?).chain(PEERS))?;
     // Before a lab looks at this machine's files.
     let tree = if benchmark == FILES { Some(test::workload_tree()?) } else { None };

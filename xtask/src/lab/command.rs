@@ -21,7 +21,8 @@ Options:
   --memory MIB     memory [half of this machine's, 8192 at most]
 
 The lab sees this machine's files as they are when it first looks, and cargo's target directory as
-it changes. It writes to nothing but that directory; the rest of what it writes ends with it.";
+it changes. It writes to nothing but that directory; the rest of what it writes ends with it. /tmp, /run
+and /var/tmp are its own; this machine's are below /run/host.";
 
 /// Runs the command line after `lab` and returns the exit status to give.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
