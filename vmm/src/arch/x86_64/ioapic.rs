@@ -173,7 +173,8 @@ impl BusDevice for IoApic {
     }
 }
 
-/// The message that a line with this entry sends: its address and data. None when it is masked.
+/// The message that a line with this entry sends: its address and data. None when it is masked; what the
+/// line tells meanwhile is not kept (data sheet, 3.2.4, "Interrupt Mask").
 fn message(entry: u64) -> Option<(u32, u32)> {
     if entry & MASKED != 0 {
         return None;

@@ -16,14 +16,16 @@ use super::descriptor::Descriptor;
 use super::files::Files;
 use super::handle::Handle;
 use super::host::{done, error};
+use super::lock_change::{Change, OFFSET_MAX, ends, range, record};
+use super::node::Node;
+use super::ranges::Ranges;
+use super::stat::FileNumber;
 use crate::sync::lock;
-
-/// End of a range that has none (`OFFSET_MAX` of Linux).
-const OFFSET_MAX: u64 = i64::MAX as u64;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
-    node: u64,
+    /// The file, by whatever mount it was opened: a process's locks hold for all of them.
+    file: FileNumber,
     /// The guest's number for a process, or for an open file.
     owner: u64,
     /// The locks are those of `flock(2)`, which know nothing of the others.
@@ -35,6 +37,50 @@ struct Owner {
     file: Descriptor,
     /// The handle that was last used for it.
     handle: AtomicU64,
+    held: Mutex<Held>,
+}
+
+/// What the locks of a description are.
+enum Held {
+    /// Record locks for reading: the description cannot take others. One that can is made when it is needed and not
+    /// before, since the host runs no program that is open for writing.
+    Reading(Ranges),
+    /// Any.
+    Any,
+    /// Another description has them now.
+    Replaced,
+}
+
+impl Owner {
+    /// Gives all locks back. A description that somebody waits with stays open for a while.
+    fn give_up(&self, flock: bool) {
+        let mut held = lock(&self.held);
+        // Nothing can be done about a host that does not take locks back.
+        let _ = Change::release_all(flock).make(self.file.as_fd(), false);
+        if let Held::Reading(ranges) = &mut *held {
+            *ranges = Ranges::default();
+        }
+    }
+
+    /// Makes a change that waits for nobody. `None` if another description is needed for it, or has the locks
+    /// already.
+    fn change(&self, change: Change) -> Option<io::Result<()>> {
+        let mut held = lock(&self.held);
+        match &mut *held {
+            Held::Any => Some(change.make(self.file.as_fd(), false)),
+            Held::Replaced => None,
+            Held::Reading(_) if change.is_write() => None,
+            Held::Reading(ranges) => {
+                let mut changed = ranges.clone();
+                let made =
+                    change.note(&mut changed).and_then(|()| change.make(self.file.as_fd(), false));
+                if made.is_ok() {
+                    *ranges = changed;
+                }
+                Some(made)
+            }
+        }
+    }
 }
 
 /// All descriptions with locks.
@@ -46,12 +92,12 @@ impl Locks {
     pub(super) fn release_handle(&self, handle: u64) {
         let used = |owner: &Arc<Owner>| owner.handle.load(Ordering::Relaxed) == handle;
         let gone: Vec<_> = lock(&self.0).extract_if(|_, owner| used(owner)).collect();
-        drop(gone);
+        gone.iter().for_each(|(key, owner)| owner.give_up(key.flock));
     }
 
     /// Releases an owner's record locks on a file.
-    pub(super) fn release_owner(&self, node: u64, owner: u64) {
-        self.remove(&Key { node, owner, flock: false });
+    pub(super) fn release_owner(&self, node: &Node, owner: u64) {
+        self.remove(&Key { file: node.identity.file(), owner, flock: false });
     }
 
     /// Releases all.
@@ -62,7 +108,9 @@ impl Locks {
 
     fn remove(&self, key: &Key) {
         let gone = lock(&self.0).remove(key);
-        drop(gone);
+        if let Some(owner) = gone {
+            owner.give_up(key.flock);
+        }
     }
 
     fn get(&self, key: &Key) -> Option<Arc<Owner>> {
@@ -70,82 +118,13 @@ impl Locks {
     }
 }
 
-/// A change of a lock, as the host's kernel takes it.
-#[derive(Clone, Copy)]
-enum Change {
-    Flock(libc::c_int),
-    Record(libc::flock64),
-}
-
-impl Change {
-    fn of(asked: &LkIn) -> io::Result<Self> {
-        let kind = asked.lk.type_ as libc::c_int;
-        if asked.lk_flags & LK_FLOCK != 0 {
-            return Ok(Self::Flock(match kind {
-                libc::F_RDLCK => libc::LOCK_SH,
-                libc::F_WRLCK => libc::LOCK_EX,
-                libc::F_UNLCK => libc::LOCK_UN,
-                _ => return Err(error(libc::EINVAL)),
-            }));
-        }
-        Ok(Self::Record(record(&asked.lk)?))
-    }
-
-    /// The owner holds nothing afterwards.
-    fn releases_all(&self) -> bool {
-        match self {
-            Self::Flock(operation) => *operation == libc::LOCK_UN,
-            Self::Record(range) => self.releases() && range.l_start == 0 && range.l_len == 0,
-        }
-    }
-
-    fn releases(&self) -> bool {
-        match self {
-            Self::Flock(operation) => *operation == libc::LOCK_UN,
-            Self::Record(range) => libc::c_int::from(range.l_type) == libc::F_UNLCK,
-        }
-    }
-
-    fn make(&self, owner: &Owner, wait: bool) -> io::Result<()> {
-        let fd = owner.file.as_fd().as_raw_fd();
-        match self {
-            Self::Flock(operation) => {
-                let operation = operation | if wait { 0 } else { libc::LOCK_NB };
-                // SAFETY: it takes numbers only.
-                done(unsafe { libc::flock(fd, operation) })
-            }
-            Self::Record(range) => {
-                let command = if wait { libc::F_OFD_SETLKW } else { libc::F_OFD_SETLK };
-                let range: *const libc::flock64 = range;
-                // SAFETY: the command takes a range, which it only reads.
-                done(unsafe { libc::fcntl(fd, command, range) })
-            }
-        }
-    }
-}
-
-/// The range as fcntl(2) has it.
-fn record(asked: &FileLock) -> io::Result<libc::flock64> {
-    let kind = libc::c_short::try_from(asked.type_).map_err(|_| error(libc::EINVAL))?;
-    if asked.start > asked.end || asked.start > OFFSET_MAX {
-        return Err(error(libc::EINVAL));
-    }
-    let len = if asked.end >= OFFSET_MAX { 0 } else { asked.end - asked.start + 1 };
-    Ok(libc::flock64 {
-        l_type: kind,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: asked.start as i64,
-        l_len: len as i64,
-        // The kernel wants it so for locks of a description.
-        l_pid: 0,
-    })
-}
-
 /// A lock that somebody else holds, to be waited for on a thread of its own.
 pub(super) struct Wait {
     key: Key,
     owner: Arc<Owner>,
     change: Change,
+    node: u64,
+    handle: u64,
 }
 
 impl Wait {
@@ -155,18 +134,46 @@ impl Wait {
     ///
     /// `EINTR` on a signal; and what the host's kernel says.
     pub(super) fn block(&self) -> io::Result<()> {
-        self.change.make(&self.owner, true)
+        self.change.make(self.owner.file.as_fd(), true)
     }
 
-    /// Checks that nothing has released the owner's locks meanwhile, as closing a descriptor does.
+    /// Sees to it that the owner has the lock that was waited for, whatever its process has done meanwhile: another
+    /// thread may have closed the file by another descriptor, which releases all locks of the process and ends no
+    /// wait, or have taken locks since, with another description. Returns whether it is to be waited for once more.
     ///
     /// # Errors
     ///
-    /// `EBADF`.
-    pub(super) fn check(&self, files: &Files) -> io::Result<()> {
-        let now = files.locks.get(&self.key);
-        let same = now.is_some_and(|owner| Arc::ptr_eq(&owner, &self.owner));
-        if same { Ok(()) } else { Err(error(libc::EBADF)) }
+    /// `EBADF` if the guest has closed the handle, and `ENOLCK`.
+    pub(super) fn settle(&mut self, files: &Files) -> io::Result<bool> {
+        let now = Arc::clone(
+            lock(&files.locks.0).entry(self.key).or_insert_with(|| Arc::clone(&self.owner)),
+        );
+        // Without it nobody would release the lock.
+        if let Err(e) = files.handles.get(self.handle, self.node) {
+            files.locks.remove(&self.key);
+            self.give_back();
+            return Err(e);
+        }
+        // A lock that is there already is taken once more, which notes it.
+        let noted = if Arc::ptr_eq(&now, &self.owner) { now.change(self.change) } else { None };
+        match noted {
+            Some(Err(e)) => {
+                self.give_back();
+                Err(e)
+            }
+            Some(Ok(())) => Ok(false),
+            None => {
+                self.give_back();
+                let handle = files.handles.get(self.handle, self.node)?;
+                self.owner = files.owner(self.key, self.change, &handle, self.handle)?;
+                Ok(true)
+            }
+        }
+    }
+
+    fn give_back(&self) {
+        // Nothing can be done about a host that does not take locks back.
+        let _ = self.change.undone().make(self.owner.file.as_fd(), false);
     }
 }
 
@@ -180,43 +187,88 @@ impl Files {
     pub(super) fn set_lock(&self, id: u64, asked: &LkIn, wait: bool) -> io::Result<Option<Wait>> {
         let handle = self.lockable(id, asked)?;
         let change = Change::of(asked)?;
-        let key = key_of(id, asked);
-        let known = self.locks.get(&key);
+        let key = key_of(&handle, asked);
         if change.releases_all() {
             self.locks.remove(&key);
+            return Ok(None);
         }
-        let owner = match known {
-            Some(owner) => owner,
-            None if change.releases() => return Ok(None),
-            None => {
-                let fresh = Arc::new(self.lock_owner(&handle, asked.fh)?);
-                Arc::clone(lock(&self.locks.0).entry(key).or_insert(fresh))
+        if change.releases() && self.locks.get(&key).is_none() {
+            return Ok(None);
+        }
+        handle.note_lock();
+        let (owner, made) = loop {
+            let owner = self.owner(key, change, &handle, asked.fh)?;
+            // Another request may have replaced it since.
+            if let Some(made) = owner.change(change) {
+                break (owner, made);
             }
         };
-        owner.handle.store(asked.fh, Ordering::Relaxed);
-        handle.note_lock();
-        match change.make(&owner, false) {
-            Err(e) if wait && is_held(&e) => Ok(Some(Wait { key, owner, change })),
+        match made {
+            Err(e) if wait && is_held(&e) => {
+                Ok(Some(Wait { key, owner, change, node: id, handle: asked.fh }))
+            }
             Err(e) if is_held(&e) => Err(error(libc::EAGAIN)),
             result => result.map(|()| None),
         }
     }
 
+    /// The description for a change of an owner's locks: the one that it has, a first one, or one that is open for
+    /// writing in the place of one that is not.
+    fn owner(
+        &self,
+        key: Key,
+        change: Change,
+        handle: &Handle,
+        number: u64,
+    ) -> io::Result<Arc<Owner>> {
+        let known = self.locks.get(&key);
+        let fits = |owner: &Arc<Owner>| match &*lock(&owner.held) {
+            Held::Any => true,
+            Held::Reading(_) => !change.is_write(),
+            Held::Replaced => false,
+        };
+        if let Some(owner) = known.filter(fits) {
+            owner.handle.store(number, Ordering::Relaxed);
+            return Ok(owner);
+        }
+        let fresh = Arc::new(self.lock_owner(handle, number, key.flock)?);
+        let mut all = lock(&self.locks.0);
+        if let Some(old) = all.get(&key).cloned() {
+            // Somebody was faster.
+            if fits(&old) {
+                return Ok(old);
+            }
+            let mut held = lock(&old.held);
+            if let Held::Reading(ranges) = &*held {
+                // Nobody has a lock that is in the way of these.
+                for (start, end) in ranges.iter() {
+                    let len = if end >= OFFSET_MAX { 0 } else { end - start + 1 };
+                    let read = range(libc::F_RDLCK, start as i64, len as i64);
+                    Change::Record(read).make(fresh.file.as_fd(), false)?;
+                }
+            }
+            *held = Held::Replaced;
+            let _ = Change::release_all(key.flock).make(old.file.as_fd(), false);
+        }
+        all.insert(key, Arc::clone(&fresh));
+        Ok(fresh)
+    }
+
     /// Finds a lock that is in the way of this one. The holder's process is not the guest's to know.
     pub(super) fn get_lock(&self, id: u64, asked: &LkIn) -> io::Result<LkOut> {
         let handle = self.lockable(id, asked)?;
-        let mut range = record(&asked.lk)?;
-        let owner = match self.locks.get(&key_of(id, asked)) {
+        let mut found = record(&asked.lk)?;
+        let key = key_of(&handle, asked);
+        let owner = match self.locks.get(&key) {
             Some(owner) => owner,
-            None => Arc::new(self.lock_owner(&handle, asked.fh)?),
+            None => Arc::new(self.lock_owner(&handle, asked.fh, key.flock)?),
         };
         let fd = owner.file.as_fd().as_raw_fd();
-        let room: *mut libc::flock64 = &mut range;
+        let room: *mut libc::flock64 = &mut found;
         // SAFETY: the command takes a range, which it may change.
         done(unsafe { libc::fcntl(fd, libc::F_OFD_GETLK, room) })?;
-        let start = range.l_start as u64;
-        let end = if range.l_len == 0 { OFFSET_MAX } else { start + (range.l_len as u64 - 1) };
-        Ok(LkOut { lk: FileLock { start, end, type_: range.l_type as u32, pid: 0 } })
+        let (start, end) = ends(&found);
+        Ok(LkOut { lk: FileLock { start, end, type_: found.l_type as u32, pid: 0 } })
     }
 
     fn lockable(&self, id: u64, asked: &LkIn) -> io::Result<Arc<Handle>> {
@@ -225,18 +277,26 @@ impl Files {
         if handle.node.kind == libc::S_IFREG { Ok(handle) } else { Err(error(libc::EBADF)) }
     }
 
-    /// A description of its own. It is open for writing where it can be, which a write lock takes;
-    /// where it cannot be, the guest could not open it for writing either.
-    fn lock_owner(&self, handle: &Handle, number: u64) -> io::Result<Owner> {
+    /// A description of its own. For record locks it is open for writing if the handle is, which a write lock takes;
+    /// the other locks ask for no more than a handle has.
+    fn lock_owner(&self, handle: &Handle, number: u64, flock: bool) -> io::Result<Owner> {
         let slot = self.slot()?;
         let open = |flags| self.proc_self_fd.reopen(handle.fd(), flags);
-        let fd = open(libc::O_RDWR).or_else(|_| open(handle.flags & libc::O_ACCMODE))?;
-        Ok(Owner { file: slot.hold(fd), handle: AtomicU64::new(number) })
+        let mode = handle.flags & libc::O_ACCMODE;
+        let only_reads = mode == libc::O_RDONLY && !flock;
+        let fd = if flock || only_reads {
+            open(mode)
+        } else {
+            open(libc::O_RDWR).or_else(|_| open(mode))
+        };
+        let held = if only_reads { Held::Reading(Ranges::default()) } else { Held::Any };
+        Ok(Owner { file: slot.hold(fd?), handle: AtomicU64::new(number), held: Mutex::new(held) })
     }
 }
 
-fn key_of(node: u64, asked: &LkIn) -> Key {
-    Key { node, owner: asked.owner, flock: asked.lk_flags & LK_FLOCK != 0 }
+fn key_of(handle: &Handle, asked: &LkIn) -> Key {
+    let flock = asked.lk_flags & LK_FLOCK != 0;
+    Key { file: handle.node.identity.file(), owner: asked.owner, flock }
 }
 
 fn is_held(e: &io::Error) -> bool {

@@ -144,7 +144,7 @@ impl Files {
     /// the host's file system has to say of earlier writes is asked for.
     pub(super) fn flush(&self, node: u64, handle: u64, owner: u64) -> io::Result<()> {
         let handle = self.handles.get(handle, node)?;
-        self.locks.release_owner(node, owner);
+        self.locks.release_owner(&handle.node, owner);
         let fd = handle.fd().try_clone_to_owned()?.into_raw_fd();
         // SAFETY: the descriptor was just made here, and is not used after this.
         done(unsafe { libc::close(fd) })

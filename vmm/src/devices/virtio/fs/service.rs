@@ -203,7 +203,12 @@ impl Service {
             head: chain.head_index(),
             room: chain.writable().map(|part| (part.addr(), part.len() as usize)).collect(),
         };
-        self.waiters.start(header.unique, wait, move |wait, result| later.finish(wait, result))
+        let service = Arc::clone(self);
+        let settle = move |wait: &mut Wait| match service.share.get() {
+            Some(opened) => wait.settle(&opened.files),
+            None => Ok(false),
+        };
+        self.waiters.start(header.unique, wait, settle, move |result| later.finish(result))
     }
 }
 
@@ -218,12 +223,8 @@ struct Later {
 
 impl Later {
     /// Answers the request and gives it back, once.
-    fn finish(self, wait: &Wait, result: io::Result<()>) {
-        let checked = match self.service.share.get() {
-            Some(opened) => result.and_then(|()| wait.check(&opened.files)),
-            None => result,
-        };
-        let out = out_header(&self.header, checked.err().as_ref(), 0);
+    fn finish(self, result: io::Result<()>) {
+        let out = out_header(&self.header, result.err().as_ref(), 0);
         let written = self.write(out.as_slice());
         self.service.push(self.queue, self.head, written);
     }

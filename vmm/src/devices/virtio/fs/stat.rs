@@ -18,6 +18,15 @@ pub(super) struct Identity {
     inode: u64,
 }
 
+/// A file system, and an inode there: the file, by whatever mount.
+pub(super) type FileNumber = ((u32, u32), u64);
+
+impl Identity {
+    pub(super) fn file(&self) -> FileNumber {
+        (self.device, self.inode)
+    }
+}
+
 /// Time of birth, where the file system keeps one: an inode number is used again once a file is gone.
 pub(super) type Birth = Option<(i64, u32)>;
 

@@ -61,7 +61,8 @@ impl Waiters {
         Ok(Self { list: Mutex::default() })
     }
 
-    /// Waits for a lock in a thread, and hands on how that ended.
+    /// Waits for a lock in a thread, and hands on how that ended. `settle` says of a lock that was got whether it is
+    /// to be waited for once more.
     ///
     /// # Errors
     ///
@@ -70,8 +71,9 @@ impl Waiters {
     pub(super) fn start(
         &self,
         unique: u64,
-        wait: Wait,
-        answer: impl FnOnce(&Wait, io::Result<()>) + Send + 'static,
+        mut wait: Wait,
+        settle: impl Fn(&mut Wait) -> io::Result<bool> + Send + 'static,
+        answer: impl FnOnce(io::Result<()>) + Send + 'static,
     ) -> io::Result<()> {
         let mut list = lock(&self.list);
         list.waiting.retain(|waiter| !waiter.thread.is_finished());
@@ -89,12 +91,13 @@ impl Waiters {
                 if theirs.load(Ordering::Acquire) {
                     break Err(error(libc::EINTR));
                 }
-                match wait.block() {
+                match wait.block().and_then(|()| settle(&mut wait)) {
+                    Ok(true) => {}
                     Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    result => break result,
+                    result => break result.map(drop),
                 }
             };
-            answer(&wait, result);
+            answer(result);
         };
         let builder = thread::Builder::new().name("fs-lock".to_owned()).stack_size(STACK_SIZE);
         let thread = builder.spawn(run).map_err(|_| error(libc::ENOLCK))?;

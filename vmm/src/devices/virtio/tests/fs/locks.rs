@@ -20,7 +20,7 @@ const LATER_ANSWER: u64 = 0xd0_0000;
 
 /// `fuse_lk_in`: which handle, whose lock, of which kind, from where to where.
 #[derive(Clone, Copy)]
-struct Lock {
+pub(super) struct Lock {
     node: u64,
     handle: u64,
     owner: u64,
@@ -30,6 +30,11 @@ struct Lock {
 }
 
 impl Lock {
+    /// A write lock of process 1 on the whole file.
+    pub(super) fn whole(node: u64, handle: u64, flags: u32) -> Self {
+        Self { node, handle, owner: 1, kind: libc::F_WRLCK, range: (0, TO_THE_END), flags }
+    }
+
     fn body(&self) -> Vec<u8> {
         let words = [self.handle, self.owner, self.range.0, self.range.1];
         let mut body = words.map(u64::to_le_bytes).concat();
@@ -41,7 +46,7 @@ impl Lock {
         Self { kind, ..self }
     }
 
-    fn owner(self, owner: u64) -> Self {
+    pub(super) fn owner(self, owner: u64) -> Self {
         Self { owner, ..self }
     }
 }
@@ -51,10 +56,10 @@ impl Guest {
     fn lock(&mut self, flags: u32) -> Lock {
         let node = self.lookup(ROOT, "file").unwrap();
         let handle = self.open(OPEN, node, libc::O_RDWR).unwrap();
-        Lock { node, handle, owner: 1, kind: libc::F_WRLCK, range: (0, TO_THE_END), flags }
+        Lock::whole(node, handle, flags)
     }
 
-    fn set_lock(&mut self, lock: Lock) -> i32 {
+    pub(super) fn set_lock(&mut self, lock: Lock) -> i32 {
         self.ask(SETLK, lock.node, &lock.body()).0
     }
 
@@ -88,7 +93,7 @@ impl Guest {
         assert_eq!(self.driver.request(HIGH_PRIORITY, &chain), 0);
     }
 
-    fn flush(&mut self, lock: Lock) -> i32 {
+    pub(super) fn flush(&mut self, lock: Lock) -> i32 {
         let words = [lock.handle, 0, lock.owner].map(u64::to_le_bytes).concat();
         self.ask(FLUSH, lock.node, &words).0
     }
@@ -208,6 +213,83 @@ fn who_waits_gets_the_lock_and_holds_up_nobody() {
             assert_eq!(other.set_lock(theirs.owner(unique).kind(libc::F_UNLCK)), 0);
         }
         assert_eq!(one.set_lock(mine), 0);
+    }
+}
+
+/// Other threads of a process that waits close the file, give everything back, or lock another part.
+#[test]
+fn who_waits_gets_the_lock_whatever_the_process_does_meanwhile() {
+    let other_part = |lock: Lock| Lock { range: (5, 5), ..lock };
+    type Meanwhile = fn(&mut Guest, Lock) -> i32;
+    let unlock: Meanwhile = |guest, lock| guest.set_lock(lock.kind(libc::F_UNLCK));
+    let close: Meanwhile = |guest, lock| guest.flush(lock);
+    let close_and_lock: Meanwhile = |guest, lock| {
+        assert_eq!(guest.flush(lock), 0);
+        guest.set_lock(Lock { range: (5, 5), ..lock })
+    };
+    for (flags, meanwhile) in [(0, unlock), (FLOCK, unlock), (0, close), (0, close_and_lock)] {
+        let (mut one, mut other) = two();
+        let (mine, theirs) = (one.lock(flags), other.lock(flags));
+        let high = if flags == 0 { (10, TO_THE_END) } else { (0, TO_THE_END) };
+        let (mine, theirs) = (Lock { range: high, ..mine }, Lock { range: high, ..theirs });
+        assert_eq!(one.set_lock(mine), 0);
+        let head = (other.wait_for_lock(theirs, 1), 1);
+        assert_eq!(meanwhile(&mut other, theirs), 0);
+        assert_eq!(one.set_lock(mine.kind(libc::F_UNLCK)), 0);
+        assert_eq!(other.answer_of(&[head]), (1, 0));
+        assert_eq!(one.set_lock(mine), libc::EAGAIN, "it has the lock");
+        assert_eq!(other.set_lock(theirs.kind(libc::F_UNLCK)), 0);
+        assert_eq!(other.set_lock(other_part(theirs).kind(libc::F_UNLCK)), 0);
+        assert_eq!(one.set_lock(mine), 0, "and can give it back");
+    }
+}
+
+/// What another thread held goes with its close, although one still waits.
+#[test]
+fn locks_go_with_a_close_beside_a_wait() {
+    let (mut one, mut other) = two();
+    let low = Lock { range: (0, 4), ..other.lock(0) };
+    let (mine, theirs) = (Lock { range: (10, 19), ..one.lock(0) }, Lock { range: (10, 19), ..low });
+    assert_eq!((one.set_lock(mine), other.set_lock(low)), (0, 0));
+    let head = (other.wait_for_lock(theirs, 1), 1);
+    assert_eq!(other.flush(low), 0);
+    assert_eq!(one.set_lock(Lock { range: (0, 4), ..mine }), 0);
+    assert_eq!(one.set_lock(mine.kind(libc::F_UNLCK)), 0);
+    assert_eq!(other.answer_of(&[head]), (1, 0));
+}
+
+/// The host runs no program that somebody has open for writing.
+#[test]
+fn a_lock_for_reading_opens_for_reading() {
+    let (mut one, mut other) = two();
+    // A lease for readers is refused while somebody has the file open for writing.
+    let file = File::open(one.path("file")).unwrap();
+    // SAFETY: it takes numbers only.
+    let lease = |kind: i32| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) };
+    for (flags, kind) in [(0, libc::F_RDLCK), (FLOCK, libc::F_RDLCK), (FLOCK, libc::F_WRLCK)] {
+        let node = one.lookup(ROOT, "file").unwrap();
+        let handle = one.open(OPEN, node, libc::O_RDONLY).unwrap();
+        let mine = Lock::whole(node, handle, flags).kind(kind);
+        assert_eq!(one.set_lock(mine), 0);
+        assert_eq!((lease(libc::F_RDLCK), lease(libc::F_UNLCK)), (0, 0));
+        assert_eq!(one.close(RELEASE, node, handle), 0);
+    }
+    // A process that has locked two parts for reading, and then writes through another handle.
+    let theirs = other.lock(0);
+    let node = one.lookup(ROOT, "file").unwrap();
+    let reading = one.open(OPEN, node, libc::O_RDONLY).unwrap();
+    let writing = one.open(OPEN, node, libc::O_RDWR).unwrap();
+    let part = |range, kind, handle| Lock { range, kind, handle, node, owner: 7, flags: 0 };
+    for range in [(0, 4), (10, 14), (20, 24)] {
+        assert_eq!(one.set_lock(part(range, libc::F_RDLCK, reading)), 0);
+    }
+    assert_eq!(one.set_lock(part((20, 24), libc::F_UNLCK, reading)), 0);
+    assert_eq!(one.set_lock(part((3, 10), libc::F_WRLCK, writing)), 0);
+    let at = |at| Lock { range: (at, at), ..theirs };
+    for (byte, read, write) in [(0, 0, 11), (3, 11, 11), (10, 11, 11), (12, 0, 11), (20, 0, 0)] {
+        assert_eq!(other.set_lock(at(byte).kind(libc::F_RDLCK)), read, "{byte}");
+        assert_eq!(other.set_lock(at(byte)), write, "{byte}");
+        assert_eq!(other.set_lock(at(byte).kind(libc::F_UNLCK)), 0);
     }
 }
 

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use nix::mount::{MsFlags, mount, umount};
 
+use super::locks::Lock;
 use super::*;
 use crate::devices::virtio::tests::driver::PATIENCE;
 
@@ -117,6 +118,26 @@ fn one_directory_mounted_twice_is_two() {
         assert_eq!(files[1].inode, files[0].inode);
         assert!(files[0].node != files[1].node && files[1].node != files[2].node);
         assert_eq!(places.map(|place| place.flags), [0, SUBMOUNT, SUBMOUNT]);
+    });
+}
+
+#[test]
+fn a_process_has_the_same_locks_by_both_mounts_of_a_directory() {
+    with_mounts(|| {
+        let mut guest = Guest::new();
+        fs::create_dir(guest.path("a")).unwrap();
+        fs::write(guest.path("a/file"), "").unwrap();
+        fs::create_dir(guest.path("b")).unwrap();
+        bind(&guest.path("a"), &guest.path("b"));
+        let [mine, again] = ["a", "b"].map(|name| {
+            let dir = guest.lookup(ROOT, name).unwrap();
+            let node = guest.lookup(dir, "file").unwrap();
+            Lock::whole(node, guest.open(OPEN, node, libc::O_RDWR).unwrap(), 0)
+        });
+        assert_eq!((guest.set_lock(mine), guest.set_lock(again)), (0, 0));
+        assert_eq!(guest.set_lock(again.owner(2)), libc::EAGAIN);
+        assert_eq!(guest.flush(again), 0);
+        assert_eq!(guest.set_lock(mine.owner(2)), 0, "a close by one of them releases them");
     });
 }
 
