@@ -187,6 +187,10 @@ impl Files {
     pub(super) fn set_lock(&self, id: u64, asked: &LkIn, wait: bool) -> io::Result<Option<Wait>> {
         let handle = self.lockable(id, asked)?;
         let change = Change::of(asked)?;
+        // A guest's kernel asks for no such thing, and no description would do.
+        if change.is_write() && handle.flags & libc::O_ACCMODE == libc::O_RDONLY {
+            return Err(error(libc::EBADF));
+        }
         let key = key_of(&handle, asked);
         if change.releases_all() {
             self.locks.remove(&key);

@@ -274,6 +274,9 @@ fn a_lock_for_reading_opens_for_reading() {
         assert_eq!((lease(libc::F_RDLCK), lease(libc::F_UNLCK)), (0, 0));
         assert_eq!(one.close(RELEASE, node, handle), 0);
     }
+    let node = one.lookup(ROOT, "file").unwrap();
+    let handle = one.open(OPEN, node, libc::O_RDONLY).unwrap();
+    assert_eq!(one.set_lock(Lock::whole(node, handle, 0)), libc::EBADF, "a write lock");
     // A process that has locked two parts for reading, and then writes through another handle.
     let theirs = other.lock(0);
     let node = one.lookup(ROOT, "file").unwrap();
