@@ -97,6 +97,12 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if guest.trim() == host.trim() {
         bail!("the microVM has the kernel of its host");
     }
+    if words.is_empty() {
+        println!(
+            "\nThat ran in a microVM with a kernel of its own. Next: `cargo xtask demo -- BUNDLE` runs"
+        );
+        println!("yours, `cargo xtask install` makes a runtime of it for this machine.");
+    }
     Ok(status)
 }
 
