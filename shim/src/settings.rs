@@ -111,7 +111,7 @@ impl Artifacts {
 }
 
 impl ConfigFile {
-    /// That of this host, read once.
+    /// The settings file of this host, read once.
     fn of_host() -> Result<&'static Self> {
         static FILE: OnceLock<Result<ConfigFile>> = OnceLock::new();
         FILE.get_or_init(|| Self::read(Path::new(CONFIG_FILE))).as_ref().map_err(Error::clone)

@@ -52,17 +52,13 @@ pub(crate) fn ensure(needs: impl IntoIterator<Item = Need>) -> Result<()> {
     step(&format!("install {} Debian packages", names.len()), || install(&names))
 }
 
-/// Which of `needs` the machine has, installed or unpacked.
+/// The packages of `needs` that the machine has, installed or unpacked.
 fn installed(needs: &[Need]) -> Result<Vec<String>> {
-    // It exits with 1 when it knows nothing of a package, which is an answer too.
-    let output = Command::new("dpkg-query")
-        .args(["--show", "--showformat", "${db:Status-Status} ${Package}\n"])
-        .args(needs.iter().map(|need| need.package))
-        .output()
-        .context("cannot run dpkg-query; these commands need a Debian machine")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let installed = text.lines().filter_map(|line| line.strip_prefix("installed "));
-    let unpacked = needs.iter().map(|need| need.package).filter(|name| unpacked(name).is_some());
+    let names: Vec<&str> = needs.iter().map(|need| need.package).collect();
+    let known = versions(&names)?;
+    let installed =
+        known.lines().filter_map(|line| line.strip_suffix(" installed")?.split(' ').next());
+    let unpacked = names.iter().copied().filter(|name| unpacked(name).is_some());
     Ok(installed.chain(unpacked).map(str::to_owned).collect())
 }
 
@@ -115,6 +111,21 @@ fn install_beside(names: &[&str]) -> Result<()> {
 
 /// Packages that work from another place, where [`unpacked`] says.
 const CAN_BE_UNPACKED: [&str; 2] = ["qemu-system-common", "qemu-system-x86"];
+
+/// Versions and states of packages, a line for each that dpkg has ever heard of.
+pub(crate) fn versions(packages: &[&str]) -> Result<String> {
+    let mut query = Command::new("dpkg-query");
+    query.args(["--show", "--showformat", "${Package} ${Version} ${db:Status-Status}\n"]);
+    // It exits with 1 when it knows nothing of a package, which is an answer too.
+    let output = query
+        .args(packages)
+        .output()
+        .context("cannot run dpkg-query; these commands need a Debian machine")?;
+    let mut lines: Vec<String> =
+        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect();
+    lines.sort();
+    Ok(lines.join("\n"))
+}
 
 /// Where a package's files are below, if it was unpacked into the cache.
 pub(crate) fn unpacked(package: &str) -> Option<PathBuf> {

@@ -39,6 +39,11 @@ pub(crate) fn key<'a>(parts: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> S
     hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// A file's content, to be part of a key.
+pub(crate) fn part(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
 /// The directory of entry `key` of `kind`; `make` fills it when it is not there yet.
 ///
 /// # Errors

@@ -13,12 +13,12 @@ use serde_json::Value as Json;
 use crate::build::{self, TARGET};
 use crate::process::{self, capture};
 use crate::progress::step;
-use crate::{cache, repository};
+use crate::{apt, cache, repository};
 
 /// Its entries' shelf in the cache.
 const SHELF: &str = "dependencies";
 
-/// What nobody has asked for in this time is forgotten: an entry is as large as all that cargo compiles.
+/// Entries that nobody has asked for in this time are forgotten: each is as large as all that cargo compiles.
 const KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// Debian's static libraries that get into compiled crates, beside what [`inputs`] reads.
@@ -29,7 +29,7 @@ struct Target {
     dir: &'static str,
     /// Where cargo put what it compiled, relative to `dir`: for the host, and for the product.
     profiles: &'static [&'static str],
-    /// What cargo has to be told of the profile.
+    /// Cargo's options for the profile.
     options: &'static [&'static str],
 }
 
@@ -43,7 +43,7 @@ const TARGETS: [Target; 2] = [
     },
 ];
 
-/// What the crates are compiled from, and by what.
+/// The crates of others, by a key over their sources and their compiler.
 pub(crate) struct Dependencies {
     key: String,
     /// The names of this workspace's packages.
@@ -67,7 +67,7 @@ impl Dependencies {
         };
         let mut parts = inputs()?;
         for manifest in texts("manifest_path") {
-            parts.push(read(Path::new(&manifest))?);
+            parts.push(cache::part(Path::new(&manifest))?);
         }
         let key = cache::key(parts.iter().map(|part| ("part", &part[..])));
         Ok(Self { key, own: texts("name") })
@@ -113,8 +113,8 @@ impl Dependencies {
     }
 }
 
-/// Copies what cargo compiled, times included, from one checkout's target directory to another. Left out is
-/// what lies beside the directories of a profile, and what serves this workspace's crates only.
+/// Copies compiled files, times included, from one checkout's target directory to another. Files beside the
+/// directories of a profile are left out, and `incremental`, which serves this workspace's crates only.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     for target in &TARGETS {
         for profile in target.profiles {
@@ -141,25 +141,19 @@ fn copy_profile(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// What decides how crates are compiled, beside the manifests.
+/// Everything beside the manifests that decides how crates are compiled.
 fn inputs() -> Result<Vec<Vec<u8>>> {
     let root = repository::root();
-    let mut versions = process::command("dpkg-query");
-    versions.args(["--show", "--showformat", "${Package} ${Version}\n"]).args(PACKAGES);
     let rustc: PathBuf = std::env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);
     let mut compiler = process::command(rustc);
     compiler.arg("-vV").current_dir(root);
     Ok(vec![
         capture(&mut compiler)?.into_bytes(),
-        capture(&mut versions)?.into_bytes(),
-        read(&root.join("Cargo.lock"))?,
-        read(&root.join("Cargo.toml"))?,
-        read(&root.join(".cargo/config.toml"))?,
+        apt::versions(&PACKAGES)?.into_bytes(),
+        cache::part(&root.join("Cargo.lock"))?,
+        cache::part(&root.join("Cargo.toml"))?,
+        cache::part(&root.join(".cargo/config.toml"))?,
     ])
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 #[cfg(test)]
@@ -182,7 +176,7 @@ mod tests {
         let then =
             std::time::SystemTime::UNIX_EPOCH + Duration::from_nanos(1_700_000_000_123_456_789);
         fs::File::options().write(true).open(&library).unwrap().set_modified(then).unwrap();
-        // What is there is replaced: its dependents are newer than the copy.
+        // An older file is replaced: its dependents are newer than the copy.
         fs::create_dir_all(to.join("static").join(build::RELEASE).join("deps")).unwrap();
         let copied = to.join("static").join(build::RELEASE).join("deps/liblibc.rlib");
         fs::write(&copied, "older").unwrap();

@@ -144,8 +144,8 @@ type Prepared = (Programs, Option<Result<(PathBuf, bool)>>);
 fn prepare(choice: &Choice) -> Result<Prepared> {
     let in_lab = choice.e2e && !place::is_here(false)?;
     let filter = choice.filter.as_deref();
-    let dependencies = Dependencies::of_checkout()?;
-    if let Err(error) = dependencies.take() {
+    let dependencies = Dependencies::of_checkout().and_then(|all| all.take().map(|()| all));
+    if let Err(error) = &dependencies {
         say(format!("all crates are compiled here: {error:#}"));
     }
     let prepared = thread::scope(|scope| {
@@ -159,7 +159,10 @@ fn prepare(choice: &Choice) -> Result<Prepared> {
     });
     // Without a part of them, there is not all that the next run needs.
     let whole = choice.unit && matches!(prepared, Ok((_, Some(Ok(_)))));
-    if whole && let Err(error) = dependencies.keep() {
+    if whole
+        && let Ok(dependencies) = &dependencies
+        && let Err(error) = dependencies.keep()
+    {
         say(format!("the next checkout has to compile all crates: {error:#}"));
     }
     prepared

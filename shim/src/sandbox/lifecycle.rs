@@ -247,7 +247,7 @@ impl Lifecycle {
                             let agent = self.agent.clone();
                             tokio::spawn(async move {
                                 let sent = match agent.signal(signal, all).await {
-                                    // What was to be killed has ended with its microVM.
+                                    // The process has ended with its microVM.
                                     Err(error)
                                         if signal == signals::KILL
                                             && error.kind == ErrorKind::VmLost =>

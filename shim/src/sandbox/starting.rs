@@ -10,7 +10,7 @@ use tokio::{
 
 use crate::error::{Error, Result};
 
-/// What a start consists of.
+/// A step of a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {
     /// The guest starts the process.

@@ -106,8 +106,8 @@ impl Options {
     }
 
     /// Room in MiB for the code that QEMU has translated. A microVM adds 50 if it does not share its
-    /// kernel, which is then new to QEMU each time. When the room is full, QEMU begins anew with all of it. At most 2 GiB (QEMU's
-    /// `MAX_CODE_GEN_BUFFER_SIZE`).
+    /// kernel, which is then new to QEMU each time. When the room is full, QEMU begins anew with all of it.
+    /// At most 2 GiB (QEMU's `MAX_CODE_GEN_BUFFER_SIZE`).
     fn translated_mib(&self) -> u64 {
         (self.memory_mib / 4).clamp(512, 2047)
     }

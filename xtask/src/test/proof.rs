@@ -16,6 +16,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use self::source::Sources;
+use crate::apt;
 use crate::cache;
 use crate::process::capture;
 use crate::progress::say;
@@ -78,12 +79,12 @@ impl Proofs {
         let mut ground = vec![
             ("program", sources.program(program)?),
             ("harness", sources.harness()?),
-            ("packages", packages()?.into_bytes()),
+            ("packages", apt::versions(&PACKAGES)?.into_bytes()),
             ("kernel", kernel.as_bytes().to_vec()),
-            ("runc", read(&Path::new("/").join(RUNC))?),
+            ("runc", cache::part(&Path::new("/").join(RUNC))?),
         ];
         if let Some(tree) = tree {
-            ground.push(("tree's packages", read(&tree.join("var/lib/dpkg/status"))?));
+            ground.push(("tree's packages", cache::part(&tree.join("var/lib/dpkg/status"))?));
             // Not every tree has an engine in it.
             ground.push(("tree's runc", fs::read(tree.join(RUNC)).unwrap_or_default()));
         }
@@ -154,25 +155,9 @@ impl Outcome {
     }
 }
 
-/// Versions of the packages, `none` for those that are not there.
-fn packages() -> Result<String> {
-    let mut query = Command::new("dpkg-query");
-    query.args(["--show", "--showformat", "${Package} ${Version} ${db:Status-Status}\n"]);
-    // It fails where one is unknown, and still tells of the others.
-    let output = query.args(PACKAGES).output().context("cannot run dpkg-query")?;
-    let mut lines: Vec<String> =
-        String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect();
-    lines.sort();
-    Ok(lines.join("\n"))
-}
-
 /// The release of this machine's kernel, and the build of it.
 pub(super) fn own_kernel() -> Result<String> {
     capture(Command::new("uname").args(["-r", "-v"]))
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
 fn forget(proof: &Path) -> Result<()> {

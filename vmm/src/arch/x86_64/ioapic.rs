@@ -51,7 +51,7 @@ const DESTINATION_SHIFT: u32 = 56;
 /// Where messages to local APICs go (SDM 3, 12.11.1, "Message Address Register Format").
 const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
 
-/// What its guest has written.
+/// The registers, as the guest has written them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoApicState {
     select: u8,
@@ -88,7 +88,7 @@ impl IoApic {
         self.state.entries.resize(lines.max(self.state.entries.len()), MASKED);
     }
 
-    /// What its guest has written.
+    /// The registers, as the guest has written them.
     pub fn state(&self) -> &IoApicState {
         &self.state
     }

@@ -1,4 +1,4 @@
-//! What KVM knows of a machine, as plain data: its vCPUs, what its interrupt lines send, its clock.
+//! A machine's state as plain data: vCPUs, interrupt lines, clock.
 //!
 //! Whoever captures has paused all vCPUs; whoever restores has made the same vCPUs anew, and none
 //! has run.
@@ -165,10 +165,10 @@ fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> 
     }
 }
 
-/// What is of a machine beside its vCPUs, its memory and its virtio devices.
+/// A machine's state beside its vCPUs, its memory and its virtio devices.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
-    /// What the interrupt lines send.
+    /// The IO-APIC's registers.
     pub ioapic: IoApicState,
     /// kvmclock, in nanoseconds.
     pub clock: kvm_clock_data,

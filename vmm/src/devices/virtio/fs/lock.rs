@@ -16,7 +16,7 @@ use super::descriptor::Descriptor;
 use super::files::Files;
 use super::handle::Handle;
 use super::host::{done, error};
-use super::lock_change::{Change, OFFSET_MAX, ends, range, record};
+use super::lock_change::{Change, ends, record};
 use super::node::Node;
 use super::ranges::Ranges;
 use super::stat::FileNumber;
@@ -40,7 +40,7 @@ struct Owner {
     held: Mutex<Held>,
 }
 
-/// What the locks of a description are.
+/// The locks of a description.
 enum Held {
     /// Record locks for reading: the description cannot take others. One that can is made when it is needed and not
     /// before, since the host runs no program that is open for writing.
@@ -51,7 +51,22 @@ enum Held {
     Replaced,
 }
 
+impl Held {
+    /// Whether the description can make this change.
+    fn takes(&self, change: &Change) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Reading(_) => !change.is_write(),
+            Self::Replaced => false,
+        }
+    }
+}
+
 impl Owner {
+    fn takes(&self, change: &Change) -> bool {
+        lock(&self.held).takes(change)
+    }
+
     /// Gives all locks back. A description that somebody waits with stays open for a while.
     fn give_up(&self, flock: bool) {
         let mut held = lock(&self.held);
@@ -66,20 +81,17 @@ impl Owner {
     /// already.
     fn change(&self, change: Change) -> Option<io::Result<()>> {
         let mut held = lock(&self.held);
-        match &mut *held {
-            Held::Any => Some(change.make(self.file.as_fd(), false)),
-            Held::Replaced => None,
-            Held::Reading(_) if change.is_write() => None,
-            Held::Reading(ranges) => {
-                let mut changed = ranges.clone();
-                let made =
-                    change.note(&mut changed).and_then(|()| change.make(self.file.as_fd(), false));
-                if made.is_ok() {
-                    *ranges = changed;
-                }
-                Some(made)
-            }
+        if !held.takes(&change) {
+            return None;
         }
+        let make = || change.make(self.file.as_fd(), false);
+        let Held::Reading(ranges) = &mut *held else { return Some(make()) };
+        let mut changed = ranges.clone();
+        let made = change.note(&mut changed).and_then(|()| make());
+        if made.is_ok() {
+            *ranges = changed;
+        }
+        Some(made)
     }
 }
 
@@ -225,13 +237,7 @@ impl Files {
         handle: &Handle,
         number: u64,
     ) -> io::Result<Arc<Owner>> {
-        let known = self.locks.get(&key);
-        let fits = |owner: &Arc<Owner>| match &*lock(&owner.held) {
-            Held::Any => true,
-            Held::Reading(_) => !change.is_write(),
-            Held::Replaced => false,
-        };
-        if let Some(owner) = known.filter(fits) {
+        if let Some(owner) = self.locks.get(&key).filter(|owner| owner.takes(&change)) {
             owner.handle.store(number, Ordering::Relaxed);
             return Ok(owner);
         }
@@ -239,16 +245,14 @@ impl Files {
         let mut all = lock(&self.locks.0);
         if let Some(old) = all.get(&key).cloned() {
             // Somebody was faster.
-            if fits(&old) {
+            if old.takes(&change) {
                 return Ok(old);
             }
             let mut held = lock(&old.held);
             if let Held::Reading(ranges) = &*held {
                 // Nobody has a lock that is in the way of these.
-                for (start, end) in ranges.iter() {
-                    let len = if end >= OFFSET_MAX { 0 } else { end - start + 1 };
-                    let read = range(libc::F_RDLCK, start as i64, len as i64);
-                    Change::Record(read).make(fresh.file.as_fd(), false)?;
+                for bytes in ranges.iter() {
+                    Change::read(bytes).make(fresh.file.as_fd(), false)?;
                 }
             }
             *held = Held::Replaced;

@@ -9,9 +9,9 @@ use super::host::{done, error};
 use super::ranges::Ranges;
 
 /// End of a range that has none (`OFFSET_MAX` of Linux).
-pub(super) const OFFSET_MAX: u64 = i64::MAX as u64;
+const OFFSET_MAX: u64 = i64::MAX as u64;
 
-/// What is to be changed.
+/// A change to make.
 #[derive(Clone, Copy)]
 pub(super) enum Change {
     Flock(libc::c_int),
@@ -34,15 +34,24 @@ impl Change {
 
     /// Gives back everything.
     pub(super) fn release_all(flock: bool) -> Self {
-        if flock { Self::Flock(libc::LOCK_UN) } else { Self::Record(range(libc::F_UNLCK, 0, 0)) }
+        if flock {
+            Self::Flock(libc::LOCK_UN)
+        } else {
+            Self::Record(range(libc::F_UNLCK, (0, OFFSET_MAX)))
+        }
     }
 
     /// The same lock, given back.
     pub(super) fn undone(self) -> Self {
         match self {
             Self::Flock(_) => Self::Flock(libc::LOCK_UN),
-            Self::Record(of) => Self::Record(range(libc::F_UNLCK, of.l_start, of.l_len)),
+            Self::Record(of) => Self::Record(range(libc::F_UNLCK, ends(&of))),
         }
+    }
+
+    /// A record lock for reading on these bytes.
+    pub(super) fn read(bytes: (u64, u64)) -> Self {
+        Self::Record(range(libc::F_RDLCK, bytes))
     }
 
     /// It takes a description that is open for writing.
@@ -99,16 +108,17 @@ pub(super) fn record(asked: &FileLock) -> io::Result<libc::flock64> {
     if asked.start > asked.end || asked.start > OFFSET_MAX {
         return Err(error(libc::EINVAL));
     }
-    let len = if asked.end >= OFFSET_MAX { 0 } else { asked.end - asked.start + 1 };
-    Ok(range(kind.into(), asked.start as i64, len as i64))
+    Ok(range(kind.into(), (asked.start, asked.end)))
 }
 
-pub(super) fn range(kind: libc::c_int, start: i64, len: i64) -> libc::flock64 {
+/// The bytes from the first to the last, which is at most [`OFFSET_MAX`] or stands for all behind the first.
+fn range(kind: libc::c_int, (start, end): (u64, u64)) -> libc::flock64 {
+    let len = if end >= OFFSET_MAX { 0 } else { end - start + 1 };
     libc::flock64 {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: start,
-        l_len: len,
+        l_start: start as i64,
+        l_len: len as i64,
         // The kernel wants it so for locks of a description.
         l_pid: 0,
     }

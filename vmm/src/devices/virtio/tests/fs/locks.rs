@@ -244,7 +244,7 @@ fn who_waits_gets_the_lock_whatever_the_process_does_meanwhile() {
     }
 }
 
-/// What another thread held goes with its close, although one still waits.
+/// A close releases the locks of the process although a thread of it still waits for one.
 #[test]
 fn locks_go_with_a_close_beside_a_wait() {
     let (mut one, mut other) = two();
