@@ -238,6 +238,29 @@ fn of_several_at_the_same_time_one_has_it() {
     }
 }
 
+/// The one that made it may go before another that found it there.
+#[test]
+fn a_parent_goes_with_the_last_of_those_below() {
+    microvm_only!();
+    needs_cgroups_v2!();
+    let scope = Scope::alone();
+    let parent = Path::new(ROOT).join(scope.name());
+    let [first, last] =
+        ["a", "b"].map(|name| at(sleeper(&scope), &format!("/{}/c/{name}", scope.name())));
+    let made = [first.create(), last.create()];
+    first.delete_force().ok();
+    assert!(parent.join("c/b").exists());
+    last.delete_force().ok();
+    drop(made);
+    assert!(!parent.exists());
+    scope.assert_nothing_left();
+    // What somebody else has made is theirs.
+    fs::create_dir(&parent).unwrap();
+    at(scope.container(), &format!("/{}/c/d", scope.name())).run().ok();
+    assert!(parent.exists() && !parent.join("c").exists());
+    fs::remove_dir(&parent).unwrap();
+}
+
 /// As the end of a systemd scope sends it: the container ends by itself, and nothing of it before.
 #[test]
 fn a_signal_to_all_of_it_is_the_containers() {

@@ -10,7 +10,7 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    fs::FlockOperation,
+    fs::{FlockOperation, XattrFlags},
 };
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,10 @@ use crate::error::{Error, Explain, Result};
 
 /// How long processes that have been killed may take to leave a cgroup.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// On each directory that Isopod has made. Another sandbox that found it there may be the last to
+/// use it, and then removes it.
+const MADE_MARK: &str = "trusted.isopod.made";
 
 /// How often to make a cgroup anew when its parents are taken away before it is there.
 const MAKE_ATTEMPTS: u32 = 8;
@@ -61,10 +65,10 @@ impl Cgroup {
     pub(crate) fn enter(&self) -> Result<()> {
         let mut made = Vec::new();
         self.make_and_join(&mut made).inspect_err(|_| {
-            // Nobody else knows of these.
-            for dir in made.iter().rev() {
-                let _ = fs::remove_dir(dir);
+            if made.contains(&self.dir) {
+                let _ = fs::remove_dir(&self.dir);
             }
+            self.remove_parents();
         })
     }
 
@@ -139,11 +143,22 @@ impl Cgroup {
             systemd::stop(unit);
         }
         remove_tree(&self.dir)?;
-        for parent in self.made.iter().rev().filter(|dir| **dir != self.dir) {
-            // Not if somebody else uses it by now.
-            let _ = fs::remove_dir(parent);
-        }
+        self.remove_parents();
         Ok(())
+    }
+
+    /// Removes those above it that a sandbox has made and nobody uses any more.
+    fn remove_parents(&self) {
+        for parent in self.dir.ancestors().skip(1) {
+            if !self.made.iter().any(|dir| dir == parent) && !is_marked(parent) {
+                break;
+            }
+            match fs::remove_dir(parent) {
+                // Another sandbox has removed it, and goes on with those above.
+                Err(e) if e.kind() != ErrorKind::NotFound => break,
+                _ => {}
+            }
+        }
     }
 }
 
@@ -166,12 +181,27 @@ fn make(dir: &Path, made: &mut Vec<PathBuf>) -> io::Result<()> {
         enable_controllers(&at);
         at.push(name);
         match DirBuilder::new().mode(0o755).create(&at) {
-            Ok(()) if !made.contains(&at) => made.push(at.clone()),
+            Ok(()) => {
+                mark(&at);
+                if !made.contains(&at) {
+                    made.push(at.clone());
+                }
+            }
             Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
             _ => {}
         }
     }
     Ok(())
+}
+
+fn mark(dir: &Path) {
+    if let Err(error) = rustix::fs::setxattr(dir, MADE_MARK, b"1", XattrFlags::empty()) {
+        log::debug!("cannot mark the cgroup {} as made here: {error}", dir.display());
+    }
+}
+
+fn is_marked(dir: &Path) -> bool {
+    rustix::fs::getxattr(dir, MADE_MARK, &mut [0_u8; 1]).is_ok()
 }
 
 /// Hands controllers on to the groups below `dir`. One that cannot be is not there to be read below,
