@@ -27,6 +27,24 @@ pub(crate) struct Need {
 ///
 /// Not root while something is missing, or apt's own errors.
 pub(crate) fn ensure(needs: impl IntoIterator<Item = Need>) -> Result<()> {
+    let missing = missing(needs)?;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    say("Debian packages that are missing and will be installed:");
+    for need in &missing {
+        say(format!("    {:<20} {}", need.package, need.purpose));
+    }
+    let names: Vec<&str> = missing.iter().map(|need| need.package).collect();
+    step(&format!("install {} Debian packages", names.len()), || install(&names))
+}
+
+/// Those of `needs` that [`ensure`] would install, by their names.
+///
+/// # Errors
+///
+/// Not root while something is missing.
+pub(crate) fn missing(needs: impl IntoIterator<Item = Need>) -> Result<Vec<Need>> {
     let needs: Vec<Need> = needs.into_iter().collect();
     let installed = installed(&needs)?;
     let mut missing: Vec<Need> = needs
@@ -35,21 +53,14 @@ pub(crate) fn ensure(needs: impl IntoIterator<Item = Need>) -> Result<()> {
         .collect();
     missing.sort_by_key(|need| need.package);
     missing.dedup_by_key(|need| need.package);
-    if missing.is_empty() {
-        return Ok(());
-    }
-    let names: Vec<&str> = missing.iter().map(|need| need.package).collect();
-    if !nix::unistd::geteuid().is_root() {
+    if !missing.is_empty() && !nix::unistd::geteuid().is_root() {
+        let names: Vec<&str> = missing.iter().map(|need| need.package).collect();
         bail!(
             "Debian packages are missing; install them as root: apt-get install {}",
             names.join(" ")
         );
     }
-    say("Debian packages that are missing and will be installed:");
-    for need in &missing {
-        say(format!("    {:<20} {}", need.package, need.purpose));
-    }
-    step(&format!("install {} Debian packages", names.len()), || install(&names))
+    Ok(missing)
 }
 
 /// The packages of `needs` that the machine has, installed or unpacked.

@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context as _, Result};
 use lexopt::prelude::*;
 
 use crate::apt::{self, Need};
+use crate::process::joined;
 use crate::progress::{say, seconds, step};
 use crate::{image, kernel, process, repository};
 
@@ -76,8 +78,14 @@ pub(crate) fn main(
 pub(crate) fn build() -> Result<PathBuf> {
     let began = std::time::Instant::now();
     apt::ensure(needs())?;
-    kernel()?;
-    let binaries = binaries(&["isopod-agent", "isopod-vmm", "isopod-shim"])?;
+    // Optimizing the binaries keeps one processor busy at last, and the kernel any number of them.
+    let (kernel, binaries) = thread::scope(|scope| {
+        let kernel = scope.spawn(kernel);
+        let binaries = binaries(&["isopod-agent", "isopod-vmm", "isopod-shim"]);
+        (joined(kernel), binaries)
+    });
+    kernel?;
+    let binaries = binaries?;
     let product = folder()?;
     for name in ["isopod", "isopod-vmm"] {
         place(&binaries.join(name), &product.join(name))?;

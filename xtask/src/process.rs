@@ -6,8 +6,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
+use std::thread::ScopedJoinHandle;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
@@ -52,6 +53,11 @@ pub(crate) fn inheriting(mut command: Command, fds: Vec<OwnedFd>) -> Command {
     // owns, so it is async-signal-safe.
     unsafe { command.pre_exec(keep) };
     command
+}
+
+/// What a thread has come to. That it has panicked is an error too.
+pub(crate) fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
+    thread.join().unwrap_or_else(|_| Err(anyhow!("a thread has panicked")))
 }
 
 /// Runs `command` to its end with its output in `log`; a failure shows the end of that log.

@@ -12,18 +12,19 @@ mod tree;
 mod unit;
 
 use std::path::PathBuf;
-use std::thread::{self, ScopedJoinHandle};
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use lexopt::prelude::*;
 
 use self::program::Programs;
 use self::report::{Report, Row};
-use crate::apt;
+use crate::apt::{self, Need};
 use crate::build;
 use crate::dependencies::Dependencies;
 use crate::place;
+use crate::process::joined;
 use crate::progress::{say, seconds, step};
 
 const HELP: &str = "\
@@ -86,16 +87,11 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if !choice.unit && !choice.e2e {
         bail!("--unit and --e2e leave nothing to test");
     }
-    let lab = if choice.e2e { place::needs(false)? } else { Vec::new() };
-    let mut programs = Vec::new();
-    if choice.e2e {
-        programs.extend(needs::NEEDS);
-        if program::needs_engines(choice.filter.as_deref()) {
-            programs.extend(needs::ENGINES);
-        }
-    }
-    apt::ensure(build::needs().chain(lab).chain(programs))?;
-    let report = run(&choice);
+    let later = run_needs(&choice)?;
+    // Who may not install is told of all of them.
+    apt::missing(build::needs().chain(later.iter().copied()))?;
+    apt::ensure(build::needs())?;
+    let report = run(&choice, &later);
     let total = report.total();
     total.details().iter().for_each(|detail| println!("\n{detail}"));
     println!("\n{report}\nall tests, {}:\n{total}", seconds(began));
@@ -111,10 +107,23 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     Ok(i32::from(!total.passed_all()))
 }
 
+/// What running the tests needs from Debian beside what compiling them does.
+fn run_needs(choice: &Choice) -> Result<Vec<Need>> {
+    if !choice.e2e {
+        return Ok(Vec::new());
+    }
+    let mut needs = place::needs(false)?;
+    needs.extend(needs::NEEDS);
+    if program::needs_engines(choice.filter.as_deref()) {
+        needs.extend(needs::ENGINES);
+    }
+    Ok(needs)
+}
+
 /// Prepares and runs what `choice` is about. What could not be run to its end counts as failed, and does
 /// not keep the rest from being told.
-fn run(choice: &Choice) -> Report {
-    let (programs, product) = match prepare(choice) {
+fn run(choice: &Choice, needs: &[Need]) -> Report {
+    let (programs, product) = match prepare(choice, needs) {
         Ok(prepared) => prepared,
         Err(error) => return failed("tests", &error),
     };
@@ -139,9 +148,9 @@ fn failed(what: &str, error: &anyhow::Error) -> Report {
 /// The compiled tests, and where they need it the folder of the product and whether they run in labs.
 type Prepared = (Programs, Option<Result<(PathBuf, bool)>>);
 
-/// Compiles tests and product and fetches the rest, all at the same time: each of them has parts that keep
+/// Compiles tests and product, installs `needs` and fetches the rest, all at the same time: each of them has parts that keep
 /// one processor busy only, or none. What is compiled of others is kept for the next checkout.
-fn prepare(choice: &Choice) -> Result<Prepared> {
+fn prepare(choice: &Choice, needs: &[Need]) -> Result<Prepared> {
     let in_lab = choice.e2e && !place::is_here(false)?;
     let filter = choice.filter.as_deref();
     let dependencies = Dependencies::of_checkout().and_then(|all| all.take().map(|()| all));
@@ -150,7 +159,12 @@ fn prepare(choice: &Choice) -> Result<Prepared> {
     }
     let prepared = thread::scope(|scope| {
         let product = choice.e2e.then(|| scope.spawn(e2e::build));
-        let fetched = choice.e2e.then(|| scope.spawn(move || e2e::fetch(filter, in_lab)));
+        let fetched = choice.e2e.then(|| {
+            scope.spawn(move || {
+                apt::ensure(needs.iter().copied())?;
+                e2e::fetch(filter, in_lab)
+            })
+        });
         let programs = step("compile the tests", || program::compile(choice));
         let fetched = fetched.map_or(Ok(()), joined);
         let product = product.map(joined);
@@ -166,8 +180,4 @@ fn prepare(choice: &Choice) -> Result<Prepared> {
         say(format!("the next checkout has to compile all crates: {error:#}"));
     }
     prepared
-}
-
-fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
-    thread.join().unwrap_or_else(|_| Err(anyhow!("a thread has panicked")))
 }
