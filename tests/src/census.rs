@@ -12,6 +12,8 @@ pub(crate) struct View<'a> {
     pub(crate) name: &'a str,
     /// The scope's directory.
     pub(crate) dir: &'a Path,
+    /// The runtime's `--root`.
+    pub(crate) root: &'a Path,
     /// The scope's keeper: its descendants are the scope's processes.
     pub(crate) keeper: i32,
     /// Count what does not bear the scope's name as well.
@@ -38,7 +40,7 @@ impl Census {
         mounts(view, &mut found);
         sockets(view, &mut found);
         tree("cgroup", Path::new("/sys/fs/cgroup"), true, view, &mut found);
-        tree("state", &view.dir.join("state"), false, view, &mut found);
+        tree("state", view.root, false, view, &mut found);
         tree("state", Path::new("/run/isopod"), false, view, &mut found);
         tree("shared memory", Path::new("/dev/shm"), false, view, &mut found);
         found.extend(crate::netns::list(|name| view.has(name)));
@@ -62,6 +64,9 @@ impl Census {
     }
 }
 
+/// The parent of the kernel's threads.
+const KTHREADD: i32 = 2;
+
 #[derive(Debug)]
 struct Process {
     name: String,
@@ -82,7 +87,10 @@ fn processes(view: &View<'_>, found: &mut BTreeSet<String>) {
         if counted && !ended {
             found.insert(line(*pid, process));
         }
-        descriptors(*pid, view, found);
+        // The kernel's own threads have none.
+        if process.parent != KTHREADD {
+            descriptors(*pid, view, found);
+        }
     }
 }
 
@@ -220,7 +228,8 @@ mod tests {
         let own = i32::try_from(std::process::id()).unwrap();
         let dir = std::env::temp_dir().join("isopod-no-such-scope");
         let count = |keeper| {
-            let view = View { name: "isopod-no-such-scope", dir: &dir, keeper, all: false };
+            let view =
+                View { name: "isopod-no-such-scope", dir: &dir, root: &dir, keeper, all: false };
             Census::take(&view).0.iter().filter(|i| i.contains("sleep 100")).count()
         };
         let (mine, others) = (count(own), count(own + 1));

@@ -31,6 +31,7 @@ pub mod engine;
 pub mod keeper;
 mod netns;
 pub mod pattern;
+mod pod;
 mod reader;
 mod runtime;
 mod scope;

@@ -4,17 +4,18 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::bundle::Bundle;
 use crate::census::{Census, View, children_of};
 use crate::command::{Command, DEADLINE};
 use crate::container::Container;
 use crate::keeper::Keeper;
+use crate::pod;
 use crate::runtime::runtime;
 
 static NEXT: AtomicU32 = AtomicU32::new(1);
-static ALONE: Mutex<()> = Mutex::new(());
+static ALONE: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
 
 /// The world of one test. Dropping it deletes the containers that were created, and counts what is
 /// left: of one that was run, or could not be created, nothing may be there even before that.
@@ -29,22 +30,52 @@ pub struct Scope {
     created: Mutex<BTreeSet<String>>,
     containers: AtomicU32,
     /// Held by a scope that counts on the whole machine.
-    alone: Option<MutexGuard<'static, ()>>,
+    alone: Option<Alone>,
+    /// Where its containers live, if not in microVMs of their own.
+    pod: Option<pod::Address>,
+}
+
+/// The right to count on the whole machine, which one scope has at a time: a lock that may be let go by
+/// another thread than took it.
+#[derive(Debug)]
+struct Alone;
+
+impl Alone {
+    fn wait() -> Self {
+        let (taken, freed) = &ALONE;
+        let taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
+        *freed.wait_while(taken, |taken| *taken).unwrap_or_else(PoisonError::into_inner) = true;
+        Self
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        let (taken, freed) = &ALONE;
+        *taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        freed.notify_one();
+    }
 }
 
 impl Scope {
     /// A scope beside those of other tests: counts what bears its name or comes of its processes.
     pub fn new() -> Self {
-        Self::build(None)
+        Self::build(None, None)
+    }
+
+    /// As [`Self::new`], but its containers live in the pod that the tests of this program share, as long as
+    /// their configurations say nothing else. For tests that are about a container, not about a microVM.
+    pub fn in_pod() -> Self {
+        Self::build(None, pod::address())
     }
 
     /// A scope that waits until no other such one exists, and counts on the whole machine. In a file
     /// of tests all have to be alone, or none.
     pub fn alone() -> Self {
-        Self::build(Some(ALONE.lock().unwrap_or_else(|e| e.into_inner())))
+        Self::build(Some(Alone::wait()), None)
     }
 
-    fn build(alone: Option<MutexGuard<'static, ()>>) -> Self {
+    fn build(alone: Option<Alone>, pod: Option<pod::Address>) -> Self {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         // Ends with what no number begins with, so that it is in no other scope's name.
         let name = format!("it{}x{number}_", std::process::id());
@@ -52,10 +83,18 @@ impl Scope {
         let dir = std::path::absolute(base).expect("a directory for tests").join(&name);
         fs::create_dir_all(dir.join("state")).expect("cannot make the scope's directory");
         let keeper = Keeper::new(&runtime().probe, &dir);
-        let view = View { name: &name, dir: &dir, keeper: keeper.pid(), all: alone.is_some() };
-        let before = Census::take(&view);
-        let created = Mutex::default();
-        Self { name, dir, keeper, before, created, containers: AtomicU32::new(1), alone }
+        let mut scope = Self {
+            name,
+            dir,
+            keeper,
+            before: Census::default(),
+            created: Mutex::default(),
+            containers: AtomicU32::new(1),
+            alone,
+            pod,
+        };
+        scope.before = scope.census();
+        scope
     }
 
     /// A new container with the default bundle; every call another id.
@@ -63,7 +102,11 @@ impl Scope {
         let number = self.containers.fetch_add(1, Ordering::Relaxed);
         let id = format!("{}{number}", self.name);
         let bundle = Bundle::new(self.dir.join(format!("bundle-{number}")));
-        Container::new(self, id, bundle)
+        let container = Container::new(self, id, bundle);
+        match &self.pod {
+            Some(pod) => pod.admit(container),
+            None => container,
+        }
     }
 
     /// The runtime with this scope's `--root`.
@@ -81,7 +124,7 @@ impl Scope {
 
     /// The runtime's `--root`.
     pub fn root(&self) -> PathBuf {
-        self.dir.join("state")
+        self.pod.as_ref().map_or_else(|| self.dir.join("state"), |pod| pod.root.clone())
     }
 
     /// The scope's own directory.
@@ -114,6 +157,7 @@ impl Scope {
         Census::take(&View {
             name: &self.name,
             dir: &self.dir,
+            root: &self.root(),
             keeper: self.keeper.pid(),
             all: self.alone.is_some(),
         })
@@ -134,12 +178,15 @@ impl Scope {
         assert!(left.is_empty(), "left behind:\n{}", left.join("\n"));
     }
 
-    /// Waits until none of the scope's processes is left. Fails the test when one stays.
+    /// Waits until no process is left that the scope has brought. Fails the test when one stays.
     #[track_caller]
     pub fn wait_for_processes(&self) {
         // Whatever ends leaves the keeper's descendants when the keeper has collected it or its
         // parent, so it is enough to look again after each of these.
-        let gone = || self.census().count("process ") == 0;
+        let gone = || {
+            let since = self.census().since(&self.before);
+            !since.iter().any(|item| item.starts_with("+ process "))
+        };
         let all_gone = self.keeper.wait_until(DEADLINE, gone);
         assert!(all_gone, "left behind:\n{}", self.census().since(&self.before).join("\n"));
     }
@@ -157,7 +204,8 @@ impl Scope {
     /// Deletes what the state directory shows, whether it should be there or not.
     fn delete_all(&self) {
         let entries = fs::read_dir(self.root()).into_iter().flatten().flatten();
-        self.delete(entries.map(|entry| entry.file_name().to_string_lossy().into_owned()));
+        let ids = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        self.delete(ids.filter(|id| self.pod.is_none() || id.starts_with(&self.name)));
     }
 
     fn delete(&self, ids: impl IntoIterator<Item = String>) {

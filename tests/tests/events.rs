@@ -79,7 +79,7 @@ const MIB: u64 = 1 << 20;
 
 #[test]
 fn stats_are_those_of_the_container() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = "head -c 20971520 /dev/zero >/dev/shm/x; sleep 1000 & echo up; wait";
     let container = scope.container().shell(script).edit(|c| {
         c["linux"]["resources"]["memory"] = json!({ "limit": 128 * MIB, "swap": 192 * MIB });
@@ -106,7 +106,7 @@ fn stats_are_those_of_the_container() {
 #[test]
 fn what_has_no_limit_says_so() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.create();
     let (seen, text) = stats(&container);
@@ -116,7 +116,7 @@ fn what_has_no_limit_says_so() {
 
 #[test]
 fn stats_come_in_an_interval_until_the_container_ends() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let created = container.start_new();
     let mut events = container.command("events", &["--interval", "300ms"]).spawn();
@@ -136,7 +136,7 @@ fn stats_come_in_an_interval_until_the_container_ends() {
 #[test]
 fn an_oom_kill_is_an_event() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     // The first process lives on when its child is killed.
     let script = "echo up; read line </go; probe eat 200; echo eaten $?; sleep 1000";
     let container = scope.container().shell(script).edit(|c| {
@@ -178,7 +178,7 @@ fn events_of_a_lost_microvm_fail() {
 
 #[test]
 fn what_does_not_run_has_no_events() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["true"]);
     container.start_new().wait();
     for options in [&["--stats"][..], &[]] {

@@ -15,7 +15,7 @@ fn sleeper(scope: &Scope) -> Container<'_> {
 
 #[test]
 fn an_exec_ends_with_its_container() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for verb in ["kill", "delete"] {
         let container = sleeper(&scope);
         let created = container.start_new();
@@ -32,7 +32,7 @@ fn an_exec_ends_with_its_container() {
 
 #[test]
 fn a_pid_file_that_cannot_be_written_leaves_no_process() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope);
     let _created = container.start_new();
     let options = ["--detach", "--pid-file", "/no/such/directory/pid"];
@@ -47,7 +47,7 @@ fn a_pid_file_that_cannot_be_written_leaves_no_process() {
 /// What engines do on a timeout.
 #[test]
 fn a_process_whose_pid_on_the_host_is_killed_ends() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope);
     let _created = container.start_new();
     let runs = || container.exec(["ps"]).ok().stdout.contains("sleep 4321");
@@ -79,7 +79,7 @@ fn a_process_whose_pid_on_the_host_is_killed_ends() {
 
 #[test]
 fn the_last_of_equal_variables_counts() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope).edit(|c| c["process"]["env"] = ["PATH=/bin", "A=1"].into());
     let _created = container.start_new();
     let options = ["--env", "A=2", "--env", "B=3", "--env", "B=4"];
@@ -89,7 +89,7 @@ fn the_last_of_equal_variables_counts() {
 
 #[test]
 fn a_process_can_be_in_a_cgroup_below_the_containers() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("mkdir -p /sys/fs/cgroup/a/b; echo up; sleep 1000");
     let container = container.edit(|c| {
         let mounts = c["mounts"].as_array_mut().unwrap();
@@ -123,7 +123,7 @@ fn a_process_can_be_in_a_cgroup_below_the_containers() {
 
 #[test]
 fn a_process_document_may_leave_out_what_has_a_default() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope);
     let _created = container.start_new();
     let path = scope.dir().join("process.json");
@@ -192,7 +192,7 @@ fn the_last_of_equal_options_counts() {
 #[test]
 fn a_pidfd_of_the_process_comes_over_a_socket() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let socket = ConsoleSocket::bind(scope.dir());
     let option = ["--pidfd-socket", socket.path()];
     let pid_of = |pidfd: &OwnedFd| {

@@ -11,7 +11,7 @@ const LONGER_THAN_ANY_WAIT: &str = "3600";
 
 #[test]
 fn output_and_status_are_the_programs_own() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for status in [0, 7, 255] {
         let script = format!("echo to stdout; echo to stderr >&2; exit {status}");
         let out = scope.container().shell(&script).run();
@@ -22,7 +22,7 @@ fn output_and_status_are_the_programs_own() {
 
 #[test]
 fn a_signal_ends_with_128_and_its_number() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     // The first process of a pid namespace takes no signal from inside that it does not handle.
     let container = scope.container().args(["sleep", "1000"]);
     let created = container.start_new();
@@ -39,7 +39,7 @@ fn a_signal_ends_with_128_and_its_number() {
 #[test]
 fn a_clean_up_that_fails_leaves_the_status_as_it_is() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("echo up; read line; exit 9");
     let mut run = container.command_with_bundle("run", &[]).stdin_piped().spawn();
     run.stdout.line_with("up");
@@ -57,7 +57,7 @@ fn a_clean_up_that_fails_leaves_the_status_as_it_is() {
 
 #[test]
 fn run_of_a_missing_program_names_it() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for program in ["no-such-program", "/no/such/program"] {
         let out = scope.container().args([program]).run();
         out.one_line_error(&[program]);
@@ -68,7 +68,7 @@ fn run_of_a_missing_program_names_it() {
 
 #[test]
 fn run_of_what_is_not_executable_says_so() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["/etc/passwd"]);
     let mode = fs::Permissions::from_mode(0o644);
     fs::set_permissions(container.bundle.rootfs("/etc/passwd"), mode).unwrap();
@@ -81,7 +81,7 @@ fn run_of_what_is_not_executable_says_so() {
 
 #[test]
 fn exec_of_a_missing_or_unfit_program_leaves_the_container_alone() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     for program in ["no-such-program", "/no/such", "/etc/passwd"] {
@@ -98,7 +98,7 @@ fn exec_of_a_missing_or_unfit_program_leaves_the_container_alone() {
 #[test]
 fn a_missing_program_is_noticed_when_the_container_is_created() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for (verb, options) in [("create", &[][..]), ("run", &["--timeline"])] {
         let container = scope.container().args(["no-such-program"]);
         let command = container.command_with_bundle(verb, options);
@@ -117,7 +117,7 @@ fn a_missing_program_is_noticed_when_the_container_is_created() {
 
 #[test]
 fn a_missing_program_of_exec_does_not_wait_for_input() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     let mut job = container.command("exec", &[]).args(["no-such-program"]).stdin_piped().spawn();
@@ -131,7 +131,7 @@ fn a_missing_program_of_exec_does_not_wait_for_input() {
 
 #[test]
 fn arguments_and_output_go_through_as_bytes() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let odd = "spaces  \t\n and \"quotes\" $HOME \\ ünï";
     let out = scope.container().args(["printf", "%s|", odd, "", "last"]).run().ok();
     assert_eq!(out.stdout, format!("{odd}||last|"), "{out}");

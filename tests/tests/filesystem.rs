@@ -22,7 +22,7 @@ fn strings(value: &Value) -> Vec<&str> {
 
 #[test]
 fn a_read_only_root_cannot_be_written() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = "touch /new; touch /etc/passwd; rm /etc/group; chmod 777 /tmp; touch /dev/shm/ok";
     let container = scope.container().shell(script).edit(|c| c["root"]["readonly"] = json!(true));
     let out = container.run().ok();
@@ -36,7 +36,7 @@ fn a_read_only_root_cannot_be_written() {
 
 #[test]
 fn a_writable_root_can_be_written() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("echo new > /new && rm /etc/group");
     container.run().ok();
     assert_eq!(fs::read_to_string(container.bundle.rootfs("/new")).unwrap(), "new\n");
@@ -45,7 +45,7 @@ fn a_writable_root_can_be_written() {
 
 #[test]
 fn masked_paths_show_nothing() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let masked = ["/etc/passwd", "/home", "/proc/uptime", "/does/not/exist"];
     // Twice, by other names too, is as good as once.
     let masked = [&masked[..], &["/etc/passwd", "/home/", "/proc/self/../uptime"]].concat();
@@ -69,7 +69,7 @@ fn masked_paths_show_nothing() {
 
 #[test]
 fn read_only_paths_can_be_read_only() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let paths = ["/proc/sys", "/etc", "/does/not/exist"];
     let container = scope.container().edit(|c| c["linux"]["readonlyPaths"] = json!(paths));
     let container =
@@ -84,7 +84,7 @@ fn read_only_paths_can_be_read_only() {
 
 #[test]
 fn the_default_mounts_are_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let mounts = scope.container().probe(&["mounts"]).run_json();
     let check = |place: &str, kind: &str, options: &[&str], of_fs: &[&str]| {
         assert_eq!(mounts[place]["type"], json!(kind), "{place}");
@@ -107,7 +107,7 @@ fn the_default_mounts_are_as_asked() {
 
 #[test]
 fn a_tmpfs_has_its_size_mode_and_options() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let options = ["size=1m", "mode=1750", "uid=1000", "gid=1001", "noexec", "noatime"];
     let script = "stat -c '%a %u %g' /made/tmp; head -c 2000000 /dev/zero > /made/tmp/big; \
                   stat -c %s /made/tmp/big; cp /bin/busybox /tmp/b; /bin/probe mounts";
@@ -123,7 +123,7 @@ fn a_tmpfs_has_its_size_mode_and_options() {
 
 #[test]
 fn a_bind_mount_works_both_ways_and_appears_where_nothing_was() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let dir = source(&scope);
     let script =
         "cat /made/for/data/file; echo from inside > /made/for/data/new; rm /made/for/data/file";
@@ -137,7 +137,7 @@ fn a_bind_mount_works_both_ways_and_appears_where_nothing_was() {
 
 #[test]
 fn a_read_only_bind_mount_cannot_be_written() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let dir = source(&scope);
     let container =
         scope.container().mount("/data", "bind", dir.to_str().unwrap(), &["bind", "ro"]);
@@ -156,7 +156,7 @@ fn a_read_only_bind_mount_cannot_be_written() {
 
 #[test]
 fn a_file_can_be_bind_mounted() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let file = source(&scope).join("file");
     let container = scope.container().shell("cat /etc/passwd /new/file; echo inside >> /new/file");
     let container = container.mount("/etc/passwd", "bind", file.to_str().unwrap(), &["bind", "ro"]);
@@ -167,7 +167,7 @@ fn a_file_can_be_bind_mounted() {
 
 #[test]
 fn options_of_bind_mounts_are_kept() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let dir = source(&scope);
     fs::copy("/bin/busybox", dir.join("true")).unwrap();
     fs::set_permissions(dir.join("true"), fs::Permissions::from_mode(0o755)).unwrap();
@@ -184,7 +184,7 @@ fn options_of_bind_mounts_are_kept() {
 /// On the host the directory has a file system of its own mounted below.
 #[test]
 fn recursive_options_hold_below() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let dir = source(&scope);
     fs::create_dir(dir.join("below")).unwrap();
     let mount =
@@ -205,7 +205,7 @@ fn recursive_options_hold_below() {
 
 #[test]
 fn a_tmpfs_can_start_with_what_the_image_has() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = "cat /etc/group | head -n 1; echo more >> /etc/group && tail -n 1 /etc/group; \
                   /bin/probe mounts";
     let container = scope.container().shell(script);
@@ -221,7 +221,7 @@ fn a_tmpfs_can_start_with_what_the_image_has() {
 
 #[test]
 fn a_missing_bind_source_is_an_error_that_names_it() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().mount("/data", "bind", "/no/such/source", &["bind"]);
     container.run().one_line_error(&["/no/such/source"]);
     scope.assert_nothing_left();
@@ -230,7 +230,7 @@ fn a_missing_bind_source_is_an_error_that_names_it() {
 /// A root file system may hold links that lead out of it; mounts on them must not.
 #[test]
 fn a_mount_behind_a_link_that_points_outside_lands_inside() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let (dir, outside) = (source(&scope), scope.dir().join("outside"));
     fs::create_dir(&outside).unwrap();
     let container = scope.container().args(["cat", "/link/data/file"]);
@@ -242,7 +242,7 @@ fn a_mount_behind_a_link_that_points_outside_lands_inside() {
 
 #[test]
 fn a_relative_root_and_an_absolute_root_are_the_same() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["cat", "/etc/passwd"]);
     let absolute = container.bundle.rootfs("/");
     let container = container.edit(|c| c["root"]["path"] = json!(absolute));
@@ -251,7 +251,7 @@ fn a_relative_root_and_an_absolute_root_are_the_same() {
 
 #[test]
 fn propagation_of_the_root_is_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for (asked, shown) in [("private", 0), ("slave", 0), ("shared", 1)] {
         if shown == 1 && !runtime().is_isopod() {
             skip!("runc 1.1 gives shared propagation to the parent of the root only");
@@ -267,7 +267,7 @@ fn propagation_of_the_root_is_as_asked() {
 
 #[test]
 fn propagation_of_a_mount_is_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let mut container = scope.container().probe(&["mounts"]);
     // A slave without a master is as private as can be.
     let asked =
@@ -284,7 +284,7 @@ fn propagation_of_a_mount_is_as_asked() {
 
 #[test]
 fn the_root_directory_itself_keeps_its_owner_and_mode() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["stat", "-c", "%a %u %g", "/"]);
     let root = container.bundle.rootfs("/");
     fs::set_permissions(&root, fs::Permissions::from_mode(0o751)).unwrap();
@@ -298,7 +298,7 @@ fn the_root_directory_itself_keeps_its_owner_and_mode() {
 /// container's. The host's must not be there.
 #[test]
 fn who_enters_the_mount_namespace_finds_the_container() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let volume = source(&scope);
     let container = scope.container().args(["sleep", "1000"]).edit(|c| {
         let mounts = c["mounts"].as_array_mut().unwrap();

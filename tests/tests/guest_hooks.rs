@@ -47,7 +47,7 @@ fn read(container: &Container<'_>, path: &str) -> String {
 
 #[test]
 fn all_six_run_in_their_order() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = with_hooks(scope.container().shell("echo process >> /log"), |container| {
         let log = container.bundle.rootfs("/log");
         let note = |name: &str| json!([on_host(&format!("echo {name} >> {}", log.display()))]);
@@ -75,7 +75,7 @@ fn all_six_run_in_their_order() {
 
 #[test]
 fn the_state_is_on_their_standard_input() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().annotation("org.example", "x");
     let container = with_hooks(container, |container| {
         json!({
@@ -98,7 +98,7 @@ fn the_state_is_on_their_standard_input() {
 
 #[test]
 fn they_run_in_the_containers_namespaces_and_as_its_process() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script =
         "cp -dR /proc/self/ns /tmp/X; { id -u; pwd; grep Cap /proc/self/status; } > /tmp/X-id";
     let container = scope.container().shell(&script.replace('X', "process")).edit(|c| {
@@ -131,7 +131,7 @@ fn they_run_in_the_containers_namespaces_and_as_its_process() {
 
 #[test]
 fn arguments_and_environment_are_as_given() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = with_hooks(scope.container(), |container| {
         let root = root(container);
         let hook = |args: &[&str]| json!({ "path": "/bin/busybox", "args": args, "env": ["B=2", "A=1 1"] });

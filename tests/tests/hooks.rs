@@ -49,7 +49,7 @@ fn both(points: &[&str]) -> Vec<String> {
 
 #[test]
 fn hooks_run_in_their_order_and_by_the_verb_that_they_belong_to() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = with_hooks(scope.container().args(["sleep", "1000"]), &noted(&scope));
     let created = container.create();
     // runc 1.1 is known to run poststart hooks too early.
@@ -67,7 +67,7 @@ fn hooks_run_in_their_order_and_by_the_verb_that_they_belong_to() {
 
 #[test]
 fn run_runs_all_of_them() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = with_hooks(scope.container().shell("exit 3"), &noted(&scope));
     assert_eq!(container.run().status, 3);
     assert_eq!(logged(&scope), both(&ON_HOST));
@@ -76,7 +76,7 @@ fn run_runs_all_of_them() {
 
 #[test]
 fn the_state_is_on_their_standard_input() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let save = |point: &str| {
         let path = scope.dir().join(point);
         (point.to_owned(), json!([shell(&format!("cat > {}", path.display()))]))
@@ -106,7 +106,7 @@ fn the_state_is_on_their_standard_input() {
 
 #[test]
 fn they_run_where_the_runtime_was_called() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = |point: &str| {
         format!(
             "for n in mnt net pid uts ipc cgroup; do readlink /proc/self/ns/$n; done > {0}; \
@@ -135,7 +135,7 @@ fn they_run_where_the_runtime_was_called() {
 /// What Docker up to 25 fills the network by.
 #[test]
 fn the_network_namespace_is_there_for_prestart() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let path = scope.dir().join("net");
     let script = format!(
         "pid=$(sed -E 's/.*\"pid\":([0-9]+).*/\\1/'); readlink /proc/$pid/ns/net > {}",
@@ -150,7 +150,7 @@ fn the_network_namespace_is_there_for_prestart() {
 
 #[test]
 fn arguments_and_environment_are_as_given() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = scope.dir().join("hook");
     let out = scope.dir().join("out");
     let text = format!(

@@ -55,7 +55,7 @@ fn every_namespace_asked_for_is_the_containers_own() {
 /// another one has. But some settings exist in it alone (net/core/sysctl_net_core.c).
 #[test]
 fn the_network_namespace_is_not_the_kernels_first() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let directory = "/proc/sys/net/core";
     assert!(Path::new(directory).join("netdev_max_backlog").exists(), "this host is a namespace");
     let container = scope.container().shell(&format!("ls {directory}; ls /sys/class/net"));
@@ -72,7 +72,7 @@ fn the_network_namespace_is_not_the_kernels_first() {
 /// root of its own, nowhere else.
 #[test]
 fn the_mount_namespace_ends_at_the_containers_root() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().capabilities(&["CAP_SYS_CHROOT"]).probe(&["escape", "/tmp"]);
     fs::write(container.bundle.rootfs("/mark-of-this-root"), "").unwrap();
     let names = container.run_json();
@@ -84,7 +84,7 @@ fn the_mount_namespace_ends_at_the_containers_root() {
 #[test]
 fn a_namespace_not_asked_for_is_the_guests() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |c| {
         let all = c["linux"]["namespaces"].as_array_mut().unwrap();
         all.retain(|n| n["type"] != "uts" && n["type"] != "cgroup");
@@ -98,7 +98,7 @@ fn a_namespace_not_asked_for_is_the_guests() {
 
 #[test]
 fn the_containers_cgroup_is_the_root_of_its_cgroup_namespace() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |_| {});
     let lines = seen["cgroup"].as_str().unwrap();
     assert!(lines.lines().all(|l| l.ends_with(":/")), "{lines}");
@@ -107,7 +107,7 @@ fn the_containers_cgroup_is_the_root_of_its_cgroup_namespace() {
 /// The guest's own world is not to be seen: neither its mounts nor its agent.
 #[test]
 fn the_mount_table_is_the_containers_own() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let mounts = scope.container().probe(&["mounts"]).run_json();
     let places: Vec<&String> = mounts.as_object().unwrap().keys().collect();
     for place in &places {
@@ -122,7 +122,7 @@ fn the_mount_table_is_the_containers_own() {
 
 #[test]
 fn a_process_over_the_memory_limit_is_killed_and_that_is_said() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let limit = json!({ "limit": 64 << 20, "swap": 64 << 20 });
     let container = scope.container().probe(&["eat", "400"]);
     let container = container.edit(|c| c["linux"]["resources"]["memory"] = limit);
@@ -137,7 +137,7 @@ fn a_process_over_the_memory_limit_is_killed_and_that_is_said() {
 
 #[test]
 fn memory_within_the_limit_is_there() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let limit = json!({ "limit": 128 << 20, "swap": 128 << 20 });
     let container = scope.container().probe(&["eat", "100"]);
     let out = container.edit(|c| c["linux"]["resources"]["memory"] = limit).run().ok();
@@ -149,7 +149,7 @@ fn memory_over_the_limit_in_exec_spares_the_container() {
     if !runtime().is_isopod() {
         skip!("lowering a score needs CAP_SYS_RESOURCE on this machine");
     }
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let limit = json!({ "limit": 64 << 20, "swap": 64 << 20 });
     let container = scope.container().args(["sleep", "1000"]);
     let container = container.edit(|c| {
@@ -167,7 +167,7 @@ fn memory_over_the_limit_in_exec_spares_the_container() {
 
 #[test]
 fn the_pids_limit_holds_against_a_fork_bomb() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let bomb = scope.container().probe(&["fork-bomb"]);
     let bomb = bomb.edit(|c| c["linux"]["resources"]["pids"] = json!({ "limit": 50 }));
     let other = scope.container().args(["sleep", "1000"]);
@@ -195,14 +195,14 @@ fn device_test<'a>(scope: &'a Scope, rules: Value) -> Container<'a> {
 
 #[test]
 fn a_device_outside_the_allow_list_is_refused() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let nothing = json!([{ "allow": false, "access": "rwm" }]);
     assert_eq!(device_test(&scope, nothing).run_json()["open"], json!("EPERM"));
 }
 
 #[test]
 fn an_allowed_device_can_be_used_as_far_as_allowed() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let rules = |access: &str| {
         json!([
             { "allow": false, "access": "rwm" },
@@ -222,7 +222,7 @@ fn an_allowed_device_can_be_used_as_far_as_allowed() {
 
 #[test]
 fn the_default_devices_work() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let paths = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/ptmx"];
     let seen = scope.container().probe(&[&["open", "rw"], &paths[..]].concat()).run_json();
     for path in paths {
@@ -236,7 +236,7 @@ fn the_default_devices_work() {
 
 #[test]
 fn a_device_of_the_specification_is_made() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container =
         scope.container().shell("stat -c '%t %T %a %u %g %F' /dev/mine && cat /dev/mine");
     let out = container
@@ -254,7 +254,7 @@ fn a_device_of_the_specification_is_made() {
 
 #[test]
 fn sysctls_are_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let paths = ["/proc/sys/kernel/shmmax", "/proc/sys/net/ipv4/ip_unprivileged_port_start"];
     let container = scope.container().probe(&[&["files"], &paths[..]].concat()).edit(|c| {
         c["linux"]["sysctl"] =
@@ -285,7 +285,7 @@ impl Drop for Stranger {
 /// host shows the memory of an equal; the user of a guest is not that user.
 #[test]
 fn the_memory_of_the_hosts_processes_is_not_to_be_had() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let strangers = [0, 1000].map(Stranger::of_user);
     let mut paths = strangers.each_ref().map(|one| format!("/host/{}/mem", one.0.id())).to_vec();
     paths.push("/host/kcore".to_owned());

@@ -53,7 +53,7 @@ fn pipes_are_the_processs_own_descriptors() {
 
 #[test]
 fn a_large_stream_loses_nothing() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("cat <&3 >&4");
     let command = container.command_with_bundle("run", &["--preserve-fds", "2"]);
     let script = r#"seq 1 300000 | "$@" 3<&0 </dev/null 4>&1 1>&2 | cksum; seq 1 300000 | cksum"#;
@@ -64,7 +64,7 @@ fn a_large_stream_loses_nothing() {
 
 #[test]
 fn a_socket_goes_both_ways_and_ends_both_ways() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = "read line <&3; echo \"answer to $line\" >&3; cat <&3 >&3";
     let container = scope.container().shell(script);
     let command = container.command_with_bundle("run", &["--preserve-fds", "1"]);
@@ -86,7 +86,7 @@ fn who_reads_hears_of_the_end_while_the_container_runs() {
 
 #[test]
 fn exec_has_them_too_and_a_terminal_beside_them() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope);
     let _created = container.start_new();
     let exec = |options: &[&str], script: &str| {
@@ -112,7 +112,7 @@ fn exec_has_them_too_and_a_terminal_beside_them() {
 
 #[test]
 fn a_service_managers_descriptors_come_first() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = "echo $LISTEN_FDS $LISTEN_PID; cat <&3; cat <&4";
     let manager = r#"
         exec 3< <(echo first) 4< <(echo second)

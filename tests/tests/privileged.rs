@@ -33,7 +33,7 @@ fn device(path: &str, kind: &str, major: u32, minor: u32) -> Value {
 #[test]
 fn a_privileged_container_may_do_everything_in_its_microvm() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = "set -e
         mount -t tmpfs none /tmp; touch /tmp/made
         mkdir /sys/fs/cgroup/below; rmdir /sys/fs/cgroup/below
@@ -59,7 +59,7 @@ fn a_privileged_container_may_do_everything_in_its_microvm() {
 #[test]
 fn devices_of_the_guests_kernel_work() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let devices = [("/dev/fuse", 10, 229), ("/dev/net/tun", 10, 200)];
     let container = scope.container().probe(&["open", "rw", "/dev/fuse", "/dev/net/tun"]);
     let seen = container.edit(|c| {

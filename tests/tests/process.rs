@@ -25,7 +25,7 @@ const AUDIT_WRITE: u32 = 29;
 
 #[test]
 fn defaults_are_as_runc_spec_writes_them() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |_| {});
     let default = mask(&[AUDIT_WRITE, KILL, NET_BIND_SERVICE]);
     for set in ["permitted", "effective", "bounding"] {
@@ -42,7 +42,7 @@ fn defaults_are_as_runc_spec_writes_them() {
 
 #[test]
 fn every_capability_set_is_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |c| {
         c["process"]["capabilities"] = json!({
             "bounding": ["CAP_CHOWN", "CAP_KILL", "CAP_SYS_CHROOT", "CAP_NET_BIND_SERVICE"],
@@ -65,7 +65,7 @@ fn every_capability_set_is_as_asked() {
 
 #[test]
 fn no_capabilities_means_none() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |c| c["process"]["capabilities"] = json!({}));
     for set in ["permitted", "effective", "bounding", "inheritable", "ambient"] {
         assert_eq!(seen["capabilities"][set], mask(&[]), "{set}");
@@ -74,7 +74,7 @@ fn no_capabilities_means_none() {
 
 #[test]
 fn user_groups_and_umask_are_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |c| {
         c["process"]["user"] =
             json!({ "uid": 1000, "gid": 1001, "additionalGids": [5, 1002, 70000], "umask": 0o027 });
@@ -95,7 +95,7 @@ fn user_groups_and_umask_are_as_asked() {
 #[test]
 fn nobody_is_root_by_a_number_out_of_range() {
     const WORDS: &str = "uids and gids must be in range 0-2147483647";
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for user in [
         json!({ "uid": 4_294_967_295_u32, "gid": 1000 }),
         json!({ "uid": 1000, "gid": 4_294_967_295_u32 }),
@@ -114,7 +114,7 @@ fn nobody_is_root_by_a_number_out_of_range() {
 
 #[test]
 fn rlimits_are_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |c| {
         c["process"]["rlimits"] = json!([
             { "type": "RLIMIT_NOFILE", "soft": 100, "hard": 200 },
@@ -131,7 +131,7 @@ fn rlimits_are_as_asked() {
 
 #[test]
 fn an_rlimit_can_be_raised() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let out = scope.program(&["sh", "-c", "ulimit -Hn 2000000 && ulimit -Hn"]).output();
     if !runtime().is_isopod() && out.status != 0 {
         skip!("this machine lets nobody raise a limit");
@@ -143,7 +143,7 @@ fn an_rlimit_can_be_raised() {
 
 #[test]
 fn no_new_privs_is_as_asked_and_a_set_user_id_program_gains_nothing() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for (asked, euid) in [(false, 0), (true, 1000)] {
         let container = scope.container().args(["/bin/set-user-id", "report"]).edit(|c| {
             c["process"]["noNewPrivileges"] = json!(asked);
@@ -160,7 +160,7 @@ fn no_new_privs_is_as_asked_and_a_set_user_id_program_gains_nothing() {
 
 #[test]
 fn cwd_is_as_asked_and_made_when_missing() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for cwd in ["/tmp", "/made/for/it"] {
         let seen = report(&scope, |c| c["process"]["cwd"] = json!(cwd));
         assert_eq!(seen["cwd"], json!(cwd));
@@ -169,7 +169,7 @@ fn cwd_is_as_asked_and_made_when_missing() {
 
 #[test]
 fn environment_is_exactly_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let asked = json!(["PATH=/bin", "EMPTY=", "EQUALS=a=b", "TEXT=two words\nünï", "HOME=/home"]);
     let seen = report(&scope, |c| c["process"]["env"] = asked);
     let should_be = json!({
@@ -180,7 +180,7 @@ fn environment_is_exactly_as_asked() {
 
 #[test]
 fn the_program_is_searched_in_its_own_path() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["probe", "report"]);
     let container = container.edit(|c| c["process"]["env"] = json!(["PATH=/nowhere:/bin"]));
     assert_eq!(container.run_json()["args"], json!(["probe", "report"]));
@@ -191,14 +191,14 @@ fn the_program_is_searched_in_its_own_path() {
 
 #[test]
 fn oom_score_adj_is_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |c| c["process"]["oomScoreAdj"] = json!(321));
     assert_eq!(seen["oom_score_adj"], json!("321"));
 }
 
 #[test]
 fn hostname_and_domainname_are_as_asked() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = report(&scope, |c| {
         c["hostname"] = json!("a-host");
         c["domainname"] = json!("example.org");
@@ -212,7 +212,7 @@ fn hostname_and_domainname_are_as_asked() {
 
 #[test]
 fn no_descriptor_is_inherited_but_the_three_streams() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     // The probe's own look at /proc/self/fd is the fourth.
     assert_eq!(report(&scope, |_| {})["descriptors"], json!([0, 1, 2, 3]));
 }
@@ -223,7 +223,7 @@ fn sleeper(scope: &Scope) -> Container<'_> {
 
 #[test]
 fn exec_has_the_containers_settings() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope).edit(|c| {
         c["process"]["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [5] });
         c["process"]["env"] = json!(["PATH=/bin", "ONE=1"]);
@@ -243,7 +243,7 @@ fn exec_has_the_containers_settings() {
 
 #[test]
 fn exec_takes_user_env_and_cwd() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope);
     let _created = container.start_new();
     let options = ["--user", "1001:1002", "--env", "A=b", "--env", "C=d e", "--cwd", "/home"];
@@ -256,7 +256,7 @@ fn exec_takes_user_env_and_cwd() {
 
 #[test]
 fn exec_takes_a_whole_process() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope);
     let _created = container.start_new();
     let file = scope.dir().join("process.json");
@@ -281,7 +281,7 @@ fn exec_takes_a_whole_process() {
 
 #[test]
 fn exec_adds_groups_and_capabilities_and_takes_privileges() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope).capabilities(&["CAP_KILL"]).edit(|c| {
         c["process"]["user"] = json!({ "uid": 0, "gid": 0, "additionalGids": [5] });
         c["process"]["noNewPrivileges"] = json!(false);
@@ -303,7 +303,7 @@ fn exec_adds_groups_and_capabilities_and_takes_privileges() {
 
 #[test]
 fn exec_detached_leaves_a_pid_that_ends_with_the_programs_status() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = sleeper(&scope);
     let _created = container.start_new();
     let pid_file = scope.dir().join("exec.pid");

@@ -23,7 +23,7 @@ fn find_user<'a>(rows: &'a [Vec<String>], command: &str) -> &'a str {
 #[test]
 fn users_have_the_names_of_the_containers_own_passwd() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let volume = scope.dir().join("passwd");
     // Its volumes count, and users without a name there have their numbers.
     fs::write(&volume, "bob:x:1000:1000::/:\ne vil:x:7:7::/:\n").unwrap();
@@ -45,7 +45,7 @@ fn users_have_the_names_of_the_containers_own_passwd() {
 
 #[test]
 fn the_table_has_the_processes_of_the_container() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("sleep 1234 & echo up; wait");
     let mut created = container.start_new();
     created.stdout.line_with("up");
@@ -75,7 +75,7 @@ fn the_table_has_the_processes_of_the_container() {
 #[test]
 fn a_terminal_has_its_name() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let socket = isopod_tests::terminal::ConsoleSocket::bind(scope.dir());
     let container = scope.container().args(["sleep", "1000"]);
     let container = container.edit(|c| c["process"]["terminal"] = true.into());
@@ -102,7 +102,7 @@ fn json_has_pids_of_this_host() {
 #[test]
 fn what_is_not_there_has_no_processes() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["true"]);
     for format in ["table", "json"] {
         let ps = || container.command("ps", &["--format", format]).output();
@@ -118,7 +118,7 @@ fn what_is_not_there_has_no_processes() {
 #[test]
 fn options_that_ask_for_something_else_are_refused() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     for option in ["aux", "-o", "--forest"] {
@@ -129,7 +129,7 @@ fn options_that_ask_for_something_else_are_refused() {
 #[test]
 fn a_container_with_very_many_processes_is_listed_whole() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     // Each has the arguments of the first, which together are more than an answer may have.
     let script = "mkfifo /tmp/wait; for i in $(seq 300); do (read line </tmp/wait) & done; \
                   echo up; wait";

@@ -14,7 +14,7 @@ fn schedule(scope: &Scope, change: impl FnOnce(&mut Value)) -> Value {
 fn policy_and_its_parameters_are_as_asked() {
     // runc 1.1 does not know the field yet.
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     assert_eq!(schedule(&scope, |_| {})["policy"], json!(0));
     for (asked, policy, nice, priority, flags) in [
         (json!({ "policy": "SCHED_OTHER", "nice": -7 }), 0, -7, 0, 0),
@@ -42,7 +42,7 @@ fn policy_and_its_parameters_are_as_asked() {
 #[test]
 fn a_deadline_is_as_asked() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let asked = json!({
         "policy": "SCHED_DEADLINE",
         "runtime": 20_000_000, "deadline": 50_000_000, "period": 100_000_000,
@@ -55,7 +55,7 @@ fn a_deadline_is_as_asked() {
 #[test]
 fn io_priority_is_as_asked() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for (class, priority, number) in
         [("IOPRIO_CLASS_RT", 3, 1), ("IOPRIO_CLASS_BE", 7, 2), ("IOPRIO_CLASS_IDLE", 0, 3)]
     {
@@ -67,7 +67,7 @@ fn io_priority_is_as_asked() {
 
 #[test]
 fn personality_is_as_asked_for_exec_too() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let machine = |domain: &str| {
         let container = scope.container().args(["uname", "-m"]);
         let asked = json!({ "domain": domain });
@@ -106,7 +106,7 @@ fn exec_runs_on_the_processors_that_were_asked_for() {
 #[test]
 fn exec_takes_a_schedule_of_its_own() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     let file = scope.dir().join("process.json");
@@ -126,7 +126,7 @@ fn exec_takes_a_schedule_of_its_own() {
 #[test]
 fn clocks_are_shifted_as_asked() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args([
         "sh",
         "-c",

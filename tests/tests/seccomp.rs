@@ -36,7 +36,7 @@ fn refuse_getpid() -> Value {
 
 #[test]
 fn without_a_profile_all_is_allowed() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     assert_eq!(scope.container().probe(&["report"]).run_json()["seccomp"], json!("0"));
     let seen = scope.container().probe(&["call", "64", GETPID]).run_json();
     assert_eq!(seen[GETPID], json!(1));
@@ -44,7 +44,7 @@ fn without_a_profile_all_is_allowed() {
 
 #[test]
 fn a_denied_call_fails_with_its_error_number() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let rules = json!([
         { "names": ["getpid"], "action": "SCMP_ACT_ERRNO", "errnoRet": 95 },
         { "names": ["keyctl", "nobody_knows_this_one"], "action": "SCMP_ACT_ERRNO" },
@@ -59,7 +59,7 @@ fn a_denied_call_fails_with_its_error_number() {
 
 #[test]
 fn what_kills_ends_with_sigsys() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for action in
         ["SCMP_ACT_KILL", "SCMP_ACT_KILL_THREAD", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"]
     {
@@ -72,7 +72,7 @@ fn what_kills_ends_with_sigsys() {
 
 #[test]
 fn without_a_tracer_a_traced_call_does_not_exist_and_a_logged_one_is_made() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let rules = json!([
         { "names": ["getpid"], "action": "SCMP_ACT_LOG" },
         { "names": ["keyctl"], "action": "SCMP_ACT_TRACE", "errnoRet": 3 },
@@ -92,7 +92,7 @@ fn without_a_tracer_a_traced_call_does_not_exist_and_a_logged_one_is_made() {
 
 #[test]
 fn arguments_decide() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let rules = json!([
         { "names": ["personality"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1,
           "args": [{ "index": 0, "value": 8, "op": "SCMP_CMP_EQ" }] },
@@ -116,7 +116,7 @@ fn arguments_decide() {
 
 #[test]
 fn calls_of_32_bit_programs_are_filtered_as_those_of_others() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let seen = calls(&scope, refuse_getpid(), "32", &[GETPID_32, "64"]).run_json();
     assert_eq!(seen, json!({ GETPID_32: "EOPNOTSUPP", "64": 0 }));
     // One that the profile does not list may not be used at all.
@@ -128,7 +128,7 @@ fn calls_of_32_bit_programs_are_filtered_as_those_of_others() {
 
 #[test]
 fn exec_has_the_containers_filter() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let container = container.edit(|c| c["linux"]["seccomp"] = refuse_getpid());
     let _created = container.start_new();
@@ -141,7 +141,7 @@ fn exec_has_the_containers_filter() {
 /// exactly the capabilities that were asked for.
 #[test]
 fn a_filter_changes_no_capabilities() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for (no_new_privs, uid) in [(false, 0), (false, 1000), (true, 0), (true, 1000)] {
         let report = |filter: Value| {
             let seen = scope.container().probe(&["report"]).edit(|c| {
@@ -167,7 +167,7 @@ fn a_filter_changes_no_capabilities() {
 #[test]
 fn the_filter_is_loaded_last() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let denied = [
         "capset",
         "setgroups",
@@ -193,7 +193,7 @@ fn the_filter_is_loaded_last() {
 
 #[test]
 fn a_program_that_may_not_be_executed_is_an_error() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let rules = json!([{ "names": ["execve"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1 }]);
     let out = scope.container().edit(|c| c["linux"]["seccomp"] = all_but(rules)).run();
     assert_ne!(out.status, 0, "{out}");
@@ -226,7 +226,7 @@ fn allow_list() -> Value {
 
 #[test]
 fn an_allow_list_lets_programs_work_and_refuses_the_rest() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let under = |container: Container<'_>| {
         container.edit(|c| c["linux"]["seccomp"] = allow_list()).run().ok().stdout
     };

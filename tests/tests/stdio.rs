@@ -21,14 +21,14 @@ fn both_ways(command: Command<'_>) {
 
 #[test]
 fn run_carries_64_mib_each_way_at_once() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().probe(&["duplex", &LEN.to_string()]);
     both_ways(container.command_with_bundle("run", &[]));
 }
 
 #[test]
 fn exec_carries_64_mib_each_way_at_once() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     both_ways(container.command("exec", &[]).args([PROBE_PATH, "duplex", &LEN.to_string()]));
@@ -36,7 +36,7 @@ fn exec_carries_64_mib_each_way_at_once() {
 
 #[test]
 fn the_last_line_before_exit_is_never_lost() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     for run in 0..200 {
@@ -50,7 +50,7 @@ fn the_last_line_before_exit_is_never_lost() {
 
 #[test]
 fn a_mebibyte_written_just_before_exit_arrives() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("head -c 1048576 /dev/zero; echo end >&2");
     let out = container.run().ok();
     assert_eq!((out.stdout.len(), &*out.stderr), (1 << 20, "end\n"));
@@ -58,7 +58,7 @@ fn a_mebibyte_written_just_before_exit_arrives() {
 
 #[test]
 fn the_end_of_input_arrives_and_output_still_comes_back() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sort"]);
     let out = container.command_with_bundle("run", &[]).stdin("b\nc\na").output().ok();
     assert_eq!(out.stdout, "a\nb\nc\n");
@@ -66,7 +66,7 @@ fn the_end_of_input_arrives_and_output_still_comes_back() {
 
 #[test]
 fn a_program_need_not_read_its_input() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["echo", "done"]);
     let mut job = container.command_with_bundle("run", &[]).stdin_piped().spawn();
     let mut stdin = job.take_stdin();
@@ -79,7 +79,7 @@ fn a_program_need_not_read_its_input() {
 
 #[test]
 fn input_and_output_take_turns() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("while read line; do echo got $line; done; echo end");
     let mut job = container.command_with_bundle("run", &[]).stdin_piped().spawn();
     let mut stdin = job.take_stdin();
@@ -93,7 +93,7 @@ fn input_and_output_take_turns() {
 
 #[test]
 fn the_end_of_output_arrives_while_the_program_runs_on() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("echo bye; exec >&-; read line; exit 5");
     let mut job = container.command_with_bundle("run", &[]).stdin_piped().spawn();
     let mut stdin = job.take_stdin();
@@ -108,7 +108,7 @@ fn the_end_of_output_arrives_while_the_program_runs_on() {
 /// the process, and what comes later arrives all the same.
 #[test]
 fn what_a_descendant_writes_after_the_end_arrives() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     let script = "(while ! test -e /tmp/go; do sleep 0.1; done; echo late) & echo first; exit 3";
@@ -133,7 +133,7 @@ fn what_a_descendant_writes_after_the_end_arrives() {
 
 #[test]
 fn a_reader_that_goes_away_does_not_hang_the_program() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     let mut job = container.command("exec", &[]).args(["yes"]).spawn();
@@ -145,7 +145,7 @@ fn a_reader_that_goes_away_does_not_hang_the_program() {
 
 #[test]
 fn streams_of_several_processes_do_not_mix() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     let script =
@@ -165,7 +165,7 @@ fn streams_of_several_processes_do_not_mix() {
 #[test]
 fn input_is_left_alone_until_the_program_reads() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     let runtime = format!("{} --root {}", runtime().path.display(), scope.root().display());

@@ -26,7 +26,7 @@ fn assert_follows_resizing(terminal: &mut Terminal) {
 
 #[test]
 fn create_sends_the_terminal_over_the_console_socket() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let console = ConsoleSocket::bind(scope.dir());
     let container =
         with_terminal(&scope, &["sh", "-c", "tty; stty size; read x; echo got $x; exit 5"]);
@@ -44,7 +44,7 @@ fn create_sends_the_terminal_over_the_console_socket() {
 
 #[test]
 fn the_terminal_begins_with_its_size() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let console = ConsoleSocket::bind(scope.dir());
     let container = with_terminal(&scope, &["sh", "-c", "stty size; read x"])
         .edit(|c| c["process"]["consoleSize"] = json!({ "height": 31, "width": 117 }));
@@ -58,7 +58,7 @@ fn the_terminal_begins_with_its_size() {
 
 #[test]
 fn run_detached_follows_the_terminals_size() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let console = ConsoleSocket::bind(scope.dir());
     let container = with_terminal(&scope, &[PROBE_PATH, "window"]);
     let created = container.detach("run", &["--detach", "--console-socket", console.path()]);
@@ -70,7 +70,7 @@ fn run_detached_follows_the_terminals_size() {
 
 #[test]
 fn exec_sends_its_terminal_over_the_console_socket() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let console = ConsoleSocket::bind(scope.dir());
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
@@ -87,7 +87,7 @@ fn exec_sends_its_terminal_over_the_console_socket() {
 /// not wait for ever.
 #[test]
 fn a_terminal_whose_reader_is_gone_is_hung_up() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     for (script, status) in [
         ("trap 'exit 7' HUP; echo up; while :; do sleep 0.1; done", 7),
         ("trap '' HUP; echo up; while echo; do :; done; exit 8", 8),
@@ -106,7 +106,7 @@ fn a_terminal_whose_reader_is_gone_is_hung_up() {
 
 #[test]
 fn run_on_the_callers_terminal_follows_its_size() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = with_terminal(&scope, &[PROBE_PATH, "window"]);
     let (mut terminal, slave) = Terminal::open(81, 25);
     let mut job = container.command_with_bundle("run", &[]).terminal(slave).spawn();
@@ -118,7 +118,7 @@ fn run_on_the_callers_terminal_follows_its_size() {
 
 #[test]
 fn exec_on_the_callers_terminal_passes_control_keys() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
     let (mut terminal, slave) = Terminal::open(80, 24);
@@ -134,14 +134,14 @@ fn exec_on_the_callers_terminal_passes_control_keys() {
 
 #[test]
 fn without_a_terminal_there_is_none() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let report = scope.container().probe(&["report"]).run_json();
     assert_eq!(report["terminal"], json!(false));
 }
 
 #[test]
 fn a_detached_terminal_needs_a_console_socket() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = with_terminal(&scope, &["true"]);
     let out = container.command_with_bundle("create", &[]).output();
     out.one_line_error(&["console"]);
@@ -152,7 +152,7 @@ fn a_detached_terminal_needs_a_console_socket() {
 /// out of it has no carriage returns: those are for a terminal.
 #[test]
 fn the_callers_streams_need_not_be_a_terminal() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     // runc sets the size at some time after the start.
     let script =
         "read word; tty; echo got $word; while [ \"$(stty size)\" = '0 0' ]; do :; done; stty size";

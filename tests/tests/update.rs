@@ -49,7 +49,7 @@ fn assert_as_created(container: &Container<'_>) {
 fn burst_idle_and_weight_follow_what_they_depend_on() {
     // runc 1.1 has neither of the first two.
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = limited(&scope);
     let _created: Created<'_> = container.start_new();
     update(&container, &["--cpu-burst", "20000"]).ok();
@@ -74,7 +74,7 @@ fn burst_idle_and_weight_follow_what_they_depend_on() {
 #[test]
 fn options_change_what_they_name_and_nothing_else() {
     needs_cgroup_v2!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = limited(&scope);
     let _created: Created<'_> = container.start_new();
     update(&container, &["--memory", "96m", "--memory-swap=160MiB"]).ok();
@@ -102,7 +102,7 @@ fn options_change_what_they_name_and_nothing_else() {
 #[test]
 fn json_comes_from_a_file_or_from_standard_input() {
     needs_cgroup_v2!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = limited(&scope);
     let _created = container.start_new();
     let file = scope.dir().join("resources.json");
@@ -131,7 +131,7 @@ fn json_comes_from_a_file_or_from_standard_input() {
 #[test]
 fn what_makes_no_sense_is_refused_and_changes_nothing() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = limited(&scope);
     let _created = container.start_new();
     for (options, words) in [
@@ -188,7 +188,7 @@ fn processors_are_those_of_the_microvm_and_too_many_are_said() {
 
 #[test]
 fn only_what_is_there_can_be_updated() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().args(["true"]);
     let refused = || {
         let out = update(&container, &["--pids-limit", "5"]);
@@ -202,7 +202,7 @@ fn only_what_is_there_can_be_updated() {
 #[test]
 fn a_limit_below_what_is_in_use_can_be_checked_first() {
     microvm_only!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = limited(&scope);
     let _created = container.start_new();
     let json = json!({ "memory": { "limit": 4096, "checkBeforeUpdate": true } }).to_string();
@@ -214,7 +214,7 @@ fn a_limit_below_what_is_in_use_can_be_checked_first() {
 #[test]
 fn a_paused_container_can_be_updated() {
     needs_cgroup_v2!();
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = limited(&scope);
     let _created = container.start_new();
     container.command("pause", &[]).output().ok();

@@ -33,7 +33,7 @@ fn seen(path: &Path) -> (u32, u32, u32) {
 
 #[test]
 fn what_is_written_inside_is_on_the_host_with_owner_and_mode() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let script = "umask 022; cd /root; echo text > plain; mkdir -m 2750 dir; ln -s plain link; mkfifo fifo; \
                   echo x > owned; chmod 4711 owned; chown 1000:1001 dir; ln plain hard";
     let container = container(&scope).shell(script);
@@ -53,7 +53,7 @@ fn what_is_written_inside_is_on_the_host_with_owner_and_mode() {
 
 #[test]
 fn what_another_user_writes_belongs_to_that_user() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container().shell("umask 027; echo x > /home/file; mkdir /home/dir");
     let container = container.edit(|c| {
         c["process"]["user"] = json!({ "uid": 1000, "gid": 1001, "additionalGids": [1002] });
@@ -66,7 +66,7 @@ fn what_another_user_writes_belongs_to_that_user() {
 
 #[test]
 fn a_user_may_not_do_what_the_mode_forbids() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let paths = ["/etc/secret", "/etc/group-only", "/etc/passwd"];
     let container = scope.container().probe(&[&["open", "rw"], &paths[..]].concat()).edit(|c| {
         c["process"]["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [1002] });
@@ -85,7 +85,7 @@ fn a_user_may_not_do_what_the_mode_forbids() {
 
 #[test]
 fn what_the_host_has_is_seen_inside_with_owner_and_mode() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let stat = "stat -c '%n %a %u %g %s %F' /home/*; cat /home/b; readlink /home/d";
     let container = container(&scope).shell(stat);
     let host = |name: &str| container.bundle.rootfs("/home").join(name);
@@ -109,7 +109,7 @@ fn what_the_host_has_is_seen_inside_with_owner_and_mode() {
 
 #[test]
 fn what_the_host_changes_meanwhile_is_seen_inside() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = container(&scope).args(["sleep", "1000"]);
     let _created = container.start_new();
     let host = |name: &str| container.bundle.rootfs("/home").join(name);
@@ -130,7 +130,7 @@ fn what_the_host_changes_meanwhile_is_seen_inside() {
 
 #[test]
 fn what_is_written_inside_is_on_the_host_at_once() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = container(&scope).args(["sleep", "1000"]);
     let _created = container.start_new();
     for round in 0..5 {
@@ -188,7 +188,7 @@ fn file_system_with_attributes(scope: &Scope, content: Option<&Path>) -> (String
 
 #[test]
 fn a_volume_of_another_file_system_is_posix_with_attributes_of_either_kind() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let (volume, mount) = file_system_with_attributes(&scope, None);
     let capabilities = [&FILE_CAPABILITIES[..], &["CAP_SYS_ADMIN"]].concat();
     let script = format!(
@@ -205,7 +205,7 @@ fn a_volume_of_another_file_system_is_posix_with_attributes_of_either_kind() {
 
 #[test]
 fn an_overlay_inside_remembers_what_was_removed() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container();
     let root = container.bundle.rootfs("");
     let (volume, mount) = file_system_with_attributes(&scope, Some(&root));
@@ -231,7 +231,7 @@ fn an_overlay_inside_remembers_what_was_removed() {
 
 #[test]
 fn the_root_file_system_is_posix() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = scope.container();
     assert_posix(&scope, container, "/home");
     // What the probe's mapping wrote and its links, as the host sees them.
@@ -246,7 +246,7 @@ fn the_root_file_system_is_posix() {
 
 #[test]
 fn a_bind_mount_is_posix() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let dir = scope.dir().join("data");
     fs::create_dir(&dir).unwrap();
     let container = scope.container().mount("/data", "bind", dir.to_str().unwrap(), &["rbind"]);
@@ -265,7 +265,7 @@ fn listed(container: &Container<'_>, dir: &str) -> Vec<String> {
 
 #[test]
 fn a_directory_lists_itself_and_its_parent_once() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = container(&scope).args(["sleep", "1000"]);
     let host = |path: &str| container.bundle.rootfs(path);
     fs::create_dir(host("/home/empty")).unwrap();
@@ -316,7 +316,7 @@ fn difference(names: &[String], stable: &[String]) -> Vec<(String, usize, usize)
 
 #[test]
 fn a_large_directory_is_listed_whole_while_the_guest_changes_it() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = container(&scope).args(["sleep", "1000"]);
     let stable = thousand(&container);
     let _created = container.start_new();
@@ -328,7 +328,7 @@ fn a_large_directory_is_listed_whole_while_the_guest_changes_it() {
 
 #[test]
 fn links_and_dots_that_lead_outside_do_not() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let secret = scope.dir().join("secret");
     fs::create_dir(&secret).unwrap();
     fs::write(secret.join("file"), "secret").unwrap();
@@ -356,7 +356,7 @@ fn links_and_dots_that_lead_outside_do_not() {
 /// The guest sees the containers' directories and nothing beside them.
 #[test]
 fn neither_the_bundle_nor_the_state_directory_can_be_reached() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let container = container(&scope);
     fs::write(container.bundle.dir.join("beside-the-rootfs"), "secret").unwrap();
     let out =
@@ -374,7 +374,7 @@ fn with_volume<'a>(scope: &'a Scope, name: &str) -> (Container<'a>, std::path::P
 
 #[test]
 fn a_volume_is_coherent_with_the_host() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let (container, dir) = with_volume(&scope, "data");
     let host = |name: &str| dir.join(name);
     fs::write(host("log"), "").unwrap();
@@ -413,7 +413,7 @@ fn a_volume_is_coherent_with_the_host() {
 #[test]
 fn a_lock_holds_between_containers_and_for_the_host() {
     const KINDS: [&str; 2] = ["flock", "fcntl"];
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let (holder, dir) = with_volume(&scope, "data");
     let hold = KINDS
         .map(|kind| format!("{PROBE_PATH} posix-hold {kind} /data/{kind} /data/{kind}.held & "));
@@ -439,7 +439,7 @@ fn a_lock_holds_between_containers_and_for_the_host() {
 /// Whoever holds the lock, and however long: here the host, to the end.
 #[test]
 fn a_process_that_waits_for_a_lock_ends_with_a_signal() {
-    let scope = Scope::new();
+    let scope = Scope::in_pod();
     let (container, dir) = with_volume(&scope, "data");
     let file = fs::File::create(dir.join("flock")).unwrap();
     let _flock = Flock::lock(file, FlockArg::LockExclusive).unwrap();

@@ -13,6 +13,7 @@ use crate::command::{Command, DEADLINE};
 /// Not what else may be called docker in `PATH`.
 const CLIENT: &str = "/usr/bin/docker";
 const DAEMON: &str = "/usr/sbin/dockerd";
+const CONTAINERD: &str = "/usr/bin/containerd";
 
 /// How long to wait before looking again whether a thing of somebody else's has come.
 const LOOK: Duration = Duration::from_millis(100);
@@ -31,6 +32,11 @@ impl Engine {
     fn start_docker(tree: Option<&Path>) -> Self {
         let mut engine = Self::build(Kind::Docker, tree);
         engine.configure(With::Runc);
+        // The daemon gives its containerd 15 s to answer, and a lab has its files from a shared directory.
+        engine
+            .inside(&["sh", "-c", &format!("cat {DAEMON} {CONTAINERD} >/dev/null")])
+            .output()
+            .ok();
         let script = "exec \"$0\" --config-file \"$1/daemon.json\" >\"$1/daemon.log\" 2>&1";
         let dir = engine.path("");
         let job = engine.inside(&["sh", "-c", script, DAEMON, dir.trim_end_matches('/')]).spawn();
