@@ -87,19 +87,17 @@ impl Cgroup {
             return Ok(());
         }
         let what = || format!("cannot enter the cgroup {}", self.dir.display());
-        // Two sandboxes that find the same empty one look at it one after the other.
+        // Several sandboxes may find it empty, and who has made it may be the last of them to come here.
         let dir = File::open(&self.dir).explain(what)?;
         rustix::fs::flock(&dir, FlockOperation::LockExclusive).explain(what)?;
-        if !made.contains(&self.dir) {
-            if self.made.contains(&self.dir) {
-                return Err(Error::new(format!(
-                    "the cgroup {} has just been made by somebody else: name another one in \
-                     linux.cgroupsPath",
-                    self.dir.display()
-                )));
-            }
-            self.check_unused()?;
+        if !made.contains(&self.dir) && self.made.contains(&self.dir) {
+            return Err(Error::new(format!(
+                "the cgroup {} has just been made by somebody else: name another one in \
+                 linux.cgroupsPath",
+                self.dir.display()
+            )));
         }
+        self.check_unused()?;
         join(&self.dir).explain(what)
     }
 
