@@ -169,6 +169,11 @@ fn map_aligned(len: usize) -> nix::Result<NonNull<c_void>> {
     unsafe { munmap(tail, HUGE_PAGE_SIZE - head)? };
     // SAFETY: it changes what a core dump contains, not the memory.
     unsafe { madvise(aligned, len, MmapAdvise::MADV_DONTDUMP)? };
+    // Many hosts give huge pages to whoever asks only (`madvise` in
+    // /sys/kernel/mm/transparent_hugepage/enabled). A host's kernel that has none refuses, and then there is
+    // nothing to be had.
+    // SAFETY: it changes how the memory is mapped, not what is in it.
+    let _ = unsafe { madvise(aligned, len, MmapAdvise::MADV_HUGEPAGE) };
     Ok(aligned)
 }
 
