@@ -36,6 +36,7 @@ mod reader;
 mod runtime;
 mod scope;
 pub mod terminal;
+mod turn;
 
 pub use bundle::{Bundle, PROBE_PATH};
 pub use census::Census;

@@ -49,7 +49,7 @@ pub(crate) fn address() -> Option<Address> {
 
 impl Pod {
     fn new() -> Self {
-        let scope = Scope::new();
+        let scope = Scope::of_pod();
         let container = scope.container().annotation(TYPE, "sandbox").args(["sleep", "100000"]);
         let pid = container.start_new().pid;
         // SAFETY: `end` is a function of this program that takes nothing and returns; exit(3) calls it

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
 
 use crate::bundle::Bundle;
 use crate::census::{Census, View, children_of};
@@ -13,9 +13,9 @@ use crate::container::Container;
 use crate::keeper::Keeper;
 use crate::pod;
 use crate::runtime::runtime;
+use crate::turn::Turn;
 
 static NEXT: AtomicU32 = AtomicU32::new(1);
-static ALONE: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
 
 /// The world of one test. Dropping it deletes the containers that were created, and counts what is
 /// left: of one that was run, or could not be created, nothing may be there even before that.
@@ -29,53 +29,36 @@ pub struct Scope {
     /// Containers that are there until they are deleted.
     created: Mutex<BTreeSet<String>>,
     containers: AtomicU32,
-    /// Held by a scope that counts on the whole machine.
-    alone: Option<Alone>,
+    /// None for that of the pod, which is there beside any.
+    turn: Option<Turn>,
     /// Where its containers live, if not in microVMs of their own.
     pod: Option<pod::Address>,
-}
-
-/// The right to count on the whole machine, which one scope has at a time: a lock that may be let go by
-/// another thread than took it.
-#[derive(Debug)]
-struct Alone;
-
-impl Alone {
-    fn wait() -> Self {
-        let (taken, freed) = &ALONE;
-        let taken = taken.lock().unwrap_or_else(PoisonError::into_inner);
-        *freed.wait_while(taken, |taken| *taken).unwrap_or_else(PoisonError::into_inner) = true;
-        Self
-    }
-}
-
-impl Drop for Alone {
-    fn drop(&mut self) {
-        let (taken, freed) = &ALONE;
-        *taken.lock().unwrap_or_else(PoisonError::into_inner) = false;
-        freed.notify_one();
-    }
 }
 
 impl Scope {
     /// A scope beside those of other tests: counts what bears its name or comes of its processes.
     pub fn new() -> Self {
-        Self::build(None, None)
+        Self::build(Some(Turn::beside_others()), None)
     }
 
     /// As [`Self::new`], but its containers live in the pod that the tests of this program share, as long as
     /// their configurations say nothing else. For tests that are about a container, not about a microVM.
     pub fn in_pod() -> Self {
-        Self::build(None, pod::address())
+        let turn = Turn::beside_others();
+        Self::build(Some(turn), pod::address())
     }
 
-    /// A scope that waits until no other such one exists, and counts on the whole machine. In a file
-    /// of tests all have to be alone, or none.
+    /// That of the pod: without a turn, for it is part of the machine to those that come and go.
+    pub(crate) fn of_pod() -> Self {
+        Self::build(None, None)
+    }
+
+    /// A scope that waits until no other one of the program exists, and counts on the whole machine.
     pub fn alone() -> Self {
-        Self::build(Some(Alone::wait()), None)
+        Self::build(Some(Turn::alone()), None)
     }
 
-    fn build(alone: Option<Alone>, pod: Option<pod::Address>) -> Self {
+    fn build(turn: Option<Turn>, pod: Option<pod::Address>) -> Self {
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         // Ends with what no number begins with, so that it is in no other scope's name.
         let name = format!("it{}x{number}_", std::process::id());
@@ -90,7 +73,7 @@ impl Scope {
             before: Census::default(),
             created: Mutex::default(),
             containers: AtomicU32::new(1),
-            alone,
+            turn,
             pod,
         };
         scope.before = scope.census();
@@ -159,7 +142,7 @@ impl Scope {
             dir: &self.dir,
             root: &self.root(),
             keeper: self.keeper.pid(),
-            all: self.alone.is_some(),
+            all: self.turn.as_ref().is_some_and(Turn::is_alone),
         })
     }
 

@@ -115,9 +115,9 @@ pub fn nginx_serves_files(run: &Run<'_>) {
     let site = directory(run, "site");
     let client = directory(run, "client");
     for number in 0..20_usize {
-        // From a few bytes to a few hundred thousand, not the same twice.
+        // From a few bytes to more than fifty thousand, not the same twice.
         let line = format!("line of file {number}\n");
-        fs::write(format!("{site}/{number}"), line.repeat(1 + number * number * 40))
+        fs::write(format!("{site}/{number}"), line.repeat(1 + number * number * 10))
             .expect("a file");
     }
     let sums = run.end(run.engine.inside(&["sh", "-c", "cd \"$0\" && sha256sum *", &site])).ok();

@@ -1,0 +1,92 @@
+//! Whose turn it is among the scopes of a test program: one that counts on the whole machine has no other
+//! beside it. A lock for many or for one, which may be let go by another thread than took it.
+
+use std::sync::{Condvar, Mutex, PoisonError};
+
+static SCOPES: (Mutex<Scopes>, Condvar) =
+    (Mutex::new(Scopes { alone: false, beside_others: 0 }), Condvar::new());
+
+struct Scopes {
+    alone: bool,
+    beside_others: u32,
+}
+
+/// The right to be there, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    alone: bool,
+}
+
+impl Turn {
+    /// Waits until no other scope is there.
+    pub(crate) fn alone() -> Self {
+        change(|scopes| scopes.alone || scopes.beside_others > 0, |scopes| scopes.alone = true);
+        Self { alone: true }
+    }
+
+    /// Waits until no scope is there that has to be alone.
+    pub(crate) fn beside_others() -> Self {
+        change(|scopes| scopes.alone, |scopes| scopes.beside_others += 1);
+        Self { alone: false }
+    }
+
+    /// Whether no other scope is there.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.alone
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let end = |scopes: &mut Scopes| match self.alone {
+            true => scopes.alone = false,
+            false => scopes.beside_others -= 1,
+        };
+        change(|_| false, end);
+        SCOPES.1.notify_all();
+    }
+}
+
+/// Makes a change when what is in its way has gone.
+fn change(in_the_way: impl Fn(&Scopes) -> bool, make: impl FnOnce(&mut Scopes)) {
+    let (scopes, changed) = &SCOPES;
+    let scopes = scopes.lock().unwrap_or_else(PoisonError::into_inner);
+    let scopes = changed.wait_while(scopes, |scopes| in_the_way(scopes));
+    make(&mut scopes.unwrap_or_else(PoisonError::into_inner));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn one_that_is_alone_waits_for_all_others_and_they_for_it() {
+        let [first, second] = [Turn::beside_others(), Turn::beside_others()];
+        let (said, heard) = channel();
+        let alone = thread::spawn({
+            let said = said.clone();
+            move || {
+                let turn = Turn::alone();
+                said.send("alone").unwrap();
+                turn
+            }
+        });
+        drop(first);
+        assert!(heard.try_recv().is_err());
+        drop(second);
+        assert_eq!(heard.recv(), Ok("alone"));
+        let turn = alone.join().unwrap();
+        let beside = thread::spawn(move || {
+            let turn = Turn::beside_others();
+            said.send("beside others").unwrap();
+            turn
+        });
+        assert!(heard.try_recv().is_err());
+        drop(turn);
+        assert_eq!(heard.recv(), Ok("beside others"));
+        drop(beside.join().unwrap());
+    }
+}
