@@ -74,16 +74,17 @@ impl fmt::Display for Report {
 
 /// Seconds that a program is expected to take in an emulated machine while its time is not known: engines,
 /// programs that boot many microVMs, and what is usual among the others.
-const EXPECTED: [(&str, u64); 9] = [
-    ("podman", 700),
-    ("docker", 600),
+const EXPECTED: [(&str, u64); 10] = [
+    ("podman", 1200),
+    ("docker", 900),
+    ("docker_newer", 600),
     ("workloads", 500),
-    ("docker_newer", 300),
-    ("network", 150),
-    ("filesystem", 110),
-    ("hooks", 75),
-    ("lifecycle", 75),
-    ("isolation", 70),
+    ("network", 200),
+    ("churn", 160),
+    ("stdio", 140),
+    ("virtiofs", 110),
+    ("volumes", 110),
+    ("cgroup", 100),
 ];
 const USUAL: u64 = 60;
 
