@@ -64,9 +64,6 @@ impl Census {
     }
 }
 
-/// The parent of the kernel's threads.
-const KTHREADD: i32 = 2;
-
 #[derive(Debug)]
 struct Process {
     name: String,
@@ -87,10 +84,7 @@ fn processes(view: &View<'_>, found: &mut BTreeSet<String>) {
         if counted && !ended {
             found.insert(line(*pid, process));
         }
-        // The kernel's own threads have none.
-        if process.parent != KTHREADD {
-            descriptors(*pid, view, found);
-        }
+        descriptors(*pid, view, found);
     }
 }
 

@@ -94,6 +94,19 @@ impl<'a> Container<'a> {
         self.edit(|c| c["mounts"].as_array_mut().expect("mounts").push(entry))
     }
 
+    /// Shares namespaces of the container whose process this is: each as config.json and as /proc name it.
+    #[must_use]
+    pub fn sharing(self, pid: i32, shared: &[(&str, &str)]) -> Self {
+        self.edit(|c| {
+            for namespace in c["linux"]["namespaces"].as_array_mut().expect("namespaces") {
+                let kind = namespace["type"].as_str().expect("a type");
+                if let Some((_, file)) = shared.iter().find(|(name, _)| *name == kind) {
+                    namespace["path"] = json!(format!("/proc/{pid}/ns/{file}"));
+                }
+            }
+        })
+    }
+
     /// Adds an annotation.
     #[must_use]
     pub fn annotation(self, name: &str, value: &str) -> Self {

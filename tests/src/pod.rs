@@ -7,8 +7,6 @@
 
 use std::sync::Mutex;
 
-use serde_json::{Value, json};
-
 use crate::container::Container;
 use crate::runtime::runtime;
 use crate::scope::Scope;
@@ -75,12 +73,6 @@ extern "C" fn end() {
 impl Address {
     /// Makes a container a member of the pod.
     pub(crate) fn admit<'a>(&self, container: Container<'a>) -> Container<'a> {
-        let ipc = json!(format!("/proc/{}/ns/ipc", self.pid));
-        container.annotation(TYPE, "container").edit(|config| {
-            let namespaces = config["linux"]["namespaces"].as_array_mut();
-            let namespaces = namespaces.into_iter().flatten();
-            let shared: Vec<&mut Value> = namespaces.filter(|n| n["type"] == "ipc").collect();
-            shared.into_iter().for_each(|namespace| namespace["path"] = ipc.clone());
-        })
+        container.annotation(TYPE, "container").sharing(self.pid, &[("ipc", "ipc")])
     }
 }

@@ -48,7 +48,7 @@ impl Scope {
         Self::build(Some(turn), pod::address())
     }
 
-    /// That of the pod: without a turn, for it is part of the machine to those that come and go.
+    /// The pod's own scope. It has no turn: to the scopes that come and go, the pod is part of the machine.
     pub(crate) fn of_pod() -> Self {
         Self::build(None, None)
     }

@@ -1,5 +1,5 @@
-//! Whose turn it is among the scopes of a test program: one that counts on the whole machine has no other
-//! beside it. A lock for many or for one, which may be let go by another thread than took it.
+//! The turns of a test program's scopes: a scope that counts on the whole machine has no other beside it.
+//! A lock for many or for one, which another thread than its owner may release.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 

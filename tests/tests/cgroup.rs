@@ -254,7 +254,7 @@ fn a_parent_goes_with_the_last_of_those_below() {
     drop(made);
     assert!(!parent.exists());
     scope.assert_nothing_left();
-    // What somebody else has made is theirs.
+    // A parent that somebody else has made stays.
     fs::create_dir(&parent).unwrap();
     at(scope.container(), &format!("/{}/c/d", scope.name())).run().ok();
     assert!(parent.exists() && !parent.join("c").exists());

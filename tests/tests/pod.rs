@@ -31,13 +31,7 @@ fn member<'a>(scope: &'a Scope, pid: i32) -> Container<'a> {
 }
 
 fn sharing<'a>(container: Container<'a>, pid: i32, shared: &[(&str, &str)]) -> Container<'a> {
-    container.edit(|c| {
-        for namespace in c["linux"]["namespaces"].as_array_mut().unwrap() {
-            let kind = namespace["type"].as_str().unwrap();
-            if let Some((_, file)) = shared.iter().find(|(name, _)| *name == kind) {
-                namespace["path"] = json!(format!("/proc/{pid}/ns/{file}"));
-            }
-        }
+    container.sharing(pid, shared).edit(|c| {
         c.as_object_mut().unwrap().remove("hostname");
     })
 }

@@ -55,7 +55,7 @@ pub(crate) fn inheriting(mut command: Command, fds: Vec<OwnedFd>) -> Command {
     command
 }
 
-/// What a thread has come to. That it has panicked is an error too.
+/// The result of a thread. A panic is an error too.
 pub(crate) fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     thread.join().unwrap_or_else(|_| Err(anyhow!("a thread has panicked")))
 }

@@ -87,8 +87,8 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if !choice.unit && !choice.e2e {
         bail!("--unit and --e2e leave nothing to test");
     }
-    let later = run_needs(&choice)?;
-    // Who may not install is told of all of them.
+    let later = run_packages(&choice)?;
+    // Fails for users who may not install, and names all missing packages to them.
     apt::missing(build::needs().chain(later.iter().copied()))?;
     apt::ensure(build::needs())?;
     let report = run(&choice, &later);
@@ -107,23 +107,23 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     Ok(i32::from(!total.passed_all()))
 }
 
-/// What running the tests needs from Debian beside what compiling them does.
-fn run_needs(choice: &Choice) -> Result<Vec<Need>> {
+/// The Debian packages for running the tests, without those for compiling them.
+fn run_packages(choice: &Choice) -> Result<Vec<Need>> {
     if !choice.e2e {
         return Ok(Vec::new());
     }
-    let mut needs = place::needs(false)?;
-    needs.extend(needs::NEEDS);
+    let mut packages = place::needs(false)?;
+    packages.extend(needs::NEEDS);
     if program::needs_engines(choice.filter.as_deref()) {
-        needs.extend(needs::ENGINES);
+        packages.extend(needs::ENGINES);
     }
-    Ok(needs)
+    Ok(packages)
 }
 
 /// Prepares and runs what `choice` is about. What could not be run to its end counts as failed, and does
 /// not keep the rest from being told.
-fn run(choice: &Choice, needs: &[Need]) -> Report {
-    let (programs, product) = match prepare(choice, needs) {
+fn run(choice: &Choice, packages: &[Need]) -> Report {
+    let (programs, product) = match prepare(choice, packages) {
         Ok(prepared) => prepared,
         Err(error) => return failed("tests", &error),
     };
@@ -148,9 +148,10 @@ fn failed(what: &str, error: &anyhow::Error) -> Report {
 /// The compiled tests, and where they need it the folder of the product and whether they run in labs.
 type Prepared = (Programs, Option<Result<(PathBuf, bool)>>);
 
-/// Compiles tests and product, installs `needs` and fetches the rest, all at the same time: each of them has parts that keep
-/// one processor busy only, or none. What is compiled of others is kept for the next checkout.
-fn prepare(choice: &Choice, needs: &[Need]) -> Result<Prepared> {
+/// Compiles tests and product, installs `packages` and fetches the rest, all at the same time: each of them
+/// has parts that keep one processor busy only, or none. Compiled crates of others are kept for the next
+/// checkout.
+fn prepare(choice: &Choice, packages: &[Need]) -> Result<Prepared> {
     let in_lab = choice.e2e && !place::is_here(false)?;
     let filter = choice.filter.as_deref();
     let dependencies = Dependencies::of_checkout().and_then(|all| all.take().map(|()| all));
@@ -161,7 +162,7 @@ fn prepare(choice: &Choice, needs: &[Need]) -> Result<Prepared> {
         let product = choice.e2e.then(|| scope.spawn(e2e::build));
         let fetched = choice.e2e.then(|| {
             scope.spawn(move || {
-                apt::ensure(needs.iter().copied())?;
+                apt::ensure(packages.iter().copied())?;
                 e2e::fetch(filter, in_lab)
             })
         });
