@@ -1,4 +1,4 @@
-//! Puts a microVM together from its configuration, up to the first guest instruction.
+//! Builds a microVM from its configuration, up to the first guest instruction.
 
 use std::fs::File;
 use std::io;
@@ -12,11 +12,11 @@ use linux_loader::cmdline::Cmdline;
 
 use crate::arch::x86_64::{boot, cpuid, kernel, layout, mptable, regs};
 use crate::config::{self, ConfigError, NetConfig, VmConfig};
-use crate::devices::console::{SerialConsole, SharedLog};
 use crate::devices::reset::ResetPort;
-use crate::devices::virtio::VirtioDevice;
+use crate::devices::serial::{SerialConsole, SharedLog};
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, Share};
 use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::rng::Rng;
@@ -29,68 +29,70 @@ use crate::usage::{MemoryMeter, VcpuStats};
 use crate::vcpu::Vcpus;
 use crate::vm::{Vm, VmError};
 
-/// What the VMM has to say on every command line.
+/// Parameters of every kernel command line.
 ///
-/// `quiet` leaves the early console to errors; a panic restarts at once, through the i8042's
-/// reset line, and a restart does not put interrupt controllers in order before, which end with the
-/// machine; and nothing is looked for that is not there.
+/// `quiet` limits the early console to errors. A panic restarts at once (`panic=-1`), through the
+/// reset line of the i8042 (`reboot=k`). The restart skips the shutdown of interrupt controllers
+/// (`reboot=f`), which end with the machine. `random.trust_cpu=on` seeds the kernel's random
+/// numbers from the processor.
 const CMDLINE: &str = "quiet earlyprintk=serial,ttyS0,115200,keep panic=-1 reboot=k,f \
                        random.trust_cpu=on rdinit=/init";
 
-// Sockets, files, entropy and balloon have a line each, and every disk and network interface.
+// Socket, file system, entropy and balloon device have a line each, as has every disk and network
+// interface.
 const _: () = assert!(
     config::MAX_BLOCK_AND_NET_DEVICES + 4
         <= (layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1) as usize
 );
 
-/// The microVM cannot be built.
+/// Reasons why a microVM cannot be built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// A descriptor.
+    /// The configuration or one of its descriptors is not valid.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// Memory.
+    /// Guest memory could not be made or written.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// KVM.
+    /// KVM refused the virtual machine.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// Kernel, image, boot parameters.
+    /// Kernel, image or boot parameters could not be loaded.
     #[error(transparent)]
     Boot(#[from] boot::BootError),
-    /// A vCPU's registers.
-    #[error("KVM: setting up vCPU {index}: {source}")]
+    /// The registers of a vCPU could not be set.
+    #[error("KVM cannot set up vCPU {index}: {source}")]
     Vcpu {
-        /// Which.
+        /// Number of the vCPU.
         index: u8,
-        /// Why.
+        /// The cause.
         source: kvm_ioctls::Error,
     },
-    /// A volume.
+    /// A volume cannot be used.
     #[error("{path}: {source}; a volume is a raw image file or a block device")]
     Block {
-        /// Where it was opened.
+        /// Path by which the volume was opened.
         path: String,
-        /// Why it is not usable.
+        /// The cause.
         source: io::Error,
     },
-    /// A network interface.
+    /// A network interface cannot be used.
     #[error("network device {index}: {source}")]
     Net {
-        /// Which, counted from 0.
+        /// Number of the interface, counted from 0.
         index: usize,
-        /// Why it is not usable.
+        /// The cause.
         source: NetError,
     },
-    /// The jail.
+    /// The VMM could not enter its jail.
     #[error(transparent)]
     Jail(#[from] JailError),
-    /// A host resource.
-    #[error("{what}: {source}")]
+    /// The host refused a resource.
+    #[error("cannot {what}: {source}")]
     Host {
-        /// What was wanted.
+        /// The step that failed, as an infinitive.
         what: &'static str,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
 }
@@ -99,21 +101,21 @@ fn host(what: &'static str) -> impl FnOnce(io::Error) -> BuildError {
     move |source| BuildError::Host { what, source }
 }
 
-/// A microVM whose vCPUs wait to be let run.
+/// A microVM whose vCPUs are paused before their first instruction.
 pub struct Microvm {
-    /// Its processors.
+    /// The vCPUs.
     pub vcpus: Vcpus,
-    /// Told when it ends.
+    /// The signal of the microVM's end.
     pub end: Arc<EndSignal>,
-    /// What its kernel said.
+    /// Output of the guest kernel's console.
     pub console: SharedLog,
-    /// What its memory costs.
+    /// Meter of the process's resident memory.
     pub memory_meter: MemoryMeter,
-    /// KVM's counters, a vCPU each, on kernels that have them.
+    /// KVM's counters, one set for each vCPU, on kernels that have them.
     pub stats: Vec<VcpuStats>,
     /// The shared directory, if there is one.
     pub share: Option<Share>,
-    /// Keeps KVM's machine, its event descriptors and its memory.
+    /// Keeps KVM's machine, its event descriptors and its memory alive.
     _vm: Vm,
 }
 
@@ -121,7 +123,7 @@ pub struct Microvm {
 ///
 /// # Errors
 ///
-/// The first thing that failed; the process is then to exit.
+/// The first step that failed. The process must exit then.
 pub fn build(
     inherited: Inherited,
     reset: vmm_sys_util::eventfd::EventFd,
@@ -130,20 +132,20 @@ pub fn build(
     let config = &config;
     let ram = GuestRam::new(config.memory_mib)?;
     let kvm = descriptors.take(config.kvm_fd)?;
-    // SAFETY: the descriptor is owned and given up to `Kvm`.
+    // SAFETY: `kvm` is an owned descriptor, and `into_raw_fd` gives its ownership up to `Kvm`.
     let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
     let mut kernel = File::from(descriptors.take(config.kernel.fd)?);
     let mut image = File::from(descriptors.take(config.initramfs.fd)?);
     let console = config.console_fd.map(|fd| descriptors.take(fd)).transpose()?;
     let (loaded, vm) = thread::scope(|scope| {
-        // Making a machine waits for the host's cgroup and RCU locks, some ten milliseconds on an
-        // idle host; meanwhile memory is filled.
+        // KVM waits for the host's cgroup and RCU locks, some ten milliseconds on an idle host.
+        // Memory is filled meanwhile.
         let vm = scope.spawn(|| Vm::new(&kvm, ram.clone()));
         let loaded = load(&ram, config, &mut kernel, &mut image);
         (loaded, vm.join())
     });
     let vm =
-        vm.map_err(|_| host("making a virtual machine")(io::Error::other("its thread panicked")))?;
+        vm.map_err(|_| host("make a virtual machine")(io::Error::other("its thread panicked")))?;
     let (mut vm, (entry, initramfs)) = (vm?, loaded?);
     let console = SharedLog::new(console.map(File::from));
     add_ports(&mut vm, &console, reset);
@@ -157,9 +159,9 @@ pub fn build(
     write_boot_tables(&vm, config, &cmdline, initramfs)?;
     let vcpus = create_vcpus(&vm, config, entry)?;
     let stats = vcpus.iter().filter_map(|vcpu| VcpuStats::open(vcpu).ok()).collect();
-    let memory_meter = MemoryMeter::new(vm.ram().parts()).map_err(host("/proc/self/smaps"))?;
+    let memory_meter = MemoryMeter::new(vm.ram().parts()).map_err(host("open /proc/self/smaps"))?;
 
-    jail::raise_descriptor_limit().map_err(host("raising the descriptor limit"))?;
+    jail::raise_descriptor_limit().map_err(host("raise the descriptor limit"))?;
     jail::set_no_new_privs()?;
     enter_jail(config.jail_root_fd.map(|fd| descriptors.take(fd)).transpose()?, share.as_ref())?;
     jail::set_undumpable()?;
@@ -167,7 +169,7 @@ pub fn build(
 
     let end = Arc::clone(vm.end());
     let vcpus = Vcpus::spawn(vcpus, vm.mmio.clone(), vm.ports.clone(), Arc::clone(&end))
-        .map_err(host("starting the vCPU threads"))?;
+        .map_err(host("start the vCPU threads"))?;
     Ok(Microvm { vcpus, end, console, memory_meter, stats, share, _vm: vm })
 }
 
@@ -179,22 +181,22 @@ fn add_ports(vm: &mut Vm, console: &SharedLog, reset: vmm_sys_util::eventfd::Eve
     vm.ports.insert(layout::I8042_COMMAND_PORT.into(), 1, Arc::new(Mutex::new(reset)));
 }
 
-/// Goes where only the share is to be seen, and opens it there.
+/// Enters the jail, where only the share is visible, and opens the share there.
 fn enter_jail(root: Option<OwnedFd>, share: Option<&Share>) -> Result<(), BuildError> {
     let open = |share: &Share, root: &str, jail| {
-        share.open(root, jail).map_err(host("opening the shared directory"))
+        share.open(root, jail).map_err(host("open the shared directory"))
     };
     let Some(root) = root else {
         return share.map_or(Ok(()), |share| open(share, "/", None));
     };
-    let antechamber = jail::enter(&root)?;
+    let outer_root = jail::enter(&root)?;
     if let Some(share) = share {
-        open(share, jail::SHARE, Some(antechamber.clone()))?;
+        open(share, jail::SHARE, Some(outer_root.clone()))?;
     }
-    Ok(antechamber.close()?)
+    Ok(outer_root.enter_share()?)
 }
 
-/// Adds the virtio devices. Returns a handle to the share, which is opened inside the jail.
+/// Adds the virtio devices. Returns a handle of the share, which is opened in the jail.
 fn add_devices(
     vm: &mut Vm,
     config: &VmConfig,
@@ -209,11 +211,11 @@ fn add_devices(
     let listener = UnixListener::from(descriptors.take(config.vsock.listen_fd)?);
     let connector = UnixDatagram::from(descriptors.take(config.vsock.connect_fd)?);
     let vsock = Vsock::new(config.vsock.guest_cid, listener, connector)
-        .map_err(host("the vsock device's sockets"))?;
+        .map_err(host("set up the vsock device's sockets"))?;
     add(Box::new(vsock))?;
     let mut share = None;
     if let Some(fs) = &config.fs {
-        let device = Fs::new(fs).map_err(host("the file system device"))?;
+        let device = Fs::new(fs).map_err(host("set up the file system device"))?;
         share = Some(device.share());
         add(Box::new(device))?;
     }
@@ -243,7 +245,8 @@ fn new_net(
     Net::new(taps, vhost, socket, config).map_err(|source| BuildError::Net { index, source })
 }
 
-/// Puts kernel and image into guest memory. Returns the kernel's entry point and where the image is.
+/// Loads kernel and image into guest memory. Returns the kernel's entry point and the image's
+/// place.
 fn load(
     ram: &GuestRam,
     config: &VmConfig,
@@ -302,7 +305,8 @@ mod tests {
         FileRef { fd: number(file), path: "file".to_owned() }
     }
 
-    /// As many devices and as long a command line as there can be, and no KVM.
+    /// A configuration with the most devices and the longest command line, whose `kvm_fd` is not
+    /// KVM.
     fn largest() -> VmConfig {
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("vsock.sock")).unwrap();
@@ -340,7 +344,7 @@ mod tests {
     #[test]
     fn the_most_devices_with_the_longest_command_line_can_be_built() {
         let Ok(kvm) = Kvm::new() else { return eprintln!("left out: needs /dev/kvm") };
-        // SAFETY: the configuration's descriptors were given up to it.
+        // SAFETY: `largest` gave the ownership of its descriptors up to the configuration.
         let inherited = unsafe { Inherited::new(largest()) }.unwrap();
         let Inherited { config, mut descriptors } = inherited;
         let ram = GuestRam::new(config.memory_mib).unwrap();
@@ -352,7 +356,7 @@ mod tests {
         write_boot_tables(&vm, &config, &cmdline, boot::Initramfs { start: 0, len: 0 }).unwrap();
         let one_more = vm.add_virtio(Box::<Rng>::default());
         assert!(matches!(one_more, Err(VmError::TooManyDevices)));
-        // No descriptor can be taken twice.
+        // A descriptor can be taken once.
         let again = descriptors.take(config.block[0].file.fd);
         assert!(matches!(again, Err(ConfigError::Closed(_))));
     }
@@ -371,7 +375,7 @@ mod tests {
             (twice, "is given twice"),
             (too_many, "number of block and network devices is 16; it has to be from 0 to 15"),
         ] {
-            // SAFETY: it takes none of them, as the configuration is not valid.
+            // SAFETY: the configuration is not valid, so no descriptor is taken.
             let error = unsafe { Inherited::new(config) }.err().unwrap().to_string();
             assert!(error.contains(message), "{error}");
         }
@@ -417,10 +421,11 @@ mod tests {
         }
         let error = with(&vec![valid.clone(); 9]).validate().unwrap_err().to_string();
         assert_eq!(error, "number of network devices is 9; it has to be from 0 to 8");
-        // A file is no tap.
+        // A regular file is not a tap.
         let mut config = with(std::slice::from_ref(&valid));
         config.net[0].tap_fds = vec![file().fd];
-        // SAFETY: the configuration's descriptors were given up to it.
+        // SAFETY: `largest` and `file` gave the ownership of their descriptors up to the
+        // configuration.
         let Inherited { config, mut descriptors } = unsafe { Inherited::new(config) }.unwrap();
         let error = new_net(&mut descriptors, 0, &config.net[0]).err().unwrap().to_string();
         assert!(error.starts_with("network device 0: queue 0 of its tap: "), "{error}");

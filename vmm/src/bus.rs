@@ -1,4 +1,4 @@
-//! Which device answers an address.
+//! Buses: the devices at the addresses of ports and of memory-mapped registers.
 
 use std::sync::{Arc, Mutex};
 
@@ -6,15 +6,15 @@ use crate::sync::lock;
 
 /// A device whose registers the guest reads and writes.
 pub trait BusDevice: Send {
-    /// Fills `data` from the register at `offset`. What nobody answers reads as zeros.
+    /// Fills `data`, which is zero, from the register at `offset`.
     fn read(&mut self, offset: u64, data: &mut [u8]);
-    /// Takes `data` for the register at `offset`.
+    /// Writes `data` to the register at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 
 /// A range of addresses and its device.
 #[derive(Clone)]
-struct Range {
+struct AddressRange {
     start: u64,
     len: u64,
     device: Arc<Mutex<dyn BusDevice>>,
@@ -23,19 +23,20 @@ struct Range {
 /// The devices of one address space: ports, or memory-mapped registers.
 #[derive(Clone, Default)]
 pub struct Bus {
-    ranges: Vec<Range>,
+    ranges: Vec<AddressRange>,
 }
 
 impl Bus {
-    /// Adds a device at `start..start + len`, which no other may share.
+    /// Adds a device at `start..start + len`. Ranges must not overlap.
     pub fn insert(&mut self, start: u64, len: u64, device: Arc<Mutex<dyn BusDevice>>) {
         debug_assert!(
             self.ranges.iter().all(|r| start + len <= r.start || r.start + r.len <= start)
         );
-        self.ranges.push(Range { start, len, device });
+        self.ranges.push(AddressRange { start, len, device });
     }
 
-    /// Hands a read to the device there. Without one, `data` becomes all ones, as on real buses.
+    /// Reads from the device at `address`. Without a device `data` becomes all ones, as on real
+    /// buses.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address, data.len()) {
             Some((range, offset)) => {
@@ -46,14 +47,14 @@ impl Bus {
         }
     }
 
-    /// Hands a write to the device there. Without one, it is dropped, as on real buses.
+    /// Writes to the device at `address`. Without a device the write is dropped, as on real buses.
     pub fn write(&self, address: u64, data: &[u8]) {
         if let Some((range, offset)) = self.find(address, data.len()) {
             lock(&range.device).write(offset, data);
         }
     }
 
-    fn find(&self, address: u64, len: usize) -> Option<(&Range, u64)> {
+    fn find(&self, address: u64, len: usize) -> Option<(&AddressRange, u64)> {
         self.ranges.iter().find_map(|range| {
             let offset = address.checked_sub(range.start)?;
             let end = offset.checked_add(len as u64)?;

@@ -1,38 +1,38 @@
-//! What to run: the one document that `isopod-vmm` reads, and its validation.
+//! The configuration of a microVM: the one document that `isopod-vmm` reads, and its validation.
 //!
-//! The sandbox process opens every file, device and socket and passes the descriptors; the
-//! configuration names them by number. Paths in it are for messages only.
+//! The sandbox process opens every file, device and socket, and passes the descriptors on. The
+//! configuration names them by number. Its paths are for messages only.
 
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
 
-/// Most vCPUs that a microVM may have.
+/// Most vCPUs of a microVM.
 pub const MAX_VCPUS: u8 = 32;
 
-/// Least guest memory in MiB that the guest kernel and the agent are known to boot with.
+/// Least guest memory in MiB. The guest kernel and the agent are known to boot with it.
 pub const MIN_MEMORY_MIB: u64 = 64;
 
 /// Most guest memory in MiB (1 TiB).
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 
-/// Most block and network devices of a microVM: interrupt lines without those of the others.
+/// Most block and network devices of a microVM: the interrupt lines that other devices leave.
 pub const MAX_BLOCK_AND_NET_DEVICES: usize = 15;
 
-/// Most network devices among them.
-pub const MAX_NET_DEVICES: usize = 8;
+/// Most network devices of a microVM.
+pub const MAX_NET_DEVICES: u8 = 8;
 
-/// Most queue pairs of a network device: one for each vCPU is what a guest can use.
+/// Most queue pairs of a network device. A guest can use one for each vCPU.
 pub const MAX_QUEUE_PAIRS: usize = MAX_VCPUS as usize;
 
-/// Longest kernel command line in bytes that x86 Linux takes (`COMMAND_LINE_SIZE`, with its NUL).
+/// Longest kernel command line of x86 Linux in bytes (`COMMAND_LINE_SIZE`, with its NUL).
 pub const MAX_CMDLINE_LEN: usize = 2048;
 
-/// The whole configuration of one microVM, as JSON on the descriptor given by `--config-fd`.
+/// Configuration of one microVM: JSON on the descriptor of `--config-fd`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Name of the sandbox. It tells whoever finds this document whose it is; nothing else uses it.
+    /// Name of the sandbox. Only a reader of the document uses it.
     pub id: String,
     /// Number of vCPUs, 1 to [`MAX_VCPUS`].
     pub vcpus: u8,
@@ -44,131 +44,135 @@ pub struct VmConfig {
     pub kernel: FileRef,
     /// The guest image: a newc cpio archive with the agent as `/init`.
     pub initramfs: FileRef,
-    /// Appended to the kernel command line that the VMM composes. May be empty.
+    /// Text behind the VMM's own kernel command line. May be empty.
     #[serde(default)]
     pub cmdline: String,
-    /// The guest's processors have the virtualisation extensions of the host's, so that it can run
-    /// microVMs of its own.
+    /// True if the guest's processors have the host's virtualisation extensions, for microVMs
+    /// inside the guest.
     #[serde(default)]
     pub nested: bool,
-    /// The kernel's code and constants are pages of its file, which all microVMs share, and not copies.
+    /// True if the kernel's code and constants are mapped from its file, which all microVMs share,
+    /// and not copied.
     #[serde(default)]
     pub share_kernel: bool,
-    /// Receives the kernel's console output, if given: any descriptor open for writing.
-    /// The last lines are kept in memory for error reports in either case.
+    /// Descriptor for the kernel's console output, open for writing. The last lines are kept in
+    /// memory for error reports with or without it.
     #[serde(default)]
     pub console_fd: Option<i32>,
     /// A connected `SOCK_SEQPACKET` socket for [`crate::control`].
     pub control_fd: i32,
     /// The vsock device.
     pub vsock: VsockConfig,
-    /// The virtio-fs device, if the guest shares a directory.
+    /// The virtio-fs device, if the guest gets a shared directory.
     #[serde(default)]
     pub fs: Option<FsConfig>,
-    /// virtio-blk devices, `/dev/vda` onwards in the guest.
+    /// The virtio-blk devices, `/dev/vda` onwards in the guest.
     #[serde(default)]
     pub block: Vec<BlockConfig>,
-    /// virtio-net devices, in the order in which the guest finds them.
+    /// The virtio-net devices, in the order in which the guest finds them.
     #[serde(default)]
     pub net: Vec<NetConfig>,
     /// Descriptor of the directory that becomes the VMM's root before the guest runs. Its mount
-    /// must be shared, so that mounts made under it later arrive in the VMM. Without it the VMM
-    /// keeps the caller's root; only for trying things out.
+    /// must be shared, so that later mounts below it arrive in the VMM. Without a descriptor the
+    /// VMM keeps the caller's root, which is for experiments only.
     #[serde(default)]
     pub jail_root_fd: Option<i32>,
 }
 
-/// An open file and the name to give it in messages.
+/// An open file, and its name for messages.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileRef {
     /// Descriptor, open for reading.
     pub fd: i32,
-    /// Where the file was opened.
+    /// Path by which the file was opened.
     pub path: String,
 }
 
-/// The virtio-vsock device and its two host sides.
+/// The virtio-vsock device, and its two sockets on the host.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
     /// The guest's context id, 3 to `u32::MAX - 1`.
     pub guest_cid: u32,
-    /// A listening `SOCK_STREAM` unix socket. A client writes `CONNECT <port>\n`, gets
-    /// `OK <host port>\n` back when the guest accepts, and then has a stream to that guest port.
-    /// A refused connection is closed without an answer.
+    /// A listening `SOCK_STREAM` unix socket. A client writes `CONNECT <port>\n`. When the guest
+    /// accepts, the client reads `OK <host port>\n` and then has a stream to that guest port. A
+    /// refused connection is closed without an answer.
     pub listen_fd: i32,
-    /// A connected `SOCK_SEQPACKET` unix socket. For each connection that the guest makes to the
-    /// host (cid 2), the VMM sends one message: the port as 4 bytes, little endian, with one end of
-    /// a new stream socket pair attached (`SCM_RIGHTS`). Closing that end resets the connection.
+    /// A connected `SOCK_SEQPACKET` unix socket. The VMM sends one message for each connection from
+    /// the guest to the host (cid 2). The message is the port as 4 bytes, little endian, with one
+    /// end of a new stream socket pair (`SCM_RIGHTS`). Closing that end resets the connection.
     pub connect_fd: i32,
 }
 
-/// The virtio-fs device, which serves the VMM's root directory after the jail is entered.
+/// The virtio-fs device. It serves the VMM's root directory once the VMM is in the jail.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FsConfig {
     /// Mount tag, 1 to 36 bytes (virtio 1.2, 5.11.4).
     pub tag: String,
-    /// Worker threads, 1 to 16.
+    /// Number of worker threads, 1 to 16.
     pub workers: u8,
-    /// How long the guest may trust what it cached of a root file system.
+    /// Caching policy of a root file system.
     pub cache: FsCache,
-    /// The guest may make block and character devices.
+    /// True if the guest may make block and character devices.
     #[serde(default)]
     pub devices: bool,
 }
 
-/// Caching policy of a container's root file system, which is mounted at `<id>/rootfs` of the share. Of
-/// all other files, which the host may change at any time, names and attributes are never cached.
+/// Caching policy of a container's root file system, which is mounted at `<id>/rootfs` of the
+/// share.
+///
+/// The host may change all other files at any time. Names and attributes of those are never cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FsCache {
-    /// Names and attributes are never cached either.
+    /// Names and attributes are not cached either.
     Never,
-    /// Attributes and entries for a second, data until its file changes.
+    /// Names and attributes are cached for a second, data until the file changes.
     Auto,
-    /// For root file systems that nobody else writes.
+    /// Names and attributes are cached for a day. For a root file system that only the guest
+    /// writes.
     Always,
 }
 
-/// A raw image or block device for the guest.
+/// A raw image file or block device for the guest.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockConfig {
     /// The open file or device, and its name for messages.
     pub file: FileRef,
-    /// Serial that the guest reads from the device, at most 20 bytes.
+    /// Serial number of the device in the guest, at most 20 bytes.
     pub serial: String,
-    /// The guest may not write.
+    /// True if the guest may not write.
     pub read_only: bool,
 }
 
-/// A network interface of the guest, behind a tap.
+/// A network interface of the guest, connected to a tap.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// The queues of one tap, one for each queue pair, 1 to [`MAX_QUEUE_PAIRS`]. They were opened
-    /// with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and `IFF_MULTI_QUEUE` if there are several, and
-    /// are attached. Length of the header and offloads are set by the VMM.
+    /// with `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, and with `IFF_MULTI_QUEUE` if there are several.
+    /// All are attached. The VMM sets the header's length and the offloads.
     pub tap_fds: Vec<i32>,
-    /// `/dev/vhost-net`, opened once for each queue pair, to have the host's kernel serve the
-    /// queues. Empty: the VMM serves them.
+    /// Descriptors of `/dev/vhost-net`, opened once for each queue pair: the host's kernel serves
+    /// the queues. If empty, the VMM serves them.
     #[serde(default)]
     pub vhost_fds: Vec<i32>,
-    /// In place of `vhost_fds`: a datagram socket by which they may come later, one with each message.
-    /// It is read at the driver's first kick; the VMM serves the queue pairs for which none has come
-    /// by then.
+    /// A datagram socket in place of `vhost_fds`. Each message on it may carry one descriptor of
+    /// `/dev/vhost-net`. The VMM reads it at the driver's first kick, and serves the queue pairs
+    /// without a descriptor itself.
     #[serde(default)]
     pub vhost_socket_fd: Option<i32>,
-    /// Hardware address: one interface's own, not a group's.
+    /// Hardware address of one interface, not of a group.
     pub mac: [u8; 6],
-    /// Largest payload of a frame in bytes, if the guest is to be told: 68 to 65535.
+    /// Largest payload of a frame in bytes, 68 to 65535. Without it the guest gets no MTU.
     #[serde(default)]
     pub mtu: Option<u16>,
 }
 
-/// Why a configuration was refused.
+/// Reasons why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The document is not the JSON of a [`VmConfig`].
@@ -177,40 +181,40 @@ pub enum ConfigError {
     /// A number is outside its range.
     #[error("{field} is {value}; it has to be from {min} to {max}")]
     Range {
-        /// Which number.
+        /// Name of the field.
         field: &'static str,
-        /// What it was.
+        /// The refused value.
         value: u64,
-        /// Least value.
+        /// Least allowed value.
         min: u64,
-        /// Greatest value.
+        /// Greatest allowed value.
         max: u64,
     },
-    /// A text is empty, too long, or has bytes that its consumer cannot take.
+    /// A text is empty, too long, or has bytes that are not allowed.
     #[error("{field} is {value:?}; it has to be {rule}")]
     Text {
-        /// Which text.
+        /// Name of the field.
         field: &'static str,
-        /// What it was.
+        /// The refused text.
         value: String,
-        /// What it has to be.
+        /// The rule that the text breaks.
         rule: &'static str,
     },
-    /// A network device has `/dev/vhost-net` for some of its queue pairs only, or in two ways.
+    /// A network device has `/dev/vhost-net` for only some of its queue pairs, or in both ways.
     #[error(
-        "net.vhost_fds has {vhost} descriptors for {taps} of net.tap_fds; it has to have none, or as many \
-         and no net.vhost_socket_fd"
+        "net.vhost_fds has {vhost} descriptors for {taps} of net.tap_fds; \
+         it has to have none, or as many and no net.vhost_socket_fd"
     )]
     Vhost {
-        /// Descriptors of `/dev/vhost-net`.
+        /// Number of descriptors of `/dev/vhost-net`.
         vhost: usize,
-        /// Queue pairs.
+        /// Number of queue pairs.
         taps: usize,
     },
-    /// Two fields name the same descriptor, or one names a standard stream.
+    /// Two fields name the same descriptor, or a field names a standard stream.
     #[error("descriptor {0} is given twice or is a standard stream")]
     Descriptor(i32),
-    /// A descriptor that the configuration names is not there.
+    /// A descriptor of the configuration is not open, or was taken before.
     #[error("descriptor {0} is not open, or is in use already")]
     Closed(i32),
 }
@@ -220,7 +224,7 @@ impl VmConfig {
     ///
     /// # Errors
     ///
-    /// The first [`ConfigError`] found; nothing has been touched.
+    /// The first [`ConfigError`] found. No descriptor has been touched then.
     pub fn from_json(json: &[u8]) -> Result<Self, ConfigError> {
         let config: Self = serde_json::from_slice(json)?;
         config.validate()?;
@@ -228,22 +232,18 @@ impl VmConfig {
     }
 
     /// Checks every field against its range.
-    ///
-    /// # Errors
-    ///
-    /// The first [`ConfigError`] found.
     pub fn validate(&self) -> Result<(), ConfigError> {
         in_range("vcpus", self.vcpus.into(), 1, MAX_VCPUS.into())?;
         in_range("memory_mib", self.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         in_range("vsock.guest_cid", self.vsock.guest_cid.into(), 3, u64::from(u32::MAX) - 1)?;
-        in_range("number of network devices", self.net.len() as u64, 0, MAX_NET_DEVICES as u64)?;
+        in_range("number of network devices", self.net.len() as u64, 0, MAX_NET_DEVICES.into())?;
         let block_and_net = (self.block.len() + self.net.len()) as u64;
         let max = MAX_BLOCK_AND_NET_DEVICES as u64;
         in_range("number of block and network devices", block_and_net, 0, max)?;
         text("id", &self.id, "1 to 1024 printable ASCII characters", |s| {
             (1..=1024).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_graphic())
         })?;
-        // Half of it is left for what the VMM itself has to say.
+        // The other half is left for the VMM's own parameters.
         text("cmdline", &self.cmdline, "at most 1024 printable ASCII characters", |s| {
             s.len() <= MAX_CMDLINE_LEN / 2 && s.bytes().all(|b| (b' '..=b'~').contains(&b))
         })?;
@@ -268,7 +268,7 @@ impl VmConfig {
         Ok(())
     }
 
-    /// Every descriptor that the configuration names.
+    /// Returns every descriptor of the configuration.
     pub fn descriptors(&self) -> Vec<i32> {
         let mut fds = vec![
             self.kvm_fd,
@@ -295,7 +295,8 @@ impl NetConfig {
         if vhost != 0 && (vhost != taps || self.vhost_socket_fd.is_some()) {
             return Err(ConfigError::Vhost { vhost, taps });
         }
-        // Linux's driver takes neither, and less than 68 is refused (virtio 1.2, 5.1.4.1).
+        // Linux's driver refuses both addresses. The specification forbids an MTU below 68 (virtio
+        // 1.2, 5.1.4.1).
         if self.mac == [0; 6] || self.mac[0] & 1 != 0 {
             let value = self.mac.map(|byte| format!("{byte:02x}")).join(":");
             let rule = "the address of one interface, neither zero nor a group's";

@@ -1,8 +1,8 @@
-//! What the sandbox process can ask of a running VMM, and what the VMM reports.
+//! Messages between the sandbox process and a running VMM.
 //!
 //! Each message is one `SOCK_SEQPACKET` packet of JSON on [`crate::config::VmConfig::control_fd`],
-//! at most [`MAX_MESSAGE_LEN`] bytes. The sandbox process sends [`VmmAction`]s and gets one
-//! [`VmmMessage::Reply`] for each, in order; [`VmmMessage::Event`]s come in between, unasked. When
+//! at most [`MAX_MESSAGE_LEN`] bytes. The sandbox process sends [`VmmAction`]s. Each gets one
+//! [`VmmMessage::Reply`], in order. [`VmmMessage::Event`]s come in between, without a request. When
 //! the sandbox process closes its end, the VMM ends the microVM and exits.
 
 use std::io;
@@ -15,21 +15,21 @@ use serde::{Deserialize, Serialize};
 /// Longest message in either direction, in bytes.
 pub const MAX_MESSAGE_LEN: usize = 32 * 1024;
 
-/// How long a sandbox process may leave its end unread before it counts as gone, so that the VMM
-/// always ends when it has to.
+/// Time for which the sandbox process may leave its end unread. After that it counts as gone,
+/// so that the VMM can always end.
 pub const SEND_LIMIT: Duration = Duration::from_secs(5);
 
-/// Everything that can be asked of a VMM.
+/// Requests of the sandbox process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "action")]
 pub enum VmmAction {
-    /// Report [`VmmReply::Status`].
+    /// Reports [`VmmReply::Status`].
     Status,
-    /// Stop all vCPUs before their next guest instruction.
+    /// Stops all vCPUs before their next guest instruction.
     Pause,
-    /// Let paused vCPUs run on.
+    /// Continues paused vCPUs.
     Resume,
-    /// End the microVM now, without telling the guest.
+    /// Ends the microVM now, without a message to the guest.
     Stop,
 }
 
@@ -37,46 +37,47 @@ pub enum VmmAction {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "reply")]
 pub enum VmmReply {
-    /// Done.
+    /// The action is done.
     Done,
-    /// To [`VmmAction::Status`].
+    /// Answer to [`VmmAction::Status`].
     Status {
-        /// vCPUs are paused.
+        /// True while the vCPUs are paused.
         paused: bool,
-        /// VM exits since the start, by kind, without zeros.
+        /// VM exits since the start, by kind. Kinds without an exit are left out.
         exits: std::collections::BTreeMap<String, u64>,
-        /// Memory of the VMM process in KiB that is resident and not guest memory.
+        /// Resident memory of the VMM process in KiB, without guest memory.
         overhead_kib: u64,
-        /// Guest memory in KiB that is resident on the host.
+        /// Resident guest memory in KiB.
         guest_resident_kib: u64,
     },
-    /// Could not be done.
+    /// The action failed.
     Failed {
-        /// Why.
+        /// The cause.
         message: String,
     },
 }
 
-/// Something that happened without being asked for.
+/// Messages without a request.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "event")]
 pub enum VmmEvent {
-    /// The vCPUs are about to run their first instruction. Times are `CLOCK_MONOTONIC` microseconds.
+    /// The vCPUs are about to run their first instruction. Times are `CLOCK_MONOTONIC` in
+    /// microseconds.
     Started {
-        /// `main` began.
+        /// Time at the start of `main`.
         exec_us: u64,
-        /// Kernel and image are in guest memory, devices are built, the jail is entered.
+        /// Time when kernel and image were loaded, the devices built and the jail entered.
         running_us: u64,
     },
-    /// The guest's kernel knows of so many files that it should be asked to forget those that nothing
-    /// uses. Sent again after some seconds if it still knows of more.
+    /// The guest's kernel knows of so many files that it should forget the unused ones. The event
+    /// repeats after some seconds while their number stays high.
     FilesHigh,
     /// The microVM has ended; the VMM exits after this message.
     Ended {
-        /// Why.
+        /// The cause.
         reason: EndReason,
-        /// The last lines of the guest's console, oldest first. Guest-controlled text, in which each
-        /// control or format character has become a `.`.
+        /// The last lines of the guest's console, oldest first. The guest controls the text; each
+        /// control or format character in it has become a `.`.
         console_tail: Vec<String>,
     },
     /// The VMM could not start the microVM; it exits after this message.
@@ -86,38 +87,38 @@ pub enum VmmEvent {
     },
 }
 
-/// Why a microVM ended.
+/// Reasons why a microVM ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
 pub enum EndReason {
-    /// The guest asked for a reset or power-off, which is how it shuts down.
+    /// The guest asked for a reset or power-off. A guest shuts down by a reset.
     GuestShutdown,
-    /// The guest's console shows a kernel panic before it reset.
+    /// The guest's console showed a kernel panic before the reset.
     GuestPanic,
     /// A vCPU triple-faulted (`KVM_EXIT_SHUTDOWN`).
     TripleFault,
-    /// KVM could not go on with a vCPU: `KVM_EXIT_INTERNAL_ERROR`, `KVM_EXIT_FAIL_ENTRY`, or an
-    /// error of `KVM_RUN`.
+    /// KVM could not continue a vCPU: `KVM_EXIT_INTERNAL_ERROR`, `KVM_EXIT_FAIL_ENTRY`, or an error
+    /// of `KVM_RUN`.
     VcpuFailed {
-        /// What KVM said.
+        /// KVM's error.
         message: String,
     },
-    /// [`VmmAction::Stop`], or the sandbox process went away.
+    /// The sandbox process sent [`VmmAction::Stop`], or is gone.
     Stopped,
     /// A device or thread of the VMM failed.
     VmmFailed {
-        /// What failed.
+        /// The failure.
         message: String,
     },
 }
 
-/// What the VMM sends.
+/// Messages of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum VmmMessage {
-    /// To an action.
+    /// The answer to an action.
     Reply(VmmReply),
-    /// On its own.
+    /// A message without a request.
     Event(VmmEvent),
 }
 
@@ -128,7 +129,8 @@ impl ControlSocket {
     /// Takes the descriptor of a connected `SOCK_SEQPACKET` socket.
     pub fn new(fd: OwnedFd) -> Self {
         let socket = UnixDatagram::from(fd);
-        // It fails on what is no socket, and so does all that follows.
+        // The call fails only on a descriptor that is not a socket, on which all later calls fail
+        // too.
         let _ = socket.set_write_timeout(Some(SEND_LIMIT));
         Self(socket)
     }
@@ -137,7 +139,7 @@ impl ControlSocket {
     ///
     /// # Errors
     ///
-    /// When the packet is no action; the sandbox process is then not to be trusted to steer.
+    /// When the packet is not an action. The sandbox process cannot be trusted to steer then.
     pub fn receive(&self) -> io::Result<Option<VmmAction>> {
         let mut packet = vec![0u8; MAX_MESSAGE_LEN];
         let len = self.0.recv(&mut packet)?;
@@ -151,7 +153,7 @@ impl ControlSocket {
     ///
     /// # Errors
     ///
-    /// When the sandbox process has closed its end, or reads nothing for [`SEND_LIMIT`].
+    /// When the sandbox process has closed its end, or has read nothing for [`SEND_LIMIT`].
     pub fn send(&self, message: &VmmMessage) -> io::Result<()> {
         let packet = serde_json::to_vec(message)?;
         self.0.send(&packet).map(drop)

@@ -1,4 +1,4 @@
-//! The main thread: waits for the sandbox process, the guest's reset, and the end.
+//! The main thread. It waits for the sandbox process, the guest's reset, and the end.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,15 +16,15 @@ const RESET: u64 = 1;
 const END: u64 = 2;
 const FILES: u64 = 3;
 
-/// How long to wait for the vCPUs to stop. One of them may be held up in a device, by whoever should
-/// read the console or by a host file system, and the main thread has to hear a stop all the same.
+/// Longest wait for the vCPUs to pause. A reader of the console or a host file system may hold up a
+/// vCPU in a device. The main thread must still receive a stop.
 const PAUSE_LIMIT: Duration = Duration::from_secs(5);
 
-/// Serves `vm` until it ends, and returns why.
+/// Serves `vm` until it ends. Returns the reason.
 ///
 /// # Errors
 ///
-/// When the host gives no epoll.
+/// When epoll fails.
 pub fn run(vm: &mut Microvm, control: &ControlSocket, reset: &EventFd) -> io::Result<EndReason> {
     let epoll = Epoll::new()?;
     for (fd, token) in [
@@ -45,7 +45,7 @@ pub fn run(vm: &mut Microvm, control: &ControlSocket, reset: &EventFd) -> io::Re
             Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
             Err(e) => return Err(e),
         };
-        // An end that has happened goes before anything that is asked.
+        // An end that has happened takes precedence over requests.
         if events[..count].iter().any(|e| e.data() == END)
             && let Some(reason) = vm.end.reason()
         {
@@ -60,7 +60,7 @@ pub fn run(vm: &mut Microvm, control: &ControlSocket, reset: &EventFd) -> io::Re
                     }
                 }
                 FILES => {
-                    // Read first: what comes in after it is told again.
+                    // Read first, so that a later notice is sent again.
                     let _ = vm.share.as_ref().map(|share| share.high_water().read());
                     if control.send(&VmmMessage::Event(VmmEvent::FilesHigh)).is_err() {
                         return Ok(EndReason::Stopped);
@@ -72,8 +72,8 @@ pub fn run(vm: &mut Microvm, control: &ControlSocket, reset: &EventFd) -> io::Re
     }
 }
 
-/// Makes the last message. A guest that panicked resets itself just like one that shuts down; only
-/// its console tells.
+/// Makes the last message. A guest that panics resets itself like a guest that shuts down, and only
+/// its console shows the difference.
 pub fn ended(vm: &Microvm, reason: EndReason) -> VmmEvent {
     let (console_tail, panicked) = vm.console.snapshot();
     let reason = match reason {
@@ -83,7 +83,7 @@ pub fn ended(vm: &Microvm, reason: EndReason) -> VmmEvent {
     VmmEvent::Ended { reason, console_tail }
 }
 
-/// Does what the sandbox process asks. Returns a reason to end.
+/// Executes an action of the sandbox process. Returns a reason to end.
 fn serve(vm: &mut Microvm, control: &ControlSocket) -> Option<EndReason> {
     let reply = match control.receive() {
         Ok(Some(VmmAction::Stop)) | Ok(None) => return Some(EndReason::Stopped),
@@ -96,11 +96,14 @@ fn serve(vm: &mut Microvm, control: &ControlSocket) -> Option<EndReason> {
             }
         }
         Ok(Some(VmmAction::Resume)) => {
-            vm.vcpus.let_run();
+            vm.vcpus.resume();
             VmmReply::Done
         }
         Ok(Some(VmmAction::Status)) => status(vm),
-        Err(e) => return Some(EndReason::VmmFailed { message: format!("control socket: {e}") }),
+        Err(e) => {
+            let message = format!("cannot read the control socket: {e}");
+            return Some(EndReason::VmmFailed { message });
+        }
     };
     match control.send(&VmmMessage::Reply(reply)) {
         Ok(()) => None,
@@ -119,6 +122,6 @@ fn status(vm: &mut Microvm) -> VmmReply {
             overhead_kib: resident.overhead_kib,
             guest_resident_kib: resident.guest_kib,
         },
-        Err(e) => VmmReply::Failed { message: format!("/proc/self/smaps: {e}") },
+        Err(e) => VmmReply::Failed { message: format!("cannot read /proc/self/smaps: {e}") },
     }
 }

@@ -1,4 +1,4 @@
-//! Reading kernel and image into guest memory without holding up the host.
+//! Reading kernel and image into guest memory without delaying the host.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -8,34 +8,35 @@ use std::thread;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
-/// Bytes read between two chances for other threads.
+/// Bytes read between two yields.
 const CHUNK_LEN: usize = 1 << 20;
 
 /// A file that is read in chunks, with a yield after each.
 ///
-/// A processor in the middle of a long `read` is never seen to be quiescent, so no RCU grace period
-/// of the host can end; and KVM waits for some while it makes the machine on another thread. A
-/// yield is a quiescent state, and costs next to nothing.
+/// A processor in the middle of a long `read` is never in a quiescent state, so no RCU grace period
+/// of the host can end. KVM waits for grace periods while another thread makes the machine. A yield
+/// is a quiescent state and costs almost nothing.
 #[derive(Debug)]
 pub struct Chunked<'f> {
     file: &'f mut File,
-    /// Parts of the file that are passed over.
+    /// Parts of the file that are skipped.
     mapped: &'f [Range<u64>],
 }
 
 impl<'f> Chunked<'f> {
-    /// All of `file`.
+    /// Reads all of `file`.
     pub fn new(file: &'f mut File) -> Self {
         Self::without(file, &[])
     }
 
-    /// `file` without the parts that are `mapped` already: guest memory is not written where they would go. A
-    /// read that begins in one leaves out the rest of it.
+    /// Reads `file` without its `mapped` parts, whose place in guest memory is not written. A
+    /// read that begins in such a part skips the rest of it.
     pub fn without(file: &'f mut File, mapped: &'f [Range<u64>]) -> Self {
         Self { file, mapped }
     }
 
-    /// Passes over what is mapped at the file's position, at most `len` bytes. Returns how many.
+    /// Skips a mapped part at the file's position, at most `len` bytes. Returns the number of
+    /// bytes.
     fn pass_over(&mut self, len: usize) -> io::Result<usize> {
         if self.mapped.is_empty() {
             return Ok(0);

@@ -1,4 +1,4 @@
-//! The descriptors that a configuration names, owned: each can be taken once.
+//! The inherited descriptors of a configuration. Each can be taken once.
 
 use std::collections::BTreeMap;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -9,7 +9,7 @@ use crate::config::{ConfigError, VmConfig};
 pub struct Inherited {
     /// The configuration.
     pub(crate) config: VmConfig,
-    /// Its descriptors that nobody has taken yet.
+    /// The descriptors that were not taken yet.
     pub(crate) descriptors: Descriptors,
 }
 
@@ -18,31 +18,31 @@ impl Inherited {
     ///
     /// # Errors
     ///
-    /// What the configuration breaks, or that a descriptor is not open.
+    /// When the configuration is not valid, or a descriptor is not open.
     ///
     /// # Safety
     ///
-    /// Nothing in this process owns a descriptor that `config` names: they were inherited, and this
-    /// is called once.
+    /// No other value in this process owns a descriptor of `config`: they were inherited, and this
+    /// function is called once.
     pub unsafe fn new(config: VmConfig) -> Result<Self, ConfigError> {
         config.validate()?;
         let numbers = config.descriptors();
         for fd in &numbers {
-            // SAFETY: asking for the flags of a number touches no memory, open or not.
+            // SAFETY: reading the flags of a number touches no memory, open or not.
             if unsafe { libc::fcntl(*fd, libc::F_GETFD) } < 0 {
                 return Err(ConfigError::Closed(*fd));
             }
         }
         let owned = numbers.into_iter().map(|fd| {
-            // SAFETY: it is open, the caller vouches that nobody else owns it, and a valid
-            // configuration names each number once.
+            // SAFETY: the descriptor is open, the caller guarantees that nothing else owns it, and
+            // a valid configuration names each number once.
             (fd, unsafe { OwnedFd::from_raw_fd(fd) })
         });
         let descriptors = Descriptors(owned.collect());
         Ok(Self { config, descriptors })
     }
 
-    /// The configuration.
+    /// Returns the configuration.
     pub fn config(&self) -> &VmConfig {
         &self.config
     }
@@ -51,21 +51,17 @@ impl Inherited {
     ///
     /// # Errors
     ///
-    /// When it was taken before.
+    /// [`ConfigError::Closed`] when it was taken before.
     pub fn take_control(&mut self) -> Result<OwnedFd, ConfigError> {
         self.descriptors.take(self.config.control_fd)
     }
 }
 
-/// Owned descriptors by their numbers.
+/// Owned descriptors by number.
 pub(crate) struct Descriptors(BTreeMap<i32, OwnedFd>);
 
 impl Descriptors {
-    /// Takes one.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError::Closed`] when it was taken before.
+    /// Takes a descriptor. [`ConfigError::Closed`] if it was taken before.
     pub(crate) fn take(&mut self, fd: i32) -> Result<OwnedFd, ConfigError> {
         self.0.remove(&fd).ok_or(ConfigError::Closed(fd))
     }

@@ -1,5 +1,5 @@
-//! What the VMM gives up before the guest runs: its view of the host's files, descriptors that it
-//! was not given, and the means to get more rights.
+//! The VMM's jail. Before the guest runs, the VMM gives up the host's files, other descriptors, and
+//! all ways to gain rights.
 
 use std::fs::File;
 use std::io;
@@ -16,9 +16,9 @@ use nix::sys::stat::Mode;
 use nix::unistd::{chdir, chroot, fchdir, mkdir, pivot_root};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
-/// A step into the jail failed.
+/// Error of a step into the jail.
 #[derive(Debug, thiserror::Error)]
-#[error("entering the jail: {step}: {source}")]
+#[error("cannot enter the jail: {step}: {source}")]
 pub struct JailError {
     step: &'static str,
     source: nix::Error,
@@ -40,8 +40,8 @@ pub fn close_other_descriptors(keep: &[i32]) -> io::Result<()> {
     for fd in keep.into_iter().map(Some).chain([None]) {
         let last = fd.map_or(u32::MAX, |fd| fd.saturating_sub(1));
         if first <= last {
-            // SAFETY: nothing in this process owns any of these descriptors yet: it runs before
-            // the first `OwnedFd` is made from a number.
+            // SAFETY: nothing in this process owns any of these descriptors yet. The call runs
+            // before the first `OwnedFd` is made from a number.
             if unsafe { libc::close_range(first, last, 0) } != 0 {
                 return Err(io::Error::last_os_error());
             }
@@ -51,11 +51,11 @@ pub fn close_other_descriptors(keep: &[i32]) -> io::Result<()> {
     Ok(())
 }
 
-/// Where the shared directory is until [`Antechamber::close`].
+/// Path of the shared directory until [`OuterRoot::enter_share`].
 pub const SHARE: &str = "/share";
 
-/// The root of the VMM's mount namespace: a read-only directory with nothing in it but the shared
-/// directory at [`SHARE`], this process's `/proc/self/fd`, and the namespace's `mountinfo`.
+/// The root of the VMM's mount namespace: a read-only directory with only the shared directory at
+/// [`SHARE`], this process's `/proc/self/fd`, and the namespace's `mountinfo`.
 ///
 /// ```text
 /// /                    the namespace's root; threads that serve the share stay here, because
@@ -64,31 +64,31 @@ pub const SHARE: &str = "/share";
 /// `-- proc/self/{fd,mountinfo}
 /// ```
 ///
-/// Above the namespace's root there is nothing, and above the share there is nothing for threads that
-/// have it as their root. For those that stay, `..` of the share's root is the antechamber: it is up
-/// to them never to look it up for a guest.
+/// Nothing is above the namespace's root. Nothing is above the share for threads with the share as
+/// their root. For threads that serve the share, `..` of the share's root is the outer root, so
+/// they must never look it up for a guest.
 #[derive(Debug, Clone)]
-pub struct Antechamber(Arc<OwnedFd>);
+pub struct OuterRoot(Arc<OwnedFd>);
 
-/// Makes a mount namespace of this process's own, where nothing else of the host is mounted than the
-/// shared directory `root`. Mounts that are made below `root` outside later arrive here.
+/// Makes a mount namespace of this process's own, in which only the shared directory `root` is
+/// mounted of the host. Later mounts below `root` arrive in the namespace.
 ///
-/// The process has to have a single thread still.
+/// The process must have a single thread.
 ///
 /// # Errors
 ///
-/// The step that failed; the process is then in no state to go on.
-pub fn enter(root: &OwnedFd) -> Result<Antechamber, JailError> {
+/// After an error the process must exit.
+pub fn enter(root: &OwnedFd) -> Result<OuterRoot, JailError> {
     const HERE: &str = ".";
     const NOTHING: Option<&str> = None;
-    // Any directory that every host has, and nothing here needs any more. It is covered in this
-    // namespace only.
+    // A directory that every host has and the VMM no longer needs. It is covered in this namespace
+    // only.
     const PLACE: &str = "/dev";
-    fchdir(root).map_err(step("going to the shared directory"))?;
-    // The working directory moves along into the new namespace, which a descriptor would not.
+    fchdir(root).map_err(step("changing to the shared directory"))?;
+    // The working directory moves to the new namespace, as a descriptor would not.
     unshare(CloneFlags::CLONE_NEWNS).map_err(step("unsharing the mount namespace"))?;
     mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_SLAVE, NOTHING)
-        .map_err(step("making mounts one-way"))?;
+        .map_err(step("making the mounts slave mounts"))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("none"), PLACE, Some("tmpfs"), flags, Some("mode=0755,size=64k,nr_inodes=8"))
         .map_err(step("mounting the new root"))?;
@@ -116,42 +116,39 @@ pub fn enter(root: &OwnedFd) -> Result<Antechamber, JailError> {
         .map_err(step("mounting the shared directory"))?;
     mount(NOTHING, PLACE, NOTHING, MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | flags, NOTHING)
         .map_err(step("making the new root read-only"))?;
-    chdir(PLACE).map_err(step("going to the new root"))?;
+    chdir(PLACE).map_err(step("changing to the new root"))?;
     pivot_root(HERE, HERE).map_err(step("changing the root"))?;
-    // The old root now lies on top of the new one.
-    umount2(HERE, MntFlags::MNT_DETACH).map_err(step("leaving the old root"))?;
+    // The old root is now mounted on top of the new one.
+    umount2(HERE, MntFlags::MNT_DETACH).map_err(step("unmounting the old root"))?;
     chdir("/").map_err(step("entering the new root"))?;
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let root = open("/", flags, Mode::empty()).map_err(step("opening the new root"))?;
-    Ok(Antechamber(Arc::new(root)))
+    Ok(OuterRoot(Arc::new(root)))
 }
 
-impl Antechamber {
-    /// Makes the shared directory the root of this thread and all that it starts.
+impl OuterRoot {
+    /// Makes the shared directory the root of this thread and of the threads that it starts.
     ///
     /// # Errors
     ///
-    /// The step that failed; the process is then in no state to go on.
-    pub fn close(&self) -> Result<(), JailError> {
+    /// After an error the process must exit.
+    pub fn enter_share(&self) -> Result<(), JailError> {
         chroot(SHARE).map_err(step("entering the shared directory"))?;
-        chdir("/").map_err(step("going to the shared directory's root"))
+        chdir("/").map_err(step("changing to the shared directory's root"))
     }
 
-    /// Takes the calling thread, and it alone, back to the namespace's root.
-    ///
-    /// # Errors
-    ///
-    /// The step that failed.
-    pub fn stay(&self) -> nix::Result<()> {
+    /// Takes only the calling thread back to the namespace's root.
+    pub fn keep_thread(&self) -> nix::Result<()> {
         unshare(CloneFlags::CLONE_FS)?;
         fchdir(&self.0)?;
         chroot(".")
     }
 }
 
-/// Lets the calling thread keep its capabilities while it has another effective user. A file that it
-/// makes then belongs to that user, who may have been let into the directory by means that are not
-/// known here: a supplementary group, or a capability.
+/// Lets the calling thread keep its capabilities while it has another effective user.
+///
+/// A file that the thread makes belongs to that user. The user's right to the directory may come
+/// from a supplementary group or a capability, which the VMM does not know.
 ///
 /// # Errors
 ///
@@ -159,39 +156,39 @@ impl Antechamber {
 pub fn keep_capabilities() -> io::Result<()> {
     // include/uapi/linux/securebits.h
     const SECBIT_NO_SETUID_FIXUP: libc::c_int = 1 << 2;
-    // SAFETY: it takes numbers only.
+    // SAFETY: the call takes numbers only.
     let bits = unsafe { libc::prctl(libc::PR_GET_SECUREBITS) };
     if bits < 0 {
         return Err(io::Error::last_os_error());
     }
     let bits = bits | SECBIT_NO_SETUID_FIXUP;
-    // SAFETY: it takes numbers only.
+    // SAFETY: the call takes numbers only.
     if unsafe { libc::prctl(libc::PR_SET_SECUREBITS, libc::c_long::from(bits)) } != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(())
 }
 
-/// Neither this process nor a child of it can get rights by `execve` any more.
+/// Prevents this process and its children from gaining rights by `execve`.
 ///
 /// # Errors
 ///
-/// Never on a kernel that has KVM; the call can fail in principle.
+/// Never on a kernel that has KVM, although the call is fallible.
 pub fn set_no_new_privs() -> Result<(), JailError> {
     prctl::set_no_new_privs().map_err(step("setting no_new_privs"))
 }
 
-/// The capabilities that the guest's requests are served with:
+/// Capabilities for serving the guest's requests:
 ///
-/// - `CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `MKNOD`, `SETFCAP`: rights of root in the guest on the
-///   files of the share;
+/// - `CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `MKNOD`, `SETFCAP`: rights of the guest's root on
+///   the files of the share;
 /// - `SETUID`, `SETGID`: a new file belongs to the user and group of the request;
 /// - `SETPCAP`: [`keep_capabilities`];
-/// - `SYS_CHROOT`: [`Antechamber::stay`].
+/// - `SYS_CHROOT`: [`OuterRoot::keep_thread`].
 ///
-/// `SYS_PTRACE` is not among them: a bind mount of the host's `/proc` gives the guest no memory of the
-/// host's processes. Neither are `DAC_READ_SEARCH`, by which a file handle opens any file of the host's
-/// file system, and `SYS_ADMIN`.
+/// Without `SYS_PTRACE`, a bind mount of the host's `/proc` gives the guest no memory of the host's
+/// processes. Without `DAC_READ_SEARCH`, no file handle opens other files of the host's file
+/// system. `SYS_ADMIN` is left out too.
 pub const SERVING: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FOWNER)
@@ -203,12 +200,12 @@ pub const SERVING: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETPCAP)
     .union(CapabilitySet::SYS_CHROOT);
 
-/// Takes all capabilities but `kept` from the calling thread and the threads that it starts, for good.
-/// Those that the thread does not have stay missing.
+/// Removes all capabilities except `kept` from the calling thread and from the threads that it
+/// starts, for ever. Capabilities that the thread lacks are not added.
 ///
 /// # Errors
 ///
-/// The step that failed, for example without `CAP_SETPCAP`.
+/// For example without `CAP_SETPCAP`.
 pub fn keep_only(kept: CapabilitySet) -> Result<(), JailError> {
     let failed = |step| {
         move |e: rustix::io::Errno| JailError {
@@ -218,7 +215,7 @@ pub fn keep_only(kept: CapabilitySet) -> Result<(), JailError> {
     };
     for number in 0..u64::BITS {
         let one = CapabilitySet::from_bits_retain(1 << number);
-        // The kernel refuses numbers beyond its last capability.
+        // The kernel refuses numbers above its last capability.
         let Ok(present) = rustix::thread::capability_is_in_bounding_set(one) else { break };
         if present && !kept.contains(one) {
             rustix::thread::remove_capability_from_bounding_set(one)
@@ -236,22 +233,17 @@ pub fn keep_only(kept: CapabilitySet) -> Result<(), JailError> {
     rustix::thread::set_capabilities(None, sets).map_err(failed("dropping capabilities"))
 }
 
-/// Makes this process one whose memory no process without `CAP_SYS_PTRACE` reads, and of which the
-/// kernel writes no core dump: it has the guest's data in its buffers.
+/// Forbids core dumps of this process, and access to its memory without `CAP_SYS_PTRACE`. The
+/// buffers hold the guest's data.
 ///
 /// # Errors
 ///
-/// Never on a kernel that has KVM; the call can fail in principle.
+/// Never on a kernel that has KVM, although the call is fallible.
 pub fn set_undumpable() -> Result<(), JailError> {
     prctl::set_dumpable(false).map_err(step("forbidding core dumps"))
 }
 
-/// Raises the number of descriptors that the process may have to what the host allows: each file
-/// that the guest knows of holds one.
-///
-/// # Errors
-///
-/// When the limits cannot be read or set.
+/// Raises the limit of open descriptors to the host's maximum, because the guest's files need many.
 pub fn raise_descriptor_limit() -> io::Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     Ok(setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?)

@@ -1,7 +1,8 @@
-//! The virtual machine monitor of Isopod: one process, one microVM.
+//! The virtual machine monitor of Isopod: one process for one microVM.
 //!
-//! [`config`] says what to run, [`builder`] puts it together, [`vm`] and [`vcpu`] run it,
-//! [`devices`] are what the guest finds, [`control`] is how the sandbox process steers it.
+//! [`config`] is the configuration, and [`builder`] builds the microVM from it. [`vm`] and [`vcpu`]
+//! run the microVM. [`devices`] has the guest's devices, and [`control`] the messages of the
+//! sandbox process.
 
 pub mod arch;
 pub mod builder;

@@ -1,4 +1,4 @@
-//! Guest RAM: host mappings, and where they are in the guest's physical address space.
+//! Guest RAM: its host mappings, and their guest physical addresses.
 
 use std::error::Error;
 use std::ffi::c_void;
@@ -15,43 +15,43 @@ use vm_memory::{
 
 use crate::arch::x86_64::layout::{MMIO_GAP_END, MMIO_GAP_START};
 
-/// Guest memory as devices see it. Clones share the mappings.
+/// Guest memory for devices. Clones share the mappings.
 pub type GuestMemoryMap = GuestMemoryMmap<()>;
 
-/// Something went wrong with guest RAM.
+/// Errors of guest RAM.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The host gave no address space.
-    #[error("mapping {size_mib} MiB of guest memory: {source}; lower the sandbox's memory size")]
+    /// The host has no address space left.
+    #[error("cannot map {size_mib} MiB of guest memory: {source}; lower the sandbox's memory size")]
     Map {
-        /// How much was asked for.
+        /// Size of guest RAM in MiB.
         size_mib: u64,
-        /// What `mmap` or the region list said.
+        /// Error of `mmap` or of the region list.
         source: Box<dyn Error + Send + Sync>,
     },
-    /// What the VMM places there does not fit.
+    /// Data of the VMM does not fit in guest memory.
     #[error("the {what} does not fit in guest memory: {source}")]
     Access {
-        /// What was to be written.
+        /// Name of the data.
         what: &'static str,
-        /// Which access failed.
+        /// The failed access.
         source: GuestMemoryError,
     },
 }
 
-/// All RAM of the guest, private, given by the host page by page as it is touched. All of
-/// it is anonymous except for files that [`Self::map_file`] has put there.
+/// All RAM of the guest, in private mappings. The host allocates a page at the first access. All
+/// RAM is anonymous, except for files mapped by [`Self::map_file`].
 #[derive(Debug, Clone)]
 pub struct GuestRam {
     memory: GuestMemoryMap,
 }
 
 impl GuestRam {
-    /// Maps `size_mib` MiB, in two parts when it reaches the hole below 4 GiB.
+    /// Maps `size_mib` MiB, in two parts if they reach the hole below 4 GiB.
     ///
     /// # Errors
     ///
-    /// [`MemoryError::Map`] when the host has no room.
+    /// [`MemoryError::Map`] when the host has no address space left.
     pub fn new(size_mib: u64) -> Result<Self, MemoryError> {
         let failed = |source: Box<dyn Error + Send + Sync>| MemoryError::Map { size_mib, source };
         let mut regions = Vec::new();
@@ -71,19 +71,21 @@ impl GuestRam {
         Ok(Self { memory })
     }
 
-    /// The mappings.
+    /// Returns the mappings.
     pub fn memory(&self) -> &GuestMemoryMap {
         &self.memory
     }
 
-    /// Shows `len` bytes of `file` from `offset` at the guest address `start`: pages that all microVMs share until
-    /// the guest writes to one, which is a copy then. All three numbers are multiples of 4096.
+    /// Maps `len` bytes of `file` from `offset` at the guest address `start`. All microVMs share
+    /// the pages, until a guest gets its own copy of a page that it writes. All three numbers are
+    /// multiples of 4096.
     ///
-    /// The file has to keep its length, or the guest loses pages; what is replaced by a rename does.
+    /// The file must keep its length, or the guest loses pages. A file replaced by a rename keeps
+    /// it.
     ///
     /// # Errors
     ///
-    /// If that is no guest memory, or the file's own file system does not map files.
+    /// When the range is not guest memory, or the file's file system does not support mappings.
     pub fn map_file(&self, start: u64, len: usize, file: &File, offset: u64) -> io::Result<()> {
         let slice = self.memory.get_slice(GuestAddress(start), len).map_err(io::Error::other)?;
         let target = slice.ptr_guard_mut().as_ptr().addr();
@@ -93,22 +95,23 @@ impl GuestRam {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let flags = FLAGS.union(MapFlags::MAP_FIXED);
-        // SAFETY: the range is within one mapping of guest RAM, which stays as long as the process and which
-        // nothing but volatile accesses through guest addresses uses; other pages in its place do them no harm.
+        // SAFETY: the range is within one mapping of guest RAM, which stays mapped as long as the
+        // process. Only volatile accesses through guest addresses use it, and they allow other
+        // pages in its place.
         let mapped = unsafe { mmap(Some(target), len, PROTECTION, flags, file, offset)? };
-        // SAFETY: it changes what a core dump contains, not the memory.
+        // SAFETY: the call changes the content of core dumps, not the memory.
         unsafe { madvise(mapped, len.get(), MmapAdvise::MADV_DONTDUMP)? };
         Ok(())
     }
 
-    /// First address behind the RAM below 4 GiB.
+    /// Returns the first address behind the RAM below 4 GiB.
     pub fn low_end(&self) -> u64 {
         self.memory
             .find_region(GuestAddress(0))
             .map_or(0, |region| region.last_addr().raw_value() + 1)
     }
 
-    /// Each part: guest address, length in bytes, and host address.
+    /// Returns the parts of guest RAM.
     pub fn parts(&self) -> Vec<RamPart> {
         self.memory
             .iter()
@@ -127,26 +130,26 @@ impl GuestRam {
 /// One contiguous part of guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamPart {
-    /// Guest physical address of its first byte.
+    /// Guest physical address of the first byte.
     pub guest_addr: u64,
-    /// Its length in bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// Address of its first byte in this process.
+    /// Address of the first byte in this process.
     pub host_addr: u64,
 }
 
-/// A huge page of x86-64, in bytes.
+/// Size of a huge page of x86-64 in bytes.
 const HUGE_PAGE_SIZE: usize = 2 << 20;
 
 const PROTECTION: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
-/// Not reserved: a guest is given more than it uses, and the host's policy for overcommitting is
-/// for its owner to choose.
+/// Without a reservation: a guest gets more memory than it uses. The host's owner chooses the
+/// policy for overcommitting.
 const FLAGS: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_NORESERVE);
 
-/// Maps `len` bytes at a multiple of [`HUGE_PAGE_SIZE`]. Guest addresses are multiples of it as
-/// well, and only then can KVM map a huge page of the host as a huge page of the guest, which
-/// saves it a fault for each of the 512 small ones.
+/// Maps `len` bytes at a multiple of [`HUGE_PAGE_SIZE`]. The guest addresses are multiples too.
+/// Only then can KVM map a huge page of the host as a huge page of the guest. That saves a fault
+/// for each of its 512 small pages.
 fn map_aligned(len: usize) -> nix::Result<NonNull<c_void>> {
     let (Some(reserved), Some(_)) =
         (len.checked_add(HUGE_PAGE_SIZE).and_then(NonZeroUsize::new), NonZeroUsize::new(len))
@@ -159,20 +162,21 @@ fn map_aligned(len: usize) -> nix::Result<NonNull<c_void>> {
     // SAFETY: `head` is less than a huge page, and the mapping is longer than that.
     let aligned = unsafe { start.byte_add(head) };
     if head > 0 {
-        // SAFETY: the first `head` bytes of a mapping that nobody has been told of.
+        // SAFETY: the range is the first `head` bytes of the new mapping, which has no user yet.
         unsafe { munmap(start, head)? };
     }
-    // SAFETY: the mapping goes on behind the `len` bytes that are kept, as `head` is less than a
-    // huge page.
+    // SAFETY: `head` is less than a huge page, so the mapping goes on behind the `len` bytes that
+    // are kept.
     let tail = unsafe { aligned.byte_add(len) };
-    // SAFETY: the rest of the same mapping.
+    // SAFETY: the range is the rest of the same mapping.
     unsafe { munmap(tail, HUGE_PAGE_SIZE - head)? };
-    // SAFETY: it changes what a core dump contains, not the memory.
+    // SAFETY: the call changes the content of core dumps, not the memory.
     unsafe { madvise(aligned, len, MmapAdvise::MADV_DONTDUMP)? };
-    // Many hosts give huge pages to whoever asks only (`madvise` in
-    // /sys/kernel/mm/transparent_hugepage/enabled). A host's kernel that has none refuses, and then there is
-    // nothing to be had.
-    // SAFETY: it changes how the memory is mapped, not what is in it.
+    // Many hosts give huge pages only on request (`madvise` in
+    // /sys/kernel/mm/transparent_hugepage/enabled). A kernel without huge pages refuses, which is
+    // no error.
+    //
+    // SAFETY: the call changes how the memory is mapped, not its content.
     let _ = unsafe { madvise(aligned, len, MmapAdvise::MADV_HUGEPAGE) };
     Ok(aligned)
 }

@@ -1,9 +1,9 @@
-//! Locks whose data stays good when a thread that held one panicked.
+//! Locks that stay usable after a panic of their holder.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Locks `mutex`, also after a panic: whatever is behind a lock in this crate is whole between any
-/// two statements, and a vCPU or the main thread must not end because a worker did.
+/// Locks `mutex`, also after a panic: a worker's panic must not end a vCPU or the main thread. All
+/// data behind locks of this crate is valid between any two statements.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

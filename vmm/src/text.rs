@@ -1,8 +1,10 @@
-//! Text from the guest that a person gets to see.
+//! Text of the guest for people.
 
-/// Whether a terminal may be given this character of a guest's: neither a control character, which
-/// moves the cursor and worse, nor a format character, which changes how others are shown. Those for
-/// writing from right to left make a line read as something else than it is.
+/// Returns true if a terminal may get this character of a guest's.
+///
+/// Control characters are refused, because they move the cursor and worse. Format characters are
+/// refused, because they change how other characters look. Those for right-to-left text make a line
+/// read differently.
 pub fn is_showable(c: char) -> bool {
     !c.is_control() && !is_format(c)
 }

@@ -1,4 +1,4 @@
-//! What the microVM costs: memory of this process, and exits counted by KVM.
+//! Resource use of a microVM: memory of this process, and exits counted by KVM.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -22,18 +22,18 @@ mod request {
 pub struct Resident {
     /// Guest memory, in KiB.
     pub guest_kib: u64,
-    /// All else, in KiB.
+    /// Other memory, in KiB.
     pub overhead_kib: u64,
 }
 
-/// Reads [`Resident`], also after `/proc` is gone from sight.
+/// Meter of [`Resident`]. It works after `/proc` is out of sight.
 pub struct MemoryMeter {
     smaps: File,
     ram: Vec<RamPart>,
 }
 
 impl MemoryMeter {
-    /// A meter that counts `ram` as guest memory.
+    /// Creates a meter that counts `ram` as guest memory.
     ///
     /// # Errors
     ///
@@ -42,11 +42,8 @@ impl MemoryMeter {
         Ok(Self { smaps: File::open("/proc/self/smaps")?, ram })
     }
 
-    /// What is resident now. Walks the page tables: not for a hot path.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel does not tell.
+    /// Returns the memory that is resident now. The kernel walks the page tables, so the call is
+    /// not for a hot path.
     pub fn read(&mut self) -> io::Result<Resident> {
         let mut text = String::new();
         self.smaps.seek(SeekFrom::Start(0))?;
@@ -71,8 +68,8 @@ fn sum(smaps: &str, ram: &[RamPart]) -> Resident {
     resident
 }
 
-/// KVM's own counts of the exits of one vCPU, all of them and by kind (KVM API, 4.133
-/// `KVM_GET_STATS_FD`). Its other counters are of what it did at an exit, or of time.
+/// KVM's counters of one vCPU's exits, in total and by kind (KVM API, 4.133 `KVM_GET_STATS_FD`).
+/// KVM's other counters are of its work at an exit, or of time.
 pub struct VcpuStats {
     data: File,
     counters: Vec<(String, u64)>,
@@ -80,9 +77,9 @@ pub struct VcpuStats {
 
 const HEADER_LEN: usize = 24;
 const DESCRIPTOR_LEN: usize = 16;
-/// Type and unit in the flags of a descriptor: 0 is a cumulative number of no unit.
+/// Type and unit in the flags of a descriptor. 0 is a cumulative number without a unit.
 const TYPE_AND_UNIT: u32 = 0xff;
-/// More descriptors or longer names than any kernel has.
+/// Bound of the number of descriptors and of a name's length, above those of any kernel.
 const SANE: u32 = 4096;
 
 impl VcpuStats {
@@ -97,7 +94,7 @@ impl VcpuStats {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new and has no other owner.
         let data = unsafe { File::from_raw_fd(fd) };
         let mut header = [0u8; HEADER_LEN];
         data.read_exact_at(&mut header, 0)?;
@@ -129,7 +126,8 @@ impl VcpuStats {
     }
 }
 
-/// Name and offset of the counter that `descriptor` (`struct kvm_stats_desc`) is of, if it counts exits.
+/// Returns name and offset of a counter, if it counts exits. `descriptor` is a `struct
+/// kvm_stats_desc`.
 fn exit_counter(descriptor: &[u8]) -> Option<(String, u32)> {
     let (head, name) = descriptor.split_at_checked(DESCRIPTOR_LEN)?;
     let name = name.split(|b| *b == 0).next().unwrap_or_default();
@@ -170,7 +168,8 @@ mod tests {
         };
         assert_eq!(counter(0, 1, b"exits\0\0"), Some(("kvm:exits".to_owned(), 40)));
         assert_eq!(counter(0, 1, b"io_exits\0"), Some(("kvm:io_exits".to_owned(), 40)));
-        // KVM_STATS_TYPE_INSTANT, KVM_STATS_UNIT_SECONDS, a histogram, and one of something else.
+        // KVM_STATS_TYPE_INSTANT, KVM_STATS_UNIT_SECONDS, a histogram, and a counter of something
+        // else.
         assert_eq!(counter(0x01, 1, b"exits\0"), None);
         assert_eq!(counter(0x20, 1, b"wait_exits\0"), None);
         assert_eq!(counter(0, 20, b"exits\0"), None);

@@ -1,7 +1,7 @@
-//! vCPU threads: they run guest code, and answer what it asks of its buses.
+//! vCPU threads. They run guest code, and handle its accesses to buses.
 //!
 //! ```text
-//!             let_run                pause
+//!             resume                 pause
 //!   Paused ------------> Running ------------> Paused
 //!      \                    |
 //!       `------ stop ------>+------ stop ----> Stopped (the thread ends)
@@ -26,7 +26,7 @@ use crate::control::EndReason;
 use crate::end::EndSignal;
 use crate::sync::lock;
 
-/// What all vCPUs are to do.
+/// Mode of all vCPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
     Paused,
@@ -61,7 +61,7 @@ impl ExitCounts {
     }
 }
 
-/// What a vCPU thread shares with the rest.
+/// Data shared by the vCPU threads and [`Vcpus`].
 struct Shared {
     mode: Mutex<Mode>,
     changed: Condvar,
@@ -73,18 +73,14 @@ struct Shared {
     ports: Bus,
 }
 
-/// All vCPUs of the machine. Dropping it stops and joins their threads.
+/// All vCPUs of the machine. Dropping the value stops and joins their threads.
 pub struct Vcpus {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Vcpus {
-    /// Starts a thread for each vCPU. All of them wait for [`Vcpus::let_run`].
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no thread.
+    /// Starts a thread for each vCPU. All threads wait for [`Vcpus::resume`].
     pub fn spawn(
         vcpus: Vec<VcpuFd>,
         mmio: Bus,
@@ -115,13 +111,13 @@ impl Vcpus {
         Ok(all)
     }
 
-    /// Lets all vCPUs run.
-    pub fn let_run(&self) {
+    /// Runs all vCPUs.
+    pub fn resume(&self) {
         self.shared.set_mode(Mode::Running);
     }
 
-    /// Stops all vCPUs before their next instruction, and returns when they have stopped. False when
-    /// one of them took longer than `limit`; then they go on as before.
+    /// Pauses all vCPUs before their next instruction, and waits for them. False if one takes
+    /// longer than `limit`: all vCPUs continue then.
     pub fn pause(&self, limit: Duration) -> bool {
         let before = self.shared.mode();
         self.shared.set_mode(Mode::Paused);
@@ -139,20 +135,20 @@ impl Vcpus {
         !waited.timed_out()
     }
 
-    /// The vCPUs do not run.
+    /// Returns true if the vCPUs do not run.
     pub fn is_paused(&self) -> bool {
         self.shared.mode() != Mode::Running
     }
 
-    /// Adds the exits to this process so far to `sums`.
+    /// Adds the exits to this process since the start to `sums`.
     pub fn add_exits(&self, sums: &mut BTreeMap<String, u64>) {
         self.shared.exits.add_to(sums);
     }
 
     fn kick(&self) {
         for thread in &self.threads {
-            // SAFETY: the handle has not been joined, so the thread id is valid even if the
-            // thread has ended; the signal's handler only writes to the thread's own `kvm_run`.
+            // SAFETY: the handle has not been joined, so the thread id is valid even if the thread
+            // has ended. The signal's handler only writes to the thread's own `kvm_run`.
             unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN()) };
         }
     }
@@ -163,14 +159,14 @@ impl Drop for Vcpus {
         self.shared.set_mode(Mode::Stopped);
         self.kick();
         for thread in self.threads.drain(..) {
-            // A vCPU thread that panicked has ended, which is all that is wanted here.
+            // A vCPU thread that panicked has ended, as required here.
             let _ = thread.join();
         }
     }
 }
 
 thread_local! {
-    /// The `kvm_run` page of the vCPU that this thread runs.
+    /// The `kvm_run` page of this thread's vCPU.
     static CURRENT_RUN: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
 }
 
@@ -182,8 +178,8 @@ extern "C" fn on_kick(
 ) {
     let run = CURRENT_RUN.get();
     if !run.is_null() {
-        // SAFETY: the pointer is to the mapping of the vCPU that this very thread owns, and it is
-        // null before the vCPU is made and after it is gone. A byte store cannot tear.
+        // SAFETY: the pointer is to the mapping of the vCPU that this thread owns. It is null
+        // before the vCPU is made and after it is gone. A byte store cannot tear.
         unsafe { (*run).immediate_exit = 1 };
     }
 }
@@ -201,12 +197,12 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Waits while paused. False when it is time to end.
+    /// Waits while paused. False on the stop.
     fn may_run(&self, vcpu: &VcpuFd) -> bool {
         let mut mode = lock(&self.mode);
         if *mode == Mode::Paused {
-            // So that the guest's watchdogs do not take the pause for a processor that hangs. A guest
-            // that does not use KVM's clock has no need of it, and KVM refuses it there.
+            // Prevents the guest's watchdogs from taking the pause for a hung processor. KVM
+            // refuses the call for a guest without KVM's clock, which does not need it.
             let _ = vcpu.kvmclock_ctrl();
             self.count_parked(1);
             while *mode == Mode::Paused {
@@ -232,7 +228,7 @@ impl Shared {
             }
         }
         CURRENT_RUN.set(ptr::null_mut());
-        // Whoever waits for a pause need not wait for this thread any more.
+        // A pause need not wait for this thread any more.
         self.count_parked(1);
     }
 
@@ -271,7 +267,7 @@ impl Shared {
                 self.mmio.write(address, data);
                 &self.exits.mmio_write
             }
-            // No device's line waits for the end of an interrupt, which the guest may still ask to be told.
+            // No device waits for the end of an interrupt. The guest may still ask for the exit.
             VcpuExit::IoapicEoi(_) | VcpuExit::Intr | VcpuExit::InternalError => &self.exits.other,
             VcpuExit::Shutdown => return Err(EndReason::TripleFault),
             VcpuExit::SystemEvent(kind, _) => {
@@ -292,12 +288,13 @@ impl Shared {
     }
 }
 
-/// Bytes of one access to a port. An exit for `rep outs` or `rep ins` has several of them.
+/// Returns the length in bytes of one access to a port. An exit for `rep outs` or `rep ins` has
+/// several accesses.
 fn port_access_len() -> usize {
-    // SAFETY: it is the mapping of the vCPU that this very thread runs. The access's data, which is
-    // borrowed meanwhile, lies in another page of it (KVM API, `data_offset`).
+    // SAFETY: the pointer is to the mapping of the vCPU that this thread runs. The access's data,
+    // which is borrowed meanwhile, lies in another page of the mapping (KVM API, `data_offset`).
     let run = unsafe { &*CURRENT_RUN.get() };
-    // SAFETY: the last exit was one for a port, for which this member of the union is the valid one.
+    // SAFETY: the last exit was for a port, which makes this member of the union the valid one.
     let size = unsafe { run.__bindgen_anon_1.io.size };
     usize::from(size).max(1)
 }
@@ -307,8 +304,8 @@ fn failed(message: String) -> EndReason {
 }
 
 fn internal_error(run: &kvm_run) -> String {
-    // SAFETY: the exit reason says that this member of the union is the valid one; all its bit
-    // patterns are values.
+    // SAFETY: the exit reason makes this member of the union the valid one, and all bit patterns
+    // are values.
     let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
     let hint = match suberror {
         kvm_bindings::KVM_INTERNAL_ERROR_EMULATION => {
@@ -333,7 +330,7 @@ mod tests {
     use crate::memory::GuestRam;
     use crate::vm::Vm;
 
-    /// Tells of each write, and holds it up until it may go on.
+    /// Reports each write, and blocks it until it may go on.
     struct Slow(Sender<()>, Receiver<()>);
 
     impl BusDevice for Slow {
@@ -345,8 +342,7 @@ mod tests {
         }
     }
 
-    /// A machine whose one vCPU is about to run `code`, with `device` at port 0x10. `None` without
-    /// KVM.
+    /// A machine whose vCPU is about to run `code`, with `device` at port 0x10. `None` without KVM.
     fn machine(code: &[u8], device: impl BusDevice + 'static) -> Option<(Vm, Vcpus)> {
         let kvm = Kvm::new().ok()?;
         let mut vm = Vm::new(&kvm, GuestRam::new(64).unwrap()).unwrap();
@@ -363,7 +359,7 @@ mod tests {
         Some((vm, vcpus))
     }
 
-    /// Tells what is written, one access after the other.
+    /// Reports the data of each write.
     struct Written(Sender<Vec<u8>>);
 
     impl BusDevice for Written {
@@ -383,7 +379,7 @@ mod tests {
             return eprintln!("left out: needs /dev/kvm");
         };
         vm.ram().memory().write_slice(b"four", GuestAddress(0x10_0100)).unwrap();
-        vcpus.let_run();
+        vcpus.resume();
         for byte in b"four" {
             assert_eq!(has_written.recv().unwrap(), [*byte]);
         }
@@ -400,11 +396,11 @@ mod tests {
         };
         // struct pvclock_vcpu_time_info: flags, PVCLOCK_GUEST_STOPPED.
         let told = || vm.ram().memory().read_obj::<u8>(GuestAddress(0x10_021d)).unwrap() & 2 != 0;
-        vcpus.let_run();
+        vcpus.resume();
         has_written.recv().unwrap();
         assert!(vcpus.pause(Duration::from_secs(60)) && !told());
         while has_written.try_recv().is_ok() {}
-        vcpus.let_run();
+        vcpus.resume();
         has_written.recv().unwrap();
         assert!(vcpus.pause(Duration::from_secs(60)) && told());
     }
@@ -418,13 +414,13 @@ mod tests {
         let Some((vm, vcpus)) = machine(&code, Slow(begun, may_go_on)) else {
             return eprintln!("left out: needs /dev/kvm");
         };
-        vcpus.let_run();
+        vcpus.resume();
         has_begun.recv().unwrap();
         assert!(!vcpus.pause(Duration::from_millis(50)));
         assert!(!vcpus.is_paused());
         go_on.send(()).unwrap();
         has_begun.recv().unwrap();
-        // From here on no write is held up.
+        // Later writes do not block.
         drop(go_on);
         assert!(vcpus.pause(Duration::from_secs(60)));
         assert!(vcpus.is_paused() && vm.end().reason().is_none());

@@ -14,46 +14,50 @@ use crate::arch::x86_64::ioapic::{self, IoApic};
 use crate::arch::x86_64::layout;
 use crate::arch::x86_64::state::{StateError, VmState};
 use crate::bus::{Bus, BusDevice};
+use crate::devices::virtio::device::{VirtioDevice, device_name};
+use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
 use crate::devices::virtio::registers::RegisterPages;
-use crate::devices::virtio::{self, Interrupt, VirtioDevice};
 use crate::end::EndSignal;
 use crate::memory::GuestRam;
 use crate::sync::lock;
 
-/// The version of the KVM API that all Linux since 2.6.22 has.
+/// Version of the KVM API of every Linux since 2.6.22.
 const KVM_API_VERSION: i32 = 12;
 
-/// KVM refused something.
+/// Errors of KVM and of the machine's resources.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
-    /// The descriptor is no `/dev/kvm` of an API that is known.
+    /// The descriptor is not `/dev/kvm`, or of an unknown API.
     #[error("/dev/kvm speaks version {0} of the KVM API, not {KVM_API_VERSION}")]
     Api(i32),
-    /// The host's KVM is too old or too small.
+    /// The host's KVM lacks a capability.
     #[error("the host's KVM lacks {0:?}; a Linux of 5.10 or later has it")]
     Missing(Cap),
     /// An ioctl failed.
-    #[error("KVM: {what}: {source}")]
+    #[error("KVM cannot {what}: {source}")]
     Ioctl {
-        /// What was wanted.
+        /// The step that failed, as an infinitive.
         what: &'static str,
-        /// Why not.
+        /// The cause.
         source: kvm_ioctls::Error,
     },
-    /// The host gives no event descriptor or address space for the machine.
-    #[error("making the machine's event descriptors and registers: {0}")]
+    /// The host has no event descriptor or address space left for the machine.
+    #[error("cannot make the machine's event descriptors and registers: {0}")]
     Event(std::io::Error),
-    /// The device needs a host resource that is not to be had.
-    #[error("the {device} device: making its event descriptors: {source}")]
+    /// The host has no resource left for a device.
+    #[error("cannot make the event descriptors of the {device} device: {source}")]
     Device {
-        /// Which.
+        /// Name of the device.
         device: &'static str,
-        /// Why not.
+        /// The cause.
         source: std::io::Error,
     },
-    /// All interrupt lines are taken.
-    #[error("more virtio devices than the {} interrupt lines", layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1)]
+    /// All interrupt lines have a device.
+    #[error(
+        "more virtio devices than the {} interrupt lines",
+        layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1
+    )]
     TooManyDevices,
 }
 
@@ -61,26 +65,26 @@ fn ioctl(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
     move |source| VmError::Ioctl { what, source }
 }
 
-/// A virtual machine without processors.
+/// A virtual machine without vCPUs.
 pub struct Vm {
     fd: Arc<VmFd>,
     supported_cpuid: CpuId,
     ram: GuestRam,
-    /// Memory-mapped devices.
+    /// Bus of memory-mapped devices.
     pub mmio: Bus,
-    /// Port devices.
+    /// Bus of ports.
     pub ports: Bus,
     devices: u32,
     ioapic: Arc<Mutex<IoApic>>,
     registers: RegisterPages,
-    /// Takes the driver's acknowledgement of each interrupt, which nobody needs; so it is an exit to
-    /// KVM but not to this process.
+    /// Takes the driver's acknowledgement of each interrupt, which has no effect. So the
+    /// acknowledgement is an exit to KVM, but not to this process.
     acknowledged: EventFd,
     end: Arc<EndSignal>,
 }
 
-/// Takes the performance counters away. CPUID hides only those of newer processors; AMD's first four
-/// have no bit there. KVM has had a switch since Linux 5.18, and refuses it where it has no counters.
+/// Disables the performance counters. CPUID hides only those of newer processors: AMD's first four
+/// have no bit there. KVM has had a switch since Linux 5.18, and refuses it if it has no counters.
 fn disable_counters(vm: &VmFd) -> Result<(), VmError> {
     let switches = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
     if switches & KVM_PMU_CAP_DISABLE as i32 == 0 {
@@ -88,38 +92,38 @@ fn disable_counters(vm: &VmFd) -> Result<(), VmError> {
     }
     let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
     cap.args[0] = KVM_PMU_CAP_DISABLE.into();
-    vm.enable_cap(&cap).map_err(ioctl("taking the performance counters away"))
+    vm.enable_cap(&cap).map_err(ioctl("disable the performance counters"))
 }
 
-/// Leaves the local APICs to KVM, and nothing else of what interrupts. Linux 4.4 has it.
+/// Leaves only the local APICs to KVM, and no other interrupt controller. Linux 4.4 supports this.
 fn split_irqchip(vm: &VmFd) -> Result<(), VmError> {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
     cap.args[0] = ioapic::MAX_LINES as u64;
-    vm.enable_cap(&cap).map_err(ioctl("creating the interrupt controllers"))
+    vm.enable_cap(&cap).map_err(ioctl("create the interrupt controllers"))
 }
 
-/// The IO-APIC of `vm`, whose failure is the machine's end.
+/// Creates the IO-APIC of `vm`. Its failure ends the machine.
 fn new_ioapic(vm: &Arc<VmFd>, end: &Arc<EndSignal>) -> IoApic {
     let (vm, end) = (Arc::clone(vm), Arc::clone(end));
     let route = move |routes: &KvmIrqRouting| Ok(vm.set_gsi_routing(routes)?);
     IoApic::new(route, move |e| end.fail(format!("KVM refuses to send interrupts: {e}")))
 }
 
-/// Where a virtio device was put, as the kernel command line wants it.
+/// Place of a virtio device, for the kernel command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MmioSlot {
-    /// Guest physical address of its registers.
+    /// Guest physical address of the registers.
     pub address: u64,
-    /// Its interrupt line.
+    /// Interrupt line.
     pub irq: u32,
 }
 
 impl Vm {
-    /// Makes a machine whose RAM is `ram`.
+    /// Creates a machine with the RAM `ram`.
     ///
     /// # Errors
     ///
-    /// When the host's KVM is not usable.
+    /// When the host's KVM lacks a capability or refuses a step.
     pub fn new(kvm: &Kvm, ram: GuestRam) -> Result<Self, VmError> {
         if kvm.get_api_version() != KVM_API_VERSION {
             return Err(VmError::Api(kvm.get_api_version()));
@@ -138,12 +142,12 @@ impl Vm {
         }
         let supported_cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-            .map_err(ioctl("reading the supported CPUID"))?;
-        let fd = kvm.create_vm().map_err(ioctl("creating a virtual machine"))?;
+            .map_err(ioctl("report the supported CPUID"))?;
+        let fd = kvm.create_vm().map_err(ioctl("create a virtual machine"))?;
         disable_counters(&fd)?;
         fd.set_identity_map_address(layout::KVM_IDENTITY_MAP_START)
-            .map_err(ioctl("placing the identity map"))?;
-        fd.set_tss_address(layout::KVM_TSS_START).map_err(ioctl("placing the task state"))?;
+            .map_err(ioctl("place the identity map"))?;
+        fd.set_tss_address(layout::KVM_TSS_START).map_err(ioctl("place the task state"))?;
         split_irqchip(&fd)?;
         let fd = Arc::new(fd);
         let end = Arc::new(EndSignal::new().map_err(VmError::Event)?);
@@ -168,7 +172,7 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Lets guests read the devices' registers like memory.
+    /// Makes the devices' registers readable like memory.
     fn register_registers(&self) -> Result<(), VmError> {
         let region = kvm_userspace_memory_region {
             slot: self.ram.parts().len() as u32,
@@ -177,10 +181,10 @@ impl Vm {
             memory_size: layout::VIRTIO_MMIO_LEN,
             userspace_addr: self.registers.host_addr(),
         };
-        // SAFETY: the range is a whole mapping that `self.registers` keeps for as long as the VM
-        // lives; RAM has none of these guest addresses.
+        // SAFETY: the range is a whole mapping that `self.registers` keeps as long as the VM lives.
+        // RAM has none of these guest addresses.
         unsafe { self.fd.set_user_memory_region(region) }
-            .map_err(ioctl("registering the devices' registers"))
+            .map_err(ioctl("register the devices' registers"))
     }
 
     fn register_ram(&self) -> Result<(), VmError> {
@@ -192,68 +196,60 @@ impl Vm {
                 memory_size: part.len,
                 userspace_addr: part.host_addr,
             };
-            // SAFETY: the range is a whole mapping that `self.ram` keeps for as long as the VM
-            // lives, and no two parts overlap in either address space.
+            // SAFETY: the range is a whole mapping that `self.ram` keeps as long as the VM lives.
+            // No two parts overlap in either address space.
             unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(ioctl("registering guest memory"))?;
+                .map_err(ioctl("register guest memory"))?;
         }
         Ok(())
     }
 
-    /// Guest RAM.
+    /// Returns guest RAM.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    /// The interrupt lines that have a device. A machine without a device has none.
+    /// Returns the interrupt lines that have a device, none for a machine without devices.
     pub fn irqs(&self) -> RangeInclusive<u8> {
         // Lines are at most `IRQ_LAST`.
         let first = layout::VIRTIO_IRQ_FIRST as u8;
         first..=(first + self.devices as u8 - 1)
     }
 
-    /// Given when the machine cannot go on.
+    /// Returns the signal of the machine's end.
     pub fn end(&self) -> &Arc<EndSignal> {
         &self.end
     }
 
-    /// What CPUID can say here.
+    /// Returns the CPUID that KVM supports.
     pub fn supported_cpuid(&self) -> &CpuId {
         &self.supported_cpuid
     }
 
-    /// Makes vCPU `index`.
-    ///
-    /// # Errors
-    ///
-    /// When KVM refuses.
+    /// Creates vCPU `index`.
     pub fn create_vcpu(&self, index: u8) -> Result<VcpuFd, VmError> {
-        self.fd.create_vcpu(index.into()).map_err(ioctl("creating a vCPU"))
+        self.fd.create_vcpu(index.into()).map_err(ioctl("create a vCPU"))
     }
 
-    /// What KVM knows of the machine beside vCPUs and memory. The vCPUs have to be paused.
-    ///
-    /// # Errors
-    ///
-    /// The ioctl that failed.
+    /// Returns KVM's state of the machine, without vCPUs and memory. The vCPUs must be paused.
     pub fn state(&self) -> Result<VmState, StateError> {
         VmState::capture(&self.fd, &lock(&self.ioapic))
     }
 
-    /// Makes the machine what another was.
+    /// Restores the state of another machine.
     ///
     /// # Errors
     ///
-    /// The ioctl that failed; the machine is then not to be run.
+    /// After an error the machine must not run.
     pub fn restore(&self, state: &VmState) -> Result<(), StateError> {
         state.restore(&self.fd, &mut lock(&self.ioapic))
     }
 
-    /// Puts a virtio device into the next free window and line.
+    /// Adds a virtio device at the next free window and interrupt line.
     ///
     /// # Errors
     ///
-    /// When there is none, or KVM or the host refuses an event descriptor.
+    /// When no line is free, or KVM or the host refuses an event descriptor.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<MmioSlot, VmError> {
         let irq = layout::VIRTIO_IRQ_FIRST + self.devices;
         if irq > layout::IRQ_LAST {
@@ -263,10 +259,10 @@ impl Vm {
         let address = layout::VIRTIO_MMIO_START + offset;
         self.devices += 1;
         lock(&self.ioapic).add_line(irq);
-        let name = virtio::name(device.device_type());
+        let name = device_name(device.device_type());
         let failed = |source| VmError::Device { device: name, source };
         let line = EventFd::new(libc::EFD_NONBLOCK).map_err(failed)?;
-        self.fd.register_irqfd(&line, irq).map_err(ioctl("registering an interrupt"))?;
+        self.fd.register_irqfd(&line, irq).map_err(ioctl("register an interrupt"))?;
         let transport = MmioTransport::new(
             device,
             self.ram.memory().clone(),
@@ -279,12 +275,12 @@ impl Vm {
         for (queue, kick) in transport.worker_kicks() {
             self.fd
                 .register_ioevent(kick, &notify, queue)
-                .map_err(ioctl("registering a queue's kick"))?;
+                .map_err(ioctl("register a queue's kick"))?;
         }
         let acknowledge = IoEventAddress::Mmio(address + INTERRUPT_ACK);
         self.fd
             .register_ioevent(&self.acknowledged, &acknowledge, NoDatamatch)
-            .map_err(ioctl("registering the acknowledgement of interrupts"))?;
+            .map_err(ioctl("register the acknowledgement of interrupts"))?;
         let device: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(transport));
         self.mmio.insert(address, layout::VIRTIO_MMIO_SIZE, device);
         Ok(MmioSlot { address, irq })

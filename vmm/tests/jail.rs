@@ -1,9 +1,9 @@
-//! What is to be seen from the jail, and what arrives there later.
+//! The view from the jail, and later mounts in it.
 //!
-//! Namespaces belong to threads, so the test's own are its host and its VMM. It needs the rights of
-//! root and is left out without them.
+//! Namespaces belong to threads, so threads of the test stand for host and VMM. The test needs
+//! root, and is left out otherwise.
 
-// The lint's exception for tests does not reach their helpers.
+// The lint's exception for tests does not cover their helpers.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
 use std::fs::{self, File};
@@ -28,8 +28,8 @@ fn names(directory: &str) -> Vec<String> {
     names
 }
 
-/// A directory in a mount namespace of this thread's own, mounted on itself and shared, as the
-/// sandbox process makes it. False without the rights.
+/// Mounts `directory` on itself and shares it, in a mount namespace of this thread's own, as the
+/// sandbox process does. False without root.
 fn share(directory: &Path) -> bool {
     match unshare(CloneFlags::CLONE_NEWNS) {
         Ok(()) => {}
@@ -60,12 +60,12 @@ fn only_the_share_is_seen_and_later_mounts_arrive() {
         let (seen, has_seen) = channel();
         let root = OwnedFd::from(File::open(&path).unwrap());
         let vmm = thread::spawn(move || {
-            let antechamber = jail::enter(&root).unwrap();
+            let outer_root = jail::enter(&root).unwrap();
             assert_eq!(names("/"), ["proc", "share"]);
             assert_eq!(names("/proc"), ["self"]);
             assert_eq!(names("/proc/self"), ["fd", "mountinfo"]);
             assert_eq!(File::create("/new").unwrap_err().raw_os_error(), Some(libc::EROFS));
-            antechamber.close().unwrap();
+            outer_root.enter_share().unwrap();
             for directory in ["/", "/..", "/../..", "."] {
                 assert_eq!(names(directory), ["file", "later"], "{directory}");
             }
@@ -76,7 +76,7 @@ fn only_the_share_is_seen_and_later_mounts_arrive() {
             seen.send(()).unwrap();
             has_mounted.recv().unwrap();
             assert!(names("/later").is_empty());
-            antechamber.stay().unwrap();
+            outer_root.keep_thread().unwrap();
             assert_eq!(names("/"), ["proc", "share"]);
             assert_eq!(fs::read("/share/file").unwrap(), b"content");
         });

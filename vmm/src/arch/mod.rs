@@ -1,4 +1,4 @@
-//! What depends on the processor architecture.
+//! Code for one processor architecture.
 
 #[cfg(target_arch = "x86_64")]
 pub mod x86_64;

@@ -1,5 +1,5 @@
-//! What the guest finds on its buses.
+//! Devices on the guest's buses.
 
-pub mod console;
 pub mod reset;
+pub mod serial;
 pub mod virtio;

@@ -1,4 +1,4 @@
-//! The one line of a keyboard controller that matters: the guest resets itself with it.
+//! The reset line of the keyboard controller, by which the guest resets itself.
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -7,20 +7,20 @@ use crate::bus::BusDevice;
 /// Pulses the reset line of the i8042 (`kernel/reboot.c`, `reboot=k`).
 const COMMAND_RESET: u8 = 0xfe;
 
-/// The i8042's command port, for its reset command only.
+/// Command port of the i8042, for its reset command only.
 pub struct ResetPort {
     requested: EventFd,
 }
 
 impl ResetPort {
-    /// Signals `requested` when the guest resets itself.
+    /// Creates a port that signals `requested` when the guest resets itself.
     pub fn new(requested: EventFd) -> Self {
         Self { requested }
     }
 }
 
 impl BusDevice for ResetPort {
-    // Status: both buffers are empty, so the guest need not wait before its command.
+    // The status register: both buffers are empty, so the guest need not wait before its command.
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         data.fill(0);
     }

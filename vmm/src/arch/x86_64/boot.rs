@@ -1,4 +1,4 @@
-//! Puts initramfs and boot parameters into guest memory.
+//! Loads the initramfs and writes the boot parameters into guest memory.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -26,69 +26,70 @@ const E820_RESERVED: u32 = 2;
 /// First bytes of a newc cpio archive, with and without checksums.
 const CPIO_MAGICS: [&[u8; 6]; 2] = [b"070701", b"070702"];
 
-/// Name of the entry that ends a cpio archive.
+/// Name of the last entry of a cpio archive.
 const CPIO_TRAILER: &[u8] = b"TRAILER!!!";
 
-/// Where that entry is looked for, in bytes from the end: `cpio` fills up blocks behind it, of 512
-/// bytes by itself and of 5120 with `-B`.
+/// Length of the file's end in which the last entry is searched, in bytes. `cpio` pads the archive
+/// to blocks behind that entry: of 512 bytes by default, of 5120 with `-B`.
 const CPIO_TAIL_LEN: u64 = 8192;
 
-/// The guest cannot be given its kernel or image.
+/// Reasons why the guest cannot get its kernel or its image.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The kernel file is no loadable `vmlinux`.
+    /// The kernel file is not a loadable `vmlinux`.
     #[error(
         "{path}: not a bootable x86-64 vmlinux: {source}; rebuild or reinstall the guest kernel"
     )]
     Kernel {
         /// The kernel file.
         path: String,
-        /// What linux-loader found.
+        /// The error of linux-loader.
         source: linux_loader::loader::Error,
     },
-    /// The kernel is for another processor.
+    /// The kernel is for another processor architecture.
     #[error("{0}: the kernel is not for x86-64; rebuild or reinstall the guest kernel")]
     OtherMachine(String),
-    /// The kernel is to be shared, and cannot be.
+    /// The kernel cannot be shared, although the configuration asks for it.
     #[error("{path}: microVMs cannot share this kernel: {source}; set share_kernel to false")]
     Unshared {
         /// The kernel file.
         path: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// The image file is no cpio archive.
+    /// The image file is not a cpio archive.
     #[error("{0}: not a newc cpio archive; rebuild or reinstall the guest image")]
     NoArchive(String),
     /// The image file ends too early.
     #[error("{0}: cut short; rebuild or reinstall the guest image")]
     CutShort(String),
     /// The image file could not be read.
-    #[error("reading {path}: {source}")]
+    #[error("cannot read {path}: {source}")]
     Read {
         /// The image file.
         path: String,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
     /// Kernel and image are larger than the memory.
     #[error(
-        "{path}: {len} bytes do not fit beside the kernel in guest memory; raise the sandbox's memory size"
+        "{path}: {len} bytes do not fit beside the kernel in guest memory; \
+         raise the sandbox's memory size"
     )]
     NoRoom {
         /// The image file.
         path: String,
-        /// Its length.
+        /// Length of the image in bytes.
         len: u64,
     },
     /// The command line is too long.
-    #[error("the kernel command line: {0}")]
+    #[error("cannot build the kernel command line: {0}")]
     Cmdline(#[from] linux_loader::cmdline::Error),
-    /// Low memory could not be written.
+    /// Guest memory below 1 MiB could not be written.
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The boot parameters could not be written.
-    #[error("boot parameters: {0}")]
+    #[error("cannot write the boot parameters: {0}")]
     Params(#[from] linux_loader::configurator::Error),
 }
 
@@ -96,7 +97,7 @@ pub enum BootError {
 ///
 /// # Errors
 ///
-/// When it is no cpio archive, or none to its end, or does not fit above the kernel.
+/// When the file is not a cpio archive, has no last entry, or does not fit above the kernel.
 pub fn load_initramfs(
     ram: &GuestRam,
     file: &mut File,
@@ -115,7 +116,7 @@ pub fn load_initramfs(
     if !CPIO_MAGICS.contains(&&magic) {
         return Err(BootError::NoArchive(path.to_owned()));
     }
-    // A kernel would unpack what there is, and miss files later or not at all.
+    // The kernel would unpack an incomplete archive, and miss files later or not at all.
     let tail_len = len.min(CPIO_TAIL_LEN);
     let mut tail = vec![0; tail_len as usize];
     file.read_exact_at(&mut tail, len - tail_len).map_err(read)?;
@@ -128,20 +129,20 @@ pub fn load_initramfs(
     Ok(Initramfs { start, len })
 }
 
-/// Where the image lies in guest memory.
+/// Place of the image in guest memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Initramfs {
-    /// Its first address.
+    /// Guest physical address of the first byte.
     pub start: u64,
-    /// Its length in bytes.
+    /// Length in bytes.
     pub len: u64,
 }
 
-/// Writes the command line and the zero page.
+/// Writes the command line and the zero page (`boot_params`).
 ///
 /// # Errors
 ///
-/// When the command line is too long or memory is missing.
+/// When the command line is too long, or guest memory has no room for either.
 pub fn write_params(
     ram: &GuestRam,
     cmdline: &Cmdline,
@@ -186,11 +187,11 @@ fn e820(ram: &GuestRam) -> Vec<boot_e820_entry> {
     map
 }
 
-/// An empty command line of the kernel's capacity.
+/// Returns an empty command line of the kernel's capacity ([`MAX_CMDLINE_LEN`]).
 ///
 /// # Errors
 ///
-/// Never with this capacity; the crate's constructor is fallible.
+/// Never with this capacity: only the crate's constructor is fallible.
 pub fn new_cmdline() -> Result<Cmdline, BootError> {
     Ok(Cmdline::new(MAX_CMDLINE_LEN)?)
 }
@@ -215,7 +216,7 @@ mod tests {
         image.extend(b"TRAILER!!!\0");
         let whole = image.len();
         assert_eq!(load(&image).unwrap().len, whole as u64);
-        // With the padding of `cpio -B`.
+        // Padded as by `cpio -B`.
         image.resize(whole + 5119, 0);
         assert!(load(&image).is_ok());
         for len in [6, 512, whole - 2, whole / 2] {

@@ -1,9 +1,9 @@
-//! What the guest learns about its processors from CPUID.
+//! CPUID of the guest's processors.
 //!
-//! The base is what KVM can give (`KVM_GET_SUPPORTED_CPUID`); leaves that describe the host's
-//! topology are rewritten to the guest's: one package, a core for each vCPU, one thread a core.
-//! Virtualisation extensions are hidden unless they are asked for: a guest that uses them runs KVM's
-//! code for nested guests, the largest part of KVM that a guest can reach.
+//! The base is the CPUID that KVM supports (`KVM_GET_SUPPORTED_CPUID`). Leaves that describe the
+//! host's topology are rewritten to the guest's: one package, a core for each vCPU, one thread a
+//! core. Virtualisation extensions are hidden unless the configuration asks for them. A guest that
+//! uses them runs KVM's code for nested guests, the largest part of KVM that a guest can reach.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
@@ -12,7 +12,7 @@ const LEAF_CACHE_INTEL: u32 = 0x4;
 const LEAF_PERFMON: u32 = 0xa;
 const LEAF_TOPOLOGY: u32 = 0xb;
 const LEAF_TOPOLOGY_V2: u32 = 0x1f;
-/// Features of AMD's virtualisation (SVM).
+/// Features of AMD's virtualisation extensions (SVM).
 const LEAF_AMD_SVM: u32 = 0x8000_000a;
 const LEAF_AMD_SIZES: u32 = 0x8000_0008;
 const LEAF_AMD_PERFMON: u32 = 0x8000_0022;
@@ -27,7 +27,7 @@ const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 // CPUID.1:EDX
 const EDX_HTT: u32 = 1 << 28;
-// CPUID.8000_0001H:ECX, virtualisation and performance counter extensions of AMD.
+// CPUID.8000_0001H:ECX: virtualisation and performance counter extensions of AMD.
 const LEAF_AMD_FEATURES: u32 = 0x8000_0001;
 const ECX_SVM: u32 = 1 << 2;
 const ECX_SKINIT: u32 = 1 << 12;
@@ -35,10 +35,10 @@ const ECX_PERFCTR_CORE: u32 = 1 << 23;
 const ECX_PERFCTR_NB: u32 = 1 << 24;
 const ECX_PERFCTR_LLC: u32 = 1 << 28;
 
-/// What one vCPU gets.
+/// Returns the CPUID entries of one vCPU.
 ///
-/// `supported` is KVM's answer, `index` the vCPU's number and its APIC id, `vcpus` how many
-/// there are. With `nested` it has the virtualisation extensions that KVM can give.
+/// `supported` is KVM's answer, `index` the vCPU's number and APIC id, `vcpus` the number of vCPUs.
+/// With `nested` the vCPU has the virtualisation extensions that KVM supports.
 pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8, nested: bool) -> Vec<kvm_cpuid_entry2> {
     let mut entries: Vec<kvm_cpuid_entry2> = supported
         .as_slice()
@@ -70,28 +70,30 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
     let count = u32::from(vcpus);
     match entry.function {
         LEAF_FEATURES => {
-            // EBX: initial APIC id, logical processors of the package (SDM 3.3, "CPUID").
+            // EBX: initial APIC id, and logical processors of the package (SDM 3.3, "CPUID").
             entry.ebx = (id << 24) | (count << 16) | (entry.ebx & 0xffff);
-            // KVM lists the deadline timer apart, as it needs its in-kernel local APIC. Without
-            // it the guest calibrates the timer against a clock, which is most of a boot.
+            // KVM does not list the deadline timer here, because it depends on the in-kernel local
+            // APIC. Without the timer the guest calibrates against a clock, which takes most of a
+            // boot.
             entry.ecx |= ECX_TSC_DEADLINE | ECX_HYPERVISOR;
             if vcpus > 1 { entry.edx |= EDX_HTT } else { entry.edx &= !EDX_HTT }
         }
         LEAF_CACHE_INTEL if entry.eax & 0x1f != 0 => {
-            // EAX[31:26] cores of the package less one; EAX[25:14] threads sharing this cache less
-            // one: all for the last level, else one.
+            // EAX[31:26]: cores of the package less one. EAX[25:14]: threads that share this cache
+            // less one. All threads share the last level. Every other cache belongs to one thread.
             let level = (entry.eax >> 5) & 0x7;
             let sharing = if level >= 3 { count - 1 } else { 0 };
             entry.eax = (entry.eax & 0x3fff) | (sharing << 14) | ((count - 1) << 26);
         }
-        // No performance counters: nobody saves them, and probing for them costs exits.
+        // The guest has no performance counters: the state of a vCPU does not hold them, and
+        // probing for them costs exits.
         LEAF_PERFMON | LEAF_AMD_PERFMON => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         LEAF_AMD_FEATURES => {
             entry.ecx &= !(ECX_PERFCTR_CORE | ECX_PERFCTR_NB | ECX_PERFCTR_LLC);
         }
-        // ECX[7:0] threads of the package less one, ECX[15:12] APIC id bits that number them.
+        // ECX[7:0]: threads of the package less one. ECX[15:12]: APIC id bits that number them.
         LEAF_AMD_SIZES => {
             entry.ecx = (entry.ecx & !0xf0ff) | (count - 1) | (id_bits(vcpus) << 12);
         }
@@ -110,7 +112,7 @@ fn adjust(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
     }
 }
 
-/// Leaf 0xb: a thread level of one, and a core level of all.
+/// Returns leaf 0xb: a thread level with one processor, and a core level with all.
 fn topology(index: u8, vcpus: u8) -> [kvm_cpuid_entry2; 3] {
     const SMT: u32 = 1;
     const CORE: u32 = 2;
@@ -127,7 +129,7 @@ fn topology(index: u8, vcpus: u8) -> [kvm_cpuid_entry2; 3] {
     [level(0, 0, 1, SMT), level(1, id_bits(vcpus), vcpus.into(), CORE), level(2, 0, 0, 0)]
 }
 
-/// Bits of an APIC id that number the vCPUs.
+/// Number of APIC id bits that number the vCPUs.
 fn id_bits(vcpus: u8) -> u32 {
     u32::from(vcpus).next_power_of_two().trailing_zeros()
 }

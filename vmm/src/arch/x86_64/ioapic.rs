@@ -1,9 +1,10 @@
-//! The IO-APIC, as a table that says which message each interrupt line sends to the local APICs.
+//! The IO-APIC: a table of the message that each interrupt line sends to the local APICs.
 //!
-//! Registers after Intel's 82093AA data sheet, chapter 3, with as many lines as have a device. KVM has one of
-//! its own, whose 24 lines come with two interrupt controllers of the first PCs; a kernel that finds those
-//! spends most exits of its boot on clearing all of it. With this one KVM sends a line's message as soon as
-//! the line's event is given, without a thread between.
+//! The registers follow Intel's 82093AA data sheet, chapter 3, with as many lines as there are
+//! devices. KVM's own IO-APIC has 24 lines, and comes with the two interrupt controllers of the
+//! first PCs. A kernel that finds those controllers spends most exits of its boot on clearing them.
+//! With this one KVM sends a line's message as soon as the line's eventfd is written, without a
+//! thread between.
 
 use std::io;
 
@@ -16,10 +17,10 @@ use serde::{Deserialize, Serialize};
 use super::layout;
 use crate::bus::BusDevice;
 
-/// The most lines that a chip has.
+/// Most lines of an IO-APIC.
 pub const MAX_LINES: usize = layout::IRQ_LAST as usize + 1;
 
-/// Size of its window: the two registers, and space between them.
+/// Size of the register window in bytes: two registers, and the space between them.
 pub const SIZE: u64 = 0x20;
 
 // Offsets in the window.
@@ -32,10 +33,10 @@ const VERSION: u8 = 0x01;
 const ARBITRATION: u8 = 0x02;
 const FIRST_ENTRY: u8 = 0x10;
 
-/// Bits 7:0 of the version register: an IO-APIC that is no part of a chip set.
+/// Bits 7:0 of the version register: an IO-APIC that is not part of a chip set.
 const VERSION_NUMBER: u32 = 0x11;
 
-/// The chip's id is four bits.
+/// Bits of the ID register that hold the id.
 const ID_BITS: u32 = 0x0f00_0000;
 
 // Bits of an entry of the redirection table.
@@ -48,32 +49,32 @@ const LEVEL: u64 = 1 << 15;
 const MASKED: u64 = 1 << 16;
 const DESTINATION_SHIFT: u32 = 56;
 
-/// Where messages to local APICs go (SDM 3, 12.11.1, "Message Address Register Format").
+/// Address of messages to local APICs (SDM 3, 12.11.1, "Message Address Register Format").
 const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
 
-/// The registers, as the guest has written them.
+/// The registers as the guest has written them.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoApicState {
     select: u8,
     id: u32,
-    /// The redirection table: an entry for each line.
+    /// The redirection table: one entry for each line.
     entries: Vec<u64>,
 }
 
-/// Tells KVM what each line sends, of all lines that send anything.
+/// Passes the routes of all lines that send a message to KVM.
 type Route = Box<dyn FnMut(&KvmIrqRouting) -> io::Result<()> + Send>;
 
-/// The chip.
+/// An IO-APIC.
 pub struct IoApic {
     state: IoApicState,
     route: Route,
-    /// Hears of routes that KVM refuses: the guest would wait for its devices for ever.
+    /// Receives KVM's refusal of a route: the guest would wait for its devices for ever.
     failed: Box<dyn FnMut(io::Error) + Send>,
 }
 
 impl IoApic {
-    /// A chip without lines. `route` is told of each change of what its lines send, and `failed` when that
-    /// refuses one.
+    /// Creates an IO-APIC without lines. It calls `route` for each change of a line's message, and
+    /// `failed` when `route` refuses one.
     pub fn new(
         route: impl FnMut(&KvmIrqRouting) -> io::Result<()> + Send + 'static,
         failed: impl FnMut(io::Error) + Send + 'static,
@@ -81,23 +82,22 @@ impl IoApic {
         Self { state: IoApicState::default(), route: Box::new(route), failed: Box::new(failed) }
     }
 
-    /// Gives the chip its lines up to `line`, which is less than [`MAX_LINES`]. They are masked, as at
-    /// power-on.
+    /// Adds the lines up to `line`, a number below [`MAX_LINES`]. They are masked, as at power-on.
     pub fn add_line(&mut self, line: u32) {
         let lines = (line as usize + 1).min(MAX_LINES);
         self.state.entries.resize(lines.max(self.state.entries.len()), MASKED);
     }
 
-    /// The registers, as the guest has written them.
+    /// Returns the registers as the guest has written them.
     pub fn state(&self) -> &IoApicState {
         &self.state
     }
 
-    /// Becomes what another with as many lines was.
+    /// Takes on the registers of another IO-APIC with as many lines.
     ///
     /// # Errors
     ///
-    /// When it had another number of lines, or KVM refuses the routes.
+    /// When the number of lines differs, or KVM refuses the routes.
     pub fn restore(&mut self, state: &IoApicState) -> io::Result<()> {
         if state.entries.len() != self.state.entries.len() {
             return Err(io::ErrorKind::InvalidData.into());
@@ -106,7 +106,7 @@ impl IoApic {
         (self.route)(&routes(&self.state.entries)?)
     }
 
-    /// The line whose entry has its half in `register`, and whether it is the upper one.
+    /// Returns the line whose entry has one half in `register`, and whether that is the upper half.
     fn half(&self, register: u8) -> Option<(usize, bool)> {
         let at = usize::from(register.checked_sub(FIRST_ENTRY)?);
         (at / 2 < self.state.entries.len()).then_some((at / 2, at % 2 == 1))
@@ -115,7 +115,7 @@ impl IoApic {
     fn selected(&self) -> u32 {
         match self.state.select {
             ID | ARBITRATION => self.state.id,
-            // The number of the last line, of which there are few.
+            // Bits 23:16 hold the number of the last line.
             VERSION => VERSION_NUMBER | (self.state.entries.len() as u32).saturating_sub(1) << 16,
             register => match self.half(register) {
                 Some((line, true)) => (self.state.entries[line] >> 32) as u32,
@@ -135,8 +135,8 @@ impl IoApic {
         let new = if high {
             old & 0xffff_ffff | value << 32
         } else {
-            // Two bits are the chip's own: of a message on its way, and of a level that is not yet
-            // acknowledged. Its lines have neither.
+            // The guest cannot write two bits: a message on its way, and a level interrupt without
+            // its acknowledgement. The lines here have neither.
             old & !0xffff_ffff | value & !(DELIVERING | REMOTE_IRR)
         };
         self.state.entries[line] = new;
@@ -156,7 +156,7 @@ impl BusDevice for IoApic {
             WINDOW => self.selected(),
             _ => 0,
         };
-        // The data sheet has whole registers read only.
+        // The data sheet allows reads of whole registers only.
         if data.len() == size_of::<u32>() {
             data.copy_from_slice(&value.to_le_bytes());
         }
@@ -173,20 +173,20 @@ impl BusDevice for IoApic {
     }
 }
 
-/// The message that a line with this entry sends: its address and data. None when it is masked; what the
-/// line tells meanwhile is not kept (data sheet, 3.2.4, "Interrupt Mask").
+/// Returns the message of a line with this entry: address and data. A masked line has none, and an
+/// interrupt that it signals meanwhile is not kept (data sheet, 3.2.4, "Interrupt Mask").
 fn message(entry: u64) -> Option<(u32, u32)> {
     if entry & MASKED != 0 {
         return None;
     }
     let destination = (entry >> DESTINATION_SHIFT) as u32;
     let logical = if entry & LOGICAL != 0 { 1 << 2 } else { 0 };
-    // SDM 3, 12.11.2, "Message Data Register Format": the same bits, but for the level itself.
+    // SDM 3, 12.11.2, "Message Data Register Format": the same bits, except for the level itself.
     let data = entry & (VECTOR | DELIVERY_MODE | LEVEL);
     Some((MESSAGE_ADDRESS | destination << 12 | logical, data as u32))
 }
 
-/// All lines that send, as KVM wants to hear of them.
+/// Returns the routes of all lines that send a message.
 fn routes(entries: &[u64]) -> io::Result<KvmIrqRouting> {
     let route = |(line, entry): (usize, &u64)| {
         let (address_lo, data) = message(*entry)?;
@@ -208,17 +208,17 @@ mod tests {
 
     use super::*;
 
-    /// Each route: the line, the message's address and its data.
+    /// A line, the address of its message, and the data.
     type Told = Vec<(u32, u32, u32)>;
 
-    /// A chip, and what it has told last.
+    /// An IO-APIC, and the routes that it has passed on.
     fn chip() -> (IoApic, Arc<Mutex<Vec<Told>>>) {
         let told = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&told);
         let route = move |routes: &KvmIrqRouting| {
             let read = |route: &kvm_irq_routing_entry| {
                 assert_eq!(route.type_, KVM_IRQ_ROUTING_MSI);
-                // SAFETY: the type says that this member of the union is the valid one.
+                // SAFETY: the type makes this member of the union the valid one.
                 let msi = unsafe { route.u.msi };
                 (route.gsi, msi.address_lo, msi.data)
             };
@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn a_line_sends_what_its_entry_says_from_when_it_is_unmasked() {
         let (mut chip, told) = chip();
-        // As Linux does: the upper half, the lower one still masked, then unmasked.
+        // The order of Linux: upper half, lower half still masked, then unmasked.
         write(&mut chip, 0x10 + 2 * 5 + 1, 0x0300_0000);
         write(&mut chip, 0x10 + 2 * 5, 0x0001_0931);
         assert!(told.lock().unwrap().is_empty());
@@ -264,11 +264,11 @@ mod tests {
         assert_eq!(told.lock().unwrap().pop().unwrap(), [(5, 0xfee0_3004, 0x0131)]);
         assert_eq!(read(&mut chip, 0x10 + 2 * 5), 0x0000_0931);
         assert_eq!(read(&mut chip, 0x10 + 2 * 5 + 1), 0x0300_0000);
-        // A level, to a processor by its number.
+        // A level interrupt, to a processor by its APIC id.
         write(&mut chip, 0x10 + 2 * 19, 0x0000_8042);
         let both = [(5, 0xfee0_3004, 0x0131), (19, 0xfee0_0000, 0x8042)];
         assert_eq!(told.lock().unwrap().pop().unwrap(), both);
-        // The same once more is nothing to tell.
+        // A write that changes nothing passes no routes on.
         write(&mut chip, 0x10 + 2 * 19, 0x0000_8042);
         assert!(told.lock().unwrap().is_empty());
         write(&mut chip, 0x10 + 2 * 5, 0x0001_0931);

@@ -1,4 +1,5 @@
-//! Puts the kernel into guest memory: what it does not change by mapping its file, the rest by reading it.
+//! Loads the kernel into guest memory: its constant pages are mapped from the file, the rest is
+//! read.
 
 use std::fs::File;
 use std::io;
@@ -13,37 +14,39 @@ use super::layout::{self, PAGE_SIZE};
 use crate::image::Chunked;
 use crate::memory::GuestRam;
 
-/// Length of an ELF header and of a program header, in bytes (System V ABI, 64-bit objects).
+/// Length in bytes of an ELF header and of a program header (System V ABI, 64-bit objects).
 const HEADER_LEN: usize = 64;
 const PROGRAM_HEADER_LEN: usize = 56;
 
 /// `e_machine` of AMD64 (System V ABI, AMD64 supplement, 4.1).
 const EM_X86_64: u16 = 62;
 
-/// `p_type` of what is loaded, and the flag of what may be written (System V ABI, "Program Header").
+/// `p_type` of a loadable segment, and the flag of a writable one (System V ABI, "Program Header").
 const PT_LOAD: u32 = 1;
 const PF_W: u32 = 2;
 
-/// Where a kernel lies in guest memory.
+/// Place of the kernel in guest memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel {
-    /// Its 64-bit entry point.
+    /// Guest physical address of the 64-bit entry point.
     pub entry: u64,
-    /// First address behind it, its zero-filled part included.
+    /// First address behind the kernel, its zero-filled part included.
     pub end: u64,
 }
 
-/// Loads an ELF kernel at its physical addresses. With `share`, the whole pages of its code and constants are
-/// those of the file, which all microVMs share; some of them become the guest's own when it adapts its code to
-/// the processor.
+/// Loads an ELF kernel at its physical addresses.
+///
+/// With `share`, whole pages of code and constants are mapped from the file, so all microVMs share
+/// them. The guest gets its own copy of a page that it writes, as when it adapts code to the
+/// processor.
 ///
 /// # Errors
 ///
-/// [`BootError::Kernel`], [`BootError::OtherMachine`] and [`BootError::Unshared`].
+/// [`BootError::Kernel`], [`BootError::OtherMachine`] or [`BootError::Unshared`].
 pub fn load(ram: &GuestRam, file: &mut File, path: &str, share: bool) -> Result<Kernel, BootError> {
     let mut header = [0; HEADER_LEN];
     let whole = file.read_exact_at(&mut header, 0).is_ok();
-    // The loader does not ask whose code it is.
+    // The loader does not check the architecture.
     if whole && header[..4] == *b"\x7fELF" && u16::from_le_bytes(at(&header, 18)) != EM_X86_64 {
         return Err(BootError::OtherMachine(path.to_owned()));
     }
@@ -51,16 +54,16 @@ pub fn load(ram: &GuestRam, file: &mut File, path: &str, share: bool) -> Result<
     let mut rest = Chunked::without(file, mapped.as_deref().unwrap_or_default());
     let loaded = Elf::load(ram.memory(), None, &mut rest, Some(GuestAddress(layout::HIMEM_START)))
         .map_err(|source| BootError::Kernel { path: path.to_owned(), source })?;
-    // Said behind what the loader has to say: a file that is no kernel cannot be shared either.
+    // Reported only if the loader succeeds: a file that is not a kernel cannot be shared either.
     mapped.map_err(|source| BootError::Unshared { path: path.to_owned(), source })?;
     Ok(Kernel { entry: loaded.kernel_load.raw_value(), end: loaded.kernel_end })
 }
 
-/// Shows the guest the constant segments of `file`, and returns which parts of the file these are.
+/// Maps the constant segments of `file` into guest memory. Returns their parts of the file.
 fn map(ram: &GuestRam, file: &File, header: &[u8; HEADER_LEN]) -> io::Result<Vec<Range<u64>>> {
     let segments = constant_segments(file, header);
     if segments.is_empty() {
-        return Err(io::Error::other("none of its segments is constant and on whole pages"));
+        return Err(io::Error::other("no segment is constant and aligned to pages"));
     }
     let map = |segment: &Segment| {
         ram.map_file(segment.address, segment.len, file, segment.offset)?;
@@ -69,7 +72,7 @@ fn map(ram: &GuestRam, file: &File, header: &[u8; HEADER_LEN]) -> io::Result<Vec
     segments.iter().map(map).collect()
 }
 
-/// Whole pages of a file that belong to a guest address.
+/// Whole pages of a file, and their guest address.
 #[derive(Debug, PartialEq, Eq)]
 struct Segment {
     offset: u64,
@@ -77,8 +80,8 @@ struct Segment {
     len: usize,
 }
 
-/// The segments that nobody writes and that lie on pages in the file as in memory. None of a file that is
-/// no kernel, of which the loader tells.
+/// Returns the segments that are not writable and are aligned to pages in the file and in memory. A
+/// file that is not a kernel has none here, and the loader reports the error.
 fn constant_segments(file: &File, header: &[u8; HEADER_LEN]) -> Vec<Segment> {
     let (start, count) = (u64::from_le_bytes(at(header, 32)), u16::from_le_bytes(at(header, 56)));
     let file_len = file.metadata().map_or(0, |metadata| metadata.len());
@@ -93,7 +96,7 @@ fn constant_segments(file: &File, header: &[u8; HEADER_LEN]) -> Vec<Segment> {
             && flags & PF_W == 0
             && (offset | address).is_multiple_of(PAGE_SIZE)
             && address >= layout::HIMEM_START
-            // Pages behind the file's end would be holes in the guest's memory.
+            // Pages behind the end of the file would be holes in guest memory.
             && len > 0
             && offset.checked_add(len)? <= file_len;
         fits.then_some(Segment { offset, address, len: usize::try_from(len).ok()? })
@@ -101,7 +104,7 @@ fn constant_segments(file: &File, header: &[u8; HEADER_LEN]) -> Vec<Segment> {
     (0..count).filter_map(segment).collect()
 }
 
-/// The bytes of a number in a header that is long enough.
+/// Returns the bytes of a number in a header that is long enough.
 fn at<const N: usize>(header: &[u8], from: usize) -> [u8; N] {
     std::array::from_fn(|index| header[from + index])
 }
@@ -114,7 +117,7 @@ mod tests {
 
     use super::*;
 
-    /// A kernel whose segments have these flags; each is 2.5 pages long.
+    /// A kernel whose segments have these flags. Each segment is 2.5 pages long.
     fn kernel(flags: &[u32]) -> (File, Vec<u8>) {
         const LEN: u64 = 2 * PAGE_SIZE + PAGE_SIZE / 2;
         let mut bytes = vec![0; HEADER_LEN];
@@ -169,7 +172,7 @@ mod tests {
                 assert!(loaded(ram, start, len) == bytes[start..start + len]);
             }
         }
-        // A guest has its own copy of a page that it writes to.
+        // A guest gets its own copy of a page that it writes.
         load(&other, &mut file, "kernel", true).unwrap();
         let address = GuestAddress(layout::HIMEM_START + PAGE_SIZE);
         ram.memory().write_slice(b"changed", address).unwrap();

@@ -11,13 +11,13 @@
 /// Length of a page, in bytes (SDM volume 3, 4.3).
 pub const PAGE_SIZE: u64 = 4096;
 
-/// Boot GDT; free memory behind the BIOS data area.
+/// Boot GDT, in free memory behind the BIOS data area.
 pub const BOOT_GDT_START: u64 = 0x500;
 
 /// The `boot_params` page ("zero page").
 pub const ZERO_PAGE_START: u64 = 0x7000;
 
-/// Initial stack pointer. The kernel sets its own before it uses one.
+/// Initial stack pointer. The kernel sets its own before it uses the stack.
 pub const BOOT_STACK_POINTER: u64 = 0x8ff0;
 
 /// Boot page tables: PML4, PDPT and one page directory, a page each.
@@ -30,8 +30,8 @@ pub const PD_START: u64 = 0xb000;
 /// Kernel command line.
 pub const CMDLINE_START: u64 = 0x2_0000;
 
-/// MP floating pointer structure and table. The kernel looks for it in the last KiB of base
-/// memory (MultiProcessor Specification 1.4, 4), which is where this is.
+/// MP floating pointer structure and MP table. The kernel searches the last KiB of base memory
+/// (MultiProcessor Specification 1.4, 4).
 pub const MPTABLE_START: u64 = 0x9_fc00;
 
 /// End of the room for the MP table.
@@ -43,7 +43,7 @@ pub const HIMEM_START: u64 = 0x10_0000;
 /// Start of the hole below 4 GiB that has no RAM.
 pub const MMIO_GAP_START: u64 = 0xc000_0000;
 
-/// End of the hole, where RAM goes on.
+/// End of the hole, where RAM continues.
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
 
 /// First virtio-mmio register window.
@@ -55,19 +55,19 @@ pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// Size of all windows: one for each interrupt line.
 pub const VIRTIO_MMIO_LEN: u64 = (IRQ_LAST - VIRTIO_IRQ_FIRST + 1) as u64 * VIRTIO_MMIO_SIZE;
 
-/// IO-APIC registers, where PCs have them.
+/// IO-APIC registers, at the address that PCs use.
 pub const IOAPIC_START: u32 = 0xfec0_0000;
 
 /// Local APIC registers (`APIC_DEFAULT_PHYS_BASE`).
 pub const APIC_START: u32 = 0xfee0_0000;
 
-/// Three pages that KVM on Intel needs for real mode (`KVM_SET_TSS_ADDR`).
+/// Three pages for real mode, required by KVM on Intel (`KVM_SET_TSS_ADDR`).
 pub const KVM_TSS_START: usize = 0xfffb_d000;
 
-/// One page that KVM on Intel needs before that (`KVM_SET_IDENTITY_MAP_ADDR`).
+/// One page before those, required by KVM on Intel (`KVM_SET_IDENTITY_MAP_ADDR`).
 pub const KVM_IDENTITY_MAP_START: u64 = 0xfffb_c000;
 
-/// First interrupt line for virtio-mmio devices: Linux has no interrupt 0 for devices.
+/// First interrupt line for virtio-mmio devices. Linux gives no device interrupt 0.
 pub const VIRTIO_IRQ_FIRST: u32 = 1;
 
 /// Last interrupt line that a device can have.

@@ -1,4 +1,4 @@
-//! The x86-64 machine: memory layout, CPU identification, boot state.
+//! The x86-64 machine: memory layout, CPUID, boot state, registers.
 
 pub mod boot;
 pub mod cpuid;

@@ -1,6 +1,6 @@
-//! The MP table, which tells a kernel without ACPI about its processors and interrupts.
+//! The MP table: processors and interrupts of a machine without ACPI.
 //!
-//! Layout after the MultiProcessor Specification 1.4, chapter 4.
+//! The layout follows the MultiProcessor Specification 1.4, chapter 4.
 
 use std::ops::RangeInclusive;
 
@@ -12,7 +12,7 @@ use crate::memory::{GuestRam, MemoryError};
 const OEM_ID: &[u8; 8] = b"ISOPOD  ";
 const PRODUCT_ID: &[u8; 12] = b"MICROVM     ";
 const SPEC_REVISION: u8 = 4;
-// What KVM's in-kernel local APIC reports in its version register.
+// The version register of KVM's in-kernel local APIC.
 const APIC_VERSION: u8 = 0x14;
 
 const ENTRY_PROCESSOR: u8 = 0;
@@ -27,12 +27,8 @@ const CPU_BOOTSTRAP: u8 = 2;
 const INTERRUPT_INT: u8 = 0;
 const INTERRUPT_NMI: u8 = 1;
 
-/// Writes the table for `vcpus` processors, and for the interrupt lines that have a device. The
-/// kernel sets up each line that it is told of, at some ten exits a line.
-///
-/// # Errors
-///
-/// When base memory is not there.
+/// Writes the table for `vcpus` processors and for the interrupt lines that have a device. The
+/// kernel sets up each line in the table, which takes about ten exits.
 pub fn write(ram: &GuestRam, vcpus: u8, irqs: RangeInclusive<u8>) -> Result<(), MemoryError> {
     let table = config_table(vcpus, irqs);
     let mut bytes = floating_pointer();
@@ -96,7 +92,7 @@ fn config_table(vcpus: u8, irqs: RangeInclusive<u8>) -> Vec<u8> {
     b
 }
 
-/// The byte that makes the sum of all zero.
+/// Returns the byte that makes the sum of all bytes zero.
 fn checksum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0u8, |sum, b| sum.wrapping_add(*b)).wrapping_neg()
 }
@@ -121,7 +117,7 @@ mod tests {
     fn the_header_counts_its_entries_and_its_length() {
         let table = config_table(2, 5..=8);
         assert_eq!(u16::from_le_bytes([table[4], table[5]]) as usize, table.len());
-        // 2 processors, bus, IO-APIC, 4 lines, a local interrupt.
+        // 2 processors, a bus, an IO-APIC, 4 interrupt lines, a local interrupt.
         assert_eq!(u16::from_le_bytes([table[34], table[35]]), 9);
     }
 }

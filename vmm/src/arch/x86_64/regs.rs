@@ -1,4 +1,4 @@
-//! The registers with which a vCPU starts. What it has become later is [`super::state`]'s.
+//! The registers of a vCPU at boot. [`super::state`] has those of a vCPU that has run.
 
 use kvm_bindings::{
     Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
@@ -27,8 +27,8 @@ const LAPIC_LVT_LINT1: usize = 0x360;
 const DELIVERY_NMI: u32 = 4;
 const DELIVERY_EXTINT: u32 = 7;
 
-/// A GDT descriptor, by its flag bits (access byte low, granularity nibble above) and a flat
-/// 4 GiB limit (SDM 3, 3.4.5).
+/// Returns a GDT descriptor with a flat 4 GiB limit (SDM 3, 3.4.5). `flags` holds the access byte
+/// in its low bits and the granularity nibble above.
 const fn flat_descriptor(flags: u16) -> u64 {
     let flags = flags as u64;
     0xffff | ((flags & 0xff) << 40) | (0xf << 48) | ((flags & 0xf000) << 40)
@@ -40,14 +40,14 @@ const GDT: [u64; 4] = [0, 0, flat_descriptor(0xa09b), flat_descriptor(0xc093)];
 const BOOT_CS: u16 = 0x10;
 const BOOT_DS: u16 = 0x18;
 
-/// Everything that KVM is told about a vCPU before it runs.
+/// The registers that KVM gets before a vCPU runs.
 #[derive(Debug, Clone)]
 pub struct VcpuRegs {
     /// General registers.
     pub regs: kvm_regs,
     /// Segments and control registers.
     pub sregs: kvm_sregs,
-    /// Floating point.
+    /// Floating point registers.
     pub fpu: kvm_fpu,
     /// Local APIC page.
     pub lapic: kvm_lapic_state,
@@ -56,12 +56,8 @@ pub struct VcpuRegs {
 }
 
 impl VcpuRegs {
-    /// The state of vCPU `index` at power-on. The first enters the kernel at `entry` in 64-bit mode
-    /// by the Linux 64-bit boot protocol; the others wait for the first to start them.
-    ///
-    /// # Errors
-    ///
-    /// When KVM does not tell its defaults.
+    /// Returns the state of vCPU `index` at power-on. The first vCPU enters the kernel at `entry`
+    /// by the Linux 64-bit boot protocol. The others wait until the first starts them.
     pub fn at_boot(vcpu: &VcpuFd, index: u8, entry: u64) -> Result<Self, kvm_ioctls::Error> {
         let mut sregs = vcpu.get_sregs()?;
         let mut regs = kvm_regs { rflags: 2, ..Default::default() };
@@ -85,11 +81,7 @@ impl VcpuRegs {
         Ok(Self { regs, sregs, fpu, lapic, msrs })
     }
 
-    /// Gives the state to KVM.
-    ///
-    /// # Errors
-    ///
-    /// The ioctl that failed.
+    /// Passes the registers to KVM.
     pub fn apply(&self, vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
         let msrs =
             Msrs::from_entries(&self.msrs).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))?;
@@ -103,12 +95,8 @@ impl VcpuRegs {
     }
 }
 
-/// Writes the descriptor and page tables that [`VcpuRegs::at_boot`] points to: the first GiB,
-/// mapped one to one in pages of 2 MiB.
-///
-/// # Errors
-///
-/// When low memory is not there.
+/// Writes the descriptor and page tables for [`VcpuRegs::at_boot`]. The page tables map the first
+/// GiB one to one, in pages of 2 MiB.
 pub fn write_tables(ram: &GuestRam) -> Result<(), MemoryError> {
     const PRESENT_WRITABLE: u64 = 0x3;
     const LARGE_PAGE: u64 = 0x80;
@@ -141,7 +129,7 @@ fn enter_long_mode(sregs: &mut kvm_sregs) {
     let data = kvm_segment { selector: BOOT_DS, type_: 0x3, db: 1, l: 0, ..code };
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    // The task register has to hold a busy 64-bit TSS in long mode; nothing uses it.
+    // In long mode the task register must hold a busy 64-bit TSS, although nothing uses it.
     sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..Default::default() };
     sregs.gdt.base = layout::BOOT_GDT_START;
     sregs.gdt.limit = (size_of_val(&GDT) - 1) as u16;
@@ -171,7 +159,8 @@ mod tests {
 
     #[test]
     fn descriptors_are_what_the_boot_protocol_wants() {
-        // Code: 64-bit, present, readable. Data: 32-bit, present, writable. Both 4 GiB, flat.
+        // Code: 64-bit, present, readable. Data: 32-bit, present, writable. Both are flat, with 4
+        // GiB.
         assert_eq!(GDT[2], 0x00af_9b00_0000_ffff);
         assert_eq!(GDT[3], 0x00cf_9300_0000_ffff);
     }

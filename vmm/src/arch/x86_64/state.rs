@@ -1,7 +1,7 @@
-//! A machine's state as plain data: vCPUs, interrupt lines, clock.
+//! The state of a machine as plain data: vCPUs, interrupt lines, clock.
 //!
-//! Whoever captures has paused all vCPUs; whoever restores has made the same vCPUs anew, and none
-//! has run.
+//! All vCPUs are paused before a capture. Before a restore the machine has the same vCPUs, and none
+//! of them has run.
 
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs,
@@ -16,30 +16,30 @@ use super::ioapic::{IoApic, IoApicState};
 /// `IA32_TSC_DEADLINE` (SDM 3, 11.5.4.1).
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 
-/// A state cannot be captured or restored.
+/// Reasons why a state cannot be captured or restored.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// An ioctl failed.
     #[error("KVM: {ioctl}: {source}")]
     Ioctl {
-        /// Which.
+        /// Name of the ioctl.
         ioctl: &'static str,
-        /// Why.
+        /// The cause.
         source: kvm_ioctls::Error,
     },
-    /// KVM does not take what the interrupt lines send.
+    /// KVM refuses the routes of the interrupt lines.
     #[error("KVM: KVM_SET_GSI_ROUTING: {0}")]
     Routes(std::io::Error),
-    /// A model-specific register does not take the value that it had.
-    #[error("KVM: model-specific register {index:#x} does not take {value:#x}")]
+    /// KVM refuses the captured value of a model-specific register.
+    #[error("KVM: model-specific register {index:#x} refuses {value:#x}")]
     Msr {
-        /// Its number.
+        /// Number of the register.
         index: u32,
-        /// The value.
+        /// The captured value.
         value: u64,
     },
-    /// There are more entries than KVM has.
-    #[error("more CPUID entries or model-specific registers than KVM has")]
+    /// The state has more entries than KVM allows.
+    #[error("more CPUID entries or model-specific registers than KVM allows")]
     TooMany,
 }
 
@@ -47,22 +47,18 @@ fn failed(ioctl: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
     move |source| StateError::Ioctl { ioctl, source }
 }
 
-/// The model-specific registers that a state holds (`KVM_GET_MSR_INDEX_LIST`).
-///
-/// # Errors
-///
-/// When KVM does not tell.
+/// Returns the model-specific registers that a state holds (`KVM_GET_MSR_INDEX_LIST`).
 pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>, StateError> {
     let list = kvm.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
     Ok(list.as_slice().to_vec())
 }
 
-/// One vCPU.
+/// State of one vCPU.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct VcpuState {
-    /// What CPUID says.
+    /// CPUID entries.
     pub cpuid: Vec<kvm_cpuid_entry2>,
-    /// Whether it runs, halts, or waits to be started.
+    /// Running, halted, or waiting for another vCPU to start it.
     pub mp_state: kvm_mp_state,
     /// General registers.
     pub regs: kvm_regs,
@@ -76,23 +72,19 @@ pub struct VcpuState {
     pub debugregs: kvm_debugregs,
     /// Local APIC page.
     pub lapic: kvm_lapic_state,
-    /// Model-specific registers that can be read, the time stamp counter among them.
+    /// Readable model-specific registers, the time stamp counter among them.
     pub msrs: Vec<kvm_msr_entry>,
-    /// Frequency of the time stamp counter in kHz, where KVM tells it.
+    /// Frequency of the time stamp counter in kHz, where KVM reports it.
     pub tsc_khz: Option<u32>,
-    /// Exceptions and interrupts on their way.
+    /// Pending exceptions and interrupts.
     pub events: kvm_vcpu_events,
 }
 
 impl VcpuState {
-    /// Reads the state of `vcpu`, with those of the registers `msrs` that it has.
-    ///
-    /// # Errors
-    ///
-    /// The ioctl that failed.
+    /// Captures the state of `vcpu`, with the registers of `msrs` that it has.
     pub fn capture(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self, StateError> {
         Ok(Self {
-            // First, as it delivers a pending INIT or SIPI, which changes all that follows.
+            // First: the call delivers a pending INIT or SIPI, which changes all other registers.
             mp_state: vcpu.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?,
             regs: vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?,
             sregs: vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?,
@@ -111,19 +103,20 @@ impl VcpuState {
         })
     }
 
-    /// Gives the state to `vcpu`, which has not run yet.
+    /// Restores the state into `vcpu`, which has not run yet.
     ///
-    /// The order is KVM's: CPUID decides which registers and bits exist; the special registers bring
-    /// the APIC's base and mode before its page; the page has the timer's mode before the deadline,
-    /// which is written last of the MSRs; events come last, as other calls clear them.
+    /// KVM requires the order. CPUID decides which registers and bits exist. The special registers
+    /// set base and mode of the local APIC, and come before its page. The page sets the timer's
+    /// mode, and comes before the deadline, the last of the MSRs. Events come last, because other
+    /// calls clear them.
     ///
     /// # Errors
     ///
-    /// The ioctl or the register that failed; the vCPU is then not to be run.
+    /// After an error the vCPU must not run.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany)?;
         vcpu.set_cpuid2(&cpuid).map_err(failed("KVM_SET_CPUID2"))?;
-        // The host's own frequency needs no scaling, which not every processor has.
+        // The host's own frequency needs no scaling, and not every processor can scale.
         if let Some(khz) = self.tsc_khz.filter(|khz| vcpu.get_tsc_khz().ok() != Some(*khz)) {
             vcpu.set_tsc_khz(khz).map_err(failed("KVM_SET_TSC_KHZ"))?;
         }
@@ -141,7 +134,8 @@ impl VcpuState {
     }
 }
 
-/// Reads registers. KVM stops at the first that this vCPU has not; those are left out.
+/// Reads registers. KVM stops at the first register that this vCPU does not have, which is left
+/// out.
 fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateError> {
     let entry = |index: &u32| kvm_msr_entry { index: *index, ..Default::default() };
     let mut rest: Vec<_> = indices.iter().map(entry).collect();
@@ -165,21 +159,17 @@ fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> 
     }
 }
 
-/// A machine's state beside its vCPUs, its memory and its virtio devices.
+/// State of a machine, apart from its vCPUs, memory and virtio devices.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmState {
-    /// The IO-APIC's registers.
+    /// Registers of the IO-APIC.
     pub ioapic: IoApicState,
     /// kvmclock, in nanoseconds.
     pub clock: kvm_clock_data,
 }
 
 impl VmState {
-    /// Reads the state of `vm` and of its IO-APIC.
-    ///
-    /// # Errors
-    ///
-    /// The ioctl that failed.
+    /// Captures the state of `vm` and of its IO-APIC.
     pub fn capture(vm: &VmFd, ioapic: &IoApic) -> Result<Self, StateError> {
         Ok(Self {
             ioapic: ioapic.state().clone(),
@@ -187,15 +177,15 @@ impl VmState {
         })
     }
 
-    /// Gives the state to `vm`, whose vCPUs do not run, and to its IO-APIC. The clock goes on from where it
-    /// was, without the time between.
+    /// Restores the state into `vm`, whose vCPUs do not run, and into its IO-APIC. The clock
+    /// continues from the captured time.
     ///
     /// # Errors
     ///
-    /// The ioctl that failed; the machine is then not to be run.
+    /// After an error the machine must not run.
     pub fn restore(&self, vm: &VmFd, ioapic: &mut IoApic) -> Result<(), StateError> {
         ioapic.restore(&self.ioapic).map_err(StateError::Routes)?;
-        // The flags say what KVM knows of its own time, and are not for setting.
+        // KVM sets the flags, which describe its own time; a caller cannot.
         let clock = kvm_clock_data { clock: self.clock.clock, ..Default::default() };
         vm.set_clock(&clock).map_err(failed("KVM_SET_CLOCK"))
     }
@@ -220,7 +210,7 @@ mod tests {
         msrs: Vec<u32>,
     }
 
-    /// A machine whose vCPU is as at power-on. `None` where there is no KVM.
+    /// A machine whose vCPU is as at power-on. `None` without KVM.
     fn machine() -> Option<Machine> {
         let Ok(kvm) = Kvm::new() else {
             eprintln!("left out: needs /dev/kvm");
@@ -234,7 +224,7 @@ mod tests {
         Some(Machine { vm, vcpu, msrs })
     }
 
-    /// The state as JSON, without what goes on by itself.
+    /// Returns the state as JSON, without the running time stamp counter.
     fn still(mut state: VcpuState) -> Value {
         state.msrs.retain(|msr| msr.index != MSR_TSC);
         serde_json::to_value(state).unwrap()
@@ -273,7 +263,7 @@ mod tests {
         for vm in [&mut from.vm, &mut to.vm] {
             assert_eq!(vm.add_virtio(Box::<Rng>::default()).unwrap().irq, 1);
         }
-        // Its entry of the IO-APIC, as a guest's kernel would write it.
+        // The device's entry in the IO-APIC, as a guest's kernel writes it.
         let ioapic: u64 = layout::IOAPIC_START.into();
         for (register, value) in [(0x13_u32, 0x0100_0000_u32), (0x12, 0x31)] {
             from.vm.mmio.write(ioapic, &register.to_le_bytes());

@@ -1,18 +1,19 @@
-//! Memory balloon (virtio 1.2, 5.5), for the sake of free page reporting (5.5.6.7): what the
-//! guest no longer uses goes back to the host by itself.
+//! Memory balloon (virtio 1.2, 5.5), for free page reporting (5.5.6.7): unused pages of the guest
+//! go back to the host.
 
 use std::io;
 
 use vm_memory::VolatileSlice;
 
+use super::device::{Activation, VirtioDevice, read_from};
+use super::queue::ActiveQueue;
 use super::state::{DeviceState, OwnState};
-use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::memory::GuestMemoryMap;
 
 const DEVICE_TYPE: u32 = 5;
 
-/// Inflate, deflate, reporting. Linux numbers the queues that exist, and there is neither the
-/// statistics nor the hinting queue.
+/// Inflate, deflate and reporting queue. Linux numbers only the queues that exist, and the
+/// statistics and hinting queues do not.
 const QUEUE_SIZES: [u16; 3] = [16, 16, 64];
 const INFLATE: usize = 0;
 const REPORTING: usize = 2;
@@ -20,14 +21,15 @@ const REPORTING: usize = 2;
 const FEATURE_DEFLATE_ON_OOM: u64 = 1 << 2;
 const FEATURE_REPORTING: u64 = 1 << 5;
 
-/// A balloon page is 4 KiB whatever the host's page size (5.5.6).
+/// Size of a balloon page: 4 KiB on every host (5.5.6).
 const BALLOON_PAGE_SIZE: u64 = 4096;
 
-/// Most bytes of page numbers in one chain. Linux sends 256 numbers of 4 bytes; the rest of a longer
-/// list is not looked at, as each number costs the vCPU a system call.
+/// Most bytes of page numbers in one chain. Linux sends 256 numbers of 4 bytes. The rest of a
+/// longer list is ignored, because each number costs the vCPU a system call.
 const INFLATE_LEN: usize = 4096;
 
-/// The balloon. Reports come every two seconds at most, so the vCPU that reports serves itself.
+/// The balloon device. Reports come at most every two seconds, so the vCPU that sends a report
+/// serves it.
 #[derive(Default)]
 pub struct Balloon {
     active: Option<(GuestMemoryMap, Vec<ActiveQueue>)>,
@@ -47,7 +49,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // num_pages and actual: the host asks for no page back.
+        // num_pages and actual: the host never asks for pages.
         read_from(&[0; 8], offset, data);
     }
 
@@ -63,7 +65,7 @@ impl VirtioDevice for Balloon {
     fn notify(&mut self, index: usize) {
         let Some((memory, queues)) = &mut self.active else { return };
         let Some(queue) = queues.get_mut(index) else { return };
-        // At most a turn of the ring and some for a kick, so that the vCPU gets on.
+        // Bounded to a turn of the ring and some for a kick, so that the vCPU can go on.
         for _ in 0..2 * QUEUE_SIZES[index] {
             let Some(chain) = queue.pop(memory) else {
                 if queue.enable_kicks(memory) {
@@ -72,9 +74,9 @@ impl VirtioDevice for Balloon {
                 break;
             };
             match index {
-                // The chain's writable buffers are the free pages themselves.
+                // The writable buffers of the chain are the free pages.
                 REPORTING => chain.writable.slices().iter().for_each(discard),
-                // A list of page numbers, which the guest gives up until it deflates.
+                // A list of page numbers, whose pages the guest does not use until it deflates.
                 INFLATE => {
                     let mut numbers = chain.readable;
                     numbers.truncate(INFLATE_LEN);
@@ -82,7 +84,7 @@ impl VirtioDevice for Balloon {
                         discard_page(memory, u32::from_le_bytes(number));
                     }
                 }
-                // Deflating needs nothing: a page comes back when it is touched.
+                // Deflating needs no work: a touched page comes back.
                 _ => {}
             }
             queue.push(memory, chain.head, 0);
@@ -97,7 +99,8 @@ impl VirtioDevice for Balloon {
     fn state(&self) -> Option<DeviceState> {
         let (_, queues) = self.active.as_ref()?;
         let queues = queues.iter().map(ActiveQueue::state).collect();
-        Some(DeviceState { queues, own: OwnState::Nothing })
+        // A page in the balloon is a page that is not resident.
+        Some(DeviceState { queues, own: OwnState::default() })
     }
 }
 
@@ -109,7 +112,7 @@ fn discard_page(memory: &GuestMemoryMap, number: u32) {
     }
 }
 
-/// Gives whole pages within `slice` back to the host. Reading them later gives zeros.
+/// Gives the whole pages within `slice` back to the host. They read as zeros later.
 fn discard(slice: &VolatileSlice<'_>) {
     const PAGE_MASK: usize = 4095;
     let start = slice.ptr_guard_mut().as_ptr() as usize;
@@ -119,7 +122,7 @@ fn discard(slice: &VolatileSlice<'_>) {
         return;
     }
     // SAFETY: the range lies within one mapping of guest memory, which is private and anonymous and
-    // holds nothing of the VMM's. The guest asked for its pages to be dropped.
+    // holds nothing of the VMM's. The guest asked to drop its pages.
     let result = unsafe { libc::madvise(first as *mut _, end - first, libc::MADV_DONTNEED) };
     debug_assert_eq!(result, 0);
 }

@@ -6,22 +6,23 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use super::chain::{Buffers, Chain, returned};
+use super::device::{Activation, VirtioDevice, read_from};
+use super::queue::ActiveQueue;
 use super::state::{DeviceState, OwnState};
 use super::worker::{Hold, Stop, Worker, wait_for_work};
-use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::BlockConfig;
 use crate::memory::GuestMemoryMap;
 
 const DEVICE_TYPE: u32 = 2;
 const QUEUE_SIZES: [u16; 1] = [256];
 
-/// Segments of a request beside its header and status; the queue has to hold them all.
+/// Most segments of a request, apart from header and status. The queue holds them all.
 const MAX_SEGMENTS: u32 = 128;
 
 /// Longest segment in bytes.
 const MAX_SEGMENT_LEN: u32 = 128 * 1024;
 
-/// Most data in one request, in bytes, so that none keeps the worker from its stop for long.
+/// Most data of one request in bytes, so that a request does not keep the worker from its stop.
 const MAX_DATA_LEN: usize = MAX_SEGMENTS as usize * MAX_SEGMENT_LEN as usize;
 
 const SECTOR_SIZE: u64 = 512;
@@ -40,7 +41,7 @@ const STATUS_OK: u8 = 0;
 const STATUS_IO_ERROR: u8 = 1;
 const STATUS_UNSUPPORTED: u8 = 2;
 
-/// Length of the serial in a `GET_ID` answer.
+/// Length of the serial number in a `GET_ID` answer.
 const ID_LEN: usize = 20;
 
 /// A disk of the guest.
@@ -49,7 +50,7 @@ pub struct Block {
     worker: Option<Worker<Work>>,
 }
 
-/// What the worker works on.
+/// The disk and the queue of the worker.
 struct Work {
     disk: Arc<Disk>,
     memory: GuestMemoryMap,
@@ -64,13 +65,13 @@ struct Disk {
 }
 
 impl Block {
-    /// A disk over `file`, whose length in whole sectors is its capacity.
+    /// Creates a disk over `file`, whose length in whole sectors is the capacity.
     ///
     /// # Errors
     ///
-    /// When the length cannot be found out, or is less than a sector.
+    /// When the length is unknown, or less than a sector.
     pub fn new(mut file: File, config: &BlockConfig) -> io::Result<Self> {
-        // A block device's metadata says 0; where its end is, it tells to a seek.
+        // The metadata of a block device has length 0, but a seek finds its end.
         let sectors = file.seek(SeekFrom::End(0))? / SECTOR_SIZE;
         if sectors == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "shorter than one sector"));
@@ -129,7 +130,8 @@ impl VirtioDevice for Block {
 
     fn state(&self) -> Option<DeviceState> {
         let work = self.worker.as_ref()?.held()?;
-        Some(DeviceState { queues: vec![work.queue.state()], own: OwnState::Nothing })
+        // The disk's content is that of its file.
+        Some(DeviceState { queues: vec![work.queue.state()], own: OwnState::default() })
     }
 }
 
@@ -155,8 +157,8 @@ impl Work {
     }
 }
 
-/// A request, parsed and checked whole before any of it is done.
-enum Request<'m> {
+/// A request, parsed and checked whole before any part of it is executed.
+enum BlockRequest<'m> {
     Read { offset: u64, into: Buffers<'m> },
     Write { offset: u64, from: Buffers<'m> },
     Flush,
@@ -164,10 +166,10 @@ enum Request<'m> {
 }
 
 impl Disk {
-    /// Does one request. Returns how many bytes were written to the chain.
+    /// Executes one request. Returns the number of bytes written to the chain.
     fn execute(&self, chain: Chain<'_>) -> u32 {
         let Chain { mut readable, mut writable, .. } = chain;
-        // The status is the last writable byte (5.2.6). Without room for it, nothing can be said.
+        // The status is the last writable byte (5.2.6). Without room for it there is no answer.
         let Some(data_len) = writable.len().checked_sub(1) else { return 0 };
         let Some(data) = writable.split_to(data_len) else { return 0 };
         let mut status = writable;
@@ -185,29 +187,29 @@ impl Disk {
         &self,
         readable: &mut Buffers<'m>,
         writable: Buffers<'m>,
-    ) -> Result<Request<'m>, u8> {
+    ) -> Result<BlockRequest<'m>, u8> {
         let kind = u32::from_le_bytes(readable.take::<4>().ok_or(STATUS_IO_ERROR)?);
         readable.take::<4>().ok_or(STATUS_IO_ERROR)?; // reserved
         let sector = u64::from_le_bytes(readable.take::<8>().ok_or(STATUS_IO_ERROR)?);
         match kind {
             TYPE_IN => {
                 let offset = self.check_range(sector, writable.len())?;
-                Ok(Request::Read { offset, into: writable })
+                Ok(BlockRequest::Read { offset, into: writable })
             }
             TYPE_OUT if self.read_only => Err(STATUS_IO_ERROR),
             TYPE_OUT => {
                 let offset = self.check_range(sector, readable.len())?;
-                Ok(Request::Write { offset, from: std::mem::take(readable) })
+                Ok(BlockRequest::Write { offset, from: std::mem::take(readable) })
             }
-            TYPE_FLUSH => Ok(Request::Flush),
-            TYPE_GET_ID if writable.len() >= ID_LEN => Ok(Request::GetId { into: writable }),
+            TYPE_FLUSH => Ok(BlockRequest::Flush),
+            TYPE_GET_ID if writable.len() >= ID_LEN => Ok(BlockRequest::GetId { into: writable }),
             TYPE_GET_ID => Err(STATUS_IO_ERROR),
             _ => Err(STATUS_UNSUPPORTED),
         }
     }
 
-    /// The byte offset of `sector`, if `len` bytes from there are whole sectors of this disk and no
-    /// more than a request may have.
+    /// Returns the byte offset of `sector`. The `len` bytes from there must be whole sectors of
+    /// this disk, and no more than a request may have.
     fn check_range(&self, sector: u64, len: usize) -> Result<u64, u8> {
         if len > MAX_DATA_LEN {
             return Err(STATUS_IO_ERROR);
@@ -220,14 +222,14 @@ impl Disk {
         Ok(sector * SECTOR_SIZE)
     }
 
-    fn perform(&self, request: Request<'_>) -> io::Result<usize> {
+    fn perform(&self, request: BlockRequest<'_>) -> io::Result<usize> {
         match request {
-            Request::Read { offset, into } => self.transfer(into, offset, libc::preadv64),
-            Request::Write { offset, from } => {
+            BlockRequest::Read { offset, into } => self.transfer(into, offset, libc::preadv64),
+            BlockRequest::Write { offset, from } => {
                 self.transfer(from, offset, libc::pwritev64).map(|_| 0)
             }
-            Request::Flush => self.file.sync_data().map(|()| 0),
-            Request::GetId { mut into } => {
+            BlockRequest::Flush => self.file.sync_data().map(|()| 0),
+            BlockRequest::GetId { mut into } => {
                 into.put(&self.id);
                 Ok(ID_LEN)
             }
@@ -245,8 +247,8 @@ impl Disk {
             let iovecs = buffers.iovecs(usize::MAX);
             let at = (offset + done as u64) as i64;
             // SAFETY: each iovec is a checked piece of guest memory, which stays mapped while the
-            // chain's borrow of it lasts; the guest may race with the call, which can only spoil
-            // the guest's own data.
+            // chain borrows it. The guest may race with the call, which can only spoil the guest's
+            // own data.
             let result =
                 unsafe { call(self.file.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32, at) };
             match returned(result) {

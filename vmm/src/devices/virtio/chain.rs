@@ -1,8 +1,9 @@
-//! A descriptor chain as buffers in this process.
+//! A descriptor chain, mapped to buffers of this process.
 //!
-//! Everything in a chain is the guest's word: addresses, lengths, order, and how it links. The
-//! iterator of `virtio-queue` bounds the number of descriptors and their sum; here each is checked to
-//! lie in guest memory, and readable ones to come before writable ones (2.7.4.2).
+//! The guest controls everything in a chain: addresses, lengths, order and links. The iterator of
+//! `virtio-queue` bounds the number of descriptors and the sum of their lengths. The code here
+//! checks that each lies in guest memory, and that readable ones come before writable ones
+//! (2.7.4.2).
 
 use std::io;
 
@@ -11,15 +12,15 @@ use vm_memory::{GuestMemory, VolatileSlice};
 
 use crate::memory::GuestMemoryMap;
 
-/// The chain breaks the rules.
+/// Error of a chain that breaks the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InvalidChain;
 
 /// One request of the driver.
 pub struct Chain<'m> {
-    /// Names the chain when it is given back.
+    /// Index of the first descriptor, which names the chain when it is given back.
     pub head: u16,
-    /// What the driver wrote for the device.
+    /// Data that the driver wrote for the device.
     pub readable: Buffers<'m>,
     /// Room for the device's answer.
     pub writable: Buffers<'m>,
@@ -30,8 +31,8 @@ impl<'m> Chain<'m> {
     ///
     /// # Errors
     ///
-    /// [`InvalidChain`] when one lies outside memory or out of order, or when there are more than
-    /// `queue_size`, which an indirect table must not be used for either (2.7.5.3.1).
+    /// [`InvalidChain`] when a descriptor lies outside memory or out of order, or when there are
+    /// more than `queue_size`. An indirect table must not have more either (2.7.5.3.1).
     pub fn new(
         memory: &'m GuestMemoryMap,
         descriptors: DescriptorChain<&GuestMemoryMap>,
@@ -46,12 +47,8 @@ impl<'m> Chain<'m> {
     }
 }
 
-/// Maps every descriptor and hands it on, with whether the device may write it. What was handed on
-/// before an error is not to be used.
-///
-/// # Errors
-///
-/// As [`Chain::new`].
+/// Maps every descriptor and passes it to `each`, with true if the device may write it. After an
+/// error the caller must not use the descriptors passed so far.
 pub(super) fn walk<'m>(
     memory: &'m GuestMemoryMap,
     descriptors: DescriptorChain<&GuestMemoryMap>,
@@ -63,7 +60,8 @@ pub(super) fn walk<'m>(
         if count >= usize::from(queue_size) {
             return Err(InvalidChain);
         }
-        // A descriptor may span two regions only where they touch, and ours never do.
+        // A descriptor may span two regions only where they touch. The regions of guest memory
+        // never do.
         let slice = memory
             .get_slice(descriptor.addr(), descriptor.len() as usize)
             .map_err(|_| InvalidChain)?;
@@ -77,7 +75,7 @@ pub(super) fn walk<'m>(
     Ok(())
 }
 
-/// Buffers one after the other, consumed from the front.
+/// Consecutive buffers, consumed from the front.
 #[derive(Default)]
 pub struct Buffers<'m> {
     slices: Vec<VolatileSlice<'m>>,
@@ -90,29 +88,29 @@ impl<'m> Buffers<'m> {
         self.slices.push(slice);
     }
 
-    /// Bytes left.
+    /// Returns the number of bytes left.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Nothing is left.
+    /// Returns true if no byte is left.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// What is left, piece by piece.
+    /// Returns the buffers that are left.
     pub fn slices(&self) -> &[VolatileSlice<'m>] {
         &self.slices
     }
 
-    /// Copies `N` bytes out of the front. `None` when fewer are left.
+    /// Copies `N` bytes from the front. `None` if fewer are left.
     pub fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
         let mut bytes = [0u8; N];
         self.take_into(&mut bytes)?;
         Some(bytes)
     }
 
-    /// Fills `bytes` from the front. `None`, and nothing copied, when fewer are left.
+    /// Fills `bytes` from the front. If fewer are left, returns `None` and copies nothing.
     pub fn take_into(&mut self, bytes: &mut [u8]) -> Option<()> {
         let front = self.split_to(bytes.len())?;
         let mut at = 0;
@@ -122,7 +120,7 @@ impl<'m> Buffers<'m> {
         Some(())
     }
 
-    /// Copies `bytes` to the front. `None`, and nothing copied, when less room is left.
+    /// Copies `bytes` to the front. If less room is left, returns `None` and copies nothing.
     pub fn put(&mut self, bytes: &[u8]) -> Option<()> {
         let front = self.split_to(bytes.len())?;
         let mut rest = bytes;
@@ -133,7 +131,8 @@ impl<'m> Buffers<'m> {
         Some(())
     }
 
-    /// Cuts the first `at` bytes off. `None`, and nothing cut, when fewer are left.
+    /// Cuts off and returns the first `at` bytes. If fewer are left, returns `None` and cuts
+    /// nothing.
     pub fn split_to(&mut self, at: usize) -> Option<Self> {
         if at > self.len {
             return None;
@@ -165,7 +164,7 @@ impl<'m> Buffers<'m> {
         }
     }
 
-    /// Copies out all that is left.
+    /// Copies all bytes that are left.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
         let mut at = 0;
@@ -175,8 +174,8 @@ impl<'m> Buffers<'m> {
         bytes
     }
 
-    /// The buffers for `readv` and its kin: their first `max` bytes, and at most `IOV_MAX` of them.
-    /// The addresses are good for as long as the chain's memory is mapped.
+    /// Returns the iovecs for `readv` and similar calls: the first `max` bytes, in at most
+    /// `IOV_MAX` buffers. The addresses are valid while the chain's memory is mapped.
     pub fn iovecs(&self, max: usize) -> Vec<libc::iovec> {
         let mut left = max;
         let mut iovecs = Vec::with_capacity(self.slices.len().min(IOV_MAX));
@@ -192,16 +191,17 @@ impl<'m> Buffers<'m> {
     }
 }
 
-/// Most buffers that `readv` and its kin take at a time.
+/// Most iovecs that `readv` and similar calls accept.
 pub(super) const IOV_MAX: usize = 1024;
 
-/// The first `max` bytes of a buffer. The address is good for as long as its memory is mapped.
+/// Returns an iovec of the first `max` bytes of a buffer. The address is valid while its memory is
+/// mapped.
 pub(super) fn iovec(slice: &VolatileSlice<'_>, max: usize) -> libc::iovec {
     let iov_base = slice.ptr_guard_mut().as_ptr().cast();
     libc::iovec { iov_base, iov_len: slice.len().min(max) }
 }
 
-/// Makes an `io::Result` of what a system call returned.
+/// Converts the return value of a system call to an `io::Result`.
 pub(super) fn returned(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }

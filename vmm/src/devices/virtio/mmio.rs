@@ -7,9 +7,9 @@
 //!     +------------------------------- write 0 to Status ------------------------------+
 //! ```
 //!
-//! A reset waits for the device's workers, and one of them may be held up by a host file system for as
-//! long as that likes. So a thread of its own waits, and the vCPU for no longer than [`RESET_LIMIT`]:
-//! then Status goes on to say that the reset is not complete (2.4.2), and writes are without effect.
+//! A reset waits for the device's workers, and a host file system may hold up a worker for any
+//! time. So a separate thread waits, and the vCPU waits no longer than [`RESET_LIMIT`]. After that,
+//! Status reports that the reset is not complete (2.4.2), and writes have no effect.
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -17,18 +17,20 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemory};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::device::{Activation, VirtioDevice, read_from};
+use super::interrupt::Interrupt;
+use super::queue::{ActiveQueue, rings_are_in_memory};
 use super::registers::RegisterWindow;
-use super::state::{MmioState, QueueState};
-use super::{Activation, ActiveQueue, INTERRUPT_USED_RING, Interrupt, VirtioDevice, read_from};
+use super::reserved_features::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_VERSION_1};
+use super::state::{DeviceState, QueueState};
 use crate::bus::BusDevice;
 use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
 use crate::sync::lock;
 
-/// How long a vCPU waits for a device to be reset.
+/// Longest time that a vCPU waits for the reset of a device.
 const RESET_LIMIT: Duration = Duration::from_secs(1);
 
 /// "virt"
@@ -43,9 +45,8 @@ const STATUS_FEATURES_OK: u32 = 8;
 const STATUS_NEEDS_RESET: u32 = 64;
 const STATUS_FAILED: u32 = 128;
 
-pub(super) const FEATURE_INDIRECT_DESC: u64 = 1 << 28;
-pub(super) const FEATURE_EVENT_IDX: u64 = 1 << 29;
-pub(super) const FEATURE_VERSION_1: u64 = 1 << 32;
+/// Bit of `InterruptStatus` for a used ring that may have changed (4.2.2).
+const INTERRUPT_USED_RING: u32 = 1;
 
 /// Register offsets (4.2.2).
 mod register {
@@ -78,7 +79,7 @@ mod register {
     pub(super) const CONFIG_GENERATION: u64 = 0xfc;
     pub(super) const CONFIG: u64 = 0x100;
 
-    /// Those that can be read; all others are zero.
+    /// The readable registers. All others read as zero.
     pub(super) const READABLE: [u64; 14] = [
         MAGIC,
         VERSION,
@@ -100,13 +101,13 @@ mod register {
 /// Offset of the register that ioeventfds watch for kicks.
 pub const QUEUE_NOTIFY: u64 = register::QUEUE_NOTIFY;
 
-/// Offset of the register that is written after each interrupt, to no effect.
+/// Offset of the register that the driver writes after each interrupt, without effect.
 pub const INTERRUPT_ACK: u64 = register::INTERRUPT_ACK;
 
-/// What is shown of a configuration space, in bytes; none here is longer.
+/// Bytes of the configuration space in the window. No device here has more.
 const CONFIG_LEN: u64 = 64;
 
-/// The transport's own state, apart from what its queues hold.
+/// Registers of the transport, apart from those of the queues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransportState {
     status: u32,
@@ -116,11 +117,22 @@ pub struct TransportState {
     queue_sel: u32,
 }
 
+/// State of a device and its transport.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MmioState {
+    /// Registers of the transport.
+    pub transport: TransportState,
+    /// The queues, as their registers show them.
+    pub queues: Vec<QueueState>,
+    /// The device, if it is in service and has a state.
+    pub device: Option<DeviceState>,
+}
+
 /// A virtio device on the memory bus.
 pub struct MmioTransport {
-    /// `None` while it is being reset.
+    /// `None` during a reset.
     device: Option<Box<dyn VirtioDevice>>,
-    /// What becomes of it then.
+    /// The device during a reset.
     resetting: Arc<Resetting>,
     about: About,
     memory: GuestMemoryMap,
@@ -132,12 +144,12 @@ pub struct MmioTransport {
     end: Arc<EndSignal>,
 }
 
-/// What never changes about a device.
+/// Constant properties of a device.
 struct About {
     device_type: u32,
     features: u64,
     queue_sizes: Vec<u16>,
-    /// Which queues have a worker.
+    /// True for each queue that has a worker.
     workers: Vec<bool>,
     config: [u8; CONFIG_LEN as usize],
 }
@@ -153,21 +165,23 @@ impl About {
     }
 }
 
-/// A device on its way through a reset.
+/// A device during its reset.
 #[derive(Default)]
 struct Resetting {
-    /// The device once it is reset.
+    /// The device after its reset.
     device: Mutex<Option<Box<dyn VirtioDevice>>>,
     done: Condvar,
 }
 
 impl MmioTransport {
-    /// Puts `device` behind a transport whose interrupts go to `interrupt`, and whose registers show
-    /// in `window`. A device that cannot go on says so by `end`.
+    /// Puts `device` behind a transport.
+    ///
+    /// The transport raises `interrupt`, and shows its registers in `window`. A device that cannot
+    /// go on gives `end`.
     ///
     /// # Errors
     ///
-    /// When the host gives no descriptor for a queue's kicks.
+    /// When no eventfd can be made for a queue's kicks.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemoryMap,
@@ -191,29 +205,29 @@ impl MmioTransport {
         Ok(transport)
     }
 
-    /// Puts what the guest can read into its window.
+    /// Writes the readable registers into the window.
     fn show(&self) {
         for offset in register::READABLE {
-            // While the device is being reset, another thread shows the status.
+            // During a reset another thread writes the status.
             if offset != register::STATUS || self.device.is_some() {
                 self.window.store(offset, self.read_register(offset));
             }
         }
     }
 
-    /// The same for the configuration space, which no device here ever changes.
+    /// Writes the configuration space into the window. No device here changes it later.
     fn show_config(&self) {
         for (offset, bytes) in (0..).step_by(4).zip(self.about.config.as_chunks().0) {
             self.window.store(register::CONFIG + offset, u32::from_le_bytes(*bytes));
         }
     }
 
-    /// Everything that the driver has made of the device. Its workers are held meanwhile; the vCPUs
-    /// have to be paused.
+    /// Returns the state of device and transport. The workers are held meanwhile, and the vCPUs
+    /// must be paused.
     ///
     /// # Errors
     ///
-    /// When the host gives no thread for the workers to go on, or the device is being reset.
+    /// When the workers cannot continue for want of a thread, or during a reset.
     pub fn state(&mut self) -> std::io::Result<MmioState> {
         let busy = || std::io::Error::from(std::io::ErrorKind::ResourceBusy);
         let device = self.device.as_mut().ok_or_else(busy)?;
@@ -227,7 +241,7 @@ impl MmioTransport {
         Ok(state)
     }
 
-    /// The eventfds for the queues that have a worker, by queue index.
+    /// Returns the eventfds of the queues that have a worker, with the queue's index.
     pub fn worker_kicks(&self) -> impl Iterator<Item = (u32, &EventFd)> {
         self.kicks
             .iter()
@@ -251,7 +265,7 @@ impl MmioTransport {
             register::QUEUE_READY => self.selected().map_or(0, |q| q.ready().into()),
             register::INTERRUPT_STATUS => self.interrupt_status(),
             register::STATUS => self.state.status,
-            // No shared memory regions: the length of one that does not exist is all ones.
+            // No shared memory regions: a missing region has the length of all ones.
             register::SHM_LEN_LOW
             | register::SHM_LEN_HIGH
             | register::SHM_BASE_LOW
@@ -278,7 +292,7 @@ impl MmioTransport {
     }
 
     fn write_queue_register(&mut self, offset: u64, value: u32) {
-        // Queues may be changed only between FEATURES_OK and DRIVER_OK (3.1.1).
+        // The driver may change queues only between FEATURES_OK and DRIVER_OK (3.1.1).
         if self.state.status & (STATUS_FEATURES_OK | STATUS_DRIVER_OK) != STATUS_FEATURES_OK {
             return;
         }
@@ -331,7 +345,7 @@ impl MmioTransport {
         if added & STATUS_FEATURES_OK != 0 && !self.features_are_acceptable() {
             status &= !STATUS_FEATURES_OK;
         }
-        // DRIVER_OK counts only after FEATURES_OK, and once.
+        // DRIVER_OK counts once, and only after FEATURES_OK.
         if added & STATUS_DRIVER_OK != 0 {
             status &= !STATUS_DRIVER_OK;
             if status & STATUS_FEATURES_OK != 0 && status & STATUS_NEEDS_RESET == 0 {
@@ -354,11 +368,11 @@ impl MmioTransport {
         for (queue, kick) in self.queues.iter_mut().zip(&self.kicks) {
             queue.set_event_idx(event_idx);
             let Ok(kick) = kick.try_clone() else { return false };
-            // A driver may do without a queue whose feature it does not use.
+            // A driver may leave out a queue whose feature it does not use.
             if queue.ready() && !rings_are_in_memory(queue, &self.memory) {
                 return false;
             }
-            // The registers stay readable here; the device has the queue from now on.
+            // The device owns the queue from now on. The copy here keeps the registers readable.
             let Ok(mut theirs) = Queue::new(queue.max_size()) else { return false };
             std::mem::swap(&mut theirs, queue);
             queue.set_size(theirs.size());
@@ -382,12 +396,13 @@ impl MmioTransport {
             self.reset_device();
         }
         for kick in &self.kicks {
-            // Kicks for the queues of before mean nothing now; no kick is an error to a read.
+            // Kicks of the queues before the reset have no meaning now. A read without a kick
+            // fails.
             let _ = kick.read();
         }
     }
 
-    /// Has the device reset, and waits for that as long as a vCPU may.
+    /// Starts the reset of the device, and waits for at most [`RESET_LIMIT`].
     fn reset_device(&mut self) {
         let Some(mut device) = self.device.take() else { return };
         let (resetting, window) = (Arc::clone(&self.resetting), self.window.clone());
@@ -395,13 +410,13 @@ impl MmioTransport {
             device.reset();
             let mut slot = lock(&resetting.device);
             *slot = Some(device);
-            // After the device is there again: the driver may begin at once.
+            // After the device is back in its slot, because the driver may begin at once.
             window.store(register::STATUS, 0);
             resetting.done.notify_all();
         });
         if let Err(e) = thread {
-            // The device went with the thread that there is none of, and was reset by that.
-            return self.end.fail(format!("a device cannot be reset: starting a thread: {e}"));
+            // The closure was dropped with the device in it, which has reset the device.
+            return self.end.fail(format!("a device cannot be reset: cannot start a thread: {e}"));
         }
         let slot = lock(&self.resetting.device);
         let waited =
@@ -410,12 +425,12 @@ impl MmioTransport {
         self.device = slot.take();
         if self.device.is_none() {
             self.state.status = STATUS_NEEDS_RESET;
-            // Under the lock, so that it does not replace the zero that the other thread shows.
+            // Under the lock, so that this does not overwrite the zero of the other thread.
             self.window.store(register::STATUS, STATUS_NEEDS_RESET);
         }
     }
 
-    /// Whether the device is here to be steered, and not being reset.
+    /// Returns true if the device is not being reset. Takes it back after a reset.
     fn is_here(&mut self) -> bool {
         if self.device.is_none() {
             self.device = lock(&self.resetting.device).take();
@@ -432,7 +447,7 @@ impl MmioTransport {
             return;
         }
         if self.about.workers[index] {
-            // Reached only where KVM does not take the write for an ioeventfd.
+            // Reached only if KVM does not handle the write by an ioeventfd.
             let _ = self.kicks[index].write(1);
         } else if let Some(device) = &mut self.device {
             device.notify(index);
@@ -440,23 +455,8 @@ impl MmioTransport {
     }
 }
 
-/// Whether the three parts of a queue lie in guest memory from end to end (2.7). The queue's own
-/// check looks at their ends only, and a ring that begins in the hole of the address space could
-/// never be drained.
-pub(super) fn rings_are_in_memory(queue: &Queue, memory: &GuestMemoryMap) -> bool {
-    let size = usize::from(queue.size());
-    queue.is_valid(memory)
-        && [
-            (queue.desc_table(), 16 * size),
-            (queue.avail_ring(), 6 + 2 * size),
-            (queue.used_ring(), 6 + 8 * size),
-        ]
-        .into_iter()
-        .all(|(start, len)| memory.check_range(GuestAddress(start), len))
-}
-
 fn new_queues(sizes: &[u16]) -> Vec<Queue> {
-    // The crate wants a power of two up to 32768, which the sizes of all devices here are.
+    // The crate requires a power of two up to 32768, as all queue sizes here are.
     sizes.iter().filter_map(|size| Queue::new(*size).ok()).collect()
 }
 
@@ -471,8 +471,8 @@ impl BusDevice for MmioTransport {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        // The one configuration field that a driver may write is the balloon's `actual` (5.5.4), and
-        // nobody here asks how large the balloon is.
+        // The only writable configuration field is the balloon's `actual` (5.5.4), the size of the
+        // balloon, which the VMM does not use.
         if let Ok(value) = <[u8; 4]>::try_from(data)
             && offset < register::CONFIG
             && self.is_here()

@@ -1,8 +1,8 @@
-//! The registers as guests read them: from memory, without an exit.
+//! Pages with the registers' values, which guests read without an exit.
 //!
-//! Each device's window is a page of guest memory that guests cannot write. Every write of theirs is
-//! an exit, in which the transport puts what they can read next into the page; so that whatever they
-//! read is what the transport would have answered.
+//! Each device's window is a page of guest memory that guests cannot write. A guest's write is an
+//! exit, in which the transport stores the next readable values in the page. So each read gets the
+//! value that the transport would have returned.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,27 +14,23 @@ use vm_memory::{Bytes, MmapRegion, VolatileMemory as _};
 pub struct RegisterPages(Arc<MmapRegion<()>>);
 
 impl RegisterPages {
-    /// `len` bytes of zeros.
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no address space.
+    /// Maps `len` bytes of zeros.
     pub fn new(len: usize) -> std::io::Result<Self> {
         Ok(Self(Arc::new(MmapRegion::new(len).map_err(std::io::Error::other)?)))
     }
 
-    /// Address in this process, for KVM.
+    /// Returns the address in this process, for KVM.
     pub fn host_addr(&self) -> u64 {
         self.0.as_ptr() as u64
     }
 
-    /// The window that begins at this offset.
+    /// Returns the window at this offset.
     pub fn window(&self, start: usize) -> RegisterWindow {
         RegisterWindow { pages: self.clone(), start }
     }
 }
 
-/// One device's registers.
+/// The registers of one device.
 #[derive(Debug, Clone)]
 pub struct RegisterWindow {
     pages: RegisterPages,
@@ -42,14 +38,14 @@ pub struct RegisterWindow {
 }
 
 impl RegisterWindow {
-    /// Shows `value` at this offset. Beyond the end it is lost.
+    /// Stores `value` at this offset. A value beyond the end is lost.
     pub(super) fn store(&self, offset: u64, value: u32) {
         let slice = self.pages.0.as_volatile_slice();
-        // Release: a driver that sees a status sees what led to it.
+        // Release: a driver that sees a status also sees the changes before it.
         let _ = slice.store(value.to_le(), self.start + offset as usize, Ordering::Release);
     }
 
-    /// What is shown.
+    /// Returns the value at this offset.
     #[cfg(test)]
     pub(super) fn load(&self, offset: u64) -> u32 {
         let slice = self.pages.0.as_volatile_slice();

@@ -3,17 +3,18 @@
 use std::io;
 
 use super::chain::returned;
+use super::device::{Activation, VirtioDevice};
+use super::queue::ActiveQueue;
 use super::state::{DeviceState, OwnState};
-use super::{Activation, ActiveQueue, VirtioDevice};
 use crate::memory::GuestMemoryMap;
 
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZES: [u16; 1] = [16];
 
-/// Most bytes for one request; the driver asks again when it wants more.
+/// Most bytes for one request. The driver asks again for more.
 const REQUEST_LEN: usize = 4096;
 
-/// The entropy device. Requests are small and rare, so the vCPU that asks serves itself.
+/// The entropy device. Requests are small and rare, so the vCPU that sends a request serves it.
 #[derive(Default)]
 pub struct Rng {
     active: Option<(GuestMemoryMap, ActiveQueue)>,
@@ -49,7 +50,7 @@ impl VirtioDevice for Rng {
 
     fn notify(&mut self, _index: usize) {
         let Some((memory, queue)) = &mut self.active else { return };
-        // At most a turn of the ring and some for a kick, so that the vCPU gets on.
+        // Bounded to a turn of the ring and some for a kick, so that the vCPU can go on.
         for _ in 0..2 * QUEUE_SIZES[0] {
             let Some(mut chain) = queue.pop(memory) else {
                 if queue.enable_kicks(memory) {
@@ -61,13 +62,13 @@ impl VirtioDevice for Rng {
             let mut written = 0;
             for slice in chain.writable.slices() {
                 // SAFETY: the slice is `slice.len()` bytes of guest memory, which stays mapped
-                // while `memory` lives; the guest may see the bytes change under it, nobody else.
+                // while `memory` lives. Only the guest can see the bytes change.
                 let result = unsafe {
                     libc::getrandom(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), 0)
                 };
                 let len = returned(result).unwrap_or(0);
                 written += len as u32;
-                // What is written has to be without a gap (5.4.6.2).
+                // The written bytes must have no gap (5.4.6.2).
                 if len < slice.len() {
                     break;
                 }
@@ -83,6 +84,7 @@ impl VirtioDevice for Rng {
 
     fn state(&self) -> Option<DeviceState> {
         let (_, queue) = self.active.as_ref()?;
-        Some(DeviceState { queues: vec![queue.state()], own: OwnState::Nothing })
+        // The host keeps the entropy.
+        Some(DeviceState { queues: vec![queue.state()], own: OwnState::default() })
     }
 }

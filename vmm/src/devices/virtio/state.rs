@@ -1,40 +1,39 @@
-//! What a virtio device is besides its sockets, files and threads: plain data that can be written
-//! down, and from which queues can be made again.
+//! State of a virtio device as plain data, without sockets, files and threads. Queues can be made
+//! from it again.
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::value::{RawValue, to_raw_value};
 use virtio_queue::{Queue, QueueT};
 
-use super::mmio::TransportState;
-use super::net::NetState;
-use super::vsock::MuxerState;
-
-/// A queue (virtio 1.2, 2.7). Addresses are guest physical; sizes and indices count chains.
+/// State of a queue (virtio 1.2, 2.7). Addresses are guest physical. Sizes and indices count
+/// chains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
-    /// The driver has set it up.
+    /// True once the driver has set the queue up.
     pub ready: bool,
-    /// Largest size that the device takes.
+    /// Largest size that the device supports.
     pub max_size: u16,
-    /// The size that the driver chose.
+    /// Size that the driver chose.
     pub size: u16,
-    /// The descriptor table.
+    /// Address of the descriptor table.
     pub desc_table: u64,
-    /// The available ring.
+    /// Address of the available ring.
     pub avail_ring: u64,
-    /// The used ring.
+    /// Address of the used ring.
     pub used_ring: u64,
-    /// The next entry of the available ring to look at.
+    /// Next entry of the available ring to read.
     pub next_avail: u16,
-    /// The next entry of the used ring to write.
+    /// Next entry of the used ring to write.
     pub next_used: u16,
-    /// `VIRTIO_F_EVENT_IDX` was negotiated.
+    /// True if `VIRTIO_F_EVENT_IDX` was negotiated.
     pub event_idx: bool,
-    /// It is left alone until a reset.
+    /// True if the queue is not used until a reset.
     pub dead: bool,
 }
 
 impl QueueState {
-    /// The state of `queue`.
+    /// Returns the state of `queue`.
     pub fn of(queue: &Queue, dead: bool) -> Self {
         Self {
             ready: queue.ready(),
@@ -50,11 +49,11 @@ impl QueueState {
         }
     }
 
-    /// A queue in this state.
+    /// Creates a queue in this state.
     ///
     /// # Errors
     ///
-    /// When sizes or alignments are none that a driver could have set.
+    /// When a driver could not have set these sizes or alignments.
     pub fn to_queue(&self) -> Result<Queue, virtio_queue::Error> {
         Queue::try_from(virtio_queue::QueueState {
             max_size: self.max_size,
@@ -70,35 +69,41 @@ impl QueueState {
     }
 }
 
-/// A device in service.
+/// State of a device in service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceState {
-    /// Its queues in their order.
+    /// The queues in order.
     pub queues: Vec<QueueState>,
-    /// What else it knows.
+    /// The rest of the device's state.
     pub own: OwnState,
 }
 
-/// What a device knows beside its queues.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum OwnState {
-    /// Nothing: a disk's content is its file's, entropy is the host's, and a page in the balloon is
-    /// one that is not resident.
-    Nothing,
-    /// Streams, without their host sockets.
-    Vsock(MuxerState),
-    /// A network device; packets under way are lost, as they may be on any network.
-    Net(NetState),
+/// State of a device beside its queues, empty by default. It is JSON of a type that only the device
+/// names.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct OwnState(Box<RawValue>);
+
+impl OwnState {
+    /// Serialises a device's own type. `None` if the type cannot be JSON.
+    pub fn of(state: &impl Serialize) -> Option<Self> {
+        to_raw_value(state).ok().map(Self)
+    }
+
+    /// Deserialises the device's own type.
+    ///
+    /// # Errors
+    ///
+    /// When the state is that of another type of device.
+    pub fn read<T: DeserializeOwned>(&self) -> serde_json::Result<T> {
+        serde_json::from_str(self.0.get())
+    }
 }
 
-/// A device with its transport.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct MmioState {
-    /// The transport's registers.
-    pub transport: TransportState,
-    /// The queues as their registers show them.
-    pub queues: Vec<QueueState>,
-    /// The device, if it is in service and can tell.
-    pub device: Option<DeviceState>,
+impl PartialEq for OwnState {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.get() == other.0.get()
+    }
 }
+
+impl Eq for OwnState {}

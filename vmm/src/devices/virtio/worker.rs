@@ -1,4 +1,4 @@
-//! Threads that serve the queues of a device, and how they are stopped.
+//! Threads that serve the queues of a device, and their stop.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -13,10 +13,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::end::EndSignal;
 
-/// Stack of a worker thread. Most of it is never touched.
+/// Stack size of a worker thread in bytes. Most of the stack is never touched.
 const STACK_SIZE: usize = 256 * 1024;
 
-/// Tells workers to end, and takes their word when they cannot go on.
+/// The stop signal of workers. A worker that cannot go on reports its failure here.
 pub struct Stop {
     event: EventFd,
     given: AtomicBool,
@@ -29,19 +29,20 @@ impl Stop {
         Ok(Arc::new(Self { event, given: AtomicBool::new(false), end }))
     }
 
-    /// It is time to end. To be asked before each request: a guest can keep a queue from ever
-    /// being empty.
+    /// Returns true when the worker must end. Workers ask before each request, because a guest can
+    /// keep a queue from ever being empty.
     pub fn is_given(&self) -> bool {
         self.given.load(Ordering::Acquire)
     }
 
-    /// Becomes readable with the stop, and is not to be read: it is the same for all.
+    /// Returns an eventfd that becomes readable with the stop. Workers must not read it, because
+    /// all workers of a device share it.
     pub fn event(&self) -> &EventFd {
         &self.event
     }
 
-    /// The calling worker cannot go on. Stops it and its like, and ends the microVM with this
-    /// reason: a device that is silent for ever would look like a guest that hangs.
+    /// Stops the calling worker and the others of its device, and ends the microVM with this
+    /// reason. A device that stays silent would look like a guest that hangs.
     pub fn fail(&self, message: String) {
         self.end.fail(message);
         self.give();
@@ -54,27 +55,19 @@ impl Stop {
     }
 }
 
-/// The running workers of a device. Dropping it stops and joins them.
+/// The running workers of a device. Dropping the value stops and joins them.
 pub struct Workers {
     stop: Arc<Stop>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Workers {
-    /// No worker yet. One that fails ends the microVM, with `end`.
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no descriptor.
+    /// Creates a set without workers. A worker that fails ends the microVM through `end`.
     pub fn telling(end: Arc<EndSignal>) -> io::Result<Self> {
         Ok(Self { stop: Stop::new(end)?, threads: Vec::new() })
     }
 
-    /// Starts `run` on a thread of this name. It has to return soon after the stop is given.
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no thread.
+    /// Starts `run` on a thread with this name. `run` must return soon after the stop.
     pub fn spawn(
         &mut self,
         name: &str,
@@ -86,42 +79,38 @@ impl Workers {
     }
 }
 
-/// What serves a device beside the vCPUs and can be stopped for a while.
+/// A server of a device, apart from the vCPUs, that can be stopped for a while.
 pub trait Hold {
-    /// Stops it. When it returns, nothing of it touches guest memory or queues.
+    /// Stops the server. After the return it touches neither guest memory nor queues.
     fn hold(&mut self);
 
-    /// Lets it go on where it was.
+    /// Continues where the server was stopped.
     ///
     /// # Errors
     ///
-    /// When the host gives no thread or descriptor; then it serves no more.
+    /// When no thread or descriptor can be made. The server then serves no more.
     fn resume(&mut self) -> io::Result<()>;
 }
 
-/// One thread that serves a device and can be held: then what it works on is here to be looked at,
-/// and it goes on later. Dropping it stops and joins the thread.
+/// A thread that serves a device and can be held. While it is held, its work can be read here.
+/// Dropping the value stops and joins the thread.
 pub struct Worker<T> {
     name: &'static str,
     run: fn(&mut T, &Stop),
     end: Arc<EndSignal>,
-    /// What the thread works on, while there is no thread.
+    /// The work, while there is no thread.
     held: Option<T>,
     thread: Option<(Arc<Stop>, JoinHandle<T>)>,
 }
 
 impl<T: Send + 'static> Worker<T> {
-    /// Is to do `run` on a thread of this name, and held for now. `run` has to return soon after the
-    /// stop is given, and to look for work before it first waits for some.
+    /// Creates a held worker, which calls `run` on a thread with this name. `run` must return soon
+    /// after the stop, and look for work before it first waits.
     pub fn new(name: &'static str, work: T, end: Arc<EndSignal>, run: fn(&mut T, &Stop)) -> Self {
         Self { name, run, end, held: Some(work), thread: None }
     }
 
-    /// The same, started.
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no thread or descriptor.
+    /// Creates and starts a worker.
     pub fn start(
         name: &'static str,
         work: T,
@@ -133,18 +122,18 @@ impl<T: Send + 'static> Worker<T> {
         Ok(worker)
     }
 
-    /// What the thread worked on, if it is held.
+    /// Returns the work of a held worker.
     pub fn held(&self) -> Option<&T> {
         self.held.as_ref()
     }
 }
 
 impl<T: Send + 'static> Hold for Worker<T> {
-    /// Ends the thread, and returns when it has ended.
+    /// Ends the thread, and waits until it has ended.
     fn hold(&mut self) {
         if let Some((stop, thread)) = self.thread.take() {
             stop.give();
-            // What a worker that panicked worked on is gone with it.
+            // The work of a worker that panicked is lost.
             self.held = thread.join().ok();
         }
     }
@@ -178,25 +167,25 @@ fn spawn<T: Send + 'static>(
     thread::Builder::new().name(name.to_owned()).stack_size(STACK_SIZE).spawn(run)
 }
 
-/// Waits until one of `kicks` is readable, and reads those that are. Returns false on the stop, which
-/// a failure to wait gives as well.
+/// Waits until one of `kicks` is readable, and reads those that are. False on the stop, which a
+/// failed wait gives as well.
 pub fn wait_for_work(stop: &Stop, kicks: &[&EventFd]) -> bool {
     for (kick, fd) in kicks.iter().zip(&wait(stop, kicks)[1..]) {
         if fd.any() == Some(true) {
-            // Another thread may have read it first.
+            // Another thread may have read the kick first.
             let _ = kick.read();
         }
     }
     !stop.is_given()
 }
 
-/// The same, but leaves what can be read.
+/// Waits as [`wait_for_work`] does, but reads no kick.
 pub fn wait_for_kick(stop: &Stop, kicks: &[&EventFd]) -> bool {
     wait(stop, kicks);
     !stop.is_given()
 }
 
-/// Waits for `time`, or for the stop. Returns false on the stop, which a failure to wait gives as well.
+/// Waits for `time` or for the stop. False on the stop, which a failed wait gives as well.
 pub fn wait_some(stop: &Stop, time: Duration) -> bool {
     let mut fds = [PollFd::new(borrow(&stop.event), PollFlags::POLLIN)];
     let timeout = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
@@ -207,7 +196,8 @@ pub fn wait_some(stop: &Stop, time: Duration) -> bool {
     !stop.is_given()
 }
 
-/// Waits for the stop or one of `kicks`, and returns them in this order as poll(2) has left them.
+/// Waits for the stop or for one of `kicks`. Returns both in this order, with the results of
+/// poll(2).
 fn wait<'a>(stop: &'a Stop, kicks: &[&'a EventFd]) -> Vec<PollFd<'a>> {
     let mut fds: Vec<PollFd<'_>> = std::iter::once(&stop.event)
         .chain(kicks.iter().copied())
@@ -226,7 +216,7 @@ fn wait<'a>(stop: &'a Stop, kicks: &[&'a EventFd]) -> Vec<PollFd<'a>> {
 }
 
 pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor is the eventfd's, which outlives the borrow.
+    // SAFETY: the descriptor belongs to the eventfd, which outlives the borrow.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
@@ -234,7 +224,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.stop.give();
         for thread in self.threads.drain(..) {
-            // A worker that panicked has ended, which is all that is wanted here.
+            // A worker that panicked has ended, as required here.
             let _ = thread.join();
         }
     }

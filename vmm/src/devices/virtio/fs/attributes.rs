@@ -1,4 +1,4 @@
-//! Attributes: reading and changing.
+//! Attributes of files: reads and changes.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -35,7 +35,7 @@ impl Files {
         }
     }
 
-    /// Changes attributes, by a handle if the guest names one.
+    /// Changes attributes, through a handle if the guest names one.
     pub(super) fn set_attributes(&self, id: u64, asked: &SetattrIn) -> io::Result<AttrOut> {
         let valid = SetattrValid::from_bits_truncate(asked.valid);
         let by_handle = asked.valid & FATTR_FH != 0;
@@ -77,20 +77,20 @@ impl Files {
     ) -> io::Result<()> {
         let size = i64::try_from(size).map_err(|_| error(libc::EFBIG))?;
         if is_handle {
-            // SAFETY: it takes numbers only.
+            // SAFETY: the call takes numbers only.
             return done(unsafe { libc::ftruncate64(fd.as_raw_fd(), size) });
         }
         if node.kind != libc::S_IFREG {
             return Err(error(libc::EBADF));
         }
-        // Somebody on the host may still use what has no name any more.
+        // A process of the host may still use a file without a name.
         self.refuse_gone(node, &Stat::of(fd)?)?;
         let file = self.proc_self_fd.reopen(fd, libc::O_RDWR | libc::O_NONBLOCK)?;
-        // SAFETY: it takes numbers only.
+        // SAFETY: the call takes numbers only.
         done(unsafe { libc::ftruncate64(file.as_raw_fd(), size) })
     }
 
-    /// Sizes of the file system that the node is in.
+    /// Returns the sizes of the node's file system.
     pub(super) fn file_system_sizes(&self, id: u64) -> io::Result<Kstatfs> {
         let node = self.nodes.find(id)?;
         let file = self.file(&node)?;

@@ -1,19 +1,19 @@
-//! Descriptors that the guest's files take: never more than a fixed number.
+//! File descriptors of the guest's files, bounded in number.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Descriptors that may be open at once.
+/// Number of descriptors that may be open at once.
 pub(super) struct Budget {
     max: AtomicUsize,
     used: Arc<AtomicUsize>,
 }
 
-/// The right to one descriptor, given back when it is dropped.
+/// The right to one descriptor, given back on drop.
 pub(super) struct Slot(Arc<AtomicUsize>);
 
-/// A descriptor that counts.
+/// A descriptor that occupies a slot.
 pub(super) struct Descriptor {
     fd: OwnedFd,
     _slot: Slot,
@@ -24,7 +24,7 @@ impl Budget {
         Self { max: AtomicUsize::new(max), used: Arc::default() }
     }
 
-    /// Takes a slot, if there is one left.
+    /// Takes a slot, if one is left.
     pub(super) fn take(&self) -> Option<Slot> {
         let max = self.max();
         let more = |used: usize| (used < max).then_some(used + 1);
@@ -36,7 +36,7 @@ impl Budget {
         self.max.load(Ordering::Relaxed)
     }
 
-    /// Allows no more than `max` from now on.
+    /// Lowers the bound to `max`, if it is higher.
     pub(super) fn lower(&self, max: usize) {
         self.max.fetch_min(max, Ordering::Relaxed);
     }

@@ -1,8 +1,8 @@
-//! Operations that a guest may ask for.
+//! Dispatch of FUSE operations.
 //!
-//! Operations that are not here are answered with `ENOSYS`, or `ENOTTY`. Linux 6.12 goes on without
-//! them: `ACCESS` (a virtio-fs mount always has `default_permissions`, so that the guest's kernel
-//! checks them), DAX (not offered), `IOCTL`, `POLL`, `BMAP`, `COPY_FILE_RANGE`, `SYNCFS` and `STATX`.
+//! All other operations get `ENOSYS`, or `ENOTTY`. Linux 6.12 works without them: `ACCESS` (a
+//! virtio-fs mount always has `default_permissions`, so the guest's kernel checks), DAX (not
+//! offered), `IOCTL`, `POLL`, `BMAP`, `COPY_FILE_RANGE`, `SYNCFS` and `STATX`.
 
 use std::io;
 
@@ -19,12 +19,12 @@ use super::host::error;
 use super::init;
 use super::lock::Wait;
 use super::request::{Body, take};
-use super::xattr::Sized;
+use super::xattr::XattrReply;
 
 /// `FUSE_TMPFILE` (include/uapi/linux/fuse.h, enum fuse_opcode).
 const TMPFILE: u32 = 51;
 
-/// The user that a request comes from.
+/// The user of a request.
 pub(super) struct Caller {
     pub(super) uid: u32,
     pub(super) gid: u32,
@@ -32,11 +32,11 @@ pub(super) struct Caller {
 
 /// The answer to a request.
 pub(super) enum Answer {
-    /// These bytes, behind a header.
+    /// Bytes behind the header.
     Bytes(Vec<u8>),
-    /// So many bytes, which are in the guest's memory already.
+    /// Number of bytes that are in guest memory already.
     Data(usize),
-    /// The answer comes when this wait is over.
+    /// An answer after this wait.
     Later(Wait),
 }
 
@@ -54,20 +54,17 @@ impl Answer {
     }
 }
 
-impl From<Sized> for Answer {
-    fn from(sized: Sized) -> Self {
+impl From<XattrReply> for Answer {
+    fn from(sized: XattrReply) -> Self {
         match sized {
-            Sized::Value(value) => Self::Bytes(value),
-            Sized::Length(size) => Self::of(GetxattrOut { size, padding: 0 }),
+            XattrReply::Value(value) => Self::Bytes(value),
+            XattrReply::Length(size) => Self::of(GetxattrOut { size, padding: 0 }),
         }
     }
 }
 
-/// Serves a request of which `request` is left behind the header. Data that is read goes to `room`.
-///
-/// # Errors
-///
-/// The number that the guest is answered with.
+/// Serves a request, whose rest behind the header is `request`. Data that is read goes to `room`.
+/// The error's number is the guest's answer.
 pub(super) fn serve(
     files: &Files,
     header: &InHeader,
@@ -93,12 +90,12 @@ pub(super) fn serve(
     }
 }
 
-/// The operation with this number, if it has a name at all.
+/// Returns the named operation with this number.
 fn named(opcode: u32) -> Option<Opcode> {
     (opcode < Opcode::MaxOpcode as u32 && !matches!(opcode, 0 | 7 | 19)).then(|| opcode.into())
 }
 
-/// What the guest no longer knows of. There is no answer.
+/// Forgets lookups of nodes. The request has no answer.
 pub(super) fn forget(files: &Files, header: &InHeader, request: Buffers<'_>) -> io::Result<()> {
     let bytes = request.to_vec();
     let mut body = Body::new(&bytes);
@@ -115,7 +112,7 @@ pub(super) fn forget(files: &Files, header: &InHeader, request: Buffers<'_>) -> 
     Ok(())
 }
 
-/// Operations that look for, make or change names.
+/// Serves operations that look up, make or change names.
 fn on_names(
     files: &Files,
     header: &InHeader,
@@ -174,7 +171,8 @@ fn on_names(
     })
 }
 
-/// A lookup that fails makes Linux unmount what is mounted below the name, unless memory is short.
+/// Converts a lack of descriptors to `ENOMEM`. After other errors of a lookup, Linux unmounts
+/// everything below the name.
 fn spare_mounts(e: io::Error) -> io::Error {
     match e.raw_os_error() {
         Some(libc::ENFILE | libc::EMFILE) => error(libc::ENOMEM),
@@ -182,7 +180,7 @@ fn spare_mounts(e: io::Error) -> io::Error {
     }
 }
 
-/// Operations on open files and directories.
+/// Serves operations on open files and directories.
 fn on_files(
     files: &Files,
     header: &InHeader,
@@ -229,7 +227,7 @@ fn on_files(
     })
 }
 
-/// Operations on attributes, and on the file system as a whole.
+/// Serves operations on attributes, and on the file system as a whole.
 fn on_the_rest(
     files: &Files,
     header: &InHeader,
@@ -264,7 +262,7 @@ fn on_the_rest(
             Answer::empty()
         }
         Opcode::Init => Answer::of(init::answer(files, body)?),
-        // The end of a mount, where Linux forgets no node by itself.
+        // The end of a mount. Linux sends no forgets for its nodes.
         Opcode::Destroy => {
             files.forget_all();
             Answer::empty()

@@ -1,4 +1,4 @@
-//! The share's files: nodes found by name, and the descriptors that stand for them.
+//! The files of the share: nodes, found by name, and their descriptors.
 
 use std::ffi::CStr;
 use std::io;
@@ -15,27 +15,27 @@ use super::handle::HandleTable;
 use super::high_water::HighWater;
 use super::host::{ProcSelfFd, component, cwd, error, open_at, open_path};
 use super::idle::Idle;
-use super::lock::Locks;
+use super::lock_table::Locks;
 use super::node::{Mount, Node, Place};
 use super::node_table::NodeTable;
 use super::procfs;
 use super::stat::Stat;
 use crate::config::{FsCache, FsConfig};
 
-/// Directories between a node and the nearest one with an open descriptor.
+/// Most directories between a node and the next one with an open descriptor.
 const MAX_DEPTH: usize = 400;
 
-/// Most nodes are looked at only, which takes no descriptor.
+/// Number of nodes for each descriptor. Most nodes are only looked up, which takes no descriptor.
 const NODES_PER_DESCRIPTOR: usize = 4;
 
-/// Directory of the share, beside each container's others, where its root file system is mounted.
+/// Name of a root file system's mount point in a container's directory of the share.
 const ROOTFS: &[u8] = b"rootfs";
 
-/// The share's files, as the guest may use them.
+/// The files of the share, as the guest may use them.
 pub(super) struct Files {
     root: std::ffi::CString,
     cache: FsCache,
-    /// Block and character devices may be made.
+    /// True if the guest may make block and character devices.
     pub(super) devices: bool,
     pub(super) proc_self_fd: ProcSelfFd,
     pub(super) nodes: NodeTable,
@@ -46,25 +46,21 @@ pub(super) struct Files {
     /// Most nodes that the guest may know of at once.
     max_nodes: AtomicUsize,
     high_water: HighWater,
-    /// The guest mounts a directory of its own where a mount begins.
+    /// True if the guest mounts a file system of its own where a mount begins.
     submounts: AtomicBool,
 }
 
-/// A node that a name was found to lead to.
+/// The node behind a name.
 pub(super) struct Found {
     pub(super) node: Arc<Node>,
     pub(super) stat: Stat,
-    /// A mount begins here.
+    /// True if a mount begins here.
     pub(super) submount: bool,
 }
 
 impl Files {
-    /// The files below `root`, for a guest whose files may take `max_descriptors`. `high` is told when
-    /// the guest should forget some.
-    ///
-    /// # Errors
-    ///
-    /// When `root` cannot be opened, or `/proc/self` is not there.
+    /// Opens the files below `root`, which may take `max_descriptors`. `high` receives the
+    /// request that the guest should forget some.
     pub(super) fn open(
         root: &str,
         config: &FsConfig,
@@ -90,12 +86,8 @@ impl Files {
         Ok(files)
     }
 
-    /// Forgets all that a guest had, and bounds the nodes of the next one. Nothing else may be asked
-    /// meanwhile.
-    ///
-    /// # Errors
-    ///
-    /// When the share cannot be opened again.
+    /// Forgets everything of the guest before, and bounds the nodes of the next one. No other call
+    /// may run meanwhile.
     pub(super) fn begin(&self, max_nodes: usize) -> io::Result<()> {
         self.forget_all();
         self.max_nodes.store(max_nodes, Ordering::Relaxed);
@@ -115,19 +107,19 @@ impl Files {
         Ok(())
     }
 
-    /// The guest forgets all but the root, which it does not do by itself at the end of a mount.
+    /// Forgets all nodes except the root. Linux does not do so at the end of a mount.
     pub(super) fn forget_all(&self) {
         self.locks.release_all();
         self.handles.take_all();
         self.nodes.forget_all();
     }
 
-    /// What the guest's kernel can do has been settled.
+    /// Sets if the guest's kernel mounts submounts.
     pub(super) fn set_submounts(&self, agreed: bool) {
         self.submounts.store(agreed, Ordering::Relaxed);
     }
 
-    /// How long the guest may trust the name and the attributes of a node.
+    /// Returns the time for which the guest may cache the name and the attributes of a node.
     pub(super) fn timeout(&self, node: &Node) -> Duration {
         match self.cache {
             FsCache::Auto if node.mount.cached => Duration::from_secs(1),
@@ -136,22 +128,19 @@ impl Files {
         }
     }
 
-    /// The guest keeps the content of a file that it read before. It looks at the time of the last
-    /// change all the same, before it uses it.
+    /// Returns true if the guest keeps the content of a file that it read before. It compares the
+    /// time of the last change before each use.
     pub(super) fn keeps_content(&self, node: &Node) -> bool {
         node.mount.cached && self.cache != FsCache::Never
     }
 
-    /// Room for one descriptor more. At the bound, idle nodes give theirs up.
-    ///
-    /// # Errors
-    ///
-    /// `ENFILE` when all are of open files.
+    /// Takes a slot for one more descriptor. At the bound, idle nodes give up theirs. `ENFILE` if
+    /// all belong to open files.
     pub(super) fn slot(&self) -> io::Result<Slot> {
         if let Some(slot) = self.budget.take() {
             return Ok(slot);
         }
-        // Some of them may be in use by requests, which give them up later.
+        // Requests may still use some of the descriptors, and give them up later.
         loop {
             let given_up = self.nodes.take_files(1 + self.budget.max() / 16);
             let none_left = given_up.is_empty();
@@ -164,16 +153,13 @@ impl Files {
         }
     }
 
-    /// A descriptor of the node, which is opened again by its name if need be.
-    ///
-    /// # Errors
-    ///
-    /// `ESTALE` when that name leads to another file by now, or to none.
+    /// Returns a descriptor of the node, and opens one by the node's name if necessary. `ESTALE` if
+    /// the name leads to another file by now, or to none.
     pub(super) fn file(&self, node: &Arc<Node>) -> io::Result<Arc<Descriptor>> {
         if let Some(file) = node.file() {
             return Ok(file);
         }
-        // From here upwards to a directory that is open, then back down.
+        // Upwards to a directory that is open, then back down.
         let mut missing = vec![Arc::clone(node)];
         let mut dir = loop {
             let last = missing.last().map_or(ROOT_ID, |node| node.place().parent);
@@ -198,11 +184,8 @@ impl Files {
         Ok(dir)
     }
 
-    /// The attributes of a node, without a descriptor if there is none.
-    ///
-    /// # Errors
-    ///
-    /// As [`Files::file`].
+    /// Returns the attributes of a node, by its name if no descriptor is open. Fails as
+    /// [`Files::file`] does.
     pub(super) fn stat(&self, node: &Arc<Node>) -> io::Result<Stat> {
         if let Some(file) = node.file() {
             return Stat::of(file.as_fd());
@@ -214,16 +197,12 @@ impl Files {
         if node.is(&stat) { Ok(stat) } else { Err(error(libc::ESTALE)) }
     }
 
-    /// Refuses to use a file that has no name any more, unless the guest has it open: it is to look
-    /// the name up again.
-    ///
-    /// # Errors
-    ///
-    /// `ESTALE`.
+    /// Refuses a file without a name (`ESTALE`), so that the guest looks its name up again. A
+    /// file that the guest has open is allowed.
     pub(super) fn refuse_gone(&self, node: &Node, stat: &Stat) -> io::Result<()> {
         let gone = stat.links() == 0 && !node.is_mount_root && !node.has_handles();
-        // A process may have its working directory there, which needs no open file. Names on a mount
-        // that is not cached have just been looked up.
+        // A directory may be the working directory of a process, which needs no open file. Names on
+        // a mount that is not cached were just looked up.
         if gone && (node.mount.cached || !node.is_dir()) {
             Err(error(libc::ESTALE))
         } else {
@@ -231,7 +210,7 @@ impl Files {
         }
     }
 
-    /// Makes `ESTALE` of an error that comes from a directory that is gone.
+    /// Converts an error from a removed directory to `ESTALE`.
     pub(super) fn gone_or(&self, dir: &Node, file: &Descriptor, e: io::Error) -> io::Error {
         let gone = e.raw_os_error() == Some(libc::ENOENT)
             && !dir.has_handles()
@@ -240,18 +219,15 @@ impl Files {
         if gone { error(libc::ESTALE) } else { e }
     }
 
-    /// Looks `name` up in the node `parent`, which the guest is told of.
-    ///
-    /// # Errors
-    ///
-    /// What the host says, and `ENFILE` when the guest knows of too many files.
+    /// Looks `name` up in the node `parent`, and counts the lookup. `ENFILE` if the guest knows of
+    /// too many files.
     pub(super) fn lookup(&self, parent: u64, name: &CStr) -> io::Result<Found> {
         let name = component(name)?;
         let dir = self.nodes.find(parent)?;
         self.lookup_in(&dir, name)
     }
 
-    /// The same with a node at hand.
+    /// Looks `name` up in `dir`, and counts the lookup.
     pub(super) fn lookup_in(&self, dir: &Arc<Node>, name: &CStr) -> io::Result<Found> {
         let file = self.file(dir)?;
         let stat = Stat::of_name(file.as_fd(), name).map_err(|e| self.gone_or(dir, &file, e))?;
@@ -263,7 +239,7 @@ impl Files {
         self.meet(dir, &file, name, &stat)
     }
 
-    /// Adds a node for a file that was just made or found in `dir`, whose descriptor is `file`.
+    /// Adds a node for `name` in `dir`. The directory's descriptor is `file`.
     fn meet(
         &self,
         dir: &Arc<Node>,
@@ -278,7 +254,7 @@ impl Files {
             let node = Node::new(id, stat, place(), dir.mount, traced, None);
             return self.found(dir, node, *stat);
         }
-        // What is mounted there can be told only with a descriptor of it.
+        // Only a descriptor shows the root of the mount on the name.
         let fd = open_path(file.as_fd(), name)?;
         let stat = Stat::of(fd.as_fd())?;
         let root = self.slot()?.hold(fd);
@@ -320,14 +296,14 @@ impl Files {
         self.found(dir, node, stat)
     }
 
-    /// A directory of another mount than the one that it lies in.
+    /// Returns true for a directory of another mount than its parent's.
     pub(super) fn begins_mount(&self, dir: &Node, stat: &Stat) -> bool {
         self.submounts.load(Ordering::Relaxed)
             && stat.kind() == libc::S_IFDIR
             && stat.identity().mount != dir.identity.mount
     }
 
-    /// The entry as FUSE has it.
+    /// Converts a found node to FUSE's entry.
     pub(super) fn entry_out(&self, found: &Found) -> EntryOut {
         let timeout = self.timeout(&found.node);
         EntryOut {
@@ -341,8 +317,8 @@ impl Files {
         }
     }
 
-    /// Opens the node's descriptor before its name goes, so that the guest can still ask for the
-    /// attributes of what it knows.
+    /// Opens a descriptor of the node before its name goes. The guest can still ask for the
+    /// attributes of a file that it knows.
     pub(super) fn pin(&self, dir: &Descriptor, name: &CStr) {
         let Ok(stat) = Stat::of_name(dir.as_fd(), name) else { return };
         if stat.kind() != libc::S_IFDIR && stat.links() > 1 {
@@ -352,7 +328,7 @@ impl Files {
         if node.file().is_some() {
             return;
         }
-        // Without it the guest is told that the node is stale.
+        // Without a descriptor the guest gets `ESTALE`.
         let Ok(slot) = self.slot() else { return };
         if let Ok(fd) = open_path(dir.as_fd(), name)
             && Stat::of(fd.as_fd()).is_ok_and(|stat| node.is(&stat))
@@ -362,7 +338,7 @@ impl Files {
         }
     }
 
-    /// A file of the guest's has been renamed to `name` in `dir`.
+    /// Notes that the guest has renamed a file to `name` in `dir`.
     pub(super) fn moved(&self, dir: &Node, file: &Descriptor, name: &CStr) {
         if let Ok(stat) = Stat::of_name(file.as_fd(), name)
             && let Some(node) = self.nodes.of(&stat)
@@ -372,7 +348,7 @@ impl Files {
     }
 }
 
-/// A name that led to a file leads nowhere now.
+/// Converts the error of a name that led to a file, and leads nowhere now.
 pub(super) fn stale(e: io::Error) -> io::Error {
     match e.raw_os_error() {
         Some(libc::ENOENT | libc::ENOTDIR) => error(libc::ESTALE),

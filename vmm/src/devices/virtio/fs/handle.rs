@@ -1,4 +1,4 @@
-//! Files and directories that the guest has open.
+//! Open files and directories of the guest.
 
 use std::collections::HashMap;
 use std::io;
@@ -11,25 +11,25 @@ use super::host::error;
 use super::node::Node;
 use crate::sync::lock;
 
-/// A file that the guest has open.
+/// An open file or directory.
 pub(super) struct Handle {
     pub(super) node: Arc<Node>,
     pub(super) file: Arc<Descriptor>,
-    /// Flags that the host's kernel was given, bit by bit.
+    /// The flags of the host's open.
     pub(super) flags: i32,
-    /// The same file with the other `O_APPEND`, and its flags.
-    twin: Mutex<Option<Arc<Descriptor>>>,
-    /// A lock was asked for through it.
+    /// Descriptor of the same file, with the opposite `O_APPEND`.
+    append_twin: Mutex<Option<Arc<Descriptor>>>,
+    /// True after a request for a lock through the handle.
     locked: AtomicBool,
-    /// Held while the position of a directory is used.
+    /// Lock of the directory's position.
     position: Mutex<()>,
 }
 
 impl Handle {
     pub(super) fn new(node: Arc<Node>, file: Arc<Descriptor>, flags: i32) -> Self {
         node.add_handle();
-        let (twin, position) = (Mutex::default(), Mutex::default());
-        Self { node, file, flags, twin, locked: AtomicBool::new(false), position }
+        let (append_twin, position) = (Mutex::default(), Mutex::default());
+        Self { node, file, flags, append_twin, locked: AtomicBool::new(false), position }
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
@@ -48,35 +48,35 @@ impl Handle {
         self.locked.load(Ordering::Relaxed)
     }
 
-    /// The position of the directory, for one listing at a time.
+    /// Locks the position of the directory, for one listing at a time.
     pub(super) fn position(&self) -> MutexGuard<'_, ()> {
         lock(&self.position)
     }
 
-    /// The file with the other `O_APPEND`, opened with `open` at the first time. Changing the flags of
-    /// the handle's own descriptor would change them for requests that are being served.
-    pub(super) fn twin(
+    /// Returns the file with the opposite `O_APPEND`, opened by `open` at the first call. A change
+    /// of the handle's own flags would change them for running requests.
+    pub(super) fn append_twin(
         &self,
         open: impl FnOnce(i32) -> io::Result<Descriptor>,
     ) -> io::Result<Arc<Descriptor>> {
-        if let Some(twin) = &*lock(&self.twin) {
+        if let Some(twin) = &*lock(&self.append_twin) {
             return Ok(Arc::clone(twin));
         }
         let once = libc::O_TRUNC | libc::O_EXCL;
         let fresh = open((self.flags & !once) ^ libc::O_APPEND)?;
-        Ok(Arc::clone(lock(&self.twin).get_or_insert_with(|| Arc::new(fresh))))
+        Ok(Arc::clone(lock(&self.append_twin).get_or_insert_with(|| Arc::new(fresh))))
     }
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // A descriptor for writing would keep the file from being executed.
+        // A descriptor open for writing would keep programs from being executed.
         self.node.part_with(&self.file, None);
         self.node.remove_handle();
     }
 }
 
-/// Handles by number.
+/// The handles, by number.
 #[derive(Default)]
 pub(super) struct HandleTable {
     handles: Mutex<HashMap<u64, Arc<Handle>>>,
@@ -84,29 +84,21 @@ pub(super) struct HandleTable {
 }
 
 impl HandleTable {
-    /// Adds a handle, and returns its number.
+    /// Adds a handle. Returns its number.
     pub(super) fn add(&self, handle: Handle) -> u64 {
         let number = 1 + self.last.fetch_add(1, Ordering::Relaxed);
         lock(&self.handles).insert(number, Arc::new(handle));
         number
     }
 
-    /// The handle, which has to be one of `node`.
-    ///
-    /// # Errors
-    ///
-    /// `EBADF`.
+    /// Returns the handle, which must belong to `node` (`EBADF`).
     pub(super) fn get(&self, number: u64, node: u64) -> io::Result<Arc<Handle>> {
         let handles = lock(&self.handles);
         let handle = handles.get(&number).filter(|handle| handle.node.id == node);
         handle.cloned().ok_or_else(no_handle)
     }
 
-    /// Takes the handle out, which has to be one of `node`.
-    ///
-    /// # Errors
-    ///
-    /// `EBADF`.
+    /// Removes and returns the handle, which must belong to `node` (`EBADF`).
     pub(super) fn take(&self, number: u64, node: u64) -> io::Result<Arc<Handle>> {
         let mut handles = lock(&self.handles);
         if handles.get(&number).is_none_or(|handle| handle.node.id != node) {
@@ -115,7 +107,7 @@ impl HandleTable {
         handles.remove(&number).ok_or_else(no_handle)
     }
 
-    /// Takes all out.
+    /// Removes all handles.
     pub(super) fn take_all(&self) {
         let gone = std::mem::take(&mut *lock(&self.handles));
         drop(gone);

@@ -1,4 +1,4 @@
-//! Asking for the guest to forget files, which virtio-fs has no message for.
+//! Notice that the guest should forget files. Virtio-fs has no message for it.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -7,13 +7,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::sync::lock;
 
-/// Part of the nodes that a guest may have, above which it is asked to forget.
+/// Divisor of the number of nodes that a guest may have. Above that part the guest should forget.
 const MARK: usize = 4;
 
-/// Shortest time between two requests: forgetting takes the guest some.
+/// Least time between two notices, because forgetting takes the guest time.
 const INTERVAL: Duration = Duration::from_secs(2);
 
-/// Tells the main thread when the guest knows of many files.
+/// Notifies the main thread when the guest knows of many files.
 pub(super) struct HighWater {
     event: EventFd,
     last: Mutex<Option<Instant>>,
@@ -24,7 +24,7 @@ impl HighWater {
         Self { event, last: Mutex::default() }
     }
 
-    /// The guest now knows of `nodes`, and may know of `max`.
+    /// Sends the notice if the guest knows of too many nodes: `nodes` of at most `max`.
     pub(super) fn check(&self, nodes: usize, max: usize) {
         if nodes <= max / MARK {
             return;

@@ -1,5 +1,5 @@
-//! Descriptors in mounts that are the host's to remove: a descriptor of a file there makes the mount
-//! busy, so one that nothing uses is closed within a second.
+//! Idle descriptors in mounts that the host may remove. An open descriptor makes its mount busy, so
+//! an unused one is closed within a second.
 
 use std::io;
 use std::sync::{Arc, Mutex, Weak};
@@ -11,10 +11,10 @@ use super::super::worker::{Stop, wait_for_work, wait_some};
 use super::node::Node;
 use crate::sync::lock;
 
-/// Time between two looks; a descriptor that was not used between them is closed at the second.
+/// Time between two checks. A descriptor that was not used between them is closed.
 const PERIOD: Duration = Duration::from_millis(400);
 
-/// Nodes whose descriptors are closed when they are idle.
+/// Nodes whose idle descriptors are closed.
 pub(super) struct Idle {
     watched: Mutex<Vec<Weak<Node>>>,
     first: EventFd,
@@ -25,7 +25,7 @@ impl Idle {
         Ok(Self { watched: Mutex::default(), first: EventFd::new(EFD_NONBLOCK)? })
     }
 
-    /// Watches a node that just got a descriptor, if it lies in such a mount.
+    /// Watches a node that just got a descriptor, if the host may remove its mount.
     pub(super) fn watch(&self, node: &Arc<Node>) {
         if !node.mount.is_host_owned() || node.set_watched(true) {
             return;
@@ -58,7 +58,7 @@ impl Idle {
         let mut left = Vec::new();
         for weak in watched {
             let Some(node) = weak.upgrade() else { continue };
-            // First, so that who opens one from here on has it watched.
+            // First: a thread that opens a descriptor from here on has the node watched again.
             node.set_watched(false);
             let closed = node.take_file(true);
             if closed.is_none() && node.holds_file() && !node.set_watched(true) {

@@ -1,4 +1,4 @@
-//! The first FUSE request, which settles what both sides can do.
+//! The first FUSE request (`FUSE_INIT`), which negotiates version and features.
 
 use std::io;
 
@@ -10,16 +10,16 @@ use super::files::Files;
 use super::host::error;
 use super::request::Body;
 
-/// The oldest protocol of a Linux with virtio-fs (5.4).
+/// Minor protocol version of the oldest Linux with virtio-fs (5.4).
 const OLDEST_MINOR_VERSION: u32 = 31;
 
 /// Most pages of data in one request.
 pub(super) const MAX_PAGES: u16 = 256;
 
-/// A page of the guest, in bytes.
+/// Page size of the guest in bytes.
 pub(super) const PAGE_SIZE: u32 = 4096;
 
-/// Abilities of the share. A write-back cache is none of them, nor are files without an open.
+/// Features of the share, without a write-back cache and without files that need no open.
 const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::ASYNC_DIO)
     .union(FsOptions::ATOMIC_O_TRUNC)
@@ -35,11 +35,7 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::READDIRPLUS_AUTO)
     .union(FsOptions::SUBMOUNTS);
 
-/// The answer to the request.
-///
-/// # Errors
-///
-/// When the guest speaks no protocol that is spoken here.
+/// Answers the request. `EPROTO` if the guest's protocol version is too old.
 pub(super) fn answer(files: &Files, body: &mut Body<'_>) -> io::Result<InitOut> {
     let asked: InitIn = body.take()?;
     let out = InitOut {
@@ -54,7 +50,7 @@ pub(super) fn answer(files: &Files, body: &mut Body<'_>) -> io::Result<InitOut> 
         ..Default::default()
     };
     if asked.major > KERNEL_VERSION {
-        // The guest asks again in the version that it is given.
+        // The guest sends the request again in this version.
         return Ok(out);
     }
     if asked.major < KERNEL_VERSION || asked.minor < OLDEST_MINOR_VERSION {

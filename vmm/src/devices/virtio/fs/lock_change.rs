@@ -1,4 +1,4 @@
-//! A change of a lock, as the host's kernel takes it.
+//! A change of a lock, in the form of the host's system calls.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -8,10 +8,10 @@ use fuse_backend_rs::abi::fuse_abi::{FileLock, LK_FLOCK, LkIn};
 use super::host::{done, error};
 use super::ranges::Ranges;
 
-/// End of a range that has none (`OFFSET_MAX` of Linux).
+/// End of a range without an end (`OFFSET_MAX` of Linux).
 const OFFSET_MAX: u64 = i64::MAX as u64;
 
-/// A change to make.
+/// A change of a lock.
 #[derive(Clone, Copy)]
 pub(super) enum Change {
     Flock(libc::c_int),
@@ -32,7 +32,7 @@ impl Change {
         Ok(Self::Record(record(&asked.lk)?))
     }
 
-    /// Gives back everything.
+    /// Creates a release of all locks.
     pub(super) fn release_all(flock: bool) -> Self {
         if flock {
             Self::Flock(libc::LOCK_UN)
@@ -41,7 +41,7 @@ impl Change {
         }
     }
 
-    /// The same lock, given back.
+    /// Creates the release of this lock.
     pub(super) fn undone(self) -> Self {
         match self {
             Self::Flock(_) => Self::Flock(libc::LOCK_UN),
@@ -49,17 +49,17 @@ impl Change {
         }
     }
 
-    /// A record lock for reading on these bytes.
+    /// Creates a record lock for reading on these bytes.
     pub(super) fn read(bytes: (u64, u64)) -> Self {
         Self::Record(range(libc::F_RDLCK, bytes))
     }
 
-    /// It takes a description that is open for writing.
+    /// Returns true for a lock that requires a description open for writing.
     pub(super) fn is_write(&self) -> bool {
         matches!(self, Self::Record(range) if libc::c_int::from(range.l_type) == libc::F_WRLCK)
     }
 
-    /// Notes a record lock for reading, or its release.
+    /// Adds a record lock for reading to `ranges`, or removes it.
     pub(super) fn note(&self, ranges: &mut Ranges) -> io::Result<()> {
         let Self::Record(record) = self else { return Ok(()) };
         if self.releases() {
@@ -69,7 +69,7 @@ impl Change {
         ranges.add(ends(record))
     }
 
-    /// The owner holds nothing afterwards.
+    /// Returns true if the owner has no lock afterwards.
     pub(super) fn releases_all(&self) -> bool {
         match self {
             Self::Flock(operation) => *operation == libc::LOCK_UN,
@@ -89,20 +89,20 @@ impl Change {
         match self {
             Self::Flock(operation) => {
                 let operation = operation | if wait { 0 } else { libc::LOCK_NB };
-                // SAFETY: it takes numbers only.
+                // SAFETY: the call takes numbers only.
                 done(unsafe { libc::flock(fd, operation) })
             }
             Self::Record(range) => {
                 let command = if wait { libc::F_OFD_SETLKW } else { libc::F_OFD_SETLK };
                 let range: *const libc::flock64 = range;
-                // SAFETY: the command takes a range, which it only reads.
+                // SAFETY: the command takes a pointer to a range, which it only reads.
                 done(unsafe { libc::fcntl(fd, command, range) })
             }
         }
     }
 }
 
-/// The range as fcntl(2) has it.
+/// Converts a range to fcntl(2)'s form.
 pub(super) fn record(asked: &FileLock) -> io::Result<libc::flock64> {
     let kind = libc::c_short::try_from(asked.type_).map_err(|_| error(libc::EINVAL))?;
     if asked.start > asked.end || asked.start > OFFSET_MAX {
@@ -111,7 +111,8 @@ pub(super) fn record(asked: &FileLock) -> io::Result<libc::flock64> {
     Ok(range(kind.into(), (asked.start, asked.end)))
 }
 
-/// The bytes from the first to the last, which is at most [`OFFSET_MAX`] or stands for all behind the first.
+/// Returns the bytes from `start` to `end`, both included. An end of [`OFFSET_MAX`] or more stands
+/// for all bytes behind `start`.
 fn range(kind: libc::c_int, (start, end): (u64, u64)) -> libc::flock64 {
     let len = if end >= OFFSET_MAX { 0 } else { end - start + 1 };
     libc::flock64 {
@@ -119,12 +120,12 @@ fn range(kind: libc::c_int, (start, end): (u64, u64)) -> libc::flock64 {
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: start as i64,
         l_len: len as i64,
-        // The kernel wants it so for locks of a description.
+        // The kernel requires 0 for locks of a description.
         l_pid: 0,
     }
 }
 
-/// The first and the last byte.
+/// Returns the first and the last byte.
 pub(super) fn ends(range: &libc::flock64) -> (u64, u64) {
     let start = range.l_start as u64;
     (start, if range.l_len == 0 { OFFSET_MAX } else { start + (range.l_len as u64 - 1) })

@@ -1,4 +1,4 @@
-//! Names: making, removing and renaming.
+//! Names: made, removed and renamed.
 
 use std::ffi::CStr;
 use std::io;
@@ -17,7 +17,7 @@ use super::node::Node;
 const RENAME_FLAGS: u32 = libc::RENAME_EXCHANGE | libc::RENAME_NOREPLACE | libc::RENAME_WHITEOUT;
 
 impl Files {
-    /// A directory of the guest's, in which names may be changed.
+    /// Returns a directory of the guest's in which names may change.
     fn directory(&self, id: u64) -> io::Result<(Arc<Node>, Arc<Descriptor>)> {
         let dir = self.nodes.find(id)?;
         dir.refuse_traced()?;
@@ -25,7 +25,7 @@ impl Files {
         Ok((dir, file))
     }
 
-    /// Makes something of this name as the caller, and tells the guest of it.
+    /// Makes a file of this name as the caller, and looks it up for the guest.
     fn make(
         &self,
         caller: &Caller,
@@ -57,8 +57,8 @@ impl Files {
         })
     }
 
-    /// Makes a file, pipe, socket or device. Devices of the host are for a container with that
-    /// capability; the device 0:0 is the sign of overlayfs for a file that was removed.
+    /// Makes a file, pipe, socket or device. Other devices than 0:0 need the configuration's
+    /// permission. The device 0:0 is overlayfs's whiteout.
     pub(super) fn make_node(
         &self,
         caller: &Caller,
@@ -89,12 +89,12 @@ impl Files {
         target: &CStr,
     ) -> io::Result<EntryOut> {
         self.make(caller, parent, name, |dir, name| {
-            // SAFETY: both are C strings, and the call keeps none of its arguments.
+            // SAFETY: both names are C strings, and the call keeps none of its arguments.
             done(unsafe { libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr()) })
         })
     }
 
-    /// Gives a file one name more.
+    /// Gives a file one more name.
     pub(super) fn make_link(&self, id: u64, parent: u64, name: &CStr) -> io::Result<EntryOut> {
         let name = component(name)?;
         let node = self.nodes.find(id)?;
@@ -102,14 +102,14 @@ impl Files {
         let file = self.file(&node)?;
         let (dir, dir_file) = self.directory(parent)?;
         self.proc_self_fd.link(file.as_fd(), dir_file.as_fd(), name).map_err(|e| {
-            // Of two that are gone, either could be meant.
+            // Either the file or the directory may be gone.
             let e = self.gone_or(&node, &file, e);
             self.gone_or(&dir, &dir_file, e)
         })?;
         self.lookup_in(&dir, name).map(|found| self.entry_out(&found))
     }
 
-    /// Removes a name; with `AT_REMOVEDIR`, that of a directory.
+    /// Removes a name. With `AT_REMOVEDIR` it is the name of a directory.
     pub(super) fn remove(&self, parent: u64, name: &CStr, flags: i32) -> io::Result<()> {
         let name = component(name)?;
         let (_, dir) = self.directory(parent)?;
@@ -141,7 +141,7 @@ impl Files {
         Ok(())
     }
 
-    /// The target of a symbolic link. A link without a descriptor is read by its name.
+    /// Returns the target of a symbolic link. A link without a descriptor is read by its name.
     pub(super) fn link_target(&self, id: u64) -> io::Result<Vec<u8>> {
         let node = self.nodes.find(id)?;
         node.refuse_traced()?;

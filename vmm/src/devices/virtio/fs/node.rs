@@ -1,4 +1,4 @@
-//! A file that the guest knows of.
+//! Nodes: the files that the guest knows of.
 
 use std::ffi::CString;
 use std::io;
@@ -12,39 +12,39 @@ use super::procfs;
 use super::stat::{Birth, Identity, Stat};
 use crate::sync::lock;
 
-/// File systems with rules of their own.
+/// File systems that need special treatment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum FileSystemKind {
-    /// Some of its files are other processes' memory.
+    /// procfs, where some files are other processes' memory.
     Proc,
-    /// Its listings may give other inode numbers than its attributes.
+    /// overlayfs, whose listings may have other inode numbers than its attributes.
     Overlay,
     Other,
 }
 
-/// Properties that all files of a mount have.
+/// Properties of all files of a mount.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mount {
-    /// Mounts between the share's own and this one.
+    /// Number of mounts between the share's own mount and this one.
     pub(super) level: u32,
-    /// It is a root file system, which nobody but the guest is expected to write.
+    /// True for a root file system, which only the guest is expected to write.
     pub(super) cached: bool,
     pub(super) file_system: FileSystemKind,
 }
 
 impl Mount {
-    /// The share's own mount.
+    /// Returns the properties of the share's own mount.
     pub(super) fn of_share(root: &Descriptor) -> io::Result<Self> {
         Ok(Self { level: 0, cached: false, file_system: kind_of(root)? })
     }
 
-    /// A mount on `name`, seen from the mount that it lies in.
+    /// Returns the properties of a mount below this one, whose root is `root`.
     pub(super) fn below(&self, root: &Descriptor, rootfs: bool) -> io::Result<Self> {
         Ok(Self { level: self.level + 1, cached: rootfs, file_system: kind_of(root)? })
     }
 
-    /// The mount lies below one that the sandbox process has made, so that the host may have made it
-    /// and may want to remove it again.
+    /// Returns true if the host may have made the mount and may remove it. Such a mount lies below
+    /// one that the sandbox process has made.
     pub(super) fn is_host_owned(&self) -> bool {
         self.level > 1
     }
@@ -58,34 +58,36 @@ fn kind_of(root: &Descriptor) -> io::Result<FileSystemKind> {
     })
 }
 
-/// A file that the guest knows of. Its descriptor may be closed at any time while no handle is open,
-/// and is opened again by the name of the last lookup.
+/// A file that the guest knows of.
+///
+/// While no handle is open, the descriptor may be closed at any time. It is opened again by the
+/// name of the last lookup.
 pub(super) struct Node {
-    /// The guest's number for it, never used for another file.
+    /// The guest's number of the node, never used for another file.
     pub(super) id: u64,
     pub(super) identity: Identity,
     /// Type of the file (`S_IFMT`).
     pub(super) kind: u32,
     pub(super) mount: Mount,
-    /// The file is the root of a mount.
+    /// True if the file is the root of a mount.
     pub(super) is_mount_root: bool,
-    /// The file gives the memory or the files of another process.
+    /// True if the file shows the memory or the files of another process.
     pub(super) is_traced: bool,
     handles: AtomicU32,
     recent: AtomicBool,
     watched: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<NodeState>,
 }
 
-/// Name and descriptor, which change.
-struct State {
+/// The changing parts of a node: descriptor and name.
+struct NodeState {
     file: Option<Arc<Descriptor>>,
     parent: u64,
     name: CString,
     birth: Birth,
 }
 
-/// A name in the directory with this node's number.
+/// A name in the directory with this node number.
 pub(super) struct Place {
     pub(super) parent: u64,
     pub(super) name: CString,
@@ -110,7 +112,7 @@ impl Node {
             handles: AtomicU32::new(0),
             recent: AtomicBool::new(true),
             watched: AtomicBool::new(false),
-            state: Mutex::new(State {
+            state: Mutex::new(NodeState {
                 file,
                 parent: place.parent,
                 name: place.name,
@@ -119,7 +121,7 @@ impl Node {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, NodeState> {
         lock(&self.state)
     }
 
@@ -127,49 +129,45 @@ impl Node {
         self.kind == libc::S_IFDIR
     }
 
-    /// Refuses what would give the guest another process's memory or files.
-    ///
-    /// # Errors
-    ///
-    /// `EACCES`.
+    /// Refuses a file that shows another process's memory or files (`EACCES`).
     pub(super) fn refuse_traced(&self) -> io::Result<()> {
         if self.is_traced { Err(error(libc::EACCES)) } else { Ok(()) }
     }
 
-    /// Whether a file of this name in this directory is closed to the guest.
+    /// Returns true if a file of this name in this directory is closed to the guest.
     pub(super) fn traces(&self, name: &[u8]) -> bool {
         self.mount.file_system == FileSystemKind::Proc
             && (self.is_traced || procfs::needs_ptrace(name))
     }
 
-    /// The descriptor, if it is open.
+    /// Returns the descriptor, if it is open.
     pub(super) fn file(&self) -> Option<Arc<Descriptor>> {
         self.recent.store(true, Ordering::Relaxed);
         self.state().file.clone()
     }
 
-    /// Whether the descriptor is open. Asking is no use of it.
+    /// Returns true if the descriptor is open. The call does not count as a use.
     pub(super) fn holds_file(&self) -> bool {
         self.state().file.is_some()
     }
 
-    /// Keeps `file` unless there is a descriptor already. Returns the one that there is then.
+    /// Keeps `file`, unless a descriptor is open already. Returns the open descriptor.
     pub(super) fn keep(&self, file: Descriptor) -> Arc<Descriptor> {
         Arc::clone(self.state().file.get_or_insert_with(|| Arc::new(file)))
     }
 
-    /// Keeps the descriptor of a handle, to be given up with [`Node::part_with`].
+    /// Keeps the descriptor of a handle, until [`Node::part_with`].
     pub(super) fn share(&self, file: &Arc<Descriptor>) {
         self.state().file.get_or_insert_with(|| Arc::clone(file));
     }
 
-    /// Whether the descriptor is this one, while another handle is open as well.
+    /// Returns true if `file` is the node's descriptor and another handle is open too.
     pub(super) fn lends(&self, file: &Arc<Descriptor>) -> bool {
         self.handles.load(Ordering::Relaxed) > 1
             && self.state().file.as_ref().is_some_and(|own| Arc::ptr_eq(own, file))
     }
 
-    /// Gives up the descriptor if it is this one, for another.
+    /// Replaces the descriptor by `other`, if it is `file`.
     pub(super) fn part_with(&self, file: &Arc<Descriptor>, other: Option<Descriptor>) {
         let mut state = self.state();
         if state.file.as_ref().is_some_and(|own| Arc::ptr_eq(own, file)) {
@@ -177,8 +175,8 @@ impl Node {
         }
     }
 
-    /// Takes the descriptor, if no handle is open. With `idle`, only one that was not used since the
-    /// last time.
+    /// Takes the descriptor, if no handle is open. With `idle`, only one that was not used since
+    /// the last call.
     pub(super) fn take_file(&self, idle: bool) -> Option<Arc<Descriptor>> {
         let mut state = self.state();
         if state.file.is_none() || self.has_handles() {
@@ -193,10 +191,12 @@ impl Node {
         Place { parent: state.parent, name: state.name.clone() }
     }
 
-    /// Whether `stat` is of this file. An inode number stays the file's own while the file is held
-    /// open; else the time of birth decides. An overlay changes that when it copies a file up. Of a
-    /// directory it says nothing that matters, as each name in it is looked up by itself; and the
-    /// guest would unmount all that is mounted below a directory that became another.
+    /// Returns true if `stat` is of this file.
+    ///
+    /// An inode number stays the file's own while the file is held open. Otherwise the time of
+    /// birth decides. Two kinds are exempt. An overlay changes the time of birth when it copies a
+    /// file up. For a directory it does not matter, as each name in it is looked up by itself. The
+    /// guest would also unmount everything below a directory that became another.
     pub(super) fn is(&self, stat: &Stat) -> bool {
         if self.kind != stat.kind() || self.identity != stat.identity() {
             return false;
@@ -213,7 +213,7 @@ impl Node {
         }
     }
 
-    /// The file was found at `place`, with these attributes.
+    /// Notes the place at which the file was found, and its time of birth.
     pub(super) fn found_at(&self, parent: u64, name: &std::ffi::CStr, stat: &Stat) {
         let mut state = self.state();
         state.birth = stat.birth();
@@ -223,7 +223,7 @@ impl Node {
         }
     }
 
-    /// Notes whether somebody looks after an idle descriptor. Returns whether somebody did.
+    /// Sets if the idle descriptor is watched. Returns the value before.
     pub(super) fn set_watched(&self, watched: bool) -> bool {
         self.watched.swap(watched, Ordering::AcqRel)
     }

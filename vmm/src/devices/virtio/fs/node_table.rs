@@ -1,4 +1,4 @@
-//! Nodes that the guest has looked up and not yet forgotten.
+//! Table of the nodes that the guest has looked up and not yet forgotten.
 
 use std::collections::HashMap;
 use std::io;
@@ -13,7 +13,7 @@ use super::node::Node;
 use super::stat::{Identity, Stat};
 use crate::sync::lock;
 
-/// Nodes by number, and by the file that they are of.
+/// The nodes, by number and by file.
 #[derive(Default)]
 pub(super) struct NodeTable {
     tables: Mutex<Tables>,
@@ -28,7 +28,7 @@ struct Tables {
 
 struct Known {
     node: Arc<Node>,
-    /// How often the guest was told of it.
+    /// Number of lookups that the guest has not taken back.
     lookups: u64,
 }
 
@@ -37,7 +37,7 @@ impl NodeTable {
         lock(&self.tables)
     }
 
-    /// A number that no node has had. It is larger than the root's.
+    /// Returns a number that no node has had. It is larger than the root's.
     pub(super) fn new_id(&self) -> u64 {
         ROOT_ID + 1 + self.last_id.fetch_add(1, Ordering::Relaxed)
     }
@@ -46,24 +46,21 @@ impl NodeTable {
         self.tables().nodes.len()
     }
 
-    /// The node with this number.
-    ///
-    /// # Errors
-    ///
-    /// `EBADF`.
+    /// Returns the node with this number (`EBADF`).
     pub(super) fn find(&self, id: u64) -> io::Result<Arc<Node>> {
         let tables = self.tables();
         tables.nodes.get(&id).map(|known| Arc::clone(&known.node)).ok_or_else(no_node)
     }
 
-    /// The node of a file, if the guest knows of it.
+    /// Returns the node of a file, if the guest knows of it.
     pub(super) fn of(&self, stat: &Stat) -> Option<Arc<Node>> {
         let tables = self.tables();
         let node = &tables.nodes.get(tables.ids.get(&stat.identity())?)?.node;
         node.is(stat).then(|| Arc::clone(node))
     }
 
-    /// The node of a file, which the guest is told of once more. `None` when it does not know of it.
+    /// Returns the node of a file, and counts one more lookup. `None` if the guest does not know of
+    /// it.
     pub(super) fn look_up(&self, stat: &Stat) -> Option<Arc<Node>> {
         let mut tables = self.tables();
         let id = *tables.ids.get(&stat.identity())?;
@@ -75,12 +72,8 @@ impl NodeTable {
         Some(Arc::clone(&known.node))
     }
 
-    /// Adds a node, which the guest is told of once; unless another worker has added one for the same
-    /// file. Returns the one that there is then.
-    ///
-    /// # Errors
-    ///
-    /// `ENFILE` when there are `max` already.
+    /// Adds a node with one lookup. If another worker has added one for the same file, counts a
+    /// lookup of that node and returns it. `ENFILE` if there are `max` nodes already.
     pub(super) fn add(&self, node: Node, stat: &Stat, max: usize) -> io::Result<Arc<Node>> {
         let mut tables = self.tables();
         let Tables { nodes, ids } = &mut *tables;
@@ -94,13 +87,14 @@ impl NodeTable {
             return Err(error(libc::ENFILE));
         }
         let node = Arc::new(node);
-        // A file that is gone keeps its node's number, but no longer its inode's.
+        // A removed file keeps its node's number, but its inode's number may belong to another
+        // node.
         ids.insert(node.identity, node.id);
         nodes.insert(node.id, Known { node: Arc::clone(&node), lookups: 1 });
         Ok(node)
     }
 
-    /// Takes lookups of a node back; what the guest no longer knows of is dropped. The root stays.
+    /// Takes lookups of a node back, and drops a node without any. The root stays.
     pub(super) fn forget(&self, id: u64, count: u64) {
         if id == ROOT_ID {
             return;
@@ -117,7 +111,8 @@ impl NodeTable {
         {
             tables.ids.remove(&node.identity);
         }
-        // Its descriptor is closed without the table: that may take the host's file system long.
+        // The descriptor is closed after the table is unlocked, because the host's file system may
+        // take long.
         drop(tables);
         drop(gone);
     }
@@ -134,7 +129,7 @@ impl NodeTable {
         drop(gone);
     }
 
-    /// Drops all nodes, and begins with this root.
+    /// Drops all nodes, and begins with the root `root`.
     pub(super) fn begin(&self, root: Node) {
         let mut tables = self.tables();
         let gone = std::mem::take(&mut *tables);
@@ -144,8 +139,7 @@ impl NodeTable {
         drop(gone);
     }
 
-    /// Takes descriptors of nodes without open handles, `count` if there are so many; of those that
-    /// were not used for some time first.
+    /// Takes up to `count` descriptors of nodes without open handles. Idle ones go first.
     pub(super) fn take_files(&self, count: usize) -> Vec<Arc<Descriptor>> {
         let tables = self.tables();
         let mut taken = Vec::new();

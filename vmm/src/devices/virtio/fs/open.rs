@@ -1,4 +1,4 @@
-//! Opening, creating and closing files.
+//! Open files: opened, created and closed.
 
 use std::ffi::CStr;
 use std::io;
@@ -20,12 +20,12 @@ use super::open_flags::host_flags;
 use super::stat::Stat;
 
 impl Files {
-    /// Opens a regular file, or with `O_DIRECTORY` a directory.
+    /// Opens a regular file, or a directory with `O_DIRECTORY`.
     pub(super) fn open_node(&self, id: u64, asked: &OpenIn, more: i32) -> io::Result<OpenOut> {
         let flags = host_flags(asked.flags)? | more;
         let node = self.nodes.find(id)?;
         node.refuse_traced()?;
-        // An open of any other kind would have a driver, or a process at the other end, do something.
+        // Opening another kind of file would reach a driver, or a process at the other end.
         if !matches!(node.kind, libc::S_IFREG | libc::S_IFDIR) {
             return Err(error(libc::EBADF));
         }
@@ -77,8 +77,8 @@ impl Files {
             let mode = asked.mode & !(asked.umask & 0o777);
             open_at(dir_file.as_fd(), name, flags, mode)
         };
-        // A guest that creates has not asked whether its user may open a file that is there already.
-        // It looks again on `ESTALE`, and asks.
+        // The guest has not checked the user's right to open an existing file. It looks the name up
+        // again on `ESTALE`, and checks.
         let fd = made.map_err(|e| match e.raw_os_error() {
             Some(libc::EEXIST) if !exclusive => error(libc::ESTALE),
             _ => self.gone_or(&dir, &dir_file, e),
@@ -86,7 +86,7 @@ impl Files {
         self.hand_out(&dir, name, slot.hold(fd), flags)
     }
 
-    /// Makes a file without a name and opens it. It can be given one (`O_TMPFILE` of open(2)).
+    /// Makes a file without a name and opens it. It can get a name later (`O_TMPFILE` of open(2)).
     pub(super) fn create_unnamed(
         &self,
         caller: &Caller,
@@ -107,7 +107,7 @@ impl Files {
         self.hand_out(&dir, c"", slot.hold(fd), flags)
     }
 
-    /// Tells the guest of a file that was just made, and of the handle that it is open with.
+    /// Returns the entry and the handle of a file that was just made.
     fn hand_out(
         &self,
         dir: &Arc<Node>,
@@ -123,13 +123,13 @@ impl Files {
         Ok((entry, self.opened(&found.node, self.handles.add(handle))))
     }
 
-    /// Closes a handle, and with it the locks that were taken through it.
+    /// Closes a handle, and releases the locks that were taken through it.
     pub(super) fn close(&self, node: u64, handle: u64) -> io::Result<()> {
         let closed = self.handles.take(handle, node)?;
         if closed.had_locks() {
             self.locks.release_handle(handle);
         }
-        // A file without a name may still be open by another handle.
+        // Another handle may keep a file without a name open.
         if closed.node.lends(&closed.file)
             && let Ok(slot) = self.slot()
             && let Ok(fd) = self.proc_self_fd.reopen(closed.fd(), libc::O_PATH)
@@ -140,13 +140,13 @@ impl Files {
         Ok(())
     }
 
-    /// One of the guest's descriptors of a handle is closed: the owner's record locks go, and what
-    /// the host's file system has to say of earlier writes is asked for.
+    /// Handles the close of one of the guest's descriptors. Releases the owner's record locks, and
+    /// returns the host file system's error of earlier writes.
     pub(super) fn flush(&self, node: u64, handle: u64, owner: u64) -> io::Result<()> {
         let handle = self.handles.get(handle, node)?;
         self.locks.release_owner(&handle.node, owner);
         let fd = handle.fd().try_clone_to_owned()?.into_raw_fd();
-        // SAFETY: the descriptor was just made here, and is not used after this.
+        // SAFETY: the descriptor was just made here, and is not used afterwards.
         done(unsafe { libc::close(fd) })
     }
 
@@ -155,7 +155,7 @@ impl Files {
         let handle = self.handles.get(handle, node)?;
         let fd = handle.fd().as_raw_fd();
         let sync = if data_only { libc::fdatasync } else { libc::fsync };
-        // SAFETY: it takes a number only.
+        // SAFETY: the call takes a number only.
         done(unsafe { sync(fd) })
     }
 }

@@ -1,7 +1,8 @@
-//! Files of procfs that show another process's memory, files or namespaces.
+//! Files of procfs that show another process's memory, files or namespaces. They are closed to
+//! every guest.
 //!
-//! Linux asks who opens them for the rights of a debugger, which processes of a container lack and the
-//! VMM may have, be it as the user that a request comes from. They are closed to every guest.
+//! Linux requires the rights of a debugger for opening them. Processes of a container lack those
+//! rights. The VMM may have them, even as the user of a request.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
@@ -10,8 +11,8 @@ use std::os::fd::BorrowedFd;
 use super::host::{cwd, file_system, open_at};
 use super::stat::Stat;
 
-/// Names below `/proc/<pid>` and `/proc/<pid>/task/<tid>` that need the rights of a debugger
-/// (fs/proc/base.c of Linux), in any of the process's directories.
+/// Names of directory entries below `/proc/<pid>` and `/proc/<pid>/task/<tid>` that need the rights
+/// of a debugger (fs/proc/base.c of Linux). They are closed in every directory of procfs.
 const NAMES: [&str; 30] = [
     "attr",
     "auxv",
@@ -45,20 +46,21 @@ const NAMES: [&str; 30] = [
     "wchan",
 ];
 
-/// Whether a file or directory of this name is closed to the guest.
+/// Returns true if a file or directory of this name is closed to the guest.
 pub(super) fn needs_ptrace(name: &[u8]) -> bool {
     NAMES.iter().any(|closed| closed.as_bytes() == name)
 }
 
-/// Whether a mount shows a closed part of procfs by itself: a bind mount has any name. A mount that
-/// cannot be found is closed.
+/// Returns true if the mount itself shows a closed part of procfs, as a bind mount can have any
+/// name. A mount that cannot be found counts as closed.
 fn mount_needs_ptrace(mount: u64) -> bool {
     let Ok(list) = open_at(cwd(), c"/proc/self/mountinfo", libc::O_RDONLY, 0) else { return true };
     let root = root_of(BufReader::new(File::from(list)), mount);
     root.is_none_or(|root| root.split(|byte| *byte == b'/').any(needs_ptrace))
 }
 
-/// The fourth field of the mount's line in mountinfo: which part of the file system it shows.
+/// Returns the fourth field of the mount's line in mountinfo: the root of the mount in its file
+/// system.
 fn root_of(list: impl BufRead, mount: u64) -> Option<Vec<u8>> {
     for line in list.split(b'\n') {
         let line = line.ok()?;
@@ -71,7 +73,7 @@ fn root_of(list: impl BufRead, mount: u64) -> Option<Vec<u8>> {
     None
 }
 
-/// Whether the root of a mount is closed: it may be any file of procfs under any name.
+/// Returns true if the root of a mount is closed. It may be any file of procfs, under any name.
 pub(super) fn is_closed(root: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(file_system(root)? == libc::PROC_SUPER_MAGIC
         && mount_needs_ptrace(Stat::listed_mount(root)?))

@@ -1,22 +1,18 @@
-//! Ranges of a file that an owner has locked for reading.
+//! Byte ranges of a file that an owner has locked for reading.
 
 use std::io;
 
 use super::host::error;
 
-/// Most ranges that one owner has: each takes memory here and in the host's kernel.
+/// Most ranges of one owner. Each takes memory here and in the host's kernel.
 const MAX_RANGES: usize = 1024;
 
-/// Bytes from the first to the second, both included, apart from each other and in order.
+/// First and last byte of each range. Ranges are sorted and do not touch each other's bytes.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Ranges(Vec<(u64, u64)>);
 
 impl Ranges {
-    /// Adds a range.
-    ///
-    /// # Errors
-    ///
-    /// `ENOLCK` if there are too many; then nothing has changed.
+    /// Adds a range. `ENOLCK` if there are too many, and then nothing changes.
     pub(super) fn add(&mut self, (mut start, mut end): (u64, u64)) -> io::Result<()> {
         let (mut all, joined): (Vec<_>, Vec<_>) =
             self.0.iter().partition(|(from, to)| *to < start || *from > end);
@@ -31,7 +27,7 @@ impl Ranges {
         Ok(())
     }
 
-    /// Takes a range away, and with it parts of others.
+    /// Removes a range, and with it parts of other ranges.
     pub(super) fn remove(&mut self, (start, end): (u64, u64)) {
         let rest = |&(from, to): &(u64, u64)| {
             let before = (from < start).then(|| (from, to.min(start.saturating_sub(1))));

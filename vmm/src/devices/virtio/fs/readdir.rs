@@ -1,4 +1,4 @@
-//! Listings of directories.
+//! Directory listings.
 
 use std::ffi::CStr;
 use std::io;
@@ -14,18 +14,18 @@ use super::host::error;
 use super::node::FileSystemKind;
 use super::stat::Stat;
 
-/// Positions behind `.` and behind `..`. The positions of all other entries are the host's: these
-/// are two that no file system is likely to give, and not negative.
+/// Positions behind `.` and behind `..`. All other positions are the host's. No file system is
+/// likely to use these two, which are not negative.
 const BEHIND: [u64; 2] = [0x7fd0_7fd0_7fd0_7fd1, 0x7fd0_7fd0_7fd0_7fd2];
 
-/// Length of `struct linux_dirent64` without a name, and with one of 255 bytes.
+/// Length of `struct linux_dirent64` without a name, and with a name of 255 bytes.
 const ENTRY_HEAD: usize = 19;
 const LONGEST_ENTRY: usize = (ENTRY_HEAD + 255 + 1).next_multiple_of(8);
 
-/// libfuse's number of an inode whose number it does not know.
+/// libfuse's number for an unknown inode.
 const UNKNOWN_INO: u64 = 0xffff_ffff;
 
-/// An entry as getdents64(2) has it.
+/// An entry of getdents64(2).
 struct HostEntry<'b> {
     inode: u64,
     position: u64,
@@ -34,8 +34,8 @@ struct HostEntry<'b> {
 }
 
 impl Files {
-    /// Lists a directory from a position. With `plus`, each entry is one lookup, too, unless there is
-    /// no room for one.
+    /// Lists a directory from a position. With `plus`, each entry counts as a lookup, unless the
+    /// lookup fails.
     pub(super) fn list(
         &self,
         id: u64,
@@ -73,7 +73,7 @@ impl Files {
             match self.list_entry(&handle, &mut list, &entry) {
                 Ok(true) => {}
                 Ok(false) => break,
-                // Entries in the list have been looked up for the guest, which has to hear of it.
+                // Entries in the list count as lookups, so the guest must get the list.
                 Err(e) if list.bytes.len() == dots => return Err(e),
                 Err(_) => break,
             }
@@ -81,7 +81,7 @@ impl Files {
         Ok(list.bytes)
     }
 
-    /// Adds an entry. False when there is no room left.
+    /// Adds an entry. False if no room is left.
     fn list_entry(
         &self,
         handle: &Arc<Handle>,
@@ -89,7 +89,7 @@ impl Files {
         entry: &HostEntry<'_>,
     ) -> io::Result<bool> {
         let dir = &handle.node;
-        // A name that is not trusted is looked up again before it is used.
+        // The guest looks an uncached name up again before it uses the name.
         if !list.plus || !dir.mount.cached {
             let inode = match dir.mount.file_system {
                 FileSystemKind::Overlay => {
@@ -104,15 +104,15 @@ impl Files {
             return Ok(false);
         }
         let (inode, out) = match self.lookup_in(dir, entry.name) {
-            // The guest's kernel mounts what a lookup tells it to, and takes a listing for plain
-            // directories.
+            // The guest's kernel mounts submounts on a lookup, but takes entries of a listing for
+            // plain directories.
             Ok(found) if found.submount => {
                 self.nodes.forget(found.node.id, 1);
                 (entry.inode, EntryOut::default())
             }
             Ok(found) => (found.stat.inode(), self.entry_out(&found)),
-            // A name is listed in any case: also one that has just been removed, or of a file that
-            // the guest cannot know of now.
+            // The name is listed in any case: its file may just have been removed, or the guest can
+            // know of no more files.
             Err(_) => (entry.inode, EntryOut::default()),
         };
         Ok(list.add(inode, entry.position, entry.kind, entry.name.to_bytes(), out))
@@ -125,19 +125,19 @@ fn read_entries(handle: &Handle, len: usize, offset: u64) -> io::Result<Vec<u8>>
     let mut entries = vec![0u8; len];
     let fd = handle.fd().as_fd().as_raw_fd();
     let _position = handle.position();
-    // SAFETY: it takes numbers only.
+    // SAFETY: the call takes numbers only.
     if unsafe { libc::lseek64(fd, offset, libc::SEEK_SET) } < 0 {
         return Err(io::Error::last_os_error());
     }
     let room = entries.as_mut_ptr();
-    // SAFETY: the kernel writes at most as many bytes as the buffer has.
+    // SAFETY: the kernel writes at most the buffer's length.
     let read = unsafe { libc::syscall(libc::SYS_getdents64, fd, room, len) };
     let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
     entries.truncate(read);
     Ok(entries)
 }
 
-/// The first entry of `struct linux_dirent64`s, and the rest.
+/// Returns the first entry in a buffer of `struct linux_dirent64`, and the rest.
 fn next_entry(bytes: &[u8]) -> Option<(HostEntry<'_>, &[u8])> {
     let inode = u64::from_ne_bytes(bytes.get(..8)?.try_into().ok()?);
     let position = u64::from_ne_bytes(bytes.get(8..16)?.try_into().ok()?);
@@ -147,7 +147,7 @@ fn next_entry(bytes: &[u8]) -> Option<(HostEntry<'_>, &[u8])> {
     Some((HostEntry { inode, position, kind, name }, bytes.get(len.into()..)?))
 }
 
-/// `struct fuse_dirent` or `fuse_direntplus`, one behind another.
+/// Entries of `struct fuse_dirent` or `struct fuse_direntplus`.
 struct Listing {
     max: usize,
     plus: bool,
@@ -155,12 +155,13 @@ struct Listing {
 }
 
 impl Listing {
-    /// How much to read from the host so that all of it fits. Entries that do not fit are read again
-    /// from their position, and not all file systems find that again while files come and go: tmpfs
-    /// before Linux 6.6 counts.
+    /// Returns the number of bytes to read from the host, so that all entries fit in the list.
+    ///
+    /// Entries that do not fit are read again from their position. Not all file systems find the
+    /// position again while files come and go: tmpfs before Linux 6.6 counts entries.
     fn chunk(&self) -> usize {
         let room = self.max - self.bytes.len();
-        // Shortest names grow most: an entry of 24 bytes (getdents(2)) becomes 160, or 32.
+        // Entries with short names grow most: 24 bytes (getdents(2)) become 160, or 32.
         let chunk = if self.plus { room * 24 / 160 } else { room * 24 / 32 };
         chunk.max(LONGEST_ENTRY)
     }
@@ -174,8 +175,8 @@ impl Listing {
         self.max - self.bytes.len() >= self.len_of(name_len)
     }
 
-    /// Adds an entry. False when there is no room for it. An entry with node 0 says nothing of the
-    /// file.
+    /// Adds an entry. False if there is no room for it. Node 0 in `found` means that the entry has
+    /// no lookup.
     fn add(&mut self, ino: u64, off: u64, kind: u8, name: &[u8], found: EntryOut) -> bool {
         if !self.has_room(name.len()) {
             return false;

@@ -1,4 +1,4 @@
-//! Requests as the guest writes them. Each byte of its memory is read once.
+//! Decoding of requests. Each byte of guest memory is read once.
 
 use std::ffi::CStr;
 use std::io;
@@ -16,11 +16,8 @@ pub(super) fn take<T: ByteValued + Default>(buffers: &mut Buffers<'_>) -> io::Re
     Ok(value)
 }
 
-/// Takes the header. The rest of the buffers is then as long as it says.
-///
-/// # Errors
-///
-/// `EINVAL` when the header says more than there is, or less than a header.
+/// Takes the header, and cuts the buffers to the length that it gives. The result is `EINVAL`
+/// if that length is more than there is, or less than a header.
 pub(super) fn take_header(buffers: &mut Buffers<'_>) -> Option<(InHeader, io::Result<()>)> {
     let header: InHeader = take(buffers).ok()?;
     let said = (header.len as usize).checked_sub(size_of::<InHeader>());
@@ -34,7 +31,7 @@ pub(super) fn take_header(buffers: &mut Buffers<'_>) -> Option<(InHeader, io::Re
     Some((header, fits))
 }
 
-/// A request behind its header, in memory of our own.
+/// A request behind its header, copied to the VMM's memory.
 pub(super) struct Body<'b>(&'b [u8]);
 
 impl<'b> Body<'b> {
@@ -42,11 +39,7 @@ impl<'b> Body<'b> {
         Self(bytes)
     }
 
-    /// Takes a structure from the front.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` when less is left.
+    /// Takes a structure from the front. `EINVAL` if less is left.
     pub(super) fn take<T: ByteValued + Default>(&mut self) -> io::Result<T> {
         let (front, rest) = self.0.split_at_checked(size_of::<T>()).ok_or_else(invalid)?;
         let mut value = T::default();
@@ -55,18 +48,14 @@ impl<'b> Body<'b> {
         Ok(value)
     }
 
-    /// Takes a string from the front, up to its NUL.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` when there is no NUL.
+    /// Takes a string from the front, up to its NUL. `EINVAL` without a NUL.
     pub(super) fn string(&mut self) -> io::Result<&'b CStr> {
         let string = CStr::from_bytes_until_nul(self.0).map_err(|_| invalid())?;
         self.0 = &self.0[string.count_bytes() + 1..];
         Ok(string)
     }
 
-    /// The rest.
+    /// Returns the rest.
     pub(super) fn rest(&self) -> &'b [u8] {
         self.0
     }

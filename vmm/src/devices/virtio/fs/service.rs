@@ -1,4 +1,4 @@
-//! Serving the device's queues: workers take requests, and answers go back now or later.
+//! Service of the queues. Workers take requests, and answer them at once or later.
 
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -11,24 +11,30 @@ use vm_memory::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::super::chain::Chain;
+use super::super::device::Activation;
+use super::super::queue::ActiveQueue;
 use super::super::worker::{Stop, wait_for_work};
-use super::super::{Activation, ActiveQueue};
 use super::dispatch::{self, Answer};
 use super::files::Files;
+use super::init::{MAX_PAGES, PAGE_SIZE};
 use super::lock::Wait;
 use super::request::{take, take_header};
+use super::share::Opened;
 use super::waiter::Waiters;
-use super::{MAX_MESSAGE_LEN, Opened};
 use crate::jail::keep_capabilities;
 use crate::memory::GuestMemoryMap;
 use crate::sync::lock;
 
-/// Memory of a guest for each file that its kernel knows of, in bytes: it takes more.
+/// Guest memory for each node in bytes. A guest's kernel takes more for each file that it knows of.
 const MEMORY_OF_NODE: u64 = 1024;
+
+/// Most bytes of a request or its answer: the data, and a page for the rest. Descriptors may name
+/// the same memory again and again, and some requests are copied whole.
+const MAX_MESSAGE_LEN: usize = (MAX_PAGES as usize + 1) * PAGE_SIZE as usize;
 
 const FORGETS: [u32; 2] = [Opcode::Forget as u32, Opcode::BatchForget as u32];
 
-/// Things that the workers have in common.
+/// Shared data of the workers.
 pub(super) struct Service {
     share: Arc<OnceLock<Opened>>,
     memory: GuestMemoryMap,
@@ -39,19 +45,15 @@ pub(super) struct Service {
     waiters: Waiters,
 }
 
-/// A request in the queue with this number.
-struct Request<'m> {
+/// A request, and the number of its queue.
+struct QueuedRequest<'m> {
     queue: usize,
     queue_size: u16,
     chain: DescriptorChain<&'m GuestMemoryMap>,
 }
 
 impl Service {
-    /// A service for queues that were just activated.
-    ///
-    /// # Errors
-    ///
-    /// When the host gives no descriptor.
+    /// Creates a service for queues that were just activated.
     pub(super) fn new(share: Arc<OnceLock<Opened>>, active: Activation) -> io::Result<Self> {
         let kicks = active
             .queues
@@ -73,7 +75,7 @@ impl Service {
     pub(super) fn serve(self: &Arc<Self>, stop: &Stop) {
         let opened = match self.opened() {
             Ok(opened) => opened,
-            Err(e) => return stop.fail(format!("serving the shared directory: {e}")),
+            Err(e) => return stop.fail(format!("cannot serve the shared directory: {e}")),
         };
         while let Some(request) = self.next_request(stop) {
             let (queue, head) = (request.queue, request.chain.head_index());
@@ -83,14 +85,14 @@ impl Service {
         }
     }
 
-    /// Closes descriptors that keep mounts of the host's busy, until the stop.
+    /// Closes idle descriptors in mounts that the host may remove, until the stop.
     pub(super) fn close_idle(&self, stop: &Stop) {
         if let Some(opened) = self.share.get() {
             opened.files.idle.close_while_running(stop);
         }
     }
 
-    /// Ends what waits. Nothing is pushed after this.
+    /// Ends all waits. Nothing is pushed to a queue afterwards.
     pub(super) fn end_waits(&self) {
         self.waiters.end();
     }
@@ -101,18 +103,18 @@ impl Service {
         queue.signal(&self.memory);
     }
 
-    /// Prepares the calling worker, and with the first one, the share.
+    /// Prepares the calling worker. The first worker prepares the share as well.
     fn opened(&self) -> io::Result<&Opened> {
         let opened = self.share.get().ok_or(io::ErrorKind::NotFound)?;
         if let Some(jail) = &opened.jail {
-            jail.stay()?;
+            jail.keep_thread()?;
         }
-        // Without it, and without the right to have it, fewer files can be made.
+        // A failure is no error: without capabilities for other users, fewer files can be made.
         let _ = keep_capabilities();
-        // The guest's own has been taken off the modes that it asks for.
+        // The guest has applied its own umask to the modes.
         nix::sys::stat::umask(nix::sys::stat::Mode::empty());
-        // A driver begins with no open file and no known inode but the root, whatever the one
-        // before it left. Done here, because the root is found by a path that holds in the jail.
+        // A driver begins with no open file and no known inode except the root. The path of the
+        // root holds in the jail only, so the worker opens it.
         let memory: u64 = self.memory.iter().map(|region| region.len()).sum();
         let nodes = usize::try_from(memory / MEMORY_OF_NODE).unwrap_or(usize::MAX);
         let begin = || opened.files.begin(nodes).map_err(|e| e.kind());
@@ -120,14 +122,14 @@ impl Service {
         Ok(opened)
     }
 
-    /// Waits for the turn to lead, then for a request. `None` when it is time to stop.
-    fn next_request(&self, stop: &Stop) -> Option<Request<'_>> {
+    /// Waits for the lead, then for a request. `None` on the stop.
+    fn next_request(&self, stop: &Stop) -> Option<QueuedRequest<'_>> {
         let _lead = lock(&self.lead);
         while !stop.is_given() {
             for (index, queue) in self.queues.iter().enumerate() {
                 let mut queue = lock(queue);
                 if let Some(chain) = queue.pop_raw(&self.memory) {
-                    return Some(Request { queue: index, queue_size: queue.size(), chain });
+                    return Some(QueuedRequest { queue: index, queue_size: queue.size(), chain });
                 }
             }
             let mut more = false;
@@ -141,23 +143,23 @@ impl Service {
         None
     }
 
-    /// Serves one request. Returns how many bytes of answer were written, or `None` when the answer
-    /// comes later. A request that cannot be decoded is given back without an answer.
-    fn answer(self: &Arc<Self>, files: &Files, request: Request<'_>) -> Option<u32> {
-        let Request { queue, queue_size, chain } = request;
+    /// Serves one request. Returns the number of bytes of its answer, or `None` if the answer comes
+    /// later. A request that cannot be decoded is given back without an answer.
+    fn answer(self: &Arc<Self>, files: &Files, request: QueuedRequest<'_>) -> Option<u32> {
+        let QueuedRequest { queue, queue_size, chain } = request;
         let later = chain.clone();
         let Ok(Chain { mut readable, mut writable, .. }) =
             Chain::new(&self.memory, chain, queue_size)
         else {
             return Some(0);
         };
-        // Looked at here and not before: what the guest has in its descriptors may change.
+        // Not checked earlier: the guest may change its descriptors until they are mapped.
         if readable.len() > MAX_MESSAGE_LEN || writable.len() > MAX_MESSAGE_LEN {
             return Some(0);
         }
         let Some((header, fits)) = take_header(&mut readable) else { return Some(0) };
         if FORGETS.contains(&header.opcode) {
-            // Nobody hears of a forget that makes no sense.
+            // An invalid forget has no answer either.
             let _ = fits.and_then(|()| dispatch::forget(files, &header, readable));
             return Some(0);
         }
@@ -177,18 +179,18 @@ impl Service {
             answer => answer,
         };
         let written = match &answer {
-            // Bytes that have no room are no answer.
+            // Bytes that do not fit are no answer.
             Ok(Answer::Bytes(bytes)) => writable.put(bytes).map(|()| bytes.len()),
             Ok(Answer::Data(len)) => Some(*len),
             Ok(Answer::Later(_)) | Err(_) => Some(0),
         };
         let Some(body) = written else { return Some(0) };
         let out = out_header(&header, answer.err().as_ref(), body);
-        // It has this room, and so the header is written.
+        // The room was split off with the header's length, so the header is written.
         head.put(out.as_slice()).map(|()| out.len).or(Some(0))
     }
 
-    /// Leaves a request to a thread that waits for a lock, and gives it back when that is over.
+    /// Passes a request to a thread that waits for a lock, and answers it afterwards.
     fn wait(
         self: &Arc<Self>,
         header: &InHeader,
@@ -212,7 +214,8 @@ impl Service {
     }
 }
 
-/// A request that is answered later. Its room is named by addresses, which are looked up again then.
+/// A request with a later answer. Its room is stored as guest addresses, which are mapped again
+/// then.
 struct Later {
     service: Arc<Service>,
     header: InHeader,
@@ -222,7 +225,7 @@ struct Later {
 }
 
 impl Later {
-    /// Answers the request and gives it back, once.
+    /// Answers the request and gives it back.
     fn finish(self, result: io::Result<()>) {
         let out = out_header(&self.header, result.err().as_ref(), 0);
         let written = self.write(out.as_slice());

@@ -1,4 +1,4 @@
-//! Attributes of a file on the host, with what tells it apart from every other file.
+//! Attributes and identity of a file on the host.
 
 use std::ffi::CStr;
 use std::io;
@@ -9,8 +9,8 @@ use fuse_backend_rs::abi::fuse_abi::{ATTR_SUBMOUNT, Attr};
 
 use super::host::done;
 
-/// Place of a file: the mount, the file system, and the inode there. One file that is bind mounted
-/// twice has two places, which the guest gets as two file systems.
+/// Identity of a file: mount, file system and inode. A file with two bind mounts has two
+/// identities, and the guest gets two file systems.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Identity {
     pub(super) mount: u64,
@@ -18,7 +18,7 @@ pub(super) struct Identity {
     inode: u64,
 }
 
-/// A file system, and an inode there: the file, by whatever mount.
+/// File system and inode: the file, through any mount.
 pub(super) type FileNumber = ((u32, u32), u64);
 
 impl Identity {
@@ -27,7 +27,7 @@ impl Identity {
     }
 }
 
-/// Time of birth, where the file system keeps one: an inode number is used again once a file is gone.
+/// Time of birth, if the file system has one. An inode number is used again once a file is gone.
 pub(super) type Birth = Option<(i64, u32)>;
 
 /// Result of statx(2).
@@ -36,21 +36,22 @@ pub(super) struct Stat(libc::statx);
 
 const WANTED: u32 = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
 
-/// Number of the mount that is never used again, since Linux 6.8; before, the short one is given.
+/// Requests a mount number that is never used again, since Linux 6.8. Older kernels return the
+/// short number.
 const STATX_MNT_ID_UNIQUE: u32 = 0x4000;
 
 impl Stat {
-    /// Attributes of an open file.
+    /// Returns the attributes of an open file.
     pub(super) fn of(fd: BorrowedFd<'_>) -> io::Result<Self> {
         Self::at(fd, c"", libc::AT_EMPTY_PATH, STATX_MNT_ID_UNIQUE)
     }
 
-    /// The number that the list of mounts has for the mount of an open file.
+    /// Returns the mount number of an open file in mountinfo.
     pub(super) fn listed_mount(fd: BorrowedFd<'_>) -> io::Result<u64> {
         Self::at(fd, c"", libc::AT_EMPTY_PATH, 0).map(|stat| stat.0.stx_mnt_id)
     }
 
-    /// Attributes of `name` in `dir`; a link or an automount point is not followed.
+    /// Returns the attributes of `name` in `dir`. Links and automount points are not followed.
     pub(super) fn of_name(dir: BorrowedFd<'_>, name: &CStr) -> io::Result<Self> {
         Self::at(dir, name, 0, STATX_MNT_ID_UNIQUE)
     }
@@ -62,7 +63,7 @@ impl Stat {
         let (dir, name, room) = (dir.as_raw_fd(), name.as_ptr(), out.as_mut_ptr());
         // SAFETY: the name is a C string, and the kernel fills in the structure.
         done(unsafe { libc::statx(dir, name, flags, wanted, room) })?;
-        // SAFETY: the call has succeeded; zeros are valid as well.
+        // SAFETY: the call has succeeded, and zeros are valid as well.
         Ok(Self(unsafe { out.assume_init() }))
     }
 
@@ -79,7 +80,7 @@ impl Stat {
         known.then_some((self.0.stx_btime.tv_sec, self.0.stx_btime.tv_nsec))
     }
 
-    /// Type of the file (`S_IFMT`).
+    /// Returns the type of the file (`S_IFMT`).
     pub(super) fn kind(&self) -> u32 {
         u32::from(self.0.stx_mode) & libc::S_IFMT
     }
@@ -92,12 +93,12 @@ impl Stat {
         self.0.stx_nlink
     }
 
-    /// The file is the root of its mount, and so has a place there even without any name.
+    /// Returns true for the root of a mount. It has a place in the tree even without a name.
     pub(super) fn is_mount_root(&self) -> bool {
         self.0.stx_attributes & libc::STATX_ATTR_MOUNT_ROOT as u64 != 0
     }
 
-    /// The attributes as FUSE has them.
+    /// Converts the attributes to FUSE's.
     pub(super) fn attr(&self, submount: bool) -> Attr {
         let of = &self.0;
         let (major, minor) = (of.stx_rdev_major, of.stx_rdev_minor);

@@ -1,5 +1,5 @@
-//! Requests that wait for a lock. Each waits in a thread of its own, so that no worker of the device
-//! is held up; the number of threads is bounded.
+//! Requests that wait for a lock. Each waits in a thread of its own, so that no worker is held up.
+//! The number of threads is bounded.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,20 +15,20 @@ use super::host::error;
 use super::lock::Wait;
 use crate::sync::lock;
 
-/// Most requests that wait at once. Each takes three places of the device's queue at most, which has
-/// to have room for others.
+/// Most requests that wait at once. Each takes at most three entries of the device's queue, which
+/// needs room for others.
 const MAX_WAITERS: usize = 128;
 
-/// Interrupts that are remembered until their request comes: they overtake it.
+/// Most interrupts that are kept until their request comes. An interrupt can overtake its request.
 const MAX_EARLY: usize = 64;
 
-/// A wait runs on this little.
+/// Stack size of a waiting thread in bytes.
 const STACK_SIZE: usize = 64 * 1024;
 
-/// How often, a millisecond apart, a thread is told to look up from its wait.
+/// Most signals that end a thread's wait. They are a millisecond apart.
 const MAX_NUDGES: u32 = 2000;
 
-/// Requests that wait.
+/// The waiting requests.
 pub(super) struct Waiters {
     list: Mutex<List>,
 }
@@ -36,7 +36,7 @@ pub(super) struct Waiters {
 #[derive(Default)]
 struct List {
     waiting: Vec<Waiter>,
-    /// Requests that were to be interrupted and are not known.
+    /// Requests that were interrupted before they came.
     early: VecDeque<u64>,
     ended: bool,
 }
@@ -48,26 +48,20 @@ struct Waiter {
 }
 
 impl Waiters {
-    /// Nobody waits.
-    ///
-    /// # Errors
-    ///
-    /// When the process may have no signal for it.
+    /// Creates an empty list. Fails if the process cannot handle the signal.
     pub(super) fn new() -> io::Result<Self> {
-        // All that it does is to end a system call.
+        // The signal only interrupts a system call.
         extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
         register_signal_handler(nudge_signal(), nothing)
             .map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
         Ok(Self { list: Mutex::default() })
     }
 
-    /// Waits for a lock in a thread, and hands on how that ended. `settle` says of a lock that was got whether it is
-    /// to be waited for once more.
+    /// Waits for a lock in a thread, and passes the result to `answer`. After a lock `settle`
+    /// returns true if the wait must be repeated.
     ///
-    /// # Errors
-    ///
-    /// `ENOLCK` when too many wait, `EINTR` when the request has been interrupted already. Then
-    /// `answer` is not called.
+    /// `ENOLCK` if too many requests wait. `EINTR` if the request was interrupted already. `answer`
+    /// is not called then.
     pub(super) fn start(
         &self,
         unique: u64,
@@ -105,7 +99,7 @@ impl Waiters {
         Ok(())
     }
 
-    /// Ends the wait of a request, which is answered with `EINTR` unless it has just got its lock.
+    /// Ends the wait of a request. The answer is `EINTR`, unless the request has just got its lock.
     pub(super) fn interrupt(&self, unique: u64) {
         let mut list = lock(&self.list);
         match list.waiting.iter().find(|waiter| waiter.unique == unique) {
@@ -119,7 +113,7 @@ impl Waiters {
         }
     }
 
-    /// Ends all waits, and returns when nothing of them is left.
+    /// Ends all waits. Returns when no thread is left.
     pub(super) fn end(&self) {
         let mut list = lock(&self.list);
         list.ended = true;
@@ -131,22 +125,22 @@ impl Waiters {
 }
 
 impl Waiter {
-    /// Tells the thread that it is to end until it has. A signal that comes just before the wait is
-    /// lost, so one is not enough.
+    /// Signals the thread until it has ended. A signal just before the wait is lost, so one signal
+    /// is not enough.
     fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
         for _ in 0..MAX_NUDGES {
             if self.thread.is_finished() {
                 break;
             }
-            // SAFETY: the thread has not been joined, so its name is still its own.
+            // SAFETY: the thread has not been joined, so its handle is valid.
             unsafe { libc::pthread_kill(self.thread.as_pthread_t(), nudge_signal()) };
             thread::sleep(Duration::from_millis(1));
         }
     }
 }
 
-/// The signal next to that of the vCPUs.
+/// Returns the signal after that of the vCPUs.
 fn nudge_signal() -> libc::c_int {
     SIGRTMIN() + 1
 }

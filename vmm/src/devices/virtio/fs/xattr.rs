@@ -1,10 +1,13 @@
-//! Extended attributes: those that containers need, under names that need no rights on the host.
+//! Extended attributes: only those that containers need, under names that need no rights on the
+//! host.
 //!
-//! The guest's `trusted.X` is `user.isopod.trusted.X` here: setting the real one takes
-//! `CAP_SYS_ADMIN` on the host, and every container's overlayfs wants it. The guest cannot reach the
-//! reserved names in any other way. Linux has `user.` attributes for regular files and directories
-//! only, which is enough for overlayfs: it marks directories and regular files, its whiteouts are
-//! devices, and it goes on when a link or a special file cannot be marked (`EPERM`).
+//! The guest's `trusted.X` is `user.isopod.trusted.X` on the host. Every container's overlayfs
+//! needs `trusted.` attributes, and the real ones require `CAP_SYS_ADMIN` on the host. The guest
+//! cannot reach the reserved names otherwise.
+//!
+//! Linux has `user.` attributes for regular files and directories only. That is enough for
+//! overlayfs: it marks directories and regular files, and its whiteouts are devices. It continues
+//! if a link or a special file cannot be marked (`EPERM`).
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -19,23 +22,19 @@ pub(super) const XATTR_MAX: u32 = 65536;
 
 const TRUSTED: &[u8] = b"trusted.";
 
-/// Beginning of the names that are the VMM's own.
+/// Prefix of names that are reserved for the VMM.
 const RESERVED: &[u8] = b"user.isopod.";
 
-/// Beginning of the guest's trusted attributes on the host.
+/// Prefix of the guest's trusted attributes on the host.
 const RESERVED_TRUSTED: &[u8] = b"user.isopod.trusted.";
 
-/// An answer of variable length: what was asked for, or how long it is.
-pub(super) enum Sized {
+/// An answer of variable length: a value, or only its length.
+pub(super) enum XattrReply {
     Value(Vec<u8>),
     Length(u32),
 }
 
-/// The host's name for an attribute of the guest's.
-///
-/// # Errors
-///
-/// `EOPNOTSUPP` for kinds of attributes that are not served.
+/// Returns the host's name of a guest's attribute. `EOPNOTSUPP` for attributes that are not served.
 fn host_name(name: &CStr) -> io::Result<CString> {
     let bytes = name.to_bytes();
     if let Some(rest) = bytes.strip_prefix(TRUSTED) {
@@ -55,7 +54,7 @@ fn is_served(name: &[u8]) -> bool {
         )
 }
 
-/// The guest's name for an attribute of the host's, if it is to know of it.
+/// Returns the guest's name of a host's attribute, if the guest may see it.
 fn guest_name(name: &[u8], sees_trusted: bool) -> Option<Vec<u8>> {
     if let Some(rest) = name.strip_prefix(RESERVED_TRUSTED) {
         return sees_trusted.then(|| [TRUSTED, rest].concat());
@@ -64,16 +63,16 @@ fn guest_name(name: &[u8], sees_trusted: bool) -> Option<Vec<u8>> {
 }
 
 impl Files {
-    /// The path of a node's file on the host. The calls that take a descriptor want one that is open
-    /// for reading.
-    fn path_of_node(&self, id: u64, change: bool) -> io::Result<Path> {
+    /// Returns the path of a node's file on the host. The calls for descriptors need one open for
+    /// reading.
+    fn path_of_node(&self, id: u64, change: bool) -> io::Result<XattrPath> {
         let node = self.nodes.find(id)?;
         node.refuse_traced()?;
         let file = self.file(&node)?;
         if change {
             self.refuse_gone(&node, &Stat::of(file.as_fd())?)?;
         }
-        Ok(Path { path: path_of(file.as_fd()), _file: file })
+        Ok(XattrPath { path: path_of(file.as_fd()), _file: file })
     }
 
     pub(super) fn set_attribute(
@@ -90,7 +89,7 @@ impl Files {
         done(unsafe { libc::setxattr(path, name, value.as_ptr().cast(), value.len(), flags) })
     }
 
-    pub(super) fn attribute(&self, id: u64, name: &CStr, size: u32) -> io::Result<Sized> {
+    pub(super) fn attribute(&self, id: u64, name: &CStr, size: u32) -> io::Result<XattrReply> {
         if size > XATTR_MAX {
             return Err(error(libc::E2BIG));
         }
@@ -98,24 +97,24 @@ impl Files {
         let file = self.path_of_node(id, false)?;
         let mut value = vec![0u8; size as usize];
         let (path, name, room) = (file.path.as_ptr(), name.as_ptr(), value.as_mut_ptr().cast());
-        // SAFETY: path and name are C strings, and the kernel writes at most the length given.
+        // SAFETY: path and name are C strings, and the kernel writes at most the given length.
         let len = length(unsafe { libc::getxattr(path, name, room, value.len()) })?;
         if size == 0 {
-            return Ok(Sized::Length(len as u32));
+            return Ok(XattrReply::Length(len as u32));
         }
         value.truncate(len);
-        Ok(Sized::Value(value))
+        Ok(XattrReply::Value(value))
     }
 
-    /// Lists the names, `trusted.` ones for the superuser only, as Linux does.
-    pub(super) fn attribute_names(&self, id: u64, size: u32, uid: u32) -> io::Result<Sized> {
+    /// Lists the names. Names with `trusted.` are for the superuser only, as in Linux.
+    pub(super) fn attribute_names(&self, id: u64, size: u32, uid: u32) -> io::Result<XattrReply> {
         if size > XATTR_MAX {
             return Err(error(libc::E2BIG));
         }
         let file = self.path_of_node(id, false)?;
         let mut names = vec![0u8; XATTR_MAX as usize];
         let (path, room) = (file.path.as_ptr(), names.as_mut_ptr().cast());
-        // SAFETY: the path is a C string, and the kernel writes at most the length given.
+        // SAFETY: the path is a C string, and the kernel writes at most the given length.
         let len = length(unsafe { libc::listxattr(path, room, names.len()) })?;
         names.truncate(len);
         let mut list = Vec::new();
@@ -126,9 +125,9 @@ impl Files {
             }
         }
         match size {
-            0 => Ok(Sized::Length(list.len() as u32)),
+            0 => Ok(XattrReply::Length(list.len() as u32)),
             size if list.len() > size as usize => Err(error(libc::ERANGE)),
-            _ => Ok(Sized::Value(list)),
+            _ => Ok(XattrReply::Value(list)),
         }
     }
 
@@ -140,8 +139,8 @@ impl Files {
     }
 }
 
-/// A path that holds while the descriptor in it is open.
-struct Path {
+/// A path that is valid while the descriptor in it is open.
+struct XattrPath {
     path: CString,
     _file: std::sync::Arc<super::descriptor::Descriptor>,
 }

@@ -1,4 +1,4 @@
-//! What can be left to the other side: feature bits (5.1.3) and the tap's offloads.
+//! Feature bits of a network device (5.1.3), and the offloads of its tap.
 
 pub(super) const CSUM: u64 = 1 << 0;
 pub(super) const GUEST_CSUM: u64 = 1 << 1;
@@ -20,7 +20,7 @@ pub(super) const GUEST_USO4: u64 = 1 << 54;
 pub(super) const GUEST_USO6: u64 = 1 << 55;
 pub(super) const HOST_USO: u64 = 1 << 56;
 
-/// What every tap with a header can do: checksums and TCP segments, both ways.
+/// Features over every tap with a header: checksums and TCP segments, in both directions.
 const BASE: u64 = CSUM
     | GUEST_CSUM
     | GUEST_TSO4
@@ -31,18 +31,18 @@ const BASE: u64 = CSUM
     | HOST_ECN
     | MRG_RXBUF;
 
-/// Features by the offloads that a tap has to know for them. What the kernel takes in one direction
-/// it takes in the other.
+/// Features with the offloads that the tap must support. The kernel supports each in both
+/// directions.
 const OPTIONAL: [(libc::c_uint, u64); 2] = [
     (libc::TUN_F_UFO, GUEST_UFO | HOST_UFO),
     (libc::TUN_F_USO4 | libc::TUN_F_USO6, GUEST_USO4 | GUEST_USO6 | HOST_USO),
 ];
 
-/// Packets of more than one frame may arrive.
+/// Features by which packets of more than one frame may arrive.
 pub(super) const GUEST_SEGMENTS: u64 =
     GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO | GUEST_USO4 | GUEST_USO6;
 
-/// What can be offered over a tap. `takes` says whether it knows these offloads.
+/// Returns the features over a tap. `takes` returns true if the tap supports these offloads.
 pub(super) fn of_tap(takes: impl Fn(libc::c_uint) -> bool) -> u64 {
     OPTIONAL
         .iter()
@@ -50,8 +50,8 @@ pub(super) fn of_tap(takes: impl Fn(libc::c_uint) -> bool) -> u64 {
         .fold(BASE, |all, (_, features)| all | features)
 }
 
-/// The offloads for what the driver accepted. One that lacks what it builds on is left out (5.1.3.1):
-/// the kernel would refuse them all.
+/// Returns the offloads for the accepted features. The kernel would refuse all of them if one
+/// lacked the feature that it depends on (5.1.3.1), so such an offload is left out.
 pub(super) fn offloads(accepted: u64) -> libc::c_uint {
     let has = |features: u64| accepted & features == features;
     if !has(GUEST_CSUM) {
@@ -63,7 +63,7 @@ pub(super) fn offloads(accepted: u64) -> libc::c_uint {
         (has(GUEST_TSO6), libc::TUN_F_TSO6),
         (has(GUEST_ECN) && tso, libc::TUN_F_TSO_ECN),
         (has(GUEST_UFO), libc::TUN_F_UFO),
-        // The kernel has them for both or for none.
+        // The kernel supports both or neither.
         (has(GUEST_USO4 | GUEST_USO6), libc::TUN_F_USO4 | libc::TUN_F_USO6),
     ]
     .into_iter()

@@ -1,21 +1,24 @@
 //! Network device (virtio 1.2, 5.1) over the queues of a tap.
 //!
 //! ```text
-//!   receiveq 1 <--- Pair (a thread), or vhost-net ---\
-//!   transmitq 1 --> Pair (the same), or vhost-net ----+== tap, multi-queue
-//!   receiveq 2, transmitq 2 ...                      /
+//!   receiveq 1 <--- QueuePair (a thread), or vhost-net ---\
+//!   transmitq 1 --> QueuePair (the same), or vhost-net ----+== tap, multi-queue
+//!   receiveq 2, transmitq 2 ...                           /
 //!   controlq ----> Control, on the vCPU that asks: how many pairs are in use
 //! ```
 //!
-//! Packets are never copied here: the kernel moves them between the tap and the guest's buffers, with
-//! checksums and segmentation left to whoever does them last. The headers that ask for that are the
-//! guest's word; the kernel checks them where it reads them (`virtio_net_hdr_to_skb`).
+//! The kernel moves packets between the tap and the guest's buffers. The VMM copies only the part
+//! of a packet for which the driver had no room yet. Checksums and segmentation are left to the
+//! last hop. The guest controls the headers that ask for them, and the kernel checks each header
+//! (`virtio_net_hdr_to_skb`).
 
 mod control;
+mod deferred;
 mod features;
-mod late;
-mod pair;
+mod packet;
+mod queue_pair;
 mod receive;
+mod server;
 mod tap;
 mod vhost;
 
@@ -26,55 +29,49 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use self::control::Control;
-use self::late::{LatePair, LateVhost};
-use self::pair::Pair;
+use self::deferred::{DeferredPair, DeferredVhost};
+use self::queue_pair::QueuePair;
+use self::server::{PairServer, QueuePairParts};
 use self::tap::Tap;
 use self::vhost::{VhostNet, VhostPair};
-use super::state::{DeviceState, OwnState, QueueState};
+use super::device::{Activation, VirtioDevice, read_from};
+use super::state::{DeviceState, OwnState};
 use super::worker::{Hold, Worker};
-use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 use crate::config::NetConfig;
 use crate::end::EndSignal;
-use crate::memory::GuestMemoryMap;
 
 const DEVICE_TYPE: u32 = 1;
 
-/// A receive or a transmit queue.
+/// Size of a receive or transmit queue.
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 16;
 
-/// The header before each packet (`struct virtio_net_hdr_v1`, 5.1.6).
-const HEADER_LEN: usize = 12;
-
-/// More than any packet with its header: 64 KiB of payload and 4 KiB for the headers of all layers.
-const MAX_PACKET_LEN: usize = 68 << 10;
-
 const LINK_UP: u16 = 1;
 
-/// Why a network device cannot be made.
+/// Reasons why a network device cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    /// A tap.
+    /// A queue of the tap cannot be used.
     #[error("queue {queue} of its tap: {source}")]
     Tap {
-        /// Which, counted from 0.
+        /// Number of the queue, counted from 0.
         queue: usize,
-        /// What is wrong with it.
+        /// The cause.
         source: io::Error,
     },
-    /// The host's vhost-net.
+    /// The host's vhost-net cannot be used.
     #[error("vhost-net: {0}")]
     Vhost(io::Error),
 }
 
-/// What the host's kernel has to do with the queues.
+/// Part of the host's kernel in serving the queues.
 enum Vhost {
-    /// Nothing.
+    /// The VMM serves all queue pairs.
     None,
-    /// It serves them, by one descriptor for each pair.
+    /// The kernel serves all queue pairs, each by its descriptor.
     Open(Vec<Arc<VhostNet>>),
-    /// It serves those whose descriptor has come before they are first used.
-    Late(Arc<LateVhost>),
+    /// The kernel serves the pairs whose descriptor has come before the first use.
+    Deferred(Arc<DeferredVhost>),
 }
 
 /// A network interface of the guest.
@@ -89,25 +86,28 @@ pub struct Net {
 }
 
 struct Active {
-    pairs: Pairs,
+    pairs: QueuePairs,
     control: Option<Control>,
 }
 
-/// What a network device knows beside its queues.
+/// State of a network device beside its queues. Packets under way are lost, as they may be on any
+/// network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetState {
-    /// How many queue pairs are in use, counted from the first.
+    /// Number of queue pairs in use, counted from the first.
     pub active_pairs: u16,
 }
 
 impl Net {
-    /// An interface whose wire are the queues of one tap, which have to be attached. Packets are
-    /// moved by the kernel if there are descriptors of `/dev/vhost-net`, as many as queues, or if they
-    /// come by `vhost_socket` before the driver's first kick.
+    /// Creates an interface over the queues of one tap, which must be attached.
+    ///
+    /// The kernel moves the packets of a queue pair that has a descriptor of `/dev/vhost-net`. The
+    /// descriptors are given, as many as queues, or come by `vhost_socket` before the driver's
+    /// first kick.
     ///
     /// # Errors
     ///
-    /// When a descriptor is none of the kind, or the host's kernel lacks what is needed.
+    /// When a descriptor is of the wrong kind, or the host's kernel lacks a feature.
     pub fn new(
         taps: Vec<OwnedFd>,
         vhost: Vec<OwnedFd>,
@@ -121,7 +121,7 @@ impl Net {
             })
             .collect::<Result<_, _>>()?;
         let vhost = match vhost_socket {
-            Some(fd) => LateVhost::new(fd).map(|late| Vhost::Late(Arc::new(late))),
+            Some(fd) => DeferredVhost::new(fd).map(|vhost| Vhost::Deferred(Arc::new(vhost))),
             None if vhost.is_empty() => Ok(Vhost::None),
             None => {
                 let open = vhost.into_iter().map(|fd| VhostNet::new(fd).map(Arc::new));
@@ -133,7 +133,7 @@ impl Net {
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * taps.len()];
         if let Some(tap) = taps.first() {
             offered |= features::of_tap(|offloads| tap.set_offloads(offloads).is_ok());
-            // Until a driver wants more.
+            // The driver has accepted no offload yet.
             tap.set_offloads(0).map_err(|source| NetError::Tap { queue: 0, source })?;
         }
         if config.mtu.is_some() {
@@ -147,16 +147,21 @@ impl Net {
         Ok(Self { taps, vhost, mac, mtu, features: offered, queue_sizes, active: None })
     }
 
-    /// What serves the queues of one pair, held.
-    fn new_server(&self, index: usize, parts: Parts, end: &Arc<EndSignal>) -> Box<dyn Server> {
+    /// Creates the server of one queue pair, held.
+    fn new_server(
+        &self,
+        index: usize,
+        parts: QueuePairParts,
+        end: &Arc<EndSignal>,
+    ) -> Box<dyn PairServer> {
         let end = Arc::clone(end);
         match &self.vhost {
             Vhost::Open(vhost) => Box::new(VhostPair::new(Arc::clone(&vhost[index]), parts)),
-            Vhost::Late(vhost) => {
-                let pair = LatePair::new(index, Arc::clone(vhost), parts);
-                Box::new(Worker::new("net", pair, end, LatePair::run))
+            Vhost::Deferred(vhost) => {
+                let pair = DeferredPair::new(index, Arc::clone(vhost), parts);
+                Box::new(Worker::new("net", pair, end, DeferredPair::run))
             }
-            Vhost::None => Box::new(Worker::new("net", Pair::new(parts), end, Pair::run)),
+            Vhost::None => Box::new(Worker::new("net", QueuePair::new(parts), end, QueuePair::run)),
         }
     }
 }
@@ -186,7 +191,7 @@ impl VirtioDevice for Net {
 
     fn accepts(&self, features: u64) -> bool {
         // Without multi-queue the control queue would be the third (5.1.2), whose kicks go to a
-        // worker here; and there would be nothing to control.
+        // worker here. It would also have no use.
         let control = features & features::CTRL_VQ != 0;
         control == (features & features::MQ != 0)
     }
@@ -204,11 +209,11 @@ impl VirtioDevice for Net {
         for index in 0..self.taps.len() {
             let queues = [queues.next().ok_or_else(invalid)?, queues.next().ok_or_else(invalid)?];
             let (tap, memory) = (Arc::clone(&self.taps[index]), memory.clone());
-            let parts = Parts { tap, memory, features, mtu: self.mtu, queues };
+            let parts = QueuePairParts { tap, memory, features, mtu: self.mtu, queues };
             servers.push(self.new_server(index, parts, &end));
         }
-        // All were attached when they came; the driver begins with the first (5.1.5).
-        let mut pairs = Pairs { taps: self.taps.clone(), servers, active: self.taps.len() };
+        // All queues were attached when they came. The driver begins with the first pair (5.1.5).
+        let mut pairs = QueuePairs { taps: self.taps.clone(), servers, active: self.taps.len() };
         pairs.set_active(1)?;
         let control = queues.next().map(|queue| Control::new(memory, queue));
         self.active = Some(Active { pairs, control });
@@ -236,47 +241,21 @@ impl VirtioDevice for Net {
             queues.extend(server.queues()?);
         }
         queues.extend(control.as_ref().map(|control| control.queue.state()));
-        let own = OwnState::Net(NetState { active_pairs: pairs.active as u16 });
+        let own = OwnState::of(&NetState { active_pairs: pairs.active as u16 })?;
         Some(DeviceState { queues, own })
     }
 }
 
-/// A queue pair, and what is to be known to serve it.
-struct Parts {
-    tap: Arc<Tap>,
-    memory: GuestMemoryMap,
-    /// Those that the driver accepted.
-    features: u64,
-    mtu: Option<u16>,
-    /// Receive and transmit.
-    queues: [ActiveQueue; 2],
-}
-
-/// What serves a queue pair.
-trait Server: Hold + Send {
-    /// Receive and transmit queue, while it is held.
-    fn queues(&self) -> Option<[QueueState; 2]>;
-}
-
-impl Server for Worker<Pair> {
-    fn queues(&self) -> Option<[QueueState; 2]> {
-        self.held().map(Pair::queues)
-    }
-}
-
-/// All queue pairs, of which the first `active` are in use.
-struct Pairs {
+/// All queue pairs. The first `active` are in use.
+struct QueuePairs {
     taps: Vec<Arc<Tap>>,
-    servers: Vec<Box<dyn Server>>,
+    servers: Vec<Box<dyn PairServer>>,
     active: usize,
 }
 
-impl Pairs {
-    /// Puts the first `wanted` into service, and no others.
-    ///
-    /// # Errors
-    ///
-    /// When there are not so many, or the host refuses; some of them may have been changed.
+impl QueuePairs {
+    /// Puts the first `wanted` pairs into service, and no others. After an error some pairs may
+    /// have changed.
     fn set_active(&mut self, wanted: usize) -> io::Result<()> {
         if wanted == 0 || wanted > self.servers.len() {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -284,7 +263,7 @@ impl Pairs {
         while self.active > wanted {
             let last = self.active - 1;
             self.servers[last].hold();
-            // The kernel spreads packets over all queues that are attached.
+            // The kernel spreads packets over all attached queues.
             self.taps[last].attach(false)?;
             self.active = last;
         }
@@ -298,7 +277,7 @@ impl Pairs {
     }
 }
 
-impl Hold for Pairs {
+impl Hold for QueuePairs {
     fn hold(&mut self) {
         self.servers.iter_mut().for_each(|server| server.hold());
     }

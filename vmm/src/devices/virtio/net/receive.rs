@@ -1,8 +1,8 @@
-//! Room that the driver has made for packets, and how a packet is laid into it (5.1.6.3, 5.1.6.4).
+//! Room for received packets, and the layout of a packet in it (5.1.6.3, 5.1.6.4).
 //!
 //! ```text
 //!   chains taken from the ring:   | header, data | data | data |  ...       spare
-//!   one packet of the tap:        |==============|======|==|                 (only what did not fit)
+//!   one packet of the tap:        |==============|======|==|                 (only the rest)
 //!                                  num_buffers = 3
 //! ```
 
@@ -10,29 +10,29 @@ use std::collections::VecDeque;
 
 use vm_memory::VolatileSlice;
 
-use super::{HEADER_LEN, MAX_PACKET_LEN};
-use crate::devices::virtio::ActiveQueue;
+use super::packet::{HEADER_LEN, MAX_PACKET_LEN};
 use crate::devices::virtio::chain::{IOV_MAX, iovec};
+use crate::devices::virtio::queue::ActiveQueue;
 use crate::memory::GuestMemoryMap;
 
-/// Where `num_buffers` is in the header.
+/// Offset of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
 
-/// Chains that were taken from the ring and hold no whole packet yet.
+/// Chains that were taken from the ring, and hold no whole packet yet.
 pub(super) struct Room<'m> {
     memory: &'m GuestMemoryMap,
-    /// A packet may go on in the next chain.
+    /// True if a packet may continue in the next chain.
     mergeable: bool,
-    /// No more chains are taken than it needs to have this many bytes.
+    /// Length to gather, in bytes. No more chains are taken than needed.
     wanted: usize,
     chains: VecDeque<RoomChain>,
-    /// The chains' buffers, one chain's after the other's.
+    /// Buffers of all chains, in their order.
     buffers: Vec<VolatileSlice<'m>>,
     /// Sum of the chains' lengths.
     len: usize,
-    /// Takes what of a packet does not fit.
+    /// Room for the part of a packet that does not fit.
     spare: Vec<u8>,
-    /// A packet that waits for more room.
+    /// A packet that needs more room.
     waiting: Option<Waiting>,
 }
 
@@ -42,7 +42,7 @@ struct RoomChain {
     len: usize,
 }
 
-/// A packet whose first `placed` bytes are in the chains, and the others in the spare.
+/// A packet whose first `placed` bytes are in the chains, and the rest in the spare.
 struct Waiting {
     len: usize,
     placed: usize,
@@ -62,11 +62,11 @@ impl<'m> Room<'m> {
         }
     }
 
-    /// Takes chains from the ring. True when a packet may be read into them.
+    /// Takes chains from the ring. True if a packet may be read into them.
     pub(super) fn gather(&mut self, queue: &mut ActiveQueue) -> bool {
         let wanted = self.waiting.as_ref().map_or(self.wanted, |packet| packet.len);
-        // Without merging the first is all that counts. Those given back at once count as well: a
-        // driver that only offers such must not keep the caller here.
+        // Without merging only the first chain counts. Chains given back at once count as well,
+        // because a driver that offers only those must not keep the caller here.
         for _ in 0..queue.size() {
             if self.len >= wanted || (!self.mergeable && !self.chains.is_empty()) {
                 break;
@@ -88,8 +88,8 @@ impl<'m> Room<'m> {
         self.waiting.is_none() && !self.chains.is_empty()
     }
 
-    /// The buffers for the next packet: those of the chains, then the spare. Good until the next
-    /// call of any other method.
+    /// Returns the buffers of the next packet: those of the chains, then the spare. They are valid
+    /// until the next call of another method.
     pub(super) fn iovecs(&mut self, iovecs: &mut Vec<libc::iovec>) {
         iovecs.clear();
         iovecs.extend(self.buffers.iter().take(IOV_MAX - 1).map(|slice| iovec(slice, usize::MAX)));
@@ -97,11 +97,11 @@ impl<'m> Room<'m> {
         iovecs.push(libc::iovec { iov_base, iov_len: self.spare.len() });
     }
 
-    /// A packet of `len` bytes was read into these buffers. It is given to the driver, unless it has
-    /// to wait for more room, or can never fit and is dropped.
+    /// Handles a packet of `len` bytes in these buffers. The driver gets the packet, unless it
+    /// needs more room, or never fits and is dropped.
     pub(super) fn filled(&mut self, queue: &mut ActiveQueue, iovecs: &[libc::iovec], len: usize) {
         let room: usize = iovecs[..iovecs.len() - 1].iter().map(|iovec| iovec.iov_len).sum();
-        // More would not have been read whole.
+        // The tap cuts off the rest of a longer packet.
         if len >= HEADER_LEN && len < room + self.spare.len() {
             self.place(queue, Waiting { len, placed: len.min(room) });
         }
@@ -110,7 +110,7 @@ impl<'m> Room<'m> {
     fn place(&mut self, queue: &mut ActiveQueue, packet: Waiting) {
         if packet.len > self.len {
             let all = self.chains.len() >= usize::from(queue.size());
-            // With less room than this in all its ring, a driver never gets such a packet.
+            // A driver whose whole ring has less room never gets such a packet.
             if self.mergeable && !all {
                 self.waiting = Some(packet);
             }
@@ -132,17 +132,17 @@ impl<'m> Room<'m> {
         }
         write_at(&self.buffers, NUM_BUFFERS, &count.to_le_bytes());
         self.buffers.drain(..buffers);
-        // All chains of a packet become visible together.
+        // The driver must see all chains of a packet together.
         queue.publish(self.memory);
     }
 
-    /// Puts all chains back into the ring. A packet that waits is lost.
+    /// Puts all chains back into the ring. A waiting packet is lost.
     pub(super) fn give_back(self, queue: &mut ActiveQueue) {
         self.chains.iter().for_each(|_| queue.unpop());
     }
 }
 
-/// Copies `bytes` to these buffers, as if they were one, at `offset`.
+/// Copies `bytes` to the concatenated buffers at `offset`.
 fn write_at(buffers: &[VolatileSlice<'_>], offset: usize, bytes: &[u8]) {
     let (mut offset, mut rest) = (offset, bytes);
     for slice in buffers {

@@ -1,4 +1,4 @@
-//! One queue of a tap: the host's end of the wire (Linux, `Documentation/networking/tuntap.rst`).
+//! One queue of a tap, the host's end of the wire (Linux, `Documentation/networking/tuntap.rst`).
 
 use std::fs::File;
 use std::io;
@@ -7,29 +7,26 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
-use super::HEADER_LEN;
+use super::packet::HEADER_LEN;
 use crate::devices::virtio::chain::returned;
 
-/// The flags that a tap has to have been opened with.
+/// Flags that the tap must have been opened with.
 const WANTED: [(libc::c_int, &str); 3] = [
     (libc::IFF_TAP, "IFF_TAP"),
     (libc::IFF_NO_PI, "IFF_NO_PI"),
     (libc::IFF_VNET_HDR, "IFF_VNET_HDR"),
 ];
 
-/// A queue of a tap, whose packets begin with the header of a network device.
+/// A queue of a tap. Its packets begin with the header of a network device.
 pub(super) struct Tap {
     file: File,
-    /// The host's kernel gives packets to this queue.
+    /// True while the host's kernel gives packets to this queue.
     attached: AtomicBool,
 }
 
 impl Tap {
-    /// Takes a queue that is attached.
-    ///
-    /// # Errors
-    ///
-    /// When it is no queue of a tap, or one that was opened otherwise than is needed.
+    /// Takes a queue that is attached. Fails if the descriptor is not a tap's, or lacks one of the
+    /// flags.
     pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
         let tap = Self { file: File::from(fd), attached: AtomicBool::new(true) };
         let flags = tap.flags()?;
@@ -42,27 +39,24 @@ impl Tap {
         let status = OFlag::from_bits_retain(fcntl(&tap.file, FcntlArg::F_GETFL)?);
         fcntl(&tap.file, FcntlArg::F_SETFL(status | OFlag::O_NONBLOCK))?;
         let len = HEADER_LEN as libc::c_int;
-        // SAFETY: it reads the integer behind the pointer.
+        // SAFETY: the call reads the integer behind the pointer.
         check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const len) })?;
         Ok(tap)
     }
 
-    /// The flags that it was opened with.
+    /// Returns the flags that the tap was opened with.
     fn flags(&self) -> io::Result<libc::c_int> {
         let mut request = empty_request();
-        // SAFETY: it fills in the structure behind the pointer, and no more.
+        // SAFETY: the call fills in the structure behind the pointer, and nothing else.
         check(unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNGETIFF, &raw mut request) })?;
-        // SAFETY: of the union's fields it set this one; all are plain numbers.
+        // SAFETY: the call has set this field of the union, and all fields are plain numbers.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
         Ok(libc::c_int::from(flags as u16))
     }
 
-    /// Sets what the host's kernel may leave for the reader to do (`TUN_F_*`), for all queues of the
-    /// tap. What is not among them it does itself before it gives a packet to a queue.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel does not know one of them.
+    /// Sets the offloads of all queues of the tap (`TUN_F_*`): the work that the host's kernel may
+    /// leave to the reader. The kernel does all other work before it gives a packet to a queue.
+    /// Fails if the kernel does not know one of them.
     pub(super) fn set_offloads(&self, offloads: libc::c_uint) -> io::Result<()> {
         // SAFETY: the argument is a number.
         check(unsafe {
@@ -70,11 +64,8 @@ impl Tap {
         })
     }
 
-    /// Tells the host's kernel to give packets to this queue, or to leave it out.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel refuses: the tap has a single queue, or is gone.
+    /// Attaches the queue, or detaches it: the host's kernel gives packets to attached queues only.
+    /// Fails if the tap has a single queue, or is gone.
     pub(super) fn attach(&self, attach: bool) -> io::Result<()> {
         if self.attached.load(Ordering::Relaxed) == attach {
             return Ok(());
@@ -82,19 +73,19 @@ impl Tap {
         let mut request = empty_request();
         let flag = if attach { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         request.ifr_ifru.ifru_flags = flag as libc::c_short;
-        // SAFETY: it reads the structure behind the pointer.
+        // SAFETY: the call reads the structure behind the pointer.
         check(unsafe { libc::ioctl(self.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })?;
         self.attached.store(attach, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Reads one packet. What of it does not fit is lost.
+    /// Reads one packet. A part that does not fit is lost.
     ///
     /// # Safety
     ///
-    /// Each buffer is memory of this process that may be written, by whomever.
+    /// Each buffer is memory of this process that may be written, even while others write it.
     pub(super) unsafe fn read(&self, buffers: &[libc::iovec]) -> io::Result<usize> {
-        // SAFETY: the caller vouches for the buffers.
+        // SAFETY: the caller guarantees the buffers.
         returned(unsafe { libc::readv(self.as_raw_fd(), buffers.as_ptr(), buffers.len() as i32) })
     }
 
@@ -104,7 +95,7 @@ impl Tap {
     ///
     /// Each buffer is memory of this process that may be read while others write it.
     pub(super) unsafe fn write(&self, buffers: &[libc::iovec]) -> io::Result<usize> {
-        // SAFETY: the caller vouches for the buffers.
+        // SAFETY: the caller guarantees the buffers.
         returned(unsafe { libc::writev(self.as_raw_fd(), buffers.as_ptr(), buffers.len() as i32) })
     }
 }

@@ -1,6 +1,7 @@
-//! A queue pair that the host's kernel serves: vhost-net moves packets between the rings and the tap
-//! in a thread of its own, kicked by the ioeventfd and interrupting by the irqfd. Nothing of it
-//! passes through this process, whose part is to start and to stop it.
+//! A queue pair that the host's kernel serves.
+//!
+//! vhost-net moves packets between the rings and the tap in a thread of its own. The ioeventfd
+//! kicks that thread, and the thread raises the irqfd. The VMM only starts and stops it.
 
 use std::fs::File;
 use std::io;
@@ -18,54 +19,55 @@ use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 use super::features::MRG_RXBUF;
+use super::server::{PairServer, QueuePairParts};
 use super::tap::Tap;
-use super::{Parts, Server};
-use crate::devices::virtio::ActiveQueue;
-use crate::devices::virtio::mmio::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_VERSION_1};
+use crate::devices::virtio::queue::ActiveQueue;
+use crate::devices::virtio::reserved_features::{
+    FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC, FEATURE_VERSION_1,
+};
 use crate::devices::virtio::state::QueueState;
 use crate::devices::virtio::worker::Hold;
 use crate::memory::GuestMemoryMap;
 
-/// What of the features concerns the rings, which are vhost's; offloads are the tap's.
+/// Features of the rings, which vhost handles. The tap handles the offloads.
 const RING_FEATURES: u64 =
     FEATURE_VERSION_1 | FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC | MRG_RXBUF;
 
-/// An open `/dev/vhost-net`, good for one queue pair at a time.
+/// An open `/dev/vhost-net`, which serves one queue pair at a time.
 pub(super) struct VhostNet {
     file: File,
-    /// It has its thread.
+    /// True once vhost has its thread.
     owned: AtomicBool,
 }
 
 impl VhostNet {
-    /// # Errors
-    ///
-    /// When it is none, or the host's kernel is older than virtio 1.
+    /// Takes the descriptor. Fails if it is not of `/dev/vhost-net`, or the host's kernel lacks
+    /// virtio 1.
     pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
         let mut known = 0u64;
-        // SAFETY: it writes the number behind the reference.
+        // SAFETY: the call writes the number behind the reference.
         let result = unsafe { ioctl_with_mut_ref(&file, VHOST_GET_FEATURES(), &mut known) };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
         if known & RING_FEATURES != RING_FEATURES {
-            return Err(io::Error::other("the host's kernel is too old for it"));
+            return Err(io::Error::other("the host's kernel is too old"));
         }
         Ok(Self { file, owned: AtomicBool::new(false) })
     }
 }
 
-/// A queue pair in the kernel's hands.
+/// A queue pair served by vhost-net.
 pub(super) struct VhostPair {
     backend: Backend,
     features: u64,
-    /// Receive and transmit, in vhost's order.
+    /// Receive and transmit queue, in vhost's order.
     queues: [ActiveQueue; 2],
     running: bool,
 }
 
-/// The descriptors, and the memory that the rings lie in.
+/// The descriptors, and the memory with the rings.
 struct Backend {
     vhost: Arc<VhostNet>,
     tap: Arc<Tap>,
@@ -73,16 +75,16 @@ struct Backend {
 }
 
 impl VhostPair {
-    pub(super) fn new(vhost: Arc<VhostNet>, parts: Parts) -> Self {
-        let Parts { tap, memory, features, queues, .. } = parts;
+    pub(super) fn new(vhost: Arc<VhostNet>, parts: QueuePairParts) -> Self {
+        let QueuePairParts { tap, memory, features, queues, .. } = parts;
         let backend = Backend { vhost, tap, memory: Arc::new(memory) };
         Self { backend, features: features & RING_FEATURES, queues, running: false }
     }
 
     fn start(&mut self) -> Result<(), Error> {
         let Self { backend, features, queues, .. } = self;
-        // Not earlier: the thread that is made here keeps the caller's root directory, and in the
-        // jail that is the share.
+        // Not earlier: the new thread keeps the caller's root directory, which is the share in the
+        // jail.
         if !backend.vhost.owned.load(Ordering::Relaxed) {
             backend.set_owner()?;
             backend.vhost.owned.store(true, Ordering::Relaxed);
@@ -91,8 +93,8 @@ impl VhostPair {
         backend.set_mem_table(&backend.regions())?;
         for (index, active) in queues.iter().enumerate().filter(|(_, active)| !active.dead) {
             if let Err(e) = backend.start_queue(index, active) {
-                // The driver is told that the device failed, and may use the memory of the queues
-                // before this one for something else.
+                // The driver learns that the device has failed, and may reuse the memory of the
+                // queues before this one.
                 for before in 0..index {
                     let _ = backend.set_tap(before, false);
                 }
@@ -103,10 +105,10 @@ impl VhostPair {
         Ok(())
     }
 
-    /// Takes the rings back. When it returns, the kernel touches neither them nor guest memory.
+    /// Takes the rings back. After the return the kernel touches neither them nor guest memory.
     fn stop(&mut self) -> Result<(), Error> {
         self.running = false;
-        // Both, before the first failure is looked at: this is what keeps the kernel out.
+        // Both queues, before any error is returned: detaching keeps the kernel out.
         let detached = [0, 1].map(|index| match self.queues[index].dead {
             true => Ok(()),
             false => self.backend.set_tap(index, false),
@@ -118,7 +120,7 @@ impl VhostPair {
             }
             let next = self.backend.get_vring_base(index)? as u16;
             active.queue.set_next_avail(next);
-            // It has no chain in its hands that is not used, and writes the index itself.
+            // vhost has no chain that is not used, and writes the index itself.
             let used = active.queue.used_idx(&*self.backend.memory, Ordering::Acquire);
             active.queue.set_next_used(used.map_or(next, |used| used.0));
         }
@@ -128,7 +130,7 @@ impl VhostPair {
 
 impl Hold for VhostPair {
     fn hold(&mut self) {
-        // The descriptors are there, so that it cannot fail.
+        // The ioctls do not fail on open descriptors.
         if self.running && self.stop().is_err() {
             self.queues.iter_mut().for_each(|queue| queue.dead = true);
         }
@@ -142,7 +144,7 @@ impl Hold for VhostPair {
     }
 }
 
-impl Server for VhostPair {
+impl PairServer for VhostPair {
     fn queues(&self) -> Option<[QueueState; 2]> {
         let [receive, transmit] = &self.queues;
         (!self.running).then(|| [receive.state(), transmit.state()])
@@ -168,7 +170,7 @@ impl Backend {
             .collect()
     }
 
-    /// Gives a queue to the kernel, which serves it from then on.
+    /// Passes a queue to the kernel, which serves it from then on.
     fn start_queue(&self, index: usize, active: &ActiveQueue) -> Result<(), Error> {
         let queue = &active.queue;
         self.set_vring_num(index, queue.size())?;
@@ -188,12 +190,12 @@ impl Backend {
         self.set_tap(index, true)
     }
 
-    /// Connects a queue to the tap, or takes it away.
+    /// Connects a queue to the tap, or disconnects it.
     fn set_tap(&self, index: usize, connect: bool) -> Result<(), Error> {
         let fd = if connect { self.tap.as_raw_fd() } else { -1 };
         let file = vhost_vring_file { index: index as u32, fd };
-        // SAFETY: it reads the structure behind the reference, and takes a reference of its own to
-        // the file that the descriptor names.
+        // SAFETY: the call reads the structure behind the reference, and takes its own reference to
+        // the file of the descriptor.
         let result = unsafe { ioctl_with_ref(self, VHOST_NET_SET_BACKEND(), &file) };
         if result < 0 { Err(Error::IoctlError(io::Error::last_os_error())) } else { Ok(()) }
     }

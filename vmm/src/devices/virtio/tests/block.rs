@@ -1,4 +1,4 @@
-//! Disks.
+//! Tests of the block device.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -28,7 +28,7 @@ fn disk(read_only: bool) -> (Driver, File) {
     (Driver::started(Box::new(block)), file)
 }
 
-/// Sends a request; returns its status and how many bytes the device says that it wrote.
+/// Sends a request. Returns its status, and the number of bytes that the device reports as written.
 fn request(driver: &mut Driver, kind: u32, sector: u64, data: &[Buffer]) -> (u8, u32) {
     driver.put(HEADER, &kind.to_le_bytes());
     driver.put(HEADER + 8, &sector.to_le_bytes());
@@ -139,7 +139,7 @@ fn malformed_chains_are_given_back() {
     driver.put(STATUS, &[0xee]);
     assert_eq!(driver.request(0, &[(HEADER, 15, false), (STATUS, 1, true)]), 1);
     assert_eq!(driver.get(STATUS, 1), [IO_ERROR]);
-    // Only a status: there is no header.
+    // A status alone has no header.
     assert_eq!(driver.request(0, &[(STATUS, 1, true)]), 1);
     assert_eq!(request(&mut driver, 0, 0, &[(DATA, 512, true)]), (OK, 513));
 }

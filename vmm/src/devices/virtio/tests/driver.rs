@@ -9,14 +9,15 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::BusDevice;
+use crate::devices::virtio::device::VirtioDevice;
+use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::MmioTransport;
 use crate::devices::virtio::registers::{RegisterPages, RegisterWindow};
 use crate::devices::virtio::worker::borrow;
-use crate::devices::virtio::{Interrupt, VirtioDevice};
 use crate::end::EndSignal;
 use crate::memory::GuestMemoryMap;
 
-/// Longer than anything takes on the slowest machine.
+/// Time limit above the duration of every step on the slowest machine.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) const MEMORY_LEN: usize = 64 << 20;
@@ -28,7 +29,7 @@ pub(super) const INDIRECT: u16 = 4;
 pub(super) const EVENT_IDX: u64 = 1 << 29;
 pub(super) const VERSION_1: u64 = 1 << 32;
 
-/// A buffer of a chain: address, length, and whether the device writes it.
+/// A buffer of a chain: address, length, and true if the device writes it.
 pub(super) type Buffer = (u64, u32, bool);
 
 pub(super) fn memory() -> GuestMemoryMap {
@@ -44,12 +45,12 @@ pub(super) struct Driver {
     pub(super) end: Arc<EndSignal>,
     line: EventFd,
     kicks: HashMap<u32, EventFd>,
-    /// Features that it does without.
+    /// Features that the driver does not accept.
     pub(super) declined: u64,
 }
 
 impl Driver {
-    /// A device just found, in the state after a reset.
+    /// Finds a device, in the state after a reset.
     pub(super) fn found(device: Box<dyn VirtioDevice>) -> Self {
         let memory = memory();
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -64,19 +65,19 @@ impl Driver {
         Self { transport, shown, memory, queues: Vec::new(), end, line, kicks, declined: 0 }
     }
 
-    /// A device in service.
+    /// Takes a device into service.
     pub(super) fn started(device: Box<dyn VirtioDevice>) -> Self {
         let mut driver = Self::found(device);
         driver.start();
         driver
     }
 
-    /// The same without event indices, so that rings are steered by their flags.
+    /// Takes a device into service without event indices, so that the rings' flags are used.
     pub(super) fn started_with_flags(device: Box<dyn VirtioDevice>) -> Self {
         Self::started_without(device, EVENT_IDX)
     }
 
-    /// The same without these features.
+    /// Takes a device into service without these features.
     pub(super) fn started_without(device: Box<dyn VirtioDevice>, declined: u64) -> Self {
         let mut driver = Self::found(device);
         driver.declined = declined;
@@ -84,7 +85,7 @@ impl Driver {
         driver
     }
 
-    /// What the device offers.
+    /// Returns the features that the device offers.
     pub(super) fn offered(&mut self) -> u64 {
         let mut half = |select| {
             self.write(0x14, select);
@@ -170,14 +171,14 @@ impl Driver {
         assert_eq!(self.status(), 0);
     }
 
-    /// Makes a chain available, and kicks if the device wants to know. Returns its head.
+    /// Makes a chain available, and kicks if the device wants kicks. Returns the chain's head.
     pub(super) fn offer(&mut self, queue: usize, buffers: &[Buffer]) -> u16 {
         let head = self.queues[queue].add(&self.memory, buffers);
         self.kick(queue);
         head
     }
 
-    /// Kicks as Linux does: only if the device asked for it.
+    /// Kicks as Linux does: only if the device wants kicks.
     pub(super) fn kick(&mut self, queue: usize) {
         let event_idx = self.declined & EVENT_IDX == 0;
         if self.queues[queue].wants_kick(&self.memory, event_idx) {
@@ -192,12 +193,12 @@ impl Driver {
         }
     }
 
-    /// The next chain that the device gave back, if there is one: head, and bytes written.
+    /// Takes the next used chain, if there is one: its head, and the bytes written.
     pub(super) fn used(&mut self, queue: usize) -> Option<(u16, u32)> {
         self.queues[queue].take_used(&self.memory)
     }
 
-    /// The same, waiting for the device's interrupt.
+    /// Takes the next used chain, and waits for the device's interrupt.
     pub(super) fn wait_used(&mut self, queue: usize) -> (u16, u32) {
         loop {
             if let Some(used) = self.used(queue) {
@@ -216,7 +217,7 @@ impl Driver {
         self.write(0x64, status);
     }
 
-    /// One chain, there and back. Returns the bytes written to it.
+    /// Sends one chain and waits until it is used. Returns the bytes written.
     pub(super) fn request(&mut self, queue: usize, buffers: &[Buffer]) -> u32 {
         let head = self.offer(queue, buffers);
         let (used, len) = self.wait_used(queue);
@@ -235,8 +236,8 @@ impl Driver {
     }
 }
 
-/// The driver's side of a split queue (virtio 1.2, 2.7): descriptors, and the rings at fixed places
-/// behind them.
+/// The driver's side of a split queue (virtio 1.2, 2.7): descriptors, and the rings at fixed
+/// offsets behind them.
 pub(super) struct Ring {
     base: u64,
     size: u16,
@@ -270,7 +271,7 @@ impl Ring {
         memory.write_slice(&bytes, at).unwrap();
     }
 
-    /// Lays out a chain in the next descriptors; those of chains long done are used again.
+    /// Lays out a chain in the next descriptors. Those of chains long used are overwritten.
     pub(super) fn add(&mut self, memory: &GuestMemoryMap, buffers: &[Buffer]) -> u16 {
         let at = |n: usize| (usize::from(self.next_descriptor) + n) % usize::from(self.size);
         let head = at(0) as u16;
@@ -309,7 +310,7 @@ impl Ring {
     }
 
     fn take_used(&mut self, memory: &GuestMemoryMap) -> Option<(u16, u32)> {
-        // Asks to be told of the next one, then looks.
+        // Asks for an interrupt for the next chain, then reads the index.
         let used_event = self.base + 0x4004 + 2 * u64::from(self.size);
         memory.write_obj(self.used, GuestAddress(used_event)).unwrap();
         let ordering = std::sync::atomic::Ordering::SeqCst;
@@ -325,7 +326,7 @@ impl Ring {
     }
 }
 
-/// Entries of a directory of this process's own, such as its threads.
+/// Counts the entries of a directory, such as this process's threads.
 pub(super) fn count(directory: &str) -> usize {
     std::fs::read_dir(directory).unwrap().count()
 }

@@ -1,4 +1,4 @@
-//! The shared directory, asked as FUSE asks: well, badly, and for what lies outside.
+//! Tests of the shared directory by FUSE requests: valid, invalid, and for files outside.
 
 mod attributes;
 mod capabilities;
@@ -50,13 +50,13 @@ const IOCTL: u32 = 39;
 
 const MINE: &str = "outside.txt";
 
-/// A share inside a directory that also holds what the guest must not reach.
-struct Guest {
+/// A guest, and its share in a directory that also holds a file outside the share.
+struct FsGuest {
     driver: Driver,
     directory: Arc<tempfile::TempDir>,
 }
 
-/// An entry of a listing, with the node that goes with it.
+/// An entry of a listing, and its node.
 struct Entry {
     name: String,
     position: u64,
@@ -78,7 +78,7 @@ fn header(opcode: u32, node: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-impl Guest {
+impl FsGuest {
     fn new() -> Self {
         Self::before_init().initialised()
     }
@@ -90,7 +90,8 @@ impl Guest {
         assert_eq!(error, 0);
         let word = |n: usize| u32::from_le_bytes(answer[4 * n..4 * n + 4].try_into().unwrap());
         assert_eq!((word(0), word(5)), (7, 1 << 20), "version, max_write");
-        // Neither a write-back cache nor files without an open, whatever is offered.
+        // Neither a write-back cache nor files without an open, although the guest offers
+        // everything.
         assert_eq!(word(3) & (1 << 16 | 1 << 17 | 1 << 24), 0, "flags {:x}", word(3));
         // Locks of both kinds, and submounts.
         assert_eq!(word(3) & (1 << 1 | 1 << 10 | 1 << 27), 1 << 1 | 1 << 10 | 1 << 27);
@@ -106,7 +107,7 @@ impl Guest {
         Self::of(Arc::new(tempfile::tempdir().unwrap()), max_descriptors)
     }
 
-    /// A guest that shares this directory, maybe with others.
+    /// A guest that shares this directory, possibly with other guests.
     fn of(directory: Arc<tempfile::TempDir>, max_descriptors: usize) -> Self {
         let share = directory.path().join("share");
         fs::create_dir_all(share.join("dir")).unwrap();
@@ -121,7 +122,7 @@ impl Guest {
         self.directory.path().join("share").join(name)
     }
 
-    /// Sends raw bytes; returns how much the device says that it wrote.
+    /// Sends raw bytes. Returns the number of bytes that the device reports as written.
     fn send(&mut self, request: &[u8]) -> u32 {
         self.driver.put(REQUEST, request);
         self.driver.put(ANSWER, &[0xee; 16]);
@@ -129,7 +130,7 @@ impl Guest {
         self.driver.request(REQUESTS, &chain)
     }
 
-    /// A request and its answer: the error number, and the rest.
+    /// Sends a request. Returns the answer: the error number, and the rest.
     fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> (i32, Vec<u8>) {
         self.send(&[header(opcode, node, body.len()), body.to_vec()].concat());
         let answer = self.driver.get(ANSWER, ANSWER_LEN as usize);
@@ -160,7 +161,7 @@ impl Guest {
         }
     }
 
-    /// `fuse_read_in` and `fuse_write_in` begin alike.
+    /// `fuse_read_in` and `fuse_write_in` begin with the same fields.
     fn body(handle: u64, offset: u64, size: u32) -> Vec<u8> {
         let mut body = [handle.to_le_bytes(), offset.to_le_bytes()].concat();
         body.extend(size.to_le_bytes());
@@ -176,7 +177,7 @@ impl Guest {
         self.ask(opcode, node, &[handle.to_le_bytes(), [0; 8], [0; 8]].concat()).0
     }
 
-    /// The entries behind `offset` that fit in `size`.
+    /// Returns the entries behind `offset` that fit in `size`.
     fn entries(&mut self, opcode: u32, dir: u64, offset: u64, size: u32) -> Vec<Entry> {
         let handle = self.open(OPENDIR, dir, libc::O_RDONLY).unwrap();
         let (error, mut rest) = self.ask(opcode, dir, &Self::body(handle, offset, size));
@@ -204,7 +205,7 @@ impl Guest {
         entries.into_iter().map(|entry| (entry.name, entry.position)).collect()
     }
 
-    /// No answer comes.
+    /// Sends a forget, which has no answer.
     fn forget(&mut self, node: u64, count: u64) {
         let request = [header(FORGET, node, 8), count.to_le_bytes().to_vec()].concat();
         self.driver.put(REQUEST, &request);
@@ -224,11 +225,11 @@ impl Guest {
 
 #[test]
 fn files_are_read_and_written() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     assert_eq!(guest.driver.config::<6>(0), *b"share\0");
     let file = guest.lookup(ROOT, "file").unwrap();
     let handle = guest.open(OPEN, file, libc::O_RDWR).unwrap();
-    let mut write = Guest::body(handle, 3, 5);
+    let mut write = FsGuest::body(handle, 3, 5);
     write.extend(b"fused");
     write[32..36].copy_from_slice(&(libc::O_RDWR as u32).to_le_bytes());
     assert_eq!(guest.ask(WRITE, file, &write).0, 0);
@@ -242,7 +243,7 @@ fn files_are_read_and_written() {
 
 #[test]
 fn listings_begin_with_the_dots_and_go_on_from_any_entry() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     fs::write(guest.path("dir/one"), "").unwrap();
     fs::write(guest.path("dir/two"), "").unwrap();
     let dir = guest.lookup(ROOT, "dir").unwrap();
@@ -263,7 +264,7 @@ fn listings_begin_with_the_dots_and_go_on_from_any_entry() {
 
 #[test]
 fn dots_and_slashes_lead_nowhere() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let dir = guest.lookup(ROOT, "dir").unwrap();
     for name in ["..", "."] {
         assert_eq!(guest.lookup(ROOT, name), Err(libc::EINVAL));
@@ -288,7 +289,7 @@ fn dots_and_slashes_lead_nowhere() {
 
 #[test]
 fn links_and_special_files_are_not_followed_or_opened() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let outside = guest.directory.path().join(MINE);
     symlink(&outside, guest.path("link")).unwrap();
     symlink("/proc/self/root", guest.path("magic")).unwrap();
@@ -310,7 +311,7 @@ fn links_and_special_files_are_not_followed_or_opened() {
 
 #[test]
 fn handles_and_nodes_of_others_are_refused() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     fs::write(guest.path("other"), "other").unwrap();
     let file = guest.lookup(ROOT, "file").unwrap();
     let other = guest.lookup(ROOT, "other").unwrap();
@@ -331,12 +332,12 @@ fn handles_and_nodes_of_others_are_refused() {
 
 #[test]
 fn cut_and_bloated_messages_of_every_kind_are_survived() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     for opcode in 0..60 {
         for len in [0, 1, 7, 8, 16, 39, 40, 41, 48, 56, 64, 80, 200] {
             let whole = [header(opcode, ROOT, 160), vec![0xff; 160]].concat();
             guest.send(&whole[..len]);
-            // The header says more, or less, than there is.
+            // A header with more or less than the real length.
             for said in [0, 39, 40, 41, 1 << 20, (1 << 20) + 4097, u32::MAX] {
                 let mut lying = whole[..len.max(4)].to_vec();
                 lying[..4].copy_from_slice(&said.to_le_bytes());
@@ -351,15 +352,15 @@ fn cut_and_bloated_messages_of_every_kind_are_survived() {
 
 #[test]
 fn messages_larger_than_any_are_not_looked_at() {
-    let mut guest = Guest::new();
-    // A whole memory several times over, for requests that are copied before they are understood.
+    let mut guest = FsGuest::new();
+    // All of memory several times, in a request that is copied whole before it is decoded.
     let request = [header(IOCTL, ROOT, 32), vec![0xff; 32]].concat();
     guest.driver.put(REQUEST, &request);
     let whole = (0, MEMORY_LEN as u32, false);
     let chain = [(REQUEST, 72, false), whole, whole, whole, (ANSWER, 4096, true)];
     assert_eq!(guest.driver.request(REQUESTS, &chain), 0);
     let dir = guest.open(OPENDIR, ROOT, 0).unwrap();
-    let read = [header(READDIR, ROOT, 40), Guest::body(dir, 0, 3 << 24)].concat();
+    let read = [header(READDIR, ROOT, 40), FsGuest::body(dir, 0, 3 << 24)].concat();
     guest.driver.put(REQUEST, &read);
     let room = (0x100_0000, 3 << 24, true);
     assert_eq!(guest.driver.request(REQUESTS, &[(REQUEST, 80, false), room]), 0);
@@ -368,7 +369,7 @@ fn messages_larger_than_any_are_not_looked_at() {
 
 #[test]
 fn descriptors_outside_memory_are_given_back() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     guest.driver.put(REQUEST, &header(GETATTR, ROOT, 16));
     let end = MEMORY_LEN as u64;
     for queue in [HIGH_PRIORITY, REQUESTS] {
@@ -390,7 +391,7 @@ fn descriptors_outside_memory_are_given_back() {
 
 #[test]
 fn a_reset_forgets_nodes_and_handles() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let file = guest.lookup(ROOT, "file").unwrap();
     let handle = guest.open(OPEN, file, libc::O_RDONLY).unwrap();
     for _ in 0..20 {

@@ -1,5 +1,5 @@
-//! Devices driven as a guest would: registers through the bus, rings laid out in guest memory, kicks
-//! by eventfd. Nothing here is timed; waits are long and end with what they wait for.
+//! Tests of devices, driven as by a guest: registers through the bus, rings in guest memory, kicks
+//! by eventfd. No test measures time. Waits are long, and end with their event.
 
 mod block;
 mod driver;

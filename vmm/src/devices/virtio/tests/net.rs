@@ -1,4 +1,4 @@
-//! Network interfaces over real taps, each test in a network namespace of its own.
+//! Tests of network interfaces over real taps, each in a network namespace of its own.
 
 mod backlog;
 mod hostile;

@@ -1,4 +1,4 @@
-//! Entropy and balloon.
+//! Tests of the entropy and balloon devices.
 
 use super::driver::Driver;
 use crate::devices::virtio::balloon::Balloon;
@@ -27,7 +27,7 @@ fn entropy_is_bounded_and_stays_in_memory() {
     assert_eq!(driver.request(0, &[(AT, 16, false)]), 0);
     for outside in [u64::MAX, u64::MAX - 8, super::driver::MEMORY_LEN as u64 - 8] {
         driver.offer(0, &[(outside, 16, true)]);
-        // The invalid chain is given back unused, and the next one served.
+        // The invalid chain is given back unused, and the next one is served.
         assert_eq!(driver.wait_used(0).1, 0);
         assert_eq!(driver.request(0, &[(AT, 16, true)]), 16);
     }
@@ -39,7 +39,7 @@ fn reported_and_inflated_pages_go_and_nothing_else() {
     for round in 0..50u64 {
         let at = AT + 0x1_0000 * round;
         driver.put(at, &[7; 0x4000]);
-        // Two whole pages, and one that is only touched at both ends.
+        // Two whole pages, and a page of which only both ends are reported.
         assert_eq!(driver.request(2, &[(at + 0x800, 0x2900, true)]), 0);
         assert_eq!(driver.get(at, 0x1000), [7; 0x1000]);
         assert_eq!(driver.get(at + 0x1000, 0x2000), [0; 0x2000]);

@@ -1,4 +1,4 @@
-//! What a device is can be written down while it is held, and it goes on.
+//! Tests of the state of held devices, which continue afterwards.
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -6,14 +6,16 @@ use super::driver::Driver;
 use super::transport::disk;
 use crate::control::EndReason;
 use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::interrupt::Interrupt;
+use crate::devices::virtio::mmio::MmioState;
+use crate::devices::virtio::queue::ActiveQueue;
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::state::{MmioState, OwnState, QueueState};
+use crate::devices::virtio::state::{OwnState, QueueState};
 use crate::devices::virtio::worker::Workers;
-use crate::devices::virtio::{ActiveQueue, Interrupt};
 
 const AT: u64 = 0x10_0000;
 
-/// The state, by way of JSON.
+/// Returns the state, serialised and deserialised as JSON.
 pub(super) fn state(driver: &mut Driver) -> MmioState {
     let state = driver.transport.state().unwrap();
     let json = serde_json::to_string(&state).unwrap();
@@ -37,7 +39,7 @@ fn a_disk_goes_on_where_it_was_held() {
             assert_eq!((queue.next_avail, queue.next_used), (round + 1, round + 1));
             assert!(queue.ready && queue.event_idx && !queue.dead);
             assert_eq!((queue.size, queue.desc_table), (256, 0x1_0000));
-            assert_eq!(device.own, OwnState::Nothing);
+            assert_eq!(device.own, OwnState::default());
         }
     }
 }
@@ -76,7 +78,7 @@ fn a_queue_made_from_its_state_goes_on_in_its_ring() {
     assert!(queue(&outside).is_err());
     outside.max_size = 3;
     assert!(queue(&outside).is_err());
-    // All of the balloon's are told.
+    // The state has all queues of the balloon.
     let mut driver = Driver::started(Box::<Balloon>::default());
     driver.request(2, &[(AT, 0x1000, true)]);
     let queues = state(&mut driver).device.unwrap().queues;
@@ -88,7 +90,7 @@ fn a_worker_that_cannot_go_on_ends_the_machine() {
     let driver = Driver::found(disk());
     let mut workers = Workers::telling(driver.end.clone()).unwrap();
     workers.spawn("one", |stop| stop.fail("no more".to_owned())).unwrap();
-    // The other is stopped with it.
+    // The other worker is stopped too.
     workers.spawn("other", |stop| while !stop.is_given() {}).unwrap();
     drop(workers);
     let reason = EndReason::VmmFailed { message: "no more".to_owned() };

@@ -1,4 +1,4 @@
-//! The transport's registers and states.
+//! Tests of the transport's registers and states.
 
 use std::fs::File;
 
@@ -6,8 +6,8 @@ use super::driver::{Driver, EVENT_IDX, MEMORY_LEN, VERSION_1};
 use crate::config::BlockConfig;
 use crate::config::FileRef;
 use crate::devices::virtio::block::Block;
+use crate::devices::virtio::device::{Activation, VirtioDevice};
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::{Activation, VirtioDevice};
 
 pub(super) fn disk() -> Box<dyn VirtioDevice> {
     let file: File = tempfile::tempfile().unwrap();
@@ -26,7 +26,8 @@ fn registers_are_as_linux_expects_them() {
     assert_eq!((driver.read(0), driver.read(4), driver.read(8)), (0x7472_6976, 2, 2));
     assert_eq!(driver.read(0xb0), u32::MAX, "no shared memory");
     driver.start();
-    // The driver looks whether a queue is in use, and resets before it forgets it.
+    // The driver checks that a queue is not in use, and resets the device before it forgets the
+    // queue.
     assert_eq!(driver.read(0x44), 0, "there is no queue 1");
     driver.write(0x30, 0);
     assert_eq!(driver.read(0x44), 1);
@@ -34,7 +35,7 @@ fn registers_are_as_linux_expects_them() {
     driver.write(0x30, 0);
     driver.write(0x44, 0);
     assert_eq!((driver.read(0x44), driver.read(0x60)), (0, 0));
-    // What is not a register, or not read as one, reads as zero.
+    // Other offsets and other lengths read as zero.
     let mut two = [0; 2];
     crate::bus::BusDevice::read(&mut driver.transport, 0, &mut two);
     assert_eq!((two, driver.read(0xf0)), ([0; 2], 0));
@@ -126,7 +127,7 @@ fn an_index_far_ahead_does_not_keep_a_worker_from_ending() {
         queues[0].set_available(memory, 20_000);
         driver.kick_always(0);
         driver.reset();
-        // And the device serves again.
+        // The device serves again.
         driver.start();
         driver.put(0x10_0000, &[0; 16]);
         let chain = [(0x10_0000, 16, false), (0x20_0000, 512, true), (0x30_0000, 1, true)];
@@ -141,8 +142,8 @@ fn chains_that_loop_or_nest_are_given_back() {
     let size = driver.queues[0].size();
     let memory = driver.memory.clone();
     let ring = &mut driver.queues[0];
-    // Around in a circle; to a descriptor that is not there; a table within a table; a table whose
-    // length is odd; a table longer than the queue; a head that is not there.
+    // A loop; a link to a missing descriptor; a table in a table; a table of odd length; a table
+    // longer than the queue. A missing head follows below.
     ring.descriptor(&memory, 0, (0x10_0000, 16, NEXT, 0));
     ring.descriptor(&memory, 1, (0x10_0000, 16, NEXT, size));
     ring.descriptor(&memory, 2, (0x20_0000, 16, INDIRECT, 0));
@@ -172,7 +173,7 @@ fn memory_write(memory: &crate::memory::GuestMemoryMap, at: u64, bytes: &[u8]) {
     vm_memory::Bytes::write_slice(memory, bytes, vm_memory::GuestAddress(at)).unwrap();
 }
 
-/// A device whose reset takes until it is told to go on.
+/// A device whose reset waits for a message.
 struct Stuck(std::sync::mpsc::Receiver<()>);
 
 impl VirtioDevice for Stuck {
@@ -210,7 +211,7 @@ fn a_reset_that_takes_long_holds_up_no_vcpu() {
     let (go_on, may_go_on) = std::sync::mpsc::channel();
     let mut driver = Driver::started(Box::new(Stuck(may_go_on)));
     driver.write(0x70, 0);
-    // Not complete, and nothing can be done about it.
+    // The reset is not complete, and writes do not change that.
     assert_eq!(driver.status(), 64);
     for status in [0, 1, 3, 11, 15] {
         driver.write(0x70, status);
@@ -220,12 +221,12 @@ fn a_reset_that_takes_long_holds_up_no_vcpu() {
     assert_eq!(driver.read(0x44), 0, "the queues are those of after the reset");
     assert!(driver.transport.state().is_err());
     go_on.send(()).unwrap();
-    // Shown to a driver that only reads, which is no exit.
+    // A driver that only reads sees the change without an exit.
     while driver.shown.load(0x70) != 0 {
         std::thread::yield_now();
     }
     driver.start();
-    // The usual one is complete at once.
+    // Other resets are complete at once.
     go_on.send(()).unwrap();
     driver.reset();
 }

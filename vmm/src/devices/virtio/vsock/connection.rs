@@ -6,8 +6,8 @@
 //!   Open --guest RST, or both ways shut--> Draining (only what the guest sent is left) --> gone
 //! ```
 //!
-//! Flow control is virtio 1.2, 5.10.6.3: each side says how much it can buffer (`buf_alloc`) and how
-//! much it has handed on (`fwd_cnt`); counters wrap.
+//! Flow control follows virtio 1.2, 5.10.6.3. Each side announces the size of its buffer
+//! (`buf_alloc`) and the number of bytes handed on (`fwd_cnt`). The counters wrap.
 
 use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
@@ -17,24 +17,23 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use super::packet::{MAX_DATA_LEN, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use super::state::ConnectionState;
-pub(super) use super::state::StreamState as State;
+use super::state::{ConnectionState, StreamState};
 use crate::devices::virtio::chain::{Buffers, returned};
 
-/// What the host side buffers of a guest's data, in bytes, when its reader is slow.
+/// Bytes of a guest's data that the host side buffers for a slow reader.
 pub(super) const BUF_ALLOC: u32 = 256 * 1024;
 
-/// The guest is told of freed room in steps of this many bytes.
+/// Bytes of freed room after which the guest gets its credit.
 const CREDIT_STEP: u32 = BUF_ALLOC / 4;
 
 /// Longest `CONNECT <port>\n` line.
 const CONNECT_LINE_LEN: usize = 32;
 
-/// The stream broke a rule or its host end is gone.
+/// Error of a stream that broke a rule, or whose host end is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Broken;
 
-/// What the guest has to be told, one packet each.
+/// Packets without data that the guest must get.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Announce {
     pub(super) request: bool,
@@ -43,21 +42,21 @@ pub(super) struct Announce {
 }
 
 pub(super) struct Connection {
-    pub(super) state: State,
+    pub(super) state: StreamState,
     pub(super) ports: Ports,
     pub(super) announce: Announce,
-    /// Is in the muxer's list of those with something for the guest.
+    /// True while the muxer lists the stream among those with a packet for the guest.
     pub(super) listed: bool,
     pub(super) opened_by_guest: bool,
     stream: UnixStream,
-    /// The host socket may have more to read (its epoll is edge-triggered).
+    /// True if the host socket may have more data (its epoll is edge-triggered).
     readable: bool,
 
     backlog: VecDeque<u8>,
     received: Wrapping<u32>,
     forwarded: Wrapping<u32>,
     announced: Wrapping<u32>,
-    /// The guest sends no more; the host socket is told when the backlog is gone.
+    /// True if the guest sends no more. The host socket is shut down once the backlog is empty.
     guest_send_closed: bool,
     host_write_shut: bool,
 
@@ -66,20 +65,20 @@ pub(super) struct Connection {
     peer_forwarded: Wrapping<u32>,
     guest_receive_closed: bool,
     host_eof: bool,
-    /// The host's process takes nothing more: what the guest still sends is dropped.
+    /// True if the host's process reads no more. Later data of the guest is dropped.
     host_receive_closed: bool,
-    /// Shutdown flags that the guest has been told.
+    /// Shutdown flags that the guest has got.
     told: u32,
 }
 
 impl Connection {
-    pub(super) fn new(stream: UnixStream, ports: Ports, state: State) -> Self {
+    pub(super) fn new(stream: UnixStream, ports: Ports, state: StreamState) -> Self {
         Self {
             state,
             ports,
             announce: Announce::default(),
             listed: false,
-            opened_by_guest: state == State::Open,
+            opened_by_guest: state == StreamState::Open,
             stream,
             readable: false,
             backlog: VecDeque::new(),
@@ -102,7 +101,7 @@ impl Connection {
         &self.stream
     }
 
-    /// Reads the `CONNECT` line and nothing behind it. `Ok(None)` while it is incomplete.
+    /// Reads the `CONNECT` line and nothing behind it. `Ok(None)` while the line is incomplete.
     pub(super) fn read_connect_line(&mut self) -> Result<Option<u32>, Broken> {
         let mut peeked = [0u8; CONNECT_LINE_LEN];
         let len = match peek(&self.stream, &mut peeked) {
@@ -120,30 +119,30 @@ impl Connection {
             .ok()
             .and_then(|text| text.strip_prefix("CONNECT "))
             .and_then(|port| port.trim_end_matches('\r').parse().ok());
-        // What follows the line may be there already, and is not announced again.
+        // Data behind the line may be there already, and causes no further event.
         self.readable = true;
         port.map(Some).ok_or(Broken)
     }
 
-    /// The guest accepted what the host asked for.
+    /// Opens the stream after the guest has accepted the host's request.
     pub(super) fn open(&mut self) -> Result<(), Broken> {
-        self.state = State::Open;
-        // The socket is new and its buffer empty, so this cannot be cut short.
+        self.state = StreamState::Open;
+        // The socket is new and its buffer empty, so the write is complete.
         (&self.stream).write_all(format!("OK {}\n", self.ports.host).as_bytes()).map_err(|_| Broken)
     }
 
-    /// Takes the credit that comes with every packet of the guest.
+    /// Takes the credit from a packet of the guest.
     pub(super) fn update_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) {
         self.peer_buf_alloc = buf_alloc;
         self.peer_forwarded = Wrapping(fwd_cnt);
     }
 
-    /// How much the guest can take, in bytes.
+    /// Returns the number of bytes that the guest can take.
     fn credit(&self) -> u32 {
         self.peer_buf_alloc.saturating_sub((self.sent - self.peer_forwarded).0)
     }
 
-    /// Hands data of the guest to the host socket, or keeps it until that can take it.
+    /// Writes data of the guest to the host socket, or buffers what the socket does not take.
     pub(super) fn receive(&mut self, mut data: Buffers<'_>) -> Result<(), Broken> {
         self.received += data.len() as u32;
         if (self.received - self.forwarded).0 > BUF_ALLOC || self.guest_send_closed {
@@ -171,7 +170,7 @@ impl Connection {
         Ok(())
     }
 
-    /// The host socket can take more of the backlog.
+    /// Writes more of the backlog to the host socket.
     pub(super) fn flush(&mut self) {
         while !self.backlog.is_empty() {
             match self.stream.write(self.backlog.as_slices().0) {
@@ -193,8 +192,8 @@ impl Connection {
         self.pass_on_shutdown();
     }
 
-    /// The host's process has closed its end. What it wrote before may still be on its way to the
-    /// guest; the guest's data has nowhere to go.
+    /// Handles the close of the host's end. Earlier data of the host may still be on its way to the
+    /// guest. The guest's data has no receiver.
     fn close_host_receive(&mut self) {
         self.host_receive_closed = true;
         self.backlog.clear();
@@ -208,12 +207,12 @@ impl Connection {
     fn pass_on_shutdown(&mut self) {
         if self.guest_send_closed && self.backlog.is_empty() && !self.host_write_shut {
             self.host_write_shut = true;
-            // A peer that is gone needs no telling.
+            // The call fails only if the peer is gone.
             let _ = self.stream.shutdown(Shutdown::Write);
         }
     }
 
-    /// The guest shut down one or both directions.
+    /// Handles the guest's shutdown of one or both directions.
     pub(super) fn guest_shutdown(&mut self, flags: u32) {
         self.guest_send_closed |= flags & SHUTDOWN_SEND != 0;
         if flags & SHUTDOWN_RECEIVE != 0 && !self.guest_receive_closed {
@@ -223,25 +222,25 @@ impl Connection {
         self.pass_on_shutdown();
     }
 
-    /// Both directions are done: the guest waits for its reset, and not until a slow host process
-    /// has read the backlog (it would give up after 8 seconds).
+    /// Returns true if both directions are done. The guest then waits for its reset, for at most 8
+    /// seconds. So the reset does not wait until a slow host process has read the backlog.
     pub(super) fn is_finished(&self) -> bool {
         self.guest_send_closed && (self.guest_receive_closed || self.told & SHUTDOWN_SEND != 0)
     }
 
-    /// What the guest sent before it went has still to reach the host.
+    /// Returns true if data of the guest has still to reach the host.
     pub(super) fn has_backlog(&self) -> bool {
         !self.backlog.is_empty()
     }
 
-    /// No more packets come for this stream; only its backlog is left.
+    /// Ends the stream, except for its backlog.
     pub(super) fn drain(&mut self) {
-        self.state = State::Draining;
+        self.state = StreamState::Draining;
         self.guest_send_closed = true;
         self.pass_on_shutdown();
     }
 
-    /// The host socket became readable, or hung up.
+    /// Notes that the host socket is readable, or has hung up.
     pub(super) fn set_readable(&mut self, hung_up: bool) {
         self.readable = true;
         if hung_up {
@@ -249,12 +248,12 @@ impl Connection {
         }
     }
 
-    /// The host's process has closed its end, or the guest may yet get data from it.
+    /// Returns true if the stream has, or may have, a packet for the guest.
     pub(super) fn wants_to_send(&self) -> bool {
         match self.state {
-            State::Handshake | State::Draining => false,
-            State::Requested => self.announce.request,
-            State::Open => {
+            StreamState::Handshake | StreamState::Draining => false,
+            StreamState::Requested => self.announce.request,
+            StreamState::Open => {
                 let announce = self.announce.response || self.announce.credit;
                 let data = self.readable
                     && !self.host_eof
@@ -265,7 +264,7 @@ impl Connection {
         }
     }
 
-    /// Shutdown flags that the guest has still to be told.
+    /// Returns the shutdown flags that the guest has still to get.
     pub(super) fn untold_shutdown(&self) -> u32 {
         let send = if self.host_eof { SHUTDOWN_SEND } else { 0 };
         let receive = if self.host_receive_closed { SHUTDOWN_RECEIVE } else { 0 };
@@ -276,9 +275,9 @@ impl Connection {
         self.told |= flags;
     }
 
-    /// Fills `room`, which is not empty, from the host socket, as far as the guest's credit goes.
-    /// `Ok(0)` when nothing is there for now, or no more will come; the latter shows in
-    /// [`Self::untold_shutdown`].
+    /// Reads from the host socket into `room`, which is not empty, within the guest's credit.
+    /// `Ok(0)` if no data is there now, or if none will come. [`Self::untold_shutdown`] shows the
+    /// latter.
     pub(super) fn read_for_guest(&mut self, room: &Buffers<'_>) -> Result<u32, Broken> {
         let max = self.credit().min(MAX_DATA_LEN) as usize;
         if max == 0 || !self.readable || self.host_eof || self.guest_receive_closed {
@@ -306,7 +305,7 @@ impl Connection {
         }
     }
 
-    /// All of it but the socket.
+    /// Returns the state, without the socket.
     pub(super) fn state(&self) -> ConnectionState {
         ConnectionState {
             state: self.state,
@@ -332,7 +331,7 @@ impl Connection {
         }
     }
 
-    /// `fwd_cnt` for a packet to the guest, which thereby knows it.
+    /// Returns `fwd_cnt` for a packet to the guest, and notes that the guest knows it.
     pub(super) fn announce_forwarded(&mut self) -> u32 {
         self.announced = self.forwarded;
         self.announce.credit = false;
@@ -340,7 +339,8 @@ impl Connection {
     }
 }
 
-/// `Some(true)` when the call would block, `Some(false)` when it was interrupted, else `None`.
+/// Returns `Some(true)` if the call would block, `Some(false)` if it was interrupted, otherwise
+/// `None`.
 fn blocked(kind: io::ErrorKind) -> Option<bool> {
     match kind {
         io::ErrorKind::WouldBlock => Some(true),
@@ -351,19 +351,19 @@ fn blocked(kind: io::ErrorKind) -> Option<bool> {
 
 fn read(stream: &UnixStream, room: &Buffers<'_>, max: usize) -> io::Result<usize> {
     let iovecs = room.iovecs(max);
-    // SAFETY: each iovec is a checked piece of guest memory, which stays mapped for as long as the
-    // chain borrows it; only the guest reads what is put there.
+    // SAFETY: each iovec is a checked piece of guest memory, which stays mapped while the chain
+    // borrows it. Only the guest reads the bytes written there.
     returned(unsafe { libc::readv(stream.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
 }
 
 fn write(stream: &UnixStream, data: &Buffers<'_>) -> io::Result<usize> {
     let iovecs = data.iovecs(usize::MAX);
-    // SAFETY: as for reading; the guest may change the bytes meanwhile, which are its own.
+    // SAFETY: as for reading. The guest may change the bytes meanwhile, which are its own.
     returned(unsafe { libc::writev(stream.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as i32) })
 }
 
 fn peek(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<usize> {
-    // SAFETY: the buffer is valid for writes of its length, the descriptor is the stream's own.
+    // SAFETY: the buffer is valid for writes of its length, and the descriptor is the stream's own.
     let result = unsafe {
         libc::recv(
             stream.as_raw_fd(),

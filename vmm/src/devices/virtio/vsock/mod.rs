@@ -17,36 +17,31 @@ use std::sync::Arc;
 
 use self::muxer::{HostSide, Muxer};
 pub use self::state::{ConnectionState, MuxerState, StreamState};
+use super::device::{Activation, VirtioDevice, read_from};
+use super::queue::ActiveQueue;
 use super::state::{DeviceState, OwnState};
 use super::worker::{Hold, Worker};
-use super::{Activation, ActiveQueue, VirtioDevice, read_from};
 
 const DEVICE_TYPE: u32 = 19;
 
-/// Receive, transmit, event.
+/// Sizes of receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 const EVENT: usize = 2;
-
-/// The context id of the host (`VMADDR_CID_HOST`).
-const HOST_CID: u64 = 2;
 
 /// The socket device.
 pub struct Vsock {
     guest_cid: u64,
     host: Arc<HostSide>,
     worker: Option<Worker<Muxer>>,
-    /// The event queue, which nobody uses.
+    /// The event queue, which has no use here.
     event: Option<ActiveQueue>,
 }
 
 impl Vsock {
-    /// A device for the guest with this context id.
+    /// Creates a device for the guest with this context id.
     ///
-    /// `listener` takes connections to the guest; `connector` is told of connections from it.
-    ///
-    /// # Errors
-    ///
-    /// When the sockets cannot be made non-blocking.
+    /// `listener` accepts connections to the guest. `connector` sends the connections from the
+    /// guest.
     pub fn new(
         guest_cid: u32,
         listener: UnixListener,
@@ -77,7 +72,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn has_worker(&self, index: usize) -> bool {
-        // The event queue only brings news of a migration, of which there is none.
+        // The event queue reports migrations only, and there are none.
         index != EVENT
     }
 
@@ -104,6 +99,6 @@ impl VirtioDevice for Vsock {
         let muxer = self.worker.as_ref()?.held()?;
         let [receive, transmit] = muxer.queues();
         let queues = vec![receive, transmit, self.event.as_ref()?.state()];
-        Some(DeviceState { queues, own: OwnState::Vsock(muxer.state()) })
+        Some(DeviceState { queues, own: OwnState::of(&muxer.state())? })
     }
 }

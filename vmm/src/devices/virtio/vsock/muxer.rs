@@ -1,7 +1,7 @@
-//! All streams of a guest: which packet belongs to which, and who has something to send.
+//! The muxer of a guest's streams. It assigns packets to streams, and lets streams send in turn.
 //!
-//! One thread owns everything here. It waits for the queues' kicks, the listener and the host
-//! sockets, moves what can be moved, and never blocks on one stream.
+//! One thread owns all streams. It waits for the queues' kicks, the listener and the host sockets.
+//! It never blocks on one stream.
 
 mod guest;
 
@@ -13,25 +13,25 @@ use std::sync::Arc;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::connection::{Broken, Connection, State};
+use super::connection::{Broken, Connection};
 use super::packet::Ports;
-use super::state::MuxerState;
-use crate::devices::virtio::ActiveQueue;
+use super::state::{MuxerState, StreamState};
+use crate::devices::virtio::queue::ActiveQueue;
 use crate::devices::virtio::state::QueueState;
 use crate::devices::virtio::worker::Stop;
 use crate::memory::GuestMemoryMap;
 
-/// Most streams at a time, in whatever state.
+/// Most streams at a time, in any state.
 pub(crate) const MAX_CONNECTIONS: usize = 1024;
 
-/// Most of them that the guest opened, so that no flood of its processes keeps the host out.
+/// Most streams opened by the guest, so that a flood of them leaves room for the host's.
 pub(crate) const MAX_GUEST_CONNECTIONS: usize = MAX_CONNECTIONS / 2;
 
-/// Most resets that wait for room in the receive queue before the guest's packets wait too. Streams
-/// that the host ends add at most one each.
+/// Most resets that wait for room in the receive queue. Above that, the guest's packets wait too.
+/// Streams that the host ends add at most one reset each.
 const MAX_RESETS: usize = 256;
 
-/// Host ports of streams that the host opens; above what services use.
+/// First host port of streams that the host opens, above the ports of services.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
 const STOP: u64 = 0;
@@ -55,13 +55,13 @@ pub(super) struct Muxer {
     epoll: Epoll,
     connections: HashMap<u64, Connection>,
     by_ports: HashMap<Ports, u64>,
-    /// Connections that have something for the guest, in turn.
+    /// Streams with a packet for the guest, in turn.
     senders: VecDeque<u64>,
     resets: VecDeque<Ports>,
     next_id: u64,
     next_host_port: u32,
     opened_by_guest: usize,
-    /// A client could not be accepted for want of descriptors.
+    /// True if a client could not be accepted for want of descriptors.
     accept_failed: bool,
 }
 
@@ -80,7 +80,7 @@ impl Muxer {
         ] {
             add(&epoll, fd, EventSet::IN, token)?;
         }
-        // A client that cannot be accepted for now must not wake this thread all the time.
+        // A client that cannot be accepted must not wake the thread again and again.
         let edge = EventSet::IN | EventSet::EDGE_TRIGGERED;
         add(&epoll, host.listener.as_raw_fd(), edge, LISTENER)?;
         Ok(Self {
@@ -101,12 +101,12 @@ impl Muxer {
         })
     }
 
-    /// Receive and transmit queue.
+    /// Returns the state of receive and transmit queue.
     pub(super) fn queues(&self) -> [QueueState; 2] {
         [self.receive.state(), self.transmit.state()]
     }
 
-    /// All streams, without their sockets.
+    /// Returns the state of all streams, without their sockets.
     pub(super) fn state(&self) -> MuxerState {
         let mut connections: Vec<_> = self.connections.iter().collect();
         connections.sort_unstable_by_key(|(id, _)| **id);
@@ -123,10 +123,10 @@ impl Muxer {
             return stop.fail(format!("the socket device cannot wait for its stop: epoll: {e}"));
         }
         let mut events = [EpollEvent::default(); 64];
-        // Whoever served before may have left some.
+        // An earlier worker may have left packets.
         let mut more = true;
         while !stop.is_given() {
-            // With packets left to move, sockets are only looked at in passing.
+            // While packets are left, the sockets are only polled.
             let count = match self.epoll.wait(if more { 0 } else { -1 }, &mut events) {
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -137,7 +137,7 @@ impl Muxer {
             for event in &events[..count] {
                 match event.data() {
                     STOP => return,
-                    // Both queues are looked at below, whoever kicked.
+                    // Both queues are checked below after any kick.
                     RECEIVE_KICK => drop(self.receive.kick().read()),
                     TRANSMIT_KICK => drop(self.transmit.kick().read()),
                     LISTENER => self.accept(),
@@ -151,15 +151,15 @@ impl Muxer {
         }
     }
 
-    /// Moves a turn of packets both ways. True when there are more that can be moved.
+    /// Moves a turn of packets both ways. True if more can be moved.
     fn move_packets(&mut self) -> bool {
         self.transmit.disable_kicks(&self.memory);
         self.receive.disable_kicks(&self.memory);
         self.take_from_guest();
         self.give_to_guest();
-        // Kicks asked for again tell whether a chain is left or slipped in. A transmit chain that
-        // waits because the list of resets is full is taken up again by a receive kick; and new
-        // receive buffers are of interest only when something waits for them.
+        // Enabling kicks reports if a chain is left. A transmit chain that waits because the list
+        // of resets is full is taken up after a receive kick. New receive buffers matter only while
+        // packets wait for them.
         let transmit = self.transmit.enable_kicks(&self.memory) && self.has_room_for_resets();
         let receive = self.wants_to_send() && self.receive.enable_kicks(&self.memory);
         transmit || receive
@@ -185,21 +185,21 @@ impl Muxer {
                     return;
                 }
             };
-            // One stream too many is closed, which its peer sees as a refusal.
+            // A stream above the bound is closed, which its peer sees as a refusal.
             if self.connections.len() < MAX_CONNECTIONS && stream.set_nonblocking(true).is_ok() {
-                // The ports are known with the line that the client sends.
+                // The client's line sets the ports later.
                 let ports = Ports { host: 0, guest: 0 };
-                let connection = Connection::new(stream, ports, State::Handshake);
+                let connection = Connection::new(stream, ports, StreamState::Handshake);
                 if let Some(id) = self.insert(connection) {
-                    // The line may have come before the epoll knew of the socket.
+                    // The line may have come before the epoll watched the socket.
                     self.on_host_socket(id, EventSet::empty());
                 }
             }
         }
     }
 
-    /// Ports for a stream to this port of the guest. There are far fewer streams than host ports,
-    /// so a free one is found soon.
+    /// Returns unused ports for a stream to this port of the guest. There are far fewer streams
+    /// than host ports, so the search is short.
     fn unused_ports(&mut self, guest: u32) -> Ports {
         loop {
             let ports = Ports { host: self.next_host_port, guest };
@@ -238,7 +238,7 @@ impl Muxer {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         let hung_up = events.intersects(EventSet::HANG_UP | EventSet::ERROR);
         let outcome = match connection.state {
-            State::Handshake => match connection.read_connect_line() {
+            StreamState::Handshake => match connection.read_connect_line() {
                 _ if hung_up => Err(Broken),
                 Ok(Some(port)) => {
                     self.request(id, port);
@@ -247,9 +247,9 @@ impl Muxer {
                 Ok(None) => Ok(()),
                 Err(broken) => Err(broken),
             },
-            // The peer went away before the guest answered.
-            State::Requested if hung_up => Err(Broken),
-            State::Requested | State::Open | State::Draining => {
+            // The peer closed before the guest's answer.
+            StreamState::Requested if hung_up => Err(Broken),
+            StreamState::Requested | StreamState::Open | StreamState::Draining => {
                 connection.set_readable(hung_up);
                 connection.flush();
                 Ok(())
@@ -258,18 +258,18 @@ impl Muxer {
         self.settle(id, outcome);
     }
 
-    /// A client of the host wants a stream to a port of the guest.
+    /// Requests a stream to a port of the guest, for a client of the host.
     fn request(&mut self, id: u64, port: u32) {
         let ports = self.unused_ports(port);
         if let Some(connection) = self.connections.get_mut(&id) {
             connection.ports = ports;
-            connection.state = State::Requested;
+            connection.state = StreamState::Requested;
             connection.announce.request = true;
             self.by_ports.insert(ports, id);
         }
     }
 
-    /// Nothing more comes from the guest: what it sent goes to the host, then the stream is gone.
+    /// Ends a stream, once the guest's data has reached the host.
     fn drain(&mut self, id: u64) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         connection.drain();
@@ -280,25 +280,26 @@ impl Muxer {
 
     // ---- bookkeeping ----
 
-    /// After anything happened to a connection: ends it, lists it, or leaves it be.
+    /// Ends a connection, lists it among the senders, or does nothing. Called after each change of
+    /// it.
     fn settle(&mut self, id: u64, outcome: Result<(), Broken>) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         match connection.state {
-            State::Handshake | State::Draining => {
+            StreamState::Handshake | StreamState::Draining => {
                 if outcome.is_err()
-                    || (connection.state == State::Draining && !connection.has_backlog())
+                    || (connection.state == StreamState::Draining && !connection.has_backlog())
                 {
                     self.remove(id);
                 }
                 return;
             }
-            State::Requested | State::Open => {}
+            StreamState::Requested | StreamState::Open => {}
         }
         if outcome.is_err() || connection.is_finished() {
             let ports = connection.ports;
-            // A guest that was not asked yet has nothing to forget. So host processes that come and
-            // go while the guest gives no buffers leave nothing behind.
-            let unasked = connection.state == State::Requested && connection.announce.request;
+            // A guest that was not asked yet needs no reset. So host processes that come and go
+            // leave nothing behind while the guest gives no buffers.
+            let unasked = connection.state == StreamState::Requested && connection.announce.request;
             self.by_ports.remove(&ports);
             match outcome {
                 Ok(()) => self.drain(id),

@@ -1,15 +1,18 @@
 //! Vsock packets (virtio 1.2, 5.10.6): a header, and data in any number of buffers behind it. Linux
-//! sends more than 32 KiB in several.
+//! uses several buffers for more than 32 KiB.
 
 use crate::devices::virtio::chain::Buffers;
 
 /// Length of the header in bytes.
 pub(crate) const HEADER_LEN: usize = 44;
 
+/// The context id of the host (`VMADDR_CID_HOST`).
+pub(super) const HOST_CID: u64 = 2;
+
 /// `VIRTIO_VSOCK_TYPE_STREAM`
 pub(super) const TYPE_STREAM: u16 = 1;
 
-/// Most data in one packet; Linux sends no more than 64 KiB.
+/// Most data of one packet in bytes. Linux sends no more than 64 KiB.
 pub(super) const MAX_DATA_LEN: u32 = 64 * 1024;
 
 /// Flags of [`Op::Shutdown`].
@@ -17,7 +20,7 @@ pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
 /// See [`SHUTDOWN_RECEIVE`].
 pub(super) const SHUTDOWN_SEND: u32 = 2;
 
-/// What a packet is for (`VIRTIO_VSOCK_OP_*`).
+/// Operation of a packet (`VIRTIO_VSOCK_OP_*`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub(crate) enum Op {
@@ -93,7 +96,7 @@ impl Header {
     }
 }
 
-/// The fields of a header one after the other.
+/// Iterator over the fields of a header.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {
@@ -107,9 +110,9 @@ impl Fields<'_> {
     }
 }
 
-/// Takes the packet that the guest sent in `buffers`. `None` when it is none.
+/// Decodes a packet that the guest has sent. `None` if `buffers` hold no packet.
 pub(super) fn parse<'m>(buffers: &mut Buffers<'m>) -> Option<(Header, Buffers<'m>)> {
-    // The header is copied once and then believed, whatever the guest does to its memory.
+    // The header is copied once, so later changes of guest memory have no effect.
     let header = Header::from_bytes(buffers.take()?);
     let len = Some(header.len).filter(|len| *len <= MAX_DATA_LEN)?;
     let data = buffers.split_to(len as usize)?;
@@ -124,7 +127,7 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// Of a packet that the guest sent.
+    /// Returns the ports of a packet that the guest has sent.
     pub(super) fn of_sent(header: &Header) -> Self {
         Self { host: header.dst_port, guest: header.src_port }
     }

@@ -1,74 +1,74 @@
-//! What the socket device knows of its streams, apart from the host sockets themselves: whoever goes
-//! on from it has to connect them anew, or reset the streams.
+//! State of the socket device's streams, without the host sockets. Streams from a restored state
+//! must be connected again, or reset.
 
 use serde::{Deserialize, Serialize};
 
-/// All streams.
+/// State of all streams.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MuxerState {
     /// The streams, in the order in which they were opened.
     pub connections: Vec<ConnectionState>,
-    /// Host and guest port of streams whose reset the guest has still to be told.
+    /// Host and guest port of streams whose reset the guest must still get.
     pub resets: Vec<(u32, u32)>,
-    /// Where the search for a free host port goes on.
+    /// Next host port to try for a new stream.
     pub next_host_port: u32,
 }
 
-/// How far a stream is.
+/// Phase of a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StreamState {
-    /// A host process has connected, and its `CONNECT` line is awaited.
+    /// A host process has connected, and has not sent its whole `CONNECT` line.
     Handshake,
-    /// The guest was asked, or is to be.
+    /// The guest has got a request, or is to get one.
     Requested,
-    /// Data flows.
+    /// The stream carries data.
     Open,
-    /// Only what the guest sent before is left to be handed on.
+    /// Only earlier data of the guest is left to write to the host.
     Draining,
 }
 
-/// One stream. Counters are in bytes and wrap (virtio 1.2, 5.10.6.3).
+/// State of one stream. Counters are in bytes and wrap (virtio 1.2, 5.10.6.3).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConnectionState {
-    /// How far it is.
+    /// Phase of the stream.
     pub state: StreamState,
-    /// Port on the host's side.
+    /// Port of the host.
     pub host_port: u32,
-    /// Port on the guest's side.
+    /// Port of the guest.
     pub guest_port: u32,
-    /// The guest opened it.
+    /// True if the guest opened the stream.
     pub opened_by_guest: bool,
-    /// The guest has still to be asked for it.
+    /// True if the guest must still get the request.
     pub announce_request: bool,
-    /// The guest has still to be told that it is open.
+    /// True if the guest must still get the response.
     pub announce_response: bool,
-    /// The guest has still to be told of its credit.
+    /// True if the guest must still get its credit.
     pub announce_credit: bool,
-    /// From the guest, and not yet taken by the host socket.
+    /// Data of the guest that the host socket has not taken yet.
     pub backlog: Vec<u8>,
-    /// Received from the guest.
+    /// Bytes received from the guest.
     pub received: u32,
-    /// Handed on to the host socket.
+    /// Bytes written to the host socket.
     pub forwarded: u32,
-    /// What the guest knows of that.
+    /// Value of `forwarded` that the guest knows.
     pub announced: u32,
-    /// The guest sends no more.
+    /// True if the guest sends no more.
     pub guest_send_closed: bool,
-    /// The host socket was told so.
+    /// True if the host socket is shut down for writing.
     pub host_write_shut: bool,
-    /// Sent to the guest.
+    /// Bytes sent to the guest.
     pub sent: u32,
-    /// What the guest can buffer.
+    /// Buffer size of the guest.
     pub peer_buf_alloc: u32,
-    /// What the guest has handed on.
+    /// Bytes that the guest has handed on.
     pub peer_forwarded: u32,
-    /// The guest takes no more.
+    /// True if the guest receives no more.
     pub guest_receive_closed: bool,
-    /// The host's process sends no more.
+    /// True if the host's process sends no more.
     pub host_eof: bool,
-    /// The host's process takes no more.
+    /// True if the host's process reads no more.
     pub host_receive_closed: bool,
-    /// Shutdown flags that the guest has been told.
+    /// Shutdown flags that the guest has got.
     pub told: u32,
 }

@@ -1,4 +1,4 @@
-//! Extended attributes, device nodes and procfs: what a guest may have of them.
+//! Tests of extended attributes, device nodes and procfs.
 
 use std::os::unix::fs::{MetadataExt, symlink};
 
@@ -9,7 +9,7 @@ const LISTXATTR: u32 = 23;
 const REMOVEXATTR: u32 = 24;
 const RENAME2: u32 = 45;
 
-impl Guest {
+impl FsGuest {
     fn set_xattr(&mut self, node: u64, name: &str, value: &str) -> i32 {
         let head = [value.len() as u32, 0].map(u32::to_le_bytes).concat();
         let body = [&head, name.as_bytes(), &[0], value.as_bytes()].concat();
@@ -41,13 +41,13 @@ impl Guest {
     }
 }
 
-/// An attribute of a file on the host.
-fn host_xattr(guest: &Guest, file: &str, name: &str) -> Option<String> {
+/// Returns an attribute of a file on the host.
+fn host_xattr(guest: &FsGuest, file: &str, name: &str) -> Option<String> {
     let path = std::ffi::CString::new(guest.path(file).to_str().unwrap()).unwrap();
     let name = std::ffi::CString::new(name).unwrap();
     let mut value = vec![0u8; 200];
     let room = value.as_mut_ptr().cast();
-    // SAFETY: path and name are C strings, and the kernel writes at most the length given.
+    // SAFETY: path and name are C strings, and the kernel writes at most the given length.
     let len = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), room, value.len()) };
     value.truncate(usize::try_from(len).ok()?);
     Some(String::from_utf8(value).unwrap())
@@ -55,7 +55,7 @@ fn host_xattr(guest: &Guest, file: &str, name: &str) -> Option<String> {
 
 #[test]
 fn trusted_attributes_are_kept_under_a_name_that_needs_no_rights() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let file = guest.lookup(ROOT, "file").unwrap();
     if guest.set_xattr(file, "user.mine", "u") == libc::EOPNOTSUPP {
         return eprintln!("left out: the file system has no attributes");
@@ -72,7 +72,7 @@ fn trusted_attributes_are_kept_under_a_name_that_needs_no_rights() {
     assert_eq!(names, [&b""[..], b"trusted.overlay.opaque", b"user.mine"]);
     assert_eq!(guest.xattrs(file, 0).unwrap()[..4], (len as u32).to_le_bytes());
     assert_eq!(guest.xattrs(file, len as u32 - 1), Err(libc::ERANGE));
-    // The name under which it is kept is nobody's.
+    // The guest cannot use the reserved names.
     for name in ["user.isopod.trusted.overlay.opaque", "user.isopod.x"] {
         assert_eq!(guest.xattr(file, name), Err(libc::EOPNOTSUPP));
         assert_eq!(guest.set_xattr(file, name, "n"), libc::EOPNOTSUPP);
@@ -87,7 +87,7 @@ fn trusted_attributes_are_kept_under_a_name_that_needs_no_rights() {
 
 #[test]
 fn devices_are_made_only_where_the_container_may() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let whiteout = guest.mknod("whiteout", libc::S_IFCHR, 0);
     if whiteout == libc::EPERM {
         return eprintln!("left out: needs root, or Linux 5.8");
@@ -98,7 +98,7 @@ fn devices_are_made_only_where_the_container_may() {
     }
     assert!(!guest.path("device").exists());
     assert_eq!(guest.mknod("fifo", libc::S_IFIFO | 0o600, 0x103), 0);
-    // overlayfs leaves a whiteout where it renames a file.
+    // overlayfs leaves a whiteout in place of a renamed file.
     let to = [&ROOT.to_le_bytes()[..], &[4, 0, 0, 0, 0, 0, 0, 0], b"file\0moved\0"].concat();
     assert_eq!(guest.ask(RENAME2, ROOT, &to).0, 0);
     let left = fs::symlink_metadata(guest.path("file")).unwrap();
@@ -107,17 +107,18 @@ fn devices_are_made_only_where_the_container_may() {
     let allowed = FsConfig { devices: true, ..config() };
     let device = Fs::new(&allowed).unwrap();
     device.share().open_for(guest.path("").to_str().unwrap(), None, 100).unwrap();
-    let mut allowed = Guest { driver: Driver::started(Box::new(device)), directory }.initialised();
+    let mut allowed =
+        FsGuest { driver: Driver::started(Box::new(device)), directory }.initialised();
     assert_eq!(allowed.mknod("device", libc::S_IFCHR | 0o600, 0x103), 0);
     assert_eq!(fs::symlink_metadata(guest.path("device")).unwrap().rdev(), 0x103);
 }
 
 /// A guest whose share is a directory of procfs.
-fn guest_of_proc(path: &str) -> Guest {
+fn guest_of_proc(path: &str) -> FsGuest {
     let device = Fs::new(&config()).unwrap();
     device.share().open_for(path, None, 100).unwrap();
     let directory = Arc::new(tempfile::tempdir().unwrap());
-    Guest { driver: Driver::started(Box::new(device)), directory }.initialised()
+    FsGuest { driver: Driver::started(Box::new(device)), directory }.initialised()
 }
 
 #[test]
@@ -156,7 +157,7 @@ fn a_share_that_is_itself_closed_has_nothing_open() {
 
 #[test]
 fn a_link_to_a_closed_file_is_not_followed_here() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     symlink(format!("/proc/{}/mem", std::process::id()), guest.path("link")).unwrap();
     let link = guest.lookup(ROOT, "link").unwrap();
     assert_eq!(guest.open(OPEN, link, libc::O_RDONLY), Err(libc::EBADF));

@@ -1,4 +1,4 @@
-//! The capabilities that the share is served with: each is needed, and together they are enough.
+//! Tests of the capabilities for serving the share: each is necessary, and together they suffice.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 
@@ -12,10 +12,10 @@ use crate::jail;
 
 const SETATTR: u32 = 4;
 
-/// A user who is nobody in particular.
+/// A user id without any rights.
 const OTHER: u32 = 4321;
 
-/// `struct fuse_setattr_in` that sets the fields with these bits.
+/// Encodes a `struct fuse_setattr_in` that sets the fields of these bits.
 fn attributes(valid: u32, mode: u32, uid: u32) -> Vec<u8> {
     let mut body = vec![0; 88];
     body[..4].copy_from_slice(&valid.to_le_bytes());
@@ -24,7 +24,7 @@ fn attributes(valid: u32, mode: u32, uid: u32) -> Vec<u8> {
     body
 }
 
-impl Guest {
+impl FsGuest {
     fn change(&mut self, name: &str, valid: u32, mode: u32, uid: u32) -> bool {
         let file = self.lookup(ROOT, name).unwrap();
         self.ask(SETATTR, file, &attributes(valid, mode, uid)).0 == 0
@@ -42,8 +42,8 @@ impl Guest {
     }
 }
 
-/// A request that fails without this capability, and the state that it leaves with it.
-type Operation = (CapabilitySet, fn(&mut Guest) -> bool);
+/// A capability, and a request that succeeds only with it.
+type Operation = (CapabilitySet, fn(&mut FsGuest) -> bool);
 
 const OPERATIONS: [Operation; 9] = [
     (CapabilitySet::CHOWN, |guest| {
@@ -60,7 +60,7 @@ const OPERATIONS: [Operation; 9] = [
     }),
     (CapabilitySet::SETUID, |guest| guest.make_for(OTHER, 0)),
     (CapabilitySet::SETGID, |guest| guest.make_for(0, OTHER)),
-    // The share's root is open to its owner alone, whom the guest's user is not.
+    // The share's root is open to its owner only, who is another user.
     (CapabilitySet::SETPCAP, |guest| guest.make_for(OTHER, OTHER)),
     (CapabilitySet::MKNOD, |guest| {
         // Mode, device (1, 3), mask.
@@ -69,7 +69,7 @@ const OPERATIONS: [Operation; 9] = [
     }),
     (CapabilitySet::SETFCAP, |guest| {
         let file = guest.lookup(ROOT, "file").unwrap();
-        // A vfs_cap_data of revision 2 with CAP_CHOWN permitted, in the shorter form of the request.
+        // A vfs_cap_data of revision 2 with CAP_CHOWN permitted, in the short form of the request.
         let value = [0x0200_0000, 1, 0, 0, 0].map(u32::to_le_bytes).concat();
         let head = [20, 0].map(u32::to_le_bytes).concat();
         let set = [&head[..], b"security.capability\0", &value[..]].concat();
@@ -77,14 +77,14 @@ const OPERATIONS: [Operation; 9] = [
     }),
 ];
 
-/// Runs `test` in a jail around a share, on a thread that has these capabilities only when the device
-/// starts. `None` without the rights of root.
+/// Runs `test` in a jail around a share. When the device starts, the thread has only these
+/// capabilities. `None` without root.
 fn in_jail<T: Send + 'static>(
     kept: CapabilitySet,
-    test: impl FnOnce(Guest) -> T + Send + 'static,
+    test: impl FnOnce(FsGuest) -> T + Send + 'static,
 ) -> Option<T> {
     let directory = Arc::new(tempfile::tempdir().unwrap());
-    // Removed out here: in the jail it is not there.
+    // Removed outside, because the jail does not show the directory.
     let outside = Arc::clone(&directory);
     let result = std::thread::spawn(move || {
         let share = directory.path().join("share");
@@ -99,9 +99,9 @@ fn in_jail<T: Send + 'static>(
         let jail = jailed::jail(&share)?;
         let device = Fs::new(&FsConfig { devices: true, ..config() }).unwrap();
         device.share().open(jail::SHARE, Some(jail.clone())).unwrap();
-        jail.close().unwrap();
+        jail.enter_share().unwrap();
         jail::keep_only(kept).unwrap();
-        Some(test(Guest { driver: Driver::started(Box::new(device)), directory }))
+        Some(test(FsGuest { driver: Driver::started(Box::new(device)), directory }))
     })
     .join()
     .unwrap();
@@ -109,7 +109,7 @@ fn in_jail<T: Send + 'static>(
     result
 }
 
-fn begin(guest: &mut Guest) {
+fn begin(guest: &mut FsGuest) {
     let init = [7u32, 38, 0, 0].map(u32::to_le_bytes).concat();
     assert_eq!(guest.ask(INIT, ROOT, &init).0, 0);
 }

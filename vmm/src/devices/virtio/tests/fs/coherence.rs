@@ -1,4 +1,4 @@
-//! Files that the host changes while the guest knows of them.
+//! Tests of files that the host changes while the guest knows of them.
 
 use super::*;
 
@@ -8,7 +8,7 @@ const LINK: u32 = 13;
 const MODE: u32 = 1;
 const SIZE: u32 = 8;
 
-impl Guest {
+impl FsGuest {
     fn set(&mut self, node: u64, valid: u32) -> i32 {
         let mut body = [0; 88];
         body[..4].copy_from_slice(&valid.to_le_bytes());
@@ -19,12 +19,12 @@ impl Guest {
 
 #[test]
 fn a_file_that_is_gone_is_looked_up_again() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     fs::write(guest.path("known"), "known").unwrap();
     fs::write(guest.path("open"), "open").unwrap();
     let known = guest.lookup(ROOT, "known").unwrap();
     let open = guest.lookup(ROOT, "open").unwrap();
-    // A descriptor of the one that is only known.
+    // Gives the node a descriptor, and closes the handle.
     let handle = guest.open(OPEN, known, libc::O_RDONLY).unwrap();
     assert_eq!(guest.close(RELEASE, known, handle), 0);
     let handle = guest.open(OPEN, open, libc::O_RDWR).unwrap();
@@ -46,7 +46,7 @@ fn a_file_that_is_gone_is_looked_up_again() {
 
 #[test]
 fn a_file_that_was_replaced_is_another_node() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let old = guest.lookup(ROOT, "file").unwrap();
     for round in 0..50 {
         fs::remove_file(guest.path("file")).unwrap();
@@ -62,7 +62,7 @@ fn a_file_that_was_replaced_is_another_node() {
 
 #[test]
 fn names_in_a_directory_that_is_gone_are_looked_up_from_above() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let dir = guest.lookup(ROOT, "dir").unwrap();
     assert_eq!(guest.lookup(dir, "x"), Err(libc::ENOENT));
     fs::remove_dir(guest.path("dir")).unwrap();
@@ -77,13 +77,13 @@ fn names_in_a_directory_that_is_gone_are_looked_up_from_above() {
 
 #[test]
 fn a_file_that_the_guest_removes_or_renames_is_still_its_own() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     fs::create_dir(guest.path("dir/below")).unwrap();
     fs::write(guest.path("dir/below/file"), "below").unwrap();
     let dir = guest.lookup(ROOT, "dir").unwrap();
     let below = guest.lookup(dir, "below").unwrap();
     let file = guest.lookup(below, "file").unwrap();
-    // Neither has a descriptor yet; both are found by the new name.
+    // Neither node has a descriptor yet. Both are found by the new name.
     let to = [&ROOT.to_le_bytes()[..], b"dir\0moved\0"].concat();
     assert_eq!(guest.ask(RENAME, ROOT, &to).0, 0);
     let handle = guest.open(OPEN, file, libc::O_RDONLY).unwrap();
@@ -94,7 +94,7 @@ fn a_file_that_the_guest_removes_or_renames_is_still_its_own() {
     let (error, attributes) = guest.ask(GETATTR, unopened, &[0; 16]);
     assert_eq!(error, 0);
     assert_eq!(attributes[16 + 64..16 + 68], [0; 4], "links");
-    // What has no name any more gets none.
+    // A file without a name gets none.
     let link = [&unopened.to_le_bytes()[..], b"again\0"].concat();
     assert_eq!(guest.ask(LINK, ROOT, &link).0, libc::ESTALE);
     let link = [&file.to_le_bytes()[..], b"file\0"].concat();
@@ -105,7 +105,7 @@ fn a_file_that_the_guest_removes_or_renames_is_still_its_own() {
 #[test]
 fn a_file_without_a_name_can_be_given_one() {
     const TMPFILE: u32 = 51;
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let flags = (libc::O_TMPFILE | libc::O_RDWR) as u32;
     let head = [flags, libc::S_IFREG | 0o640, 0, 0].map(u32::to_le_bytes).concat();
     let (error, made) = guest.ask(TMPFILE, ROOT, &[&head[..], b"#1\0"].concat());
@@ -122,7 +122,7 @@ fn a_file_without_a_name_can_be_given_one() {
     assert_eq!(guest.lookup(ROOT, "named"), Ok(node));
     assert_eq!(guest.close(RELEASE, node, handle), 0);
     assert!(guest.open(OPEN, node, libc::O_RDONLY).is_ok());
-    // Only a directory has such files, and only with a right to write.
+    // Only directories have such files, which need write access.
     let file = guest.lookup(ROOT, "file").unwrap();
     assert_eq!(guest.ask(TMPFILE, file, &[&head[..], b"#2\0"].concat()).0, libc::ENOTDIR);
     let read_only = [(libc::O_TMPFILE as u32), 0o640, 0, 0].map(u32::to_le_bytes).concat();
@@ -131,7 +131,7 @@ fn a_file_without_a_name_can_be_given_one() {
 
 #[test]
 fn a_file_is_there_while_any_handle_of_it_is_open() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let head = [libc::O_RDWR as u32, libc::S_IFREG | 0o640, 0, 0].map(u32::to_le_bytes).concat();
     let (error, made) = guest.ask(CREATE, ROOT, &[&head[..], b"new\0"].concat());
     assert_eq!(error, 0);

@@ -1,4 +1,4 @@
-//! Requests that would do harm if the host's kernel got them as they are.
+//! Tests of requests that would do harm if the host's kernel got them unchanged.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
@@ -15,7 +15,7 @@ const DESTROY: u32 = 38;
 
 const WRITE_CACHE: u32 = 1;
 
-impl Guest {
+impl FsGuest {
     fn with_descriptors(max: usize) -> Self {
         let mut guest = Self::before_init_with(max);
         let init = [7u32, 38, 0x20000, !(1 << 30)].map(u32::to_le_bytes).concat();
@@ -45,9 +45,9 @@ impl Guest {
 
 #[test]
 fn flags_that_cannot_be_set_leave_the_handle_open() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let handle = guest.open(OPENDIR, ROOT, libc::O_RDONLY).unwrap();
-    let mut read = Guest::body(handle, 0, 4096);
+    let mut read = FsGuest::body(handle, 0, 4096);
     read[32..36].copy_from_slice(&libc::O_DIRECT.to_le_bytes());
     for _ in 0..3 {
         assert_eq!(guest.ask(READ, ROOT, &read).0, libc::EISDIR);
@@ -63,7 +63,7 @@ fn append_is_switched_on_and_off_with_each_write() {
     let (plain, append) = (libc::O_RDWR, libc::O_RDWR | libc::O_APPEND);
     let truncate = libc::O_TRUNC;
     for (opened, truncated) in [(plain, 0), (append, 0), (plain, truncate), (append, truncate)] {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         let file = guest.lookup(ROOT, "file").unwrap();
         let flags = opened | truncated | libc::O_DIRECT;
         let handle = guest.open(OPEN, file, flags).unwrap();
@@ -81,7 +81,7 @@ fn append_is_switched_on_and_off_with_each_write() {
 
 #[test]
 fn flags_of_an_open_that_are_not_known_are_refused() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let file = guest.lookup(ROOT, "file").unwrap();
     let outside = guest.directory.path().join(MINE);
     symlink(&outside, guest.path("link")).unwrap();
@@ -96,7 +96,7 @@ fn flags_of_an_open_that_are_not_known_are_refused() {
         }
     }
     assert_eq!(guest.create("new", libc::O_DIRECTORY), Err(libc::EINVAL));
-    // All that Linux may send.
+    // All flags that Linux may send.
     let linux = 0o100_000 | 1 << 5 | 1 << 25 | libc::O_CLOEXEC | libc::O_NOCTTY | libc::O_NOATIME;
     let linux = linux | libc::O_SYNC | libc::O_NONBLOCK | libc::O_ASYNC | libc::O_CREAT;
     assert!(guest.open(OPEN, file, libc::O_RDWR | libc::O_NOFOLLOW | linux).is_ok());
@@ -106,7 +106,7 @@ fn flags_of_an_open_that_are_not_known_are_refused() {
 
 #[test]
 fn a_file_that_is_there_is_not_opened_by_creating_it() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     for flags in [libc::O_RDWR, libc::O_RDWR | libc::O_CREAT, libc::O_WRONLY | libc::O_TRUNC] {
         assert_eq!(guest.create("file", flags), Err(libc::ESTALE));
         assert_eq!(guest.create("file", flags | libc::O_EXCL), Err(libc::EEXIST));
@@ -120,13 +120,13 @@ fn a_file_that_is_there_is_not_opened_by_creating_it() {
 
 #[test]
 fn the_end_of_a_mount_takes_nodes_and_handles_but_not_the_root() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let file = guest.lookup(ROOT, "file").unwrap();
     let handle = guest.open(OPEN, file, libc::O_RDONLY).unwrap();
     assert_eq!(guest.ask(DESTROY, ROOT, &[]).0, 0);
     assert_eq!(guest.read(file, handle).0, libc::EBADF);
     assert_eq!(guest.open(OPEN, file, 0), Err(libc::EBADF));
-    // The root is the one that it was, and so was there all the time: it is not opened again.
+    // The root is still the same and is not opened again, so the rename has no effect.
     let (share, moved) = (guest.path(""), guest.directory.path().join("moved"));
     fs::rename(&share, &moved).unwrap();
     fs::create_dir(&share).unwrap();
@@ -139,7 +139,7 @@ fn the_end_of_a_mount_takes_nodes_and_handles_but_not_the_root() {
 
 #[test]
 fn files_are_made_for_users_whose_rights_the_guest_knows() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let root = std::thread::spawn(|| crate::jail::keep_capabilities().is_ok()).join().unwrap();
     if !root {
         return eprintln!("left out: needs root");
@@ -162,7 +162,7 @@ fn files_are_made_for_users_whose_rights_the_guest_knows() {
         let made = fs::symlink_metadata(guest.path(name)).unwrap();
         assert_eq!((made.uid(), made.gid()), (4321, 8765), "{name}");
     }
-    // The worker is itself again.
+    // The worker has its own user again.
     assert!(guest.create("after", libc::O_RDWR).is_ok());
     assert_eq!(fs::metadata(guest.path("after")).unwrap().uid(), 0);
     guest.still_serves();
@@ -170,7 +170,7 @@ fn files_are_made_for_users_whose_rights_the_guest_knows() {
 
 #[test]
 fn extended_attributes_have_the_size_that_linux_gives_them() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let file = guest.lookup(ROOT, "file").unwrap();
     for size in [65537, 1 << 20, u32::MAX] {
         let head = [size, 0].map(u32::to_le_bytes).concat();
@@ -185,7 +185,7 @@ fn extended_attributes_have_the_size_that_linux_gives_them() {
 
 #[test]
 fn listings_give_the_numbers_of_stat() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     fs::write(guest.path("dir/one"), "").unwrap();
     fs::create_dir(guest.path("dir/two")).unwrap();
     let dir = guest.lookup(ROOT, "dir").unwrap();
@@ -202,7 +202,7 @@ fn listings_give_the_numbers_of_stat() {
 #[test]
 fn descriptors_are_bounded_and_those_of_idle_nodes_make_room() {
     const MAX: usize = 10;
-    let mut guest = Guest::with_descriptors(MAX);
+    let mut guest = FsGuest::with_descriptors(MAX);
     for n in 0..20 {
         fs::create_dir_all(guest.path(&format!("dir/{n}"))).unwrap();
         fs::write(guest.path(&format!("dir/{n}/file")), n.to_string()).unwrap();
@@ -210,11 +210,11 @@ fn descriptors_are_bounded_and_those_of_idle_nodes_make_room() {
     let dir = guest.lookup(ROOT, "dir").unwrap();
     let mut files = Vec::new();
     for n in 0..20 {
-        // Each directory takes a descriptor when something is looked up in it.
+        // A lookup in a directory gives the directory a descriptor.
         let below = guest.lookup(dir, &n.to_string()).unwrap();
         files.push(guest.lookup(below, "file").unwrap());
     }
-    // All are still there, by their names.
+    // All files are found again by their names.
     for (n, file) in files.iter().enumerate() {
         let handle = guest.open(OPEN, *file, libc::O_RDONLY).unwrap();
         assert_eq!(guest.read(*file, handle), (0, n.to_string().into()));
@@ -225,16 +225,17 @@ fn descriptors_are_bounded_and_those_of_idle_nodes_make_room() {
     assert_eq!(guest.write(file, handle, b"x", 0, libc::O_RDWR | libc::O_APPEND), 0);
     let mut handles = vec![handle];
     handles.extend(std::iter::from_fn(|| guest.open(OPEN, file, libc::O_RDONLY).ok()));
-    // Beside the handles there are the root, the file's node and the twin of the first handle.
+    // The other descriptors are those of the root, the file's node, and the append twin of the
+    // first handle.
     assert_eq!(handles.len(), MAX - 3);
-    // Full: of each kind. A name can still be looked up where a descriptor is.
+    // No descriptor is left for any request. Lookups where a descriptor is open still work.
     assert!(guest.lookup(ROOT, "dir").is_ok());
     assert_eq!(guest.lookup(dir, "1"), Err(libc::ENOMEM));
     assert_eq!(guest.open(OPEN, file, 0), Err(libc::ENFILE));
     assert_eq!(guest.open(OPENDIR, dir, 0), Err(libc::ENFILE));
     assert_eq!(guest.create("new", libc::O_RDWR), Err(libc::ENFILE));
     assert!(!guest.path("new").exists());
-    // Closing what was not opened makes no room, and forgetting the root forgets nothing.
+    // Closing an unknown handle makes no room, and forgetting the root has no effect.
     assert_eq!(guest.close(RELEASE, file, 12345), libc::EBADF);
     for node in [ROOT, 0, 999, u64::MAX] {
         guest.forget(node, u64::MAX);
@@ -251,14 +252,14 @@ fn descriptors_are_bounded_and_those_of_idle_nodes_make_room() {
 
 #[test]
 fn a_node_is_gone_with_its_last_lookup() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let file = guest.lookup(ROOT, "file").unwrap();
     assert_eq!(guest.lookup(ROOT, "file"), Ok(file));
     guest.forget(file, 1);
     let handle = guest.open(OPEN, file, libc::O_RDONLY).unwrap();
     guest.forget(file, 7);
     assert_eq!(guest.open(OPEN, file, libc::O_RDONLY), Err(libc::EBADF));
-    // An open file stays that.
+    // A forgotten node's open file stays open.
     assert_eq!(guest.read(file, handle), (0, b"content".to_vec()));
     assert_ne!(guest.lookup(ROOT, "file"), Ok(file), "the number of a node that was forgotten");
 }
@@ -283,7 +284,7 @@ fn a_share_that_cannot_be_served_ends_the_machine() {
 
 #[test]
 fn what_linux_does_without_is_not_there() {
-    let mut guest = Guest::new();
+    let mut guest = FsGuest::new();
     let file = guest.lookup(ROOT, "file").unwrap();
     let handle = guest.open(OPEN, file, libc::O_RDWR).unwrap();
     let body = [&handle.to_le_bytes()[..], &[0; 80]].concat();

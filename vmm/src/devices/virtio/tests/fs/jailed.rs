@@ -1,10 +1,10 @@
-//! The share as it is served in the jail.
+//! Tests of the share in the jail.
 
 use super::*;
 
-/// A mount namespace of this thread's own whose root is the jail around `share`. `None` without the
-/// rights of root.
-pub(super) fn jail(share: &std::path::Path) -> Option<crate::jail::Antechamber> {
+/// Makes a mount namespace of this thread's own, with the jail around `share` as its root. `None`
+/// without root.
+pub(super) fn jail(share: &std::path::Path) -> Option<crate::jail::OuterRoot> {
     use nix::mount::{MsFlags, mount};
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).ok()?;
     let none: Option<&str> = None;
@@ -17,7 +17,7 @@ pub(super) fn jail(share: &std::path::Path) -> Option<crate::jail::Antechamber> 
 #[test]
 fn the_share_is_served_in_the_jail_with_its_attributes() {
     let directory = Arc::new(tempfile::tempdir().unwrap());
-    // Removed out here: in the jail it is not there.
+    // Removed outside, because the jail does not show the directory.
     let outside = Arc::clone(&directory);
     std::thread::spawn(move || {
         let share = directory.path().join("share");
@@ -26,8 +26,8 @@ fn the_share_is_served_in_the_jail_with_its_attributes() {
         let Some(jail) = jail(&share) else { return eprintln!("left out: needs root") };
         let device = Fs::new(&config()).unwrap();
         device.share().open(crate::jail::SHARE, Some(jail.clone())).unwrap();
-        jail.close().unwrap();
-        let mut guest = Guest { driver: Driver::started(Box::new(device)), directory };
+        jail.enter_share().unwrap();
+        let mut guest = FsGuest { driver: Driver::started(Box::new(device)), directory };
         let init = [7u32, 38, 0, 0].map(u32::to_le_bytes).concat();
         assert_eq!(guest.ask(INIT, ROOT, &init).0, 0);
         let file = guest.lookup(ROOT, "file").unwrap();
@@ -35,7 +35,7 @@ fn the_share_is_served_in_the_jail_with_its_attributes() {
         assert_eq!(guest.read(file, handle), (0, b"content".to_vec()));
         assert_eq!(guest.lookup(ROOT, ".."), Err(libc::EINVAL));
         assert_eq!(guest.lookup(ROOT, "proc"), Err(libc::ENOENT));
-        // Some file systems have none for anybody; what must not be is that the file is missing.
+        // Some file systems have no such attributes, but the file must not be missing.
         let set = [&[1, 0, 0, 0, 0, 0, 0, 0][..], b"user.x\0v"].concat();
         let (error, _) = guest.ask(SETXATTR, file, &set);
         assert!(matches!(error, 0 | libc::EOPNOTSUPP), "{error}");

@@ -1,4 +1,4 @@
-//! Locks of two guests on one file, and of the host's own processes.
+//! Tests of locks of two guests and of the host's own processes on one file.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -14,11 +14,11 @@ const INTERRUPT: u32 = 36;
 const FLOCK: u32 = 1;
 const TO_THE_END: u64 = i64::MAX as u64;
 
-/// Places for requests that are answered later: away from those that are answered at once.
+/// Addresses of requests with a later answer, apart from other requests.
 const LATER_REQUEST: u64 = 0xc0_0000;
 const LATER_ANSWER: u64 = 0xd0_0000;
 
-/// `fuse_lk_in`: which handle, whose lock, of which kind, from where to where.
+/// A `fuse_lk_in`: handle, owner, kind and range of a lock.
 #[derive(Clone, Copy)]
 pub(super) struct Lock {
     node: u64,
@@ -51,8 +51,8 @@ impl Lock {
     }
 }
 
-impl Guest {
-    /// A write lock on the whole file, through a handle of its own.
+impl FsGuest {
+    /// Returns a write lock on the whole file, through a new handle.
     fn lock(&mut self, flags: u32) -> Lock {
         let node = self.lookup(ROOT, "file").unwrap();
         let handle = self.open(OPEN, node, libc::O_RDWR).unwrap();
@@ -63,7 +63,7 @@ impl Guest {
         self.ask(SETLK, lock.node, &lock.body()).0
     }
 
-    /// Asks for a lock and does not wait for the answer. `unique` names the request.
+    /// Requests a lock without waiting for the answer. `unique` is the request's number.
     fn wait_for_lock(&mut self, lock: Lock, unique: u64) -> u16 {
         let body = lock.body();
         let mut request = header(SETLKW, lock.node, body.len());
@@ -71,12 +71,12 @@ impl Guest {
         request.extend(body);
         let (from, to) = (LATER_REQUEST + 256 * unique, LATER_ANSWER + 256 * unique);
         self.driver.put(from, &request);
-        // The header of the answer in two pieces.
+        // The answer's header in two pieces.
         let chain = [(from, request.len() as u32, false), (to, 7, true), (to + 7, 9, true)];
         self.driver.offer(REQUESTS, &chain)
     }
 
-    /// The answer to the request that is answered next: its name and the error.
+    /// Returns the number and the error of the request that is answered next.
     fn answer_of(&mut self, heads: &[(u16, u64)]) -> (u64, i32) {
         let (head, len) = self.driver.wait_used(REQUESTS);
         assert_eq!(len, 16);
@@ -100,22 +100,22 @@ impl Guest {
 }
 
 /// Two guests that share a directory.
-fn two() -> (Guest, Guest) {
-    let one = Guest::new();
-    let other = Guest { driver: one_more(&one), directory: Arc::clone(&one.directory) };
+fn two() -> (FsGuest, FsGuest) {
+    let one = FsGuest::new();
+    let other = FsGuest { driver: one_more(&one), directory: Arc::clone(&one.directory) };
     (one, other.initialised())
 }
 
-fn one_more(guest: &Guest) -> Driver {
+fn one_more(guest: &FsGuest) -> Driver {
     let device = Fs::new(&config()).unwrap();
     device.share().open_for(guest.path("").to_str().unwrap(), None, 100).unwrap();
     Driver::started(Box::new(device))
 }
 
-/// Whether a process of the host gets the file for itself, in the manner of flock(2).
-fn host_gets(guest: &Guest) -> bool {
+/// Returns true if a process of the host gets an exclusive flock(2) lock on the file.
+fn host_gets(guest: &FsGuest) -> bool {
     let file = File::open(guest.path("file")).unwrap();
-    // SAFETY: it takes numbers only.
+    // SAFETY: the call takes numbers only.
     unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
 }
 
@@ -169,7 +169,7 @@ fn ranges_are_apart_and_the_one_in_the_way_is_named() {
 fn locks_go_with_a_close_a_release_and_a_reset() {
     let (mut one, mut other) = two();
     let (mine, theirs) = (one.lock(0), other.lock(0));
-    // One of the process's descriptors is closed: its locks go, those of others stay.
+    // The close of one descriptor of the process releases its locks, and no others.
     assert_eq!(one.set_lock(mine), 0);
     assert_eq!(one.flush(mine.owner(2)), 0);
     assert_eq!(other.set_lock(theirs), libc::EAGAIN);
@@ -199,7 +199,7 @@ fn who_waits_gets_the_lock_and_holds_up_nobody() {
         let (mut one, mut other) = two();
         let (mine, theirs) = (one.lock(flags), other.lock(flags).kind(libc::F_RDLCK));
         assert_eq!(one.set_lock(mine), 0);
-        // More than there are workers.
+        // More waits than workers.
         let heads: Vec<_> = (1..=10)
             .map(|unique| (other.wait_for_lock(theirs.owner(unique), unique), unique))
             .collect();
@@ -216,11 +216,11 @@ fn who_waits_gets_the_lock_and_holds_up_nobody() {
     }
 }
 
-/// Other threads of a process that waits close the file, give everything back, or lock another part.
+/// Other threads of a waiting process close the file, release everything, or lock another part.
 #[test]
 fn who_waits_gets_the_lock_whatever_the_process_does_meanwhile() {
     let other_part = |lock: Lock| Lock { range: (5, 5), ..lock };
-    type Meanwhile = fn(&mut Guest, Lock) -> i32;
+    type Meanwhile = fn(&mut FsGuest, Lock) -> i32;
     let unlock: Meanwhile = |guest, lock| guest.set_lock(lock.kind(libc::F_UNLCK));
     let close: Meanwhile = |guest, lock| guest.flush(lock);
     let close_and_lock: Meanwhile = |guest, lock| {
@@ -244,7 +244,7 @@ fn who_waits_gets_the_lock_whatever_the_process_does_meanwhile() {
     }
 }
 
-/// A close releases the locks of the process although a thread of it still waits for one.
+/// A close releases the locks of the process, although one of its threads still waits.
 #[test]
 fn locks_go_with_a_close_beside_a_wait() {
     let (mut one, mut other) = two();
@@ -258,13 +258,13 @@ fn locks_go_with_a_close_beside_a_wait() {
     assert_eq!(other.answer_of(&[head]), (1, 0));
 }
 
-/// The host runs no program that somebody has open for writing.
+/// The host executes no program that is open for writing.
 #[test]
 fn a_lock_for_reading_opens_for_reading() {
     let (mut one, mut other) = two();
-    // A lease for readers is refused while somebody has the file open for writing.
+    // A read lease is refused while the file is open for writing.
     let file = File::open(one.path("file")).unwrap();
-    // SAFETY: it takes numbers only.
+    // SAFETY: the call takes numbers only.
     let lease = |kind: i32| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) };
     for (flags, kind) in [(0, libc::F_RDLCK), (FLOCK, libc::F_RDLCK), (FLOCK, libc::F_WRLCK)] {
         let node = one.lookup(ROOT, "file").unwrap();
@@ -277,7 +277,7 @@ fn a_lock_for_reading_opens_for_reading() {
     let node = one.lookup(ROOT, "file").unwrap();
     let handle = one.open(OPEN, node, libc::O_RDONLY).unwrap();
     assert_eq!(one.set_lock(Lock::whole(node, handle, 0)), libc::EBADF, "a write lock");
-    // A process that has locked two parts for reading, and then writes through another handle.
+    // A process locks parts for reading, and then writes through another handle.
     let theirs = other.lock(0);
     let node = one.lookup(ROOT, "file").unwrap();
     let reading = one.open(OPEN, node, libc::O_RDONLY).unwrap();
@@ -330,7 +330,7 @@ fn waits_are_bounded_and_end_with_the_device() {
         let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
         name.is_ok_and(|name| name.trim() == "fs-lock")
     });
-    // Other tests may wait meanwhile, but not so many.
+    // Other tests may have waits meanwhile, but fewer.
     assert!(waiting.count() < 100);
     other.driver.start();
     other.still_serves();

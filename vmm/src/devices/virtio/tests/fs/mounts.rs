@@ -1,4 +1,4 @@
-//! Mounts below the share, as the guest is told of them.
+//! Tests of mounts below the share.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::devices::virtio::tests::driver::PATIENCE;
 const STATFS: u32 = 17;
 const SUBMOUNT: u32 = 1;
 
-/// Runs in a thread with mounts of its own. Left out without the rights of root.
+/// Runs `test` in a thread with its own mounts. Left out without root.
 fn with_mounts(test: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(move || {
         if nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).is_err() {
@@ -36,7 +36,7 @@ fn bind(from: &Path, to: &Path) {
     mount(Some(from), to, none, MsFlags::MS_BIND, none).unwrap();
 }
 
-/// `fuse_entry_out`: node, time for which the name may be trusted, inode, flags.
+/// A `fuse_entry_out`: node, seconds for which the name may be cached, inode, flags.
 struct Looked {
     node: u64,
     seconds: u64,
@@ -44,7 +44,7 @@ struct Looked {
     flags: u32,
 }
 
-impl Guest {
+impl FsGuest {
     fn look(&mut self, node: u64, name: &str) -> Looked {
         let (error, entry) = self.ask(LOOKUP, node, &[name.as_bytes(), &[0]].concat());
         assert_eq!(error, 0, "{name}");
@@ -64,7 +64,7 @@ impl Guest {
 #[test]
 fn each_mount_begins_a_file_system_of_its_own() {
     with_mounts(|| {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         mount_tmpfs(&guest.path("a"), "size=4m");
         mount_tmpfs(&guest.path("b"), "size=8m");
         mount_tmpfs(&guest.path("b/nested"), "size=16m");
@@ -72,7 +72,7 @@ fn each_mount_begins_a_file_system_of_its_own() {
             fs::write(guest.path(name), name).unwrap();
         }
         fs::create_dir(guest.path("b/plain")).unwrap();
-        let inode = |guest: &Guest, name: &str| fs::metadata(guest.path(name)).unwrap().ino();
+        let inode = |guest: &FsGuest, name: &str| fs::metadata(guest.path(name)).unwrap().ino();
         assert_eq!(inode(&guest, "a/file"), inode(&guest, "b/nested/file"), "nothing to confuse");
         let (a, b) = (guest.look(ROOT, "a"), guest.look(ROOT, "b"));
         let (nested, plain) = (guest.look(b.node, "nested"), guest.look(b.node, "plain"));
@@ -93,7 +93,7 @@ fn each_mount_begins_a_file_system_of_its_own() {
         assert_eq!(nodes.len(), 3);
         let blocks = [a.node, b.node, nested.node, plain.node].map(|node| guest.blocks(node));
         assert_eq!(blocks, [1024, 2048, 4096, 2048]);
-        // A listing names the mounts, and leaves their files to a lookup.
+        // A listing contains the mounts' names, but no nodes for them.
         for opcode in [READDIR, READDIRPLUS] {
             let entries = guest.entries(opcode, b.node, 0, 4096);
             let told = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap().node;
@@ -107,7 +107,7 @@ fn each_mount_begins_a_file_system_of_its_own() {
 #[test]
 fn one_directory_mounted_twice_is_two() {
     with_mounts(|| {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         for name in ["one", "two"] {
             fs::create_dir(guest.path(name)).unwrap();
             bind(&guest.path("dir"), &guest.path(name));
@@ -124,7 +124,7 @@ fn one_directory_mounted_twice_is_two() {
 #[test]
 fn a_process_has_the_same_locks_by_both_mounts_of_a_directory() {
     with_mounts(|| {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         fs::create_dir(guest.path("a")).unwrap();
         fs::write(guest.path("a/file"), "").unwrap();
         fs::create_dir(guest.path("b")).unwrap();
@@ -144,7 +144,7 @@ fn a_process_has_the_same_locks_by_both_mounts_of_a_directory() {
 #[test]
 fn a_mount_that_comes_or_goes_changes_the_node() {
     with_mounts(|| {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         let before = guest.look(ROOT, "dir");
         mount_tmpfs(&guest.path("dir"), "size=4m");
         let mounted = guest.look(ROOT, "dir");
@@ -159,7 +159,7 @@ fn a_mount_that_comes_or_goes_changes_the_node() {
 #[test]
 fn a_guest_that_only_looked_leaves_a_mount_of_the_host_free() {
     with_mounts(|| {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         mount_tmpfs(&guest.path("volume"), "size=4m");
         let below = guest.path("volume/below");
         mount_tmpfs(&below, "size=4m");
@@ -172,7 +172,7 @@ fn a_guest_that_only_looked_leaves_a_mount_of_the_host_free() {
         let handle = guest.open(OPEN, file.node, libc::O_RDONLY).unwrap();
         assert_eq!(umount(&below), Err(nix::Error::EBUSY), "a file is open there");
         assert_eq!(guest.close(RELEASE, file.node, handle), 0);
-        // Idle descriptors are closed, and opened again when they are needed.
+        // Idle descriptors are closed, and opened again on demand.
         wait_until(|| count_in(&below) == 0);
         let handle = guest.open(OPEN, file.node, libc::O_RDONLY).unwrap();
         assert_eq!(guest.read(file.node, handle), (0, b"content".to_vec()));
@@ -185,7 +185,7 @@ fn a_guest_that_only_looked_leaves_a_mount_of_the_host_free() {
     });
 }
 
-/// Descriptors of this process in a directory's tree.
+/// Counts this process's descriptors in a directory tree.
 fn count_in(tree: &Path) -> usize {
     let descriptors = fs::read_dir("/proc/self/fd").unwrap();
     let targets = descriptors.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
@@ -203,7 +203,7 @@ fn wait_until(mut done: impl FnMut() -> bool) {
 #[test]
 fn only_a_root_file_system_is_trusted_for_a_while() {
     with_mounts(|| {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         mount_tmpfs(&guest.path("id/rootfs"), "size=4m");
         mount_tmpfs(&guest.path("id/rootfs/mounted"), "size=4m");
         fs::create_dir_all(guest.path("id/rootfs/rootfs")).unwrap();
@@ -222,7 +222,7 @@ fn only_a_root_file_system_is_trusted_for_a_while() {
         let files = [rootfs.node, mounted.node, volume.node, plain.node];
         let files = files.map(|dir| guest.look(dir, "file").seconds);
         assert_eq!(files, [1, 0, 0, 0]);
-        // A listing tells of the files there, but not of the mounts.
+        // A listing contains nodes of files there, but not of mounts.
         let entries = guest.entries(READDIRPLUS, rootfs.node, 0, 4096);
         let told = |name: &str| entries.iter().find(|entry| entry.name == name).unwrap().node;
         assert_eq!((told("rootfs"), told("mounted")), (Some(inner.node), Some(0)));
@@ -236,7 +236,7 @@ fn only_a_root_file_system_is_trusted_for_a_while() {
 #[test]
 fn a_bound_file_whose_name_is_gone_can_still_be_opened() {
     with_mounts(|| {
-        let mut guest = Guest::new();
+        let mut guest = FsGuest::new();
         fs::write(guest.path("dir/bound"), "").unwrap();
         bind(&guest.path("file"), &guest.path("dir/bound"));
         fs::write(guest.path("new"), "new").unwrap();

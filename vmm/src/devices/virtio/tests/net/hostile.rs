@@ -1,4 +1,4 @@
-//! What no driver does, and what the host does to a device.
+//! Tests of invalid drivers, and of changes to the tap by the host.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -13,7 +13,7 @@ const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 const AT: u64 = 0x40_0000;
 
-/// The device serves as if nothing had happened.
+/// Checks that the device still serves both directions.
 fn still_serves(driver: &mut Driver, wire: &Wire) {
     transmit(driver, TRANSMIT, &packet(200, 9), &[]);
     assert_eq!(wire.receive(), frame(200, 9));
@@ -37,7 +37,7 @@ fn packets_that_are_none_are_dropped() {
             &[(AT, 12, false)],
             &[(AT, 20, false)],
             &[(AT, 16 << 20, false)],
-            // For the device to write.
+            // Chains with writable buffers.
             &[(AT, 12, false), (AT, 100, true)],
             &[(AT, 1500, true)],
         ];
@@ -68,7 +68,7 @@ fn headers_that_lie_send_nothing_wrong() {
             for (at, value) in [(2, hdr_len), (4, gso_size), (6, start), (8, offset)] {
                 packet[at..at + 2].copy_from_slice(&u16::to_le_bytes(value));
             }
-            // An IPv4 frame, so that what does get through is not taken for the test's own.
+            // An IPv4 frame, so that the test does not receive the frames that get through.
             packet[HEADER_LEN + 12..HEADER_LEN + 14].copy_from_slice(&[8, 0]);
             assert_eq!(transmit(&mut driver, TRANSMIT, &packet, &[]), 0);
         }
@@ -94,7 +94,7 @@ fn room_that_is_none_is_given_back_empty() {
             wire.send(&frame(100, 1));
             assert_eq!(driver.wait_used(RECEIVE), (head, 0));
         }
-        // The frames are all still there.
+        // No frame is lost.
         let room = make_room(&mut driver, RECEIVE, 6, 1600);
         for _ in 0..6 {
             assert_eq!(take(&mut driver, RECEIVE, &room).0[HEADER_LEN..], frame(100, 1));
@@ -145,7 +145,7 @@ fn the_host_may_take_the_tap_away() {
         let mut driver = Driver::started(Box::new(wire.device(Mover::Threads)));
         make_room(&mut driver, RECEIVE, 4, 1600);
         wire.take_down();
-        // As with a wire that is cut: what is sent is lost, and nothing else happens.
+        // Sent packets are lost, as with a cut wire, and nothing else happens.
         for n in 0..100 {
             assert_eq!(transmit(&mut driver, TRANSMIT, &packet(200, n), &[]), 0);
         }
@@ -165,14 +165,14 @@ fn a_start_that_fails_leaves_no_queue_to_the_kernel() {
         driver.negotiate();
         driver.set_up_queues();
         make_room(&mut driver, RECEIVE, 4, 1600);
-        // The second queue's kicks come by no event descriptor, which the kernel refuses.
+        // The kernel refuses a kick descriptor of the second queue that is not an eventfd.
         let (_, kick) = driver.transport.worker_kicks().nth(TRANSMIT).unwrap();
         let file = tempfile::tempfile().unwrap();
-        // SAFETY: the number stays that of an open descriptor, which its owner closes.
+        // SAFETY: the number remains that of an open descriptor, which its owner closes.
         assert!(unsafe { libc::dup2(file.as_raw_fd(), kick.as_raw_fd()) } >= 0);
         driver.write(0x70, 15);
         assert_eq!(driver.status() & 64, 64, "needs a reset");
-        // Nobody takes the packet from the tap.
+        // The packet stays in the tap.
         wire.send(&frame(100, 1));
         let mut fds = [PollFd::new(wire.taps[0].as_fd(), PollFlags::POLLIN)];
         assert_eq!(poll(&mut fds, PollTimeout::try_from(PATIENCE).unwrap()).unwrap(), 1);

@@ -1,4 +1,4 @@
-//! Checksums and segments, left to whoever does them last.
+//! Tests of checksum and segmentation offloads.
 
 use super::wire::{HEADER_LEN, MAC, Wire, make_room, take, transmit, with_each_mover};
 use crate::devices::virtio::tests::driver::Driver;
@@ -28,7 +28,7 @@ fn sum(bytes: &[u8]) -> u16 {
     sum as u16
 }
 
-/// A TCP segment of IPv4 with `len` bytes of data, whose checksum covers the pseudo header only.
+/// A TCP segment of IPv4 with `len` bytes of data. Its checksum covers only the pseudo header.
 fn segment(len: usize) -> Vec<u8> {
     let mut frame = [&MAC[..], &[2, 0, 0, 0, 0, 1], &[8, 0]].concat();
     let mut ip = vec![0x45, 0, 0, 0, 0, 1, 0x40, 0, 64, 6, 0, 0, 10, 9, 8, 1, 10, 9, 8, 7];
@@ -45,7 +45,7 @@ fn segment(len: usize) -> Vec<u8> {
     frame
 }
 
-/// The checksum of a whole segment holds.
+/// Returns true if the checksum of a whole segment is right.
 fn is_checked(frame: &[u8]) -> bool {
     let ip = &frame[ETHERNET..ETHERNET + IP];
     let tcp = &frame[ETHERNET + IP..];
@@ -53,7 +53,7 @@ fn is_checked(frame: &[u8]) -> bool {
     sum(&[&pseudo[..], tcp].concat()) == 0xffff
 }
 
-/// The header (5.1.6) for a segment whose checksum is to be filled in.
+/// Returns the header (5.1.6) of a segment whose checksum is left to the receiver.
 fn header(gso: u8, gso_size: u16) -> [u8; 10] {
     let mut header = [0; 10];
     (header[0], header[1]) = (NEEDS_CSUM, gso);
@@ -64,7 +64,7 @@ fn header(gso: u8, gso_size: u16) -> [u8; 10] {
     header
 }
 
-/// A wire whose socket sees and sends IPv4 with headers.
+/// A wire whose socket sends and receives IPv4 frames with headers.
 fn wire() -> Wire {
     let wire = Wire::of("tap0", 1, 0x0800);
     wire.with_headers();
@@ -101,7 +101,7 @@ fn a_guest_without_segments_gets_frames() {
             data += packet.len() - HEADER_LEN - HEADERS;
         }
         assert_eq!(data, 6000);
-        // The other offloads are still there; without the checksum there are none.
+        // The other offloads were still negotiated. Without the checksum there are none.
         driver.reset();
         driver.declined |= GUEST_CSUM;
         driver.start();

@@ -1,7 +1,7 @@
-//! Several queue pairs, and the control queue that says how many are in use.
+//! Tests of several queue pairs, and of the control queue that sets their number.
 
 use super::wire::{HEADER_LEN, Wire, frame, make_room, transmit, with_each_mover};
-use crate::devices::virtio::state::OwnState;
+use crate::devices::virtio::net::NetState;
 use crate::devices::virtio::tests::driver::Driver;
 use crate::devices::virtio::tests::state::state;
 
@@ -16,7 +16,7 @@ const ERROR: u8 = 1;
 const COMMAND_AT: u64 = 0x60_0000;
 const ANSWER_AT: u64 = 0x61_0000;
 
-/// Sends a command; returns the answer.
+/// Sends a command. Returns the answer.
 fn command(driver: &mut Driver, bytes: &[u8]) -> u8 {
     driver.put(COMMAND_AT, bytes);
     driver.put(ANSWER_AT, &[0xee]);
@@ -32,13 +32,10 @@ fn set_pairs(driver: &mut Driver, pairs: u16) -> u8 {
 }
 
 fn active(driver: &mut Driver) -> u16 {
-    match state(driver).device.unwrap().own {
-        OwnState::Net(net) => net.active_pairs,
-        other => panic!("{other:?}"),
-    }
+    state(driver).device.unwrap().own.read::<NetState>().unwrap().active_pairs
 }
 
-/// A datagram from this port.
+/// A datagram with this source port.
 fn datagram(port: u16) -> Vec<u8> {
     let mut frame = frame(60, 0);
     frame[12..14].copy_from_slice(&[8, 0]);
@@ -48,7 +45,8 @@ fn datagram(port: u16) -> Vec<u8> {
     frame
 }
 
-/// Which receive queues get frames. Those of one flow go to one queue, so there are many flows.
+/// Returns the receive queues that get frames. All frames of a flow go to one queue, so many flows
+/// are sent.
 fn reached(driver: &mut Driver, wire: &Wire) -> Vec<usize> {
     const FRAMES: usize = 64;
     for n in 0..FRAMES {
@@ -107,7 +105,8 @@ fn other_commands_are_refused() {
         for pairs in [0, PAIRS as u16 + 1, u16::MAX] {
             assert_eq!(set_pairs(&mut driver, pairs), ERROR);
         }
-        // Another command of the class; promiscuous mode; an address; VLANs; offloads; too short.
+        // Another command of the class; promiscuous mode; an address; VLANs; offloads; a short
+        // command.
         let commands: [&[u8]; 7] = [
             &[4, 1, 2, 0],
             &[0, 0, 1],
@@ -121,7 +120,7 @@ fn other_commands_are_refused() {
             assert_eq!(command(&mut driver, bytes), ERROR, "{bytes:?}");
         }
         assert_eq!(active(&mut driver), 1);
-        // Without room for an answer nothing is done.
+        // A command without room for an answer is not executed.
         driver.put(COMMAND_AT, &[4, 0, 2, 0]);
         assert_eq!(driver.request(CONTROL, &[(COMMAND_AT, 4, false)]), 0);
         assert_eq!(active(&mut driver), 1);

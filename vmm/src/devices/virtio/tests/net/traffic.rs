@@ -1,4 +1,4 @@
-//! Frames both ways, in whatever pieces the driver has made.
+//! Tests of frames in both directions, in any pieces.
 
 use super::wire::{
     HEADER_LEN, MAC, Wire, config, frame, in_namespace, make_room, open_tap, packet, take,
@@ -42,7 +42,7 @@ fn many_frames_keep_their_order() {
         for declined in [0, EVENT_IDX] {
             let wire = Wire::new(1);
             let mut driver = Driver::started_without(Box::new(wire.device(mover)), declined);
-            // More than a turn, and around the ring.
+            // More than a turn of packets, and more than once around the ring.
             for round in 0..8 {
                 for n in 0..100u8 {
                     let at = 0x80_0000 + u64::from(n) * 0x1000;
@@ -81,11 +81,11 @@ fn a_frame_is_spread_over_small_buffers() {
         let wire = Wire::new(1);
         wire.set_mtu(9000);
         let mut driver = Driver::started(Box::new(wire.device(mover)));
-        // The header itself needs not lie in one piece.
+        // The header may be split too.
         let room = make_room(&mut driver, RECEIVE, 200, 61);
         let long = frame(9014, 4);
         for _ in 0..2 {
-            // A second one does not fit: it waits for the room.
+            // The second frame does not fit, and waits for room.
             wire.send(&long);
         }
         let (packet, count) = take(&mut driver, RECEIVE, &room);
@@ -108,7 +108,7 @@ fn without_merging_a_frame_takes_one_chain_or_is_lost() {
         wire.send(&frame(1400, 5));
         wire.send(&frame(900, 6));
         let (packet, count) = take(&mut driver, RECEIVE, &room);
-        // Also when merging is not negotiated (5.1.6.4.1), which vhost-net leaves out.
+        // The count is set without merging too (5.1.6.4.1), except by vhost-net.
         assert!(count == 1 || mover.is_kernel());
         assert_eq!(packet[HEADER_LEN..], frame(900, 6));
     });

@@ -1,4 +1,4 @@
-//! The host's end: a tap in a namespace of the calling thread, and a socket that sees its frames.
+//! The host's end: a tap in a network namespace of the calling thread, and a socket on it.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -17,53 +17,53 @@ use crate::devices::virtio::tests::driver::{Driver, PATIENCE};
 
 pub(super) const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 
-/// `struct virtio_net_hdr_v1`.
+/// Length of `struct virtio_net_hdr_v1`.
 pub(super) const HEADER_LEN: usize = 12;
 
 pub(super) const VHOST_NET: &str = "/dev/vhost-net";
 
-/// For local experiments (IEEE 802), so that no protocol of the host answers.
+/// Ethertype for local experiments (IEEE 802), so that no protocol of the host answers.
 const ETHERTYPE: u16 = 0x88b5;
 
-/// Who moves the packets.
+/// Movers of packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mover {
     /// Threads of the device.
     Threads,
     /// The kernel's vhost-net.
     Kernel,
-    /// Threads of the device, because no descriptor of vhost-net has come when it is first used.
-    LateThreads,
-    /// The kernel's vhost-net, whose descriptors come after the device was made.
-    LateKernel,
+    /// Threads of the device, without a descriptor of vhost-net at the first use.
+    DeferredThreads,
+    /// The kernel's vhost-net, with descriptors that come after the device was made.
+    DeferredKernel,
 }
 
 impl Mover {
     pub(super) fn is_kernel(self) -> bool {
-        matches!(self, Self::Kernel | Self::LateKernel)
+        matches!(self, Self::Kernel | Self::DeferredKernel)
     }
 }
 
-/// Runs `test` for each mover that this machine has.
+/// Runs `test` with each mover that this machine has.
 pub(super) fn with_each_mover(test: impl Fn(Mover) + Sync) {
     in_namespace(|| test(Mover::Threads));
-    in_namespace(|| test(Mover::LateThreads));
+    in_namespace(|| test(Mover::DeferredThreads));
     if fs::exists(VHOST_NET).unwrap() {
         in_namespace(|| test(Mover::Kernel));
-        in_namespace(|| test(Mover::LateKernel));
+        in_namespace(|| test(Mover::DeferredKernel));
     } else {
         eprintln!("left out in part: needs {VHOST_NET}");
     }
 }
 
-/// Runs `test` on a thread with a network namespace of its own. Nothing is left of either.
+/// Runs `test` on a thread with its own network namespace. Both are gone afterwards.
 pub(super) fn in_namespace(test: impl FnOnce() + Send) {
     thread::scope(|scope| {
         let thread = scope.spawn(|| {
             if unshare(CloneFlags::CLONE_NEWNET).is_err() || !fs::exists("/dev/net/tun").unwrap() {
                 return eprintln!("left out: needs root and /dev/net/tun");
             }
-            // Nobody but the test says anything.
+            // Only the test sends frames.
             let _ = fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
             test();
         });
@@ -92,21 +92,21 @@ fn named(name: &str) -> libc::ifreq {
 fn set_up(socket: &File, name: &str, up: bool) {
     let mut request = named(name);
     request.ifr_ifru.ifru_flags = if up { libc::IFF_UP as libc::c_short } else { 0 };
-    // SAFETY: the structure is as long as the kernel takes it to be.
+    // SAFETY: the structure has the length that the kernel expects.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) });
 }
 
-/// Opens one queue of a tap, made with the first.
+/// Opens one queue of a tap. The first open makes the tap.
 pub(super) fn open_tap(name: &str, flags: libc::c_int) -> OwnedFd {
     let tap = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
     let mut request = named(name);
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    // SAFETY: the structure is as long as the kernel takes it to be.
+    // SAFETY: the structure has the length that the kernel expects.
     check(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) });
     tap.into()
 }
 
-/// A tap with queues, up, and a socket on it.
+/// A tap that is up, its queues, and a socket on it.
 pub(super) struct Wire {
     pub(super) taps: Vec<OwnedFd>,
     pub(super) socket: File,
@@ -118,58 +118,58 @@ impl Wire {
         Self::of("tap0", queues, ETHERTYPE)
     }
 
-    /// A tap whose socket sees and sends frames of this type.
+    /// Makes a tap whose socket sends and receives frames of this type.
     pub(super) fn of(name: &str, queues: usize, ethertype: u16) -> Self {
         let multi = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | multi;
         let taps = (0..queues).map(|_| open_tap(name, flags)).collect();
-        // SAFETY: it takes numbers only.
+        // SAFETY: the call takes numbers only.
         let socket = check(unsafe {
             libc::socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(ethertype.to_be()))
         });
-        // SAFETY: the descriptor is new.
+        // SAFETY: the descriptor is new and has no other owner.
         let socket = unsafe { File::from_raw_fd(socket) };
         set_up(&socket, name, true);
         let mut request = named(name);
-        // SAFETY: the structure is as long as the kernel takes it to be.
+        // SAFETY: the structure has the length that the kernel expects.
         check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) });
         // SAFETY: all zeros are valid for numbers.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_protocol = ethertype.to_be();
-        // SAFETY: of the union's fields the kernel set this one.
+        // SAFETY: the kernel has set this field of the union.
         address.sll_ifindex = unsafe { request.ifr_ifru.ifru_ifindex };
         let len = size_of_val(&address) as libc::socklen_t;
-        // SAFETY: address and length belong together.
+        // SAFETY: the length is that of the address.
         check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), len) });
         Self { taps, socket, name: name.to_owned() }
     }
 
-    /// As if it were pulled out.
+    /// Takes the tap down, like a pulled cable.
     pub(super) fn take_down(&self) {
         set_up(&self.socket, &self.name, false);
     }
 
-    /// Makes the tap's frames as long as this, without their header.
+    /// Sets the tap's MTU: the length of a frame without its header.
     pub(super) fn set_mtu(&self, mtu: i32) {
         let mut request = named(&self.name);
         request.ifr_ifru.ifru_mtu = mtu;
-        // SAFETY: the structure is as long as the kernel takes it to be.
+        // SAFETY: the structure has the length that the kernel expects.
         check(unsafe {
             libc::ioctl(self.socket.as_raw_fd(), libc::SIOCSIFMTU, &raw const request)
         });
     }
 
-    /// From now on frames go through the socket with a header that says what is left to do.
+    /// Gives frames through the socket a header with their offloads.
     pub(super) fn with_headers(&self) {
         let on: libc::c_int = 1;
         let len = size_of_val(&on) as libc::socklen_t;
         let (fd, value) = (self.socket.as_raw_fd(), (&raw const on).cast());
-        // SAFETY: value and length belong together.
+        // SAFETY: the length is that of the value.
         check(unsafe { libc::setsockopt(fd, libc::SOL_PACKET, libc::PACKET_VNET_HDR, value, len) });
     }
 
-    /// A device on this tap.
+    /// Makes a device on this tap.
     pub(super) fn device(&self, mover: Mover) -> Net {
         let taps: Vec<_> = self.taps.iter().map(|tap| tap.try_clone().unwrap()).collect();
         let count = if mover.is_kernel() { taps.len() } else { 0 };
@@ -191,7 +191,7 @@ impl Wire {
         assert_eq!((&self.socket).write(frame).unwrap(), frame.len());
     }
 
-    /// The next frame that the guest sent.
+    /// Returns the next frame that the guest sent.
     pub(super) fn receive(&self) -> Vec<u8> {
         let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(PATIENCE).unwrap();
@@ -213,7 +213,7 @@ pub(super) fn config() -> NetConfig {
     }
 }
 
-/// A frame of `len` bytes whose payload tells it from others.
+/// Makes a frame of `len` bytes. The payload depends on `seed`.
 pub(super) fn frame(len: usize, seed: u8) -> Vec<u8> {
     let mut frame = Vec::with_capacity(len);
     frame.extend(MAC);
@@ -223,7 +223,7 @@ pub(super) fn frame(len: usize, seed: u8) -> Vec<u8> {
     frame
 }
 
-/// The same with a header that asks for nothing before it.
+/// Makes a frame behind a header without offloads.
 pub(super) fn packet(len: usize, seed: u8) -> Vec<u8> {
     [vec![0; HEADER_LEN], frame(len, seed)].concat()
 }
@@ -231,7 +231,7 @@ pub(super) fn packet(len: usize, seed: u8) -> Vec<u8> {
 pub(super) const TRANSMIT_AT: u64 = 0x80_0000;
 pub(super) const RECEIVE_AT: u64 = 0x100_0000;
 
-/// The guest sends these bytes, a header and a frame, in pieces of the given lengths.
+/// Sends a header and a frame from the guest, in pieces of the given lengths.
 pub(super) fn transmit(driver: &mut Driver, queue: usize, packet: &[u8], pieces: &[usize]) -> u32 {
     driver.put(TRANSMIT_AT, packet);
     let (mut at, mut rest) = (TRANSMIT_AT, packet.len());
@@ -246,7 +246,7 @@ pub(super) fn transmit(driver: &mut Driver, queue: usize, packet: &[u8], pieces:
     driver.request(queue, &buffers)
 }
 
-/// The guest makes room: `count` chains of `len` bytes. Returns where they lie, by head.
+/// Offers `count` chains of `len` bytes for received packets. Returns their addresses by head.
 pub(super) fn make_room(
     driver: &mut Driver,
     queue: usize,
@@ -261,13 +261,13 @@ pub(super) fn make_room(
         .collect()
 }
 
-/// The next packet that the guest gets, put together from its chains, and how many those were.
+/// Takes the guest's next packet. Returns its bytes, and the number of its chains.
 pub(super) fn take(driver: &mut Driver, queue: usize, room: &HashMap<u16, u64>) -> (Vec<u8>, u16) {
     let (head, len) = driver.wait_used(queue);
     let mut packet = driver.get(room[&head], len as usize);
     let count = u16::from_le_bytes([packet[10], packet[11]]);
     for _ in 1..count {
-        // All of a packet's chains are there as soon as the first is.
+        // All chains of a packet become visible with the first.
         let (head, len) = driver.used(queue).unwrap();
         packet.extend(driver.get(room[&head], len as usize));
     }

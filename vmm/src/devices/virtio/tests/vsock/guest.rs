@@ -1,4 +1,4 @@
-//! A guest's side of the socket device: packets instead of chains.
+//! The guest's side of the socket device, with packets in place of chains.
 
 use std::io::{Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -8,7 +8,6 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::super::driver::{Driver, PATIENCE};
 use super::super::state::state;
-use crate::devices::virtio::state::OwnState;
 pub(super) use crate::devices::virtio::vsock::packet::{HEADER_LEN, Header, Op};
 use crate::devices::virtio::vsock::{MuxerState, Vsock};
 
@@ -16,26 +15,26 @@ pub(super) const CID: u64 = 3;
 pub(super) const RECEIVE: usize = 0;
 pub(super) const TRANSMIT: usize = 1;
 
-/// Where the packets that the guest sends are.
+/// Address of the packets that the guest sends.
 const SENT_AT: u64 = 0x20_0000;
-/// Where its receive buffers are.
+/// Address of the guest's receive buffers.
 const RECEIVED_AT: u64 = 0x100_0000;
-/// Length of a receive buffer, as Linux has it.
+/// Length of a receive buffer in bytes, as in Linux.
 const BUFFER_LEN: u32 = 4096;
-/// What the guest says that it can take: less than anything here sends.
+/// Buffer size that the guest announces, less than the tests send.
 pub(super) const CREDIT: u32 = 10_000;
 
-pub(super) struct Guest {
+pub(super) struct VsockGuest {
     pub(super) driver: Driver,
     path: tempfile::TempDir,
     connector: UnixDatagram,
-    /// Next receive buffer to give, by number; a buffer's chain is its descriptor.
+    /// Addresses of the receive buffers. The next one to give comes first.
     buffers: Vec<u64>,
     pub(super) buf_alloc: u32,
     pub(super) fwd_cnt: u32,
 }
 
-impl Guest {
+impl VsockGuest {
     pub(super) fn new() -> Self {
         let mut guest = Self::without_buffers();
         for _ in 0..64 {
@@ -44,7 +43,7 @@ impl Guest {
         guest
     }
 
-    /// A guest that cannot receive yet.
+    /// Makes a guest without receive buffers.
     pub(super) fn without_buffers() -> Self {
         let path = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(path.path().join("vsock.sock")).unwrap();
@@ -56,12 +55,9 @@ impl Guest {
         Self { driver, path, connector: ours, buffers, buf_alloc: CREDIT, fwd_cnt: 0 }
     }
 
-    /// What the device knows of its streams.
+    /// Returns the device's state of its streams.
     pub(super) fn streams(&mut self) -> MuxerState {
-        match state(&mut self.driver).device.map(|device| device.own) {
-            Some(OwnState::Vsock(streams)) => streams,
-            other => panic!("{other:?}"),
-        }
+        state(&mut self.driver).device.unwrap().own.read().unwrap()
     }
 
     pub(super) fn give_buffer(&mut self) {
@@ -78,10 +74,10 @@ impl Guest {
         }
     }
 
-    /// The next packet from the device.
+    /// Receives the next packet of the device.
     pub(super) fn receive(&mut self) -> (Header, Vec<u8>) {
         let (_, len) = self.driver.wait_used(RECEIVE);
-        // They come back in the order in which they were given.
+        // Buffers come back in the order in which they were given.
         let at = self.buffers[0];
         let header = Header::from_bytes(self.driver.get(at, HEADER_LEN).try_into().unwrap());
         assert_eq!(len, HEADER_LEN as u32 + header.len);
@@ -91,7 +87,7 @@ impl Guest {
         (header, data)
     }
 
-    /// The same, if there is one now.
+    /// Receives the next packet of the device, if there is one.
     pub(super) fn try_receive(&mut self) -> Option<(Header, Vec<u8>)> {
         let (_, _) = self.driver.used(RECEIVE)?;
         let at = self.buffers[0];
@@ -107,7 +103,7 @@ impl Guest {
         header
     }
 
-    /// The next packet of this kind to this port; others are passed over.
+    /// Receives the next packet of this kind to this port, and skips others.
     pub(super) fn until(&mut self, op: Op, port: u32) -> Header {
         loop {
             let (header, _) = self.receive();
@@ -117,7 +113,7 @@ impl Guest {
         }
     }
 
-    /// A header from a guest port to a host port.
+    /// Makes a header from a guest port to a host port.
     pub(super) fn header(&self, guest: u32, host: u32, op: Op) -> Header {
         Header {
             src_cid: CID,
@@ -132,7 +128,7 @@ impl Guest {
         }
     }
 
-    /// Sends a packet in several buffers, as Linux does with a large one.
+    /// Sends a packet in several buffers, as Linux sends a large one.
     pub(super) fn send_packet(&mut self, header: Header, data: &[u8]) {
         let header = Header { len: data.len() as u32, ..header };
         self.driver.put(SENT_AT, &header.to_bytes());
@@ -153,7 +149,7 @@ impl Guest {
         self.send_packet(header, &[]);
     }
 
-    /// A client of the host that has asked for a port of the guest.
+    /// Connects a client of the host that asks for a port of the guest.
     pub(super) fn client(&self, line: &str) -> UnixStream {
         let mut client = UnixStream::connect(self.path.path().join("vsock.sock")).unwrap();
         client.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -162,7 +158,7 @@ impl Guest {
         client
     }
 
-    /// A stream that the host opened to this port: the client, and its host port.
+    /// Opens a stream from the host to this port. Returns the client, and its host port.
     pub(super) fn open_from_host(&mut self, port: u32) -> (UnixStream, u32) {
         let mut client = self.client(&format!("CONNECT {port}\n"));
         let request = self.until(Op::Request, port);
@@ -174,7 +170,7 @@ impl Guest {
         (client, request.src_port)
     }
 
-    /// What the sandbox process gets when the guest opens a stream: the port and its end.
+    /// Receives a stream that the guest opens, as the sandbox process does: the port and one end.
     pub(super) fn accept(&self) -> (u32, UnixStream) {
         let mut port = [0; 4];
         let (len, fd) = self.connector.recv_with_fd(&mut port).unwrap();
@@ -185,7 +181,7 @@ impl Guest {
         (u32::from_le_bytes(port), stream)
     }
 
-    /// A stream that the guest opened: the host's end.
+    /// Opens a stream from the guest. Returns the host's end.
     pub(super) fn open_from_guest(&mut self, guest: u32, host: u32) -> UnixStream {
         self.send(guest, host, Op::Request);
         self.until(Op::Response, guest);
@@ -200,6 +196,6 @@ fn seqpacket_pair() -> (UnixDatagram, UnixDatagram) {
     let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
     // SAFETY: the array has room for both descriptors.
     assert_eq!(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, fds.as_mut_ptr()) }, 0);
-    // SAFETY: the descriptors are new and owned here.
+    // SAFETY: the descriptors are new and have no other owner.
     fds.map(|fd| UnixDatagram::from(unsafe { OwnedFd::from_raw_fd(fd) })).into()
 }

@@ -1,14 +1,14 @@
-//! A guest that breaks the rules harms its own streams only.
+//! Tests of a guest that breaks rules: it harms only its own streams.
 
 use std::io::{Read, Write};
 
 use super::super::driver::count;
-use super::guest::{Guest, HEADER_LEN, Header, Op, TRANSMIT};
+use super::guest::{HEADER_LEN, Header, Op, TRANSMIT, VsockGuest};
 use crate::devices::virtio::vsock::muxer::MAX_GUEST_CONNECTIONS;
 
 const AT: u64 = 0x60_0000;
 
-fn still_serves(guest: &mut Guest) {
+fn still_serves(guest: &mut VsockGuest) {
     let (mut client, port) = guest.open_from_host(4000);
     guest.send_packet(guest.header(4000, port, Op::Data), b"alive");
     let mut got = [0; 5];
@@ -20,7 +20,7 @@ fn still_serves(guest: &mut Guest) {
 
 #[test]
 fn more_than_the_credit_resets_the_stream() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let _host = guest.open_from_guest(5000, 77);
     loop {
         guest.send_packet(guest.header(5000, 77, Op::Data), &vec![0; 65536]);
@@ -35,7 +35,7 @@ fn more_than_the_credit_resets_the_stream() {
 
 #[test]
 fn a_lie_about_its_own_credit_starves_the_guest_only() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let (mut client, port) = guest.open_from_host(1024);
     guest.fwd_cnt = u32::MAX;
     guest.buf_alloc = u32::MAX;
@@ -52,13 +52,13 @@ fn a_lie_about_its_own_credit_starves_the_guest_only() {
 
 #[test]
 fn packets_out_of_place_are_answered_with_a_reset_or_not_at_all() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     for op in [Op::Response, Op::Shutdown, Op::Data, Op::CreditUpdate, Op::CreditRequest] {
         guest.send(1, 2, op);
         let reset = guest.expect(Op::Reset);
         assert_eq!((reset.src_port, reset.dst_port), (2, 1));
     }
-    // A reset of nothing is not answered, nor is what comes from or goes to another.
+    // A reset of an unknown stream is not answered. Packets from or to another cid are not either.
     guest.send(1, 2, Op::Reset);
     let request = guest.header(1, 2, Op::Request);
     guest.send_packet(Header { src_cid: 4, ..request }, &[]);
@@ -69,7 +69,7 @@ fn packets_out_of_place_are_answered_with_a_reset_or_not_at_all() {
     assert_eq!(guest.expect(Op::Reset).src_port, 3);
     guest.send_packet(Header { op: 99, dst_port: 4, ..request }, &[]);
     assert_eq!(guest.expect(Op::Reset).src_port, 4);
-    // A stream's second request, an unknown operation, and data behind its end.
+    // A second request or a response, unknown operations, and data after the guest's shutdown.
     for op in [1, 2, 0, 8, u16::MAX] {
         let _host = guest.open_from_guest(5000, 77);
         guest.send_packet(Header { op, ..guest.header(5000, 77, Op::Data) }, &[]);
@@ -84,8 +84,8 @@ fn packets_out_of_place_are_answered_with_a_reset_or_not_at_all() {
 
 #[test]
 fn malformed_packets_are_given_back() {
-    let mut guest = Guest::new();
-    let Guest { driver, .. } = &mut guest;
+    let mut guest = VsockGuest::new();
+    let VsockGuest { driver, .. } = &mut guest;
     let data = |len| Header { len, src_cid: 3, dst_cid: 2, kind: 1, op: 5, ..Header::default() };
     for (len, chain) in [
         (0, &[(AT, HEADER_LEN as u32 - 1, false)][..]),
@@ -107,7 +107,7 @@ fn malformed_packets_are_given_back() {
 
 #[test]
 fn receive_buffers_that_are_too_small_or_split_are_coped_with() {
-    let mut guest = Guest::without_buffers();
+    let mut guest = VsockGuest::without_buffers();
     let mut client = guest.client("CONNECT 1024\n");
     let driver = &mut guest.driver;
     for small in [(AT, 43, true), (AT, 100, false), (1 << 40, 4096, true)] {
@@ -124,7 +124,7 @@ fn receive_buffers_that_are_too_small_or_split_are_coped_with() {
 
 #[test]
 fn a_receive_buffer_of_just_a_header_goes_back_unused() {
-    let mut guest = Guest::without_buffers();
+    let mut guest = VsockGuest::without_buffers();
     let mut client = guest.client("CONNECT 1024\n");
     assert_eq!(guest.driver.request(0, &[(AT, 4096, true)]), HEADER_LEN as u32);
     let request = Header::from_bytes(guest.driver.get(AT, HEADER_LEN).try_into().unwrap());
@@ -134,18 +134,18 @@ fn a_receive_buffer_of_just_a_header_goes_back_unused() {
         assert_eq!(guest.driver.request(0, &[(AT, HEADER_LEN as u32, true)]), 0);
     }
     assert_eq!(guest.driver.request(0, &[(AT, HEADER_LEN as u32 + 1, true)]), 45);
-    // The worker still looks at its stop.
+    // The worker still checks its stop.
     guest.driver.reset();
 }
 
 #[test]
 fn a_host_that_comes_and_goes_leaves_nothing_for_a_guest_without_buffers() {
-    let mut guest = Guest::without_buffers();
+    let mut guest = VsockGuest::without_buffers();
     for _ in 0..500 {
         drop(guest.client("CONNECT 1024\n"));
     }
-    // Neither request nor reset is left: the guest never heard of any of them. Clients are accepted
-    // in turn, so when the last is there, all others have been.
+    // Neither request nor reset is left, because the guest got no request. Clients are accepted in
+    // turn, so when the last is there, all others have been accepted.
     let _client = guest.client("CONNECT 1025\n");
     loop {
         let streams = guest.streams();
@@ -161,7 +161,7 @@ fn a_host_that_comes_and_goes_leaves_nothing_for_a_guest_without_buffers() {
 
 #[test]
 fn a_flood_of_requests_leaves_room_for_the_host() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let mut hosts = Vec::new();
     for port in 0..MAX_GUEST_CONNECTIONS as u32 {
         hosts.push(guest.open_from_guest(port, 77));
@@ -171,7 +171,7 @@ fn a_flood_of_requests_leaves_room_for_the_host() {
         guest.expect(Op::Reset);
     }
     still_serves(&mut guest);
-    // The host lets one go, and the guest gets another.
+    // The host closes one stream, and the guest can open another.
     drop(hosts.pop());
     let flags = guest.expect(Op::Shutdown);
     guest.send(flags.dst_port, 77, Op::Reset);
@@ -180,7 +180,7 @@ fn a_flood_of_requests_leaves_room_for_the_host() {
 
 #[test]
 fn resets_wait_for_a_guest_that_does_not_receive() {
-    let mut guest = Guest::without_buffers();
+    let mut guest = VsockGuest::without_buffers();
     for port in 0..200 {
         guest.send(port, 1, Op::Data);
     }
@@ -195,7 +195,7 @@ fn resets_wait_for_a_guest_that_does_not_receive() {
 
 #[test]
 fn resets_amid_everything_leave_no_thread_and_no_descriptor() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let mut before = None;
     for round in 0..200 {
         for port in 0..8 {
@@ -203,7 +203,7 @@ fn resets_amid_everything_leave_no_thread_and_no_descriptor() {
         }
         guest.driver.reset();
         let now = (count("/proc/self/fd"), count("/proc/self/task"));
-        // Other tests come and go in this process, but what leaks, leaks with each round.
+        // Other tests run in this process, but a leak grows with each round.
         let before = *before.get_or_insert(now);
         assert!(now.0 < before.0 + 1400, "descriptors {now:?} after {round} rounds, {before:?}");
         assert!(now.1 < before.1 + 90, "threads {now:?} after {round} rounds, {before:?}");

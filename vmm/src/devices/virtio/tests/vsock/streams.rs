@@ -1,11 +1,11 @@
-//! What streams promise: every byte, in order, both ways, to the end.
+//! Tests of streams: they carry every byte, in order, both ways, to the end.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use super::guest::{CREDIT, Guest, Op};
+use super::guest::{CREDIT, Op, VsockGuest};
 use crate::devices::virtio::vsock::StreamState;
 
 const SEND: u32 = 2;
@@ -16,9 +16,9 @@ fn pattern(seed: usize) -> Vec<u8> {
     (0..LEN).map(|n| (n.wrapping_mul(2_654_435_761) >> 11) as u8 ^ seed as u8).collect()
 }
 
-/// Moves [`LEN`] bytes both ways at once; the guest sends in packets of up to 64 KiB and takes no
-/// more than [`CREDIT`] unread.
-fn exchange(guest: &mut Guest, host: &UnixStream, ports: (u32, u32)) {
+/// Moves [`LEN`] bytes both ways at once. The guest sends packets of up to 64 KiB, and has at most
+/// [`CREDIT`] bytes unread.
+fn exchange(guest: &mut VsockGuest, host: &UnixStream, ports: (u32, u32)) {
     let (to_host, to_guest) = (pattern(1), pattern(2));
     let expected = to_host.clone();
     let mut reader = host.try_clone().unwrap();
@@ -66,7 +66,7 @@ fn exchange(guest: &mut Guest, host: &UnixStream, ports: (u32, u32)) {
     assert!(got == to_guest, "the guest got other bytes");
     reader.join().unwrap();
     writer.join().unwrap();
-    // The guest ends its side as well: the host sees the end, the guest its reset.
+    // The guest ends its side too: the host sees the end, and the guest gets its reset.
     guest.shut_down(ports.0, ports.1, SEND);
     guest.until(Op::Reset, ports.0);
     assert_eq!((&*host).read(&mut [0]).unwrap(), 0);
@@ -74,28 +74,28 @@ fn exchange(guest: &mut Guest, host: &UnixStream, ports: (u32, u32)) {
 
 #[test]
 fn bytes_cross_both_ways_at_once_when_the_host_opened() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let (client, host_port) = guest.open_from_host(1024);
     exchange(&mut guest, &client, (1024, host_port));
 }
 
 #[test]
 fn bytes_cross_both_ways_at_once_when_the_guest_opened() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let host = guest.open_from_guest(5000, 77);
     exchange(&mut guest, &host, (5000, 77));
 }
 
 #[test]
 fn a_host_that_is_done_sending_still_receives() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let (mut client, port) = guest.open_from_host(1024);
     client.write_all(b"last words").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(guest.receive().1, b"last words");
     assert_eq!(guest.expect(Op::Shutdown).flags, SEND);
     guest.send_packet(guest.header(1024, port, Op::Data), b"answer");
-    // The guest closes: it gets its reset, and the host what was sent and then the end.
+    // The guest closes and gets its reset. The host gets the data, then the end.
     guest.shut_down(1024, port, BOTH);
     guest.expect(Op::Reset);
     let mut got = String::new();
@@ -105,7 +105,7 @@ fn a_host_that_is_done_sending_still_receives() {
 
 #[test]
 fn a_guest_that_is_done_sending_still_receives() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let mut host = guest.open_from_guest(5000, 77);
     guest.send_packet(guest.header(5000, 77, Op::Data), b"question");
     guest.shut_down(5000, 77, SEND);
@@ -121,11 +121,11 @@ fn a_guest_that_is_done_sending_still_receives() {
 
 #[test]
 fn the_guest_is_reset_at_once_even_if_the_host_reads_late() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let mut host = guest.open_from_guest(5000, 77);
     let data = vec![7; 65536];
     let mut sent = 0;
-    // As much as goes without the host reading anything: its socket's buffer and ours.
+    // As many bytes as the host's socket and the VMM buffer without a reader.
     for _ in 0..4 {
         guest.send_packet(guest.header(5000, 77, Op::Data), &data);
         sent += data.len();
@@ -135,17 +135,17 @@ fn the_guest_is_reset_at_once_even_if_the_host_reads_late() {
     let mut got = Vec::new();
     host.read_to_end(&mut got).unwrap();
     assert_eq!(got.len(), sent);
-    // The ports are free again meanwhile.
+    // The ports are free again.
     guest.open_from_guest(5000, 77);
 }
 
 #[test]
 fn what_the_host_wrote_before_it_closed_arrives() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let (mut client, port) = guest.open_from_host(1024);
     client.write_all(&vec![9; 50_000]).unwrap();
     drop(client);
-    // The guest sends meanwhile, to nobody.
+    // The guest sends to a closed socket meanwhile.
     guest.send_packet(guest.header(1024, port, Op::Data), &[1; 1000]);
     let (mut got, mut flags) = (0, 0);
     while flags != BOTH {
@@ -165,7 +165,7 @@ fn what_the_host_wrote_before_it_closed_arrives() {
 
 #[test]
 fn what_follows_the_connect_line_is_not_forgotten() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let mut client = guest.client("CONNECT 1024\nand more");
     let port = guest.expect(Op::Request).src_port;
     guest.send(1024, port, Op::Response);
@@ -180,7 +180,7 @@ fn what_follows_the_connect_line_is_not_forgotten() {
 
 #[test]
 fn a_refusal_closes_the_client_without_an_answer() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let mut client = guest.client("CONNECT 1024\n");
     let port = guest.expect(Op::Request).src_port;
     guest.send(1024, port, Op::Reset);
@@ -194,20 +194,20 @@ fn a_refusal_closes_the_client_without_an_answer() {
 
 #[test]
 fn a_client_that_gives_up_is_taken_back() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let client = guest.client("CONNECT 1024\n");
     let port = guest.expect(Op::Request).src_port;
     drop(client);
     let reset = guest.expect(Op::Reset);
     assert_eq!((reset.src_port, reset.dst_port), (port, 1024));
-    // The guest's answer was on its way.
+    // An answer of the guest that was on its way.
     guest.send(1024, port, Op::Response);
     guest.expect(Op::Reset);
 }
 
 #[test]
 fn one_stream_that_stands_still_does_not_hold_up_another() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let stalled = guest.open_from_guest(5000, 77);
     for _ in 0..4 {
         guest.send_packet(guest.header(5000, 77, Op::Data), &vec![0; 65536]);
@@ -224,7 +224,7 @@ fn one_stream_that_stands_still_does_not_hold_up_another() {
 
 #[test]
 fn streams_whose_credit_ends_at_different_times_wait_for_more() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let mut hosts = Vec::new();
     for (port, credit) in [(1024, 5000), (1025, 60_000)] {
         guest.buf_alloc = credit;
@@ -257,7 +257,7 @@ fn streams_whose_credit_ends_at_different_times_wait_for_more() {
 
 #[test]
 fn streams_are_written_down_with_what_is_on_its_way() {
-    let mut guest = Guest::new();
+    let mut guest = VsockGuest::new();
     let host = guest.open_from_guest(5000, 77);
     for _ in 0..4 {
         guest.send_packet(guest.header(5000, 77, Op::Data), &vec![3; 65536]);
@@ -273,7 +273,7 @@ fn streams_are_written_down_with_what_is_on_its_way() {
     assert!(left > 0 && stalled.backlog == vec![3; left as usize]);
     assert_eq!((open.host_port, open.guest_port, open.sent), (port, 1024, 100));
     assert_eq!((streams.resets.len(), open.state), (0, StreamState::Open));
-    // Held time and again, all of them go on.
+    // All streams continue after each hold.
     let mut got = vec![0; 4 * 65536];
     for part in got.chunks_mut(65536) {
         guest.streams();

@@ -1,4 +1,4 @@
-//! The muxer's side of the queues: packets from the guest, and packets to it.
+//! The muxer's queues: packets from the guest and to the guest.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -8,11 +8,13 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::{MAX_CONNECTIONS, MAX_GUEST_CONNECTIONS, Muxer};
 use crate::devices::virtio::chain::Buffers;
-use crate::devices::virtio::vsock::HOST_CID;
-use crate::devices::virtio::vsock::connection::{BUF_ALLOC, Broken, Connection, State};
-use crate::devices::virtio::vsock::packet::{self, HEADER_LEN, Header, Op, Ports, TYPE_STREAM};
+use crate::devices::virtio::vsock::connection::{BUF_ALLOC, Broken, Connection};
+use crate::devices::virtio::vsock::packet::{
+    self, HEADER_LEN, HOST_CID, Header, Op, Ports, TYPE_STREAM,
+};
+use crate::devices::virtio::vsock::state::StreamState;
 
-/// Most packets in one direction before sockets and the stop are looked at again.
+/// Most packets in one direction before the sockets and the stop are checked again.
 const TURN: usize = 256;
 
 impl Muxer {
@@ -24,7 +26,7 @@ impl Muxer {
                 break;
             }
             let Some(mut chain) = self.transmit.pop(&memory) else { break };
-            // A packet that is not one is dropped; there is nobody to answer.
+            // Data that is not a packet is dropped: it names no port to answer.
             if let Some((header, data)) = packet::parse(&mut chain.readable) {
                 self.on_packet(&header, data);
             }
@@ -43,7 +45,8 @@ impl Muxer {
         }
         let op = Op::from_raw(header.op);
         if header.kind != TYPE_STREAM {
-            // Not of a kind that is served here (5.10.6.4.1), but a reset is never answered.
+            // A socket type that is not served gets a reset (5.10.6.4.1), but a reset is never
+            // answered.
             return if op != Some(Op::Reset) {
                 self.reset(ports)
             };
@@ -58,17 +61,17 @@ impl Muxer {
         let Some(connection) = self.connections.get_mut(&id) else { return };
         connection.update_credit(header.buf_alloc, header.fwd_cnt);
         let outcome = match (op, connection.state) {
-            (Some(Op::Response), State::Requested) if !connection.announce.request => {
+            (Some(Op::Response), StreamState::Requested) if !connection.announce.request => {
                 connection.open()
             }
             (Some(Op::Reset), _) => return self.on_reset(id),
-            (Some(Op::Data), State::Open) => connection.receive(data),
-            (Some(Op::Shutdown), State::Open) => {
+            (Some(Op::Data), StreamState::Open) => connection.receive(data),
+            (Some(Op::Shutdown), StreamState::Open) => {
                 connection.guest_shutdown(header.flags);
                 Ok(())
             }
-            (Some(Op::CreditUpdate), State::Open) => Ok(()),
-            (Some(Op::CreditRequest), State::Open) => {
+            (Some(Op::CreditUpdate), StreamState::Open) => Ok(()),
+            (Some(Op::CreditRequest), StreamState::Open) => {
                 connection.announce.credit = true;
                 Ok(())
             }
@@ -77,13 +80,13 @@ impl Muxer {
         self.settle(id, outcome);
     }
 
-    /// The guest wants a stream to a host port: the sandbox process gets the other end.
+    /// Opens a stream from the guest to a host port. The sandbox process gets the other end.
     fn on_request(&mut self, ports: Ports, header: &Header) {
         let room = self.connections.len() < MAX_CONNECTIONS
             && self.opened_by_guest < MAX_GUEST_CONNECTIONS;
         let stream = room.then(|| self.offer_to_host(ports.host).ok()).flatten();
         let id = stream.and_then(|stream| {
-            let mut connection = Connection::new(stream, ports, State::Open);
+            let mut connection = Connection::new(stream, ports, StreamState::Open);
             connection.update_credit(header.buf_alloc, header.fwd_cnt);
             connection.announce.response = true;
             self.insert(connection)
@@ -119,8 +122,8 @@ impl Muxer {
             }
             let Some(mut chain) = self.receive.pop(&memory) else { break };
             let head = chain.head;
-            // A buffer too small for a header and some data goes back empty. With no room for data,
-            // a stream that has nothing else to say would be asked again and again.
+            // A buffer without room for a header and some data goes back empty. Without room for
+            // data, a stream with nothing but data would be asked again and again.
             let len = match chain.writable.split_to(HEADER_LEN) {
                 Some(mut room) if !chain.writable.is_empty() => {
                     let Some(header) = self.next_packet(&chain.writable) else {
@@ -139,8 +142,8 @@ impl Muxer {
         }
     }
 
-    /// Makes the next packet for the guest, with its data in `room`. `None` when nothing is left to
-    /// say. Each listed stream is asked at most once.
+    /// Makes the next packet for the guest, with its data in `room`. `None` if no stream has a
+    /// packet. Each listed stream is asked at most once.
     fn next_packet(&mut self, room: &Buffers<'_>) -> Option<Header> {
         let mut unasked = self.senders.len();
         loop {
@@ -159,7 +162,7 @@ impl Muxer {
                     let fwd_cnt = connection.announce_forwarded();
                     // Streams take turns.
                     self.senders.rotate_left(1);
-                    // The guest may have been waiting for just this shutdown.
+                    // The guest may have waited for just this shutdown.
                     self.settle(id, Ok(()));
                     return Some(Header { len, flags, fwd_cnt, ..self.header(ports, op) });
                 }
@@ -186,7 +189,7 @@ impl Muxer {
     }
 }
 
-/// What a connection has to say next: operation, length of the data, flags.
+/// Returns the next packet of a connection: operation, length of the data, flags.
 fn next_of(
     connection: &mut Connection,
     room: &Buffers<'_>,
@@ -198,7 +201,7 @@ fn next_of(
     if std::mem::take(&mut announce.response) {
         return Ok(Some((Op::Response, 0, 0)));
     }
-    if connection.state != State::Open {
+    if connection.state != StreamState::Open {
         return Ok(None);
     }
     let len = connection.read_for_guest(room)?;

@@ -1,13 +1,13 @@
 //! A receive and a transmit queue, and the thread that moves packets between them and a tap.
 //!
-//! The thread sleeps until the tap has a packet or the driver kicks. It then moves packets both ways
-//! in turns of at most [`TURN`], so that neither direction starves the other, or the stop.
+//! The thread sleeps until the tap has a packet or the driver kicks. Then it moves packets both
+//! ways, in turns of at most [`TURN`], so that neither direction starves the other, or the stop.
 //!
-//! A tap that takes no more (it has a send buffer, and that is full) is waited for, and the packet
-//! stays in the ring: the guest's own queueing then decides what to send, drop or delay, as it does
-//! before a NIC whose ring is full. All other packets that the tap refuses are dropped, because they
-//! would be refused again. When the driver has made no room, the tap is left unread: its queue in
-//! the host's kernel fills, and drops what comes then.
+//! The thread waits for a tap whose send buffer is full, and the packet stays in the ring. The
+//! guest's own queueing then decides what to send, drop or delay, as with a NIC whose ring is full.
+//! Other packets that the tap refuses are dropped, because it would refuse them again. While the
+//! driver has made no room, the tap is not read: its queue in the host's kernel fills, and drops
+//! later packets.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -17,16 +17,17 @@ use vm_memory::VolatileSlice;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::features::{GUEST_SEGMENTS, MRG_RXBUF};
+use super::packet::{HEADER_LEN, MAX_PACKET_LEN};
 use super::receive::Room;
+use super::server::{PairServer, QueuePairParts};
 use super::tap::Tap;
-use super::{HEADER_LEN, MAX_PACKET_LEN, Parts};
-use crate::devices::virtio::ActiveQueue;
 use crate::devices::virtio::chain::iovec;
+use crate::devices::virtio::queue::ActiveQueue;
 use crate::devices::virtio::state::QueueState;
-use crate::devices::virtio::worker::Stop;
+use crate::devices::virtio::worker::{Stop, Worker};
 use crate::memory::GuestMemoryMap;
 
-/// Most packets in one direction before the other, and the stop, are looked at.
+/// Most packets in one direction before the other direction and the stop are checked.
 const TURN: usize = 64;
 
 /// Room for the largest packet of several segments, with its header (5.1.6.3.1).
@@ -40,30 +41,30 @@ const RECEIVE_KICK: u64 = 1;
 const TRANSMIT_KICK: u64 = 2;
 const TAP: u64 = 3;
 
-pub(super) struct Pair {
+pub(super) struct QueuePair {
     tap: Arc<Tap>,
     memory: GuestMemoryMap,
     receive: ActiveQueue,
     transmit: ActiveQueue,
     mergeable: bool,
-    /// Bytes of room that the next packet usually needs at most.
+    /// Bytes of room that suffice for most packets.
     wanted: usize,
 }
 
-/// What an attempt to move packets ended with.
+/// Results of moving packets.
 #[derive(PartialEq, Eq)]
 enum Moved {
-    /// There is nothing left to move.
+    /// No packet is left.
     All,
     /// The turn is over.
     Turn,
-    /// The tap has to be waited for.
+    /// The tap must become ready first.
     TapBlocks,
 }
 
-impl Pair {
-    pub(super) fn new(parts: Parts) -> Self {
-        let Parts { tap, memory, features, mtu, queues: [receive, transmit] } = parts;
+impl QueuePair {
+    pub(super) fn new(parts: QueuePairParts) -> Self {
+        let QueuePairParts { tap, memory, features, mtu, queues: [receive, transmit] } = parts;
         let wanted = if features & GUEST_SEGMENTS != 0 {
             SEGMENTS_LEN
         } else {
@@ -86,7 +87,7 @@ impl Pair {
 
     fn serve(&mut self, stop: &Stop) -> io::Result<()> {
         let epoll = Epoll::new()?;
-        // A tap that has packets when the driver has no room must not wake this thread all the time.
+        // A tap with packets must not wake the thread again and again while the driver has no room.
         let tap_events = EventSet::IN | EventSet::EDGE_TRIGGERED;
         for (fd, events, token) in [
             (stop.event().as_raw_fd(), EventSet::IN, STOP),
@@ -102,7 +103,7 @@ impl Pair {
         let mut buffers = Vec::new();
         let mut events = [EpollEvent::default(); 4];
         let (mut readable, mut writable) = (true, true);
-        // Whoever served before may have left some.
+        // An earlier server may have left chains.
         let mut more = true;
         while !stop.is_given() {
             let count = match epoll.wait(if more { 0 } else { -1 }, &mut events) {
@@ -115,7 +116,7 @@ impl Pair {
             };
             for event in &events[..count] {
                 match event.data() {
-                    // Both queues are looked at below, whoever kicked.
+                    // Both queues are checked below after any kick.
                     RECEIVE_KICK => drop(self.receive.kick().read()),
                     TRANSMIT_KICK => drop(self.transmit.kick().read()),
                     TAP => {
@@ -133,8 +134,8 @@ impl Pair {
                     Moved::Turn => more = true,
                     Moved::TapBlocks => {
                         writable = false;
-                        // Only a tap that was asked for it says when it can be written, and it says
-                        // so at once if it can by now.
+                        // A tap reports that it can be written only on request, and at once if it
+                        // already can.
                         let tap_events = EpollEvent::new(tap_events | EventSet::OUT, TAP);
                         epoll.ctl(ControlOperation::Modify, self.tap.as_raw_fd(), tap_events)?;
                     }
@@ -143,7 +144,7 @@ impl Pair {
             if readable {
                 self.receive.disable_kicks(&memory);
                 match self.deliver(&mut room, &mut iovecs) {
-                    // The driver has to make room.
+                    // The driver must make room.
                     Moved::All => more |= self.receive.enable_kicks(&memory),
                     Moved::Turn => more = true,
                     Moved::TapBlocks => readable = false,
@@ -154,7 +155,7 @@ impl Pair {
         Ok(())
     }
 
-    /// From the guest to the tap.
+    /// Moves packets from the guest to the tap.
     fn send<'m>(
         &mut self,
         memory: &'m GuestMemoryMap,
@@ -172,8 +173,8 @@ impl Pair {
                 iovecs.clear();
                 iovecs.extend(buffers.iter().map(|slice| iovec(slice, usize::MAX)));
                 // SAFETY: each buffer is a checked piece of guest memory, which stays mapped while
-                // `memory` lives; the guest may change it meanwhile, and then sends what it has
-                // changed it to. The kernel looks at its own copy of the header.
+                // `memory` lives. The guest may change it meanwhile, and then sends the changed
+                // bytes. The kernel checks its own copy of the header.
                 let sent = unsafe { self.tap.write(iovecs) };
                 if sent.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock) {
                     self.transmit.unpop();
@@ -187,7 +188,7 @@ impl Pair {
         moved
     }
 
-    /// From the tap to the guest.
+    /// Moves packets from the tap to the guest.
     fn deliver(&mut self, room: &mut Room<'_>, iovecs: &mut Vec<libc::iovec>) -> Moved {
         let mut moved = Moved::Turn;
         for _ in 0..TURN {
@@ -197,11 +198,11 @@ impl Pair {
             }
             room.iovecs(iovecs);
             // SAFETY: each buffer is a checked piece of guest memory, which stays mapped while
-            // `memory` lives, or the room's own spare, which nobody else has.
+            // `memory` lives, or the room's own spare, which nothing else uses.
             match unsafe { self.tap.read(iovecs) } {
                 Ok(len) => room.filled(&mut self.receive, iovecs, len),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                // A tap that is gone has no more packets either.
+                // A removed tap has no more packets either.
                 Err(_) => {
                     moved = Moved::TapBlocks;
                     break;
@@ -211,5 +212,11 @@ impl Pair {
         let memory = &self.memory;
         self.receive.signal(memory);
         moved
+    }
+}
+
+impl PairServer for Worker<QueuePair> {
+    fn queues(&self) -> Option<[QueueState; 2]> {
+        self.held().map(QueuePair::queues)
     }
 }

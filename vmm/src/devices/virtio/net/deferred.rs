@@ -1,8 +1,9 @@
-//! A queue pair of a device that perhaps nobody will use, because it was made before anybody knew what
-//! interfaces the container gets. Nothing of the host's serves it until its driver's first kick, which
-//! comes when the guest brings the interface up, and by then `/dev/vhost-net` may have come. One that
-//! was open from the start would have every microVM's end wait for the host's kernel: closing it
-//! takes an RCU grace period.
+//! A queue pair whose server is chosen at the driver's first kick. It belongs to a spare device,
+//! made before the container's interfaces are known and perhaps never used.
+//!
+//! The first kick comes when the guest brings the interface up. Until then `/dev/vhost-net` may
+//! have come. A descriptor open from the start would delay every microVM's end: closing it takes an
+//! RCU grace period of the host's kernel.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -11,30 +12,28 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::pair::Pair;
+use super::queue_pair::QueuePair;
+use super::server::{PairServer, QueuePairParts};
 use super::vhost::{VhostNet, VhostPair};
-use super::{Parts, Server};
-use crate::devices::virtio::ActiveQueue;
+use crate::devices::virtio::queue::ActiveQueue;
 use crate::devices::virtio::state::QueueState;
 use crate::devices::virtio::worker::{Hold, Stop, Worker, wait_for_kick};
 
-/// Descriptors of `/dev/vhost-net` that come by a socket, one with each message, if at all.
-pub(super) struct LateVhost {
+/// Descriptors of `/dev/vhost-net` that may come by a socket, one in each message.
+pub(super) struct DeferredVhost {
     socket: UnixDatagram,
     come: Mutex<Vec<Arc<VhostNet>>>,
 }
 
-impl LateVhost {
-    /// # Errors
-    ///
-    /// When it is no socket.
+impl DeferredVhost {
+    /// Takes the socket. Fails if the descriptor is not a socket.
     pub(super) fn new(fd: OwnedFd) -> io::Result<Self> {
         let socket = UnixDatagram::from(fd);
         socket.set_nonblocking(true)?;
         Ok(Self { socket, come: Mutex::default() })
     }
 
-    /// The descriptor for a queue pair, the same each time. `None` when too few have come.
+    /// Returns the descriptor of a queue pair, the same in each call. `None` if too few have come.
     fn of_pair(&self, index: usize) -> io::Result<Option<Arc<VhostNet>>> {
         let mut come = self.come.lock().unwrap_or_else(PoisonError::into_inner);
         while come.len() <= index {
@@ -49,30 +48,30 @@ impl LateVhost {
     }
 }
 
-/// A queue pair, and who serves it.
-pub(super) struct LatePair {
+/// A queue pair and its server.
+pub(super) struct DeferredPair {
     index: usize,
-    vhost: Arc<LateVhost>,
-    /// `None` once it has failed.
-    server: Option<LateServer>,
+    vhost: Arc<DeferredVhost>,
+    /// `None` after a failure.
+    server: Option<DeferredServer>,
 }
 
-enum LateServer {
-    Nobody(Parts),
+enum DeferredServer {
+    Nobody(QueuePairParts),
     Kernel(VhostPair),
-    Thread(Pair),
+    Thread(QueuePair),
 }
 
-impl LatePair {
-    pub(super) fn new(index: usize, vhost: Arc<LateVhost>, parts: Parts) -> Self {
-        Self { index, vhost, server: Some(LateServer::Nobody(parts)) }
+impl DeferredPair {
+    pub(super) fn new(index: usize, vhost: Arc<DeferredVhost>, parts: QueuePairParts) -> Self {
+        Self { index, vhost, server: Some(DeferredServer::Nobody(parts)) }
     }
 
-    /// Waits for the first kick, and serves or has it served until the stop.
+    /// Waits for the first kick, then serves the queues or has them served until the stop.
     pub(super) fn run(&mut self, stop: &Stop) {
-        if let Some(LateServer::Nobody(parts)) = &self.server {
+        if let Some(DeferredServer::Nobody(parts)) = &self.server {
             let [receive, transmit] = &parts.queues;
-            // Left for whoever serves.
+            // The kick stays unread for the server.
             if !wait_for_kick(stop, &[receive.kick(), transmit.kick()]) {
                 return;
             }
@@ -84,36 +83,36 @@ impl LatePair {
 
     fn serve(&mut self, stop: &Stop) -> io::Result<()> {
         let server = match self.server.take() {
-            Some(LateServer::Nobody(parts)) => match self.vhost.of_pair(self.index)? {
-                Some(vhost) => LateServer::Kernel(VhostPair::new(vhost, parts)),
-                None => LateServer::Thread(Pair::new(parts)),
+            Some(DeferredServer::Nobody(parts)) => match self.vhost.of_pair(self.index)? {
+                Some(vhost) => DeferredServer::Kernel(VhostPair::new(vhost, parts)),
+                None => DeferredServer::Thread(QueuePair::new(parts)),
             },
             Some(server) => server,
             None => return Ok(()),
         };
         match self.server.insert(server) {
-            LateServer::Kernel(pair) => {
+            DeferredServer::Kernel(pair) => {
                 pair.resume()?;
                 wait_for_kick(stop, &[]);
                 pair.hold();
             }
-            LateServer::Thread(pair) => pair.run(stop),
-            LateServer::Nobody(_) => {}
+            DeferredServer::Thread(pair) => pair.run(stop),
+            DeferredServer::Nobody(_) => {}
         }
         Ok(())
     }
 
     fn queues(&self) -> Option<[QueueState; 2]> {
         match self.server.as_ref()? {
-            LateServer::Nobody(parts) => Some(parts.queues.each_ref().map(ActiveQueue::state)),
-            LateServer::Kernel(pair) => pair.queues(),
-            LateServer::Thread(pair) => Some(pair.queues()),
+            DeferredServer::Nobody(parts) => Some(parts.queues.each_ref().map(ActiveQueue::state)),
+            DeferredServer::Kernel(pair) => pair.queues(),
+            DeferredServer::Thread(pair) => Some(pair.queues()),
         }
     }
 }
 
-impl Server for Worker<LatePair> {
+impl PairServer for Worker<DeferredPair> {
     fn queues(&self) -> Option<[QueueState; 2]> {
-        self.held().and_then(LatePair::queues)
+        self.held().and_then(DeferredPair::queues)
     }
 }

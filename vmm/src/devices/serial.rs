@@ -1,7 +1,7 @@
 //! The guest kernel's early console: a serial port that only sends.
 //!
-//! A quiet kernel writes here only what went wrong, so the port costs nothing in a normal boot, and
-//! a panic before any driver is up still reaches the host.
+//! A quiet kernel writes only its errors here, so the port costs nothing in a normal boot. A panic
+//! before any driver is up still reaches the host.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -16,16 +16,16 @@ use crate::bus::BusDevice;
 use crate::sync::lock;
 use crate::text::is_showable;
 
-/// Lines kept for error reports.
+/// Number of lines kept for error reports.
 const TAIL_LINES: usize = 40;
 
-/// Longest line kept, in bytes; the rest of a longer one is dropped.
+/// Longest line kept, in bytes. The rest of a longer line is dropped.
 const LINE_LEN: usize = 240;
 
-/// Most bytes that go to the log file in the life of a microVM, so that a guest cannot fill a disk.
+/// Most bytes written to the log file in the life of a microVM, so that a guest cannot fill a disk.
 const FILE_LEN: u64 = 16 << 20;
 
-/// The last lines of one guest's console output.
+/// The last lines of a guest's console output.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleLog {
     lines: VecDeque<String>,
@@ -34,13 +34,13 @@ pub struct ConsoleLog {
 }
 
 impl ConsoleLog {
-    /// The last lines, oldest first, without control and format characters.
+    /// Returns the last lines, oldest first, without control and format characters.
     pub fn tail(&self) -> Vec<String> {
         let unfinished = (!self.line.is_empty()).then(|| printable(&self.line));
         self.lines.iter().cloned().chain(unfinished).collect()
     }
 
-    /// The guest's kernel said that it panicked.
+    /// Returns true once the guest's kernel has reported a panic.
     pub fn panicked(&self) -> bool {
         self.panicked
     }
@@ -71,40 +71,41 @@ fn printable(line: &[u8]) -> String {
 
 /// A copy of the output in a file.
 #[derive(Default)]
-struct Copy {
+struct LogFile {
     file: Option<File>,
     len: u64,
 }
 
-impl Copy {
+impl LogFile {
     fn write(&mut self, bytes: &[u8]) {
         if let Some(file) = &mut self.file
             && self.len < FILE_LEN
         {
             self.len += bytes.len() as u64;
-            // The log is an aid; a full disk must not take the guest down.
+            // A full disk must not stop the guest: the log is only an aid.
             let _ = file.write_all(bytes);
         }
     }
 }
 
-/// A [`ConsoleLog`] that the serial port writes and the main thread reads, and its copy in a file.
+/// A [`ConsoleLog`], and its copy in a file. The serial port writes both, the main thread reads the
+/// log.
 ///
-/// The two have locks of their own: whoever should read the file may hold up the port for as long as
-/// it likes, and the main thread has to see the last lines all the same.
+/// The two have separate locks. A reader of the file that sleeps may block the port for any time,
+/// and the main thread must still get the last lines.
 #[derive(Clone, Default)]
 pub struct SharedLog {
     log: Arc<Mutex<ConsoleLog>>,
-    copy: Arc<Mutex<Copy>>,
+    copy: Arc<Mutex<LogFile>>,
 }
 
 impl SharedLog {
-    /// A log that also goes to `file`.
+    /// Creates a log, with a copy in `file`.
     pub fn new(file: Option<File>) -> Self {
-        Self { log: Arc::default(), copy: Arc::new(Mutex::new(Copy { file, len: 0 })) }
+        Self { log: Arc::default(), copy: Arc::new(Mutex::new(LogFile { file, len: 0 })) }
     }
 
-    /// See [`ConsoleLog::tail`] and [`ConsoleLog::panicked`].
+    /// Returns [`ConsoleLog::tail`] and [`ConsoleLog::panicked`].
     pub fn snapshot(&self) -> (Vec<String>, bool) {
         let log = lock(&self.log);
         (log.tail(), log.panicked())
@@ -125,7 +126,7 @@ impl Write for SharedLog {
     }
 }
 
-/// The early console polls; nobody waits for its interrupt.
+/// An interrupt that does nothing, because the early console polls.
 struct NoInterrupt;
 
 impl Trigger for NoInterrupt {
@@ -136,7 +137,7 @@ impl Trigger for NoInterrupt {
     }
 }
 
-/// The serial port's registers and what came out of it.
+/// The registers of the serial port, and its output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConsoleState {
     /// Divisor latch, low and high byte.
@@ -155,24 +156,24 @@ pub struct ConsoleState {
     pub modem_status: u8,
     /// `SCR`
     pub scratch: u8,
-    /// Received and not yet read.
+    /// Bytes received and not yet read.
     pub in_buffer: Vec<u8>,
-    /// The last lines.
+    /// The last lines of the output.
     pub log: ConsoleLog,
-    /// Bytes that went to the file.
+    /// Number of bytes written to the file.
     pub file_len: u64,
 }
 
-/// The serial port itself.
+/// The serial port.
 pub struct SerialConsole(Serial<NoInterrupt, NoEvents, SharedLog>);
 
 impl SerialConsole {
-    /// A port that writes to `log`.
+    /// Creates a port that writes to `log`.
     pub fn new(log: SharedLog) -> Self {
         Self(Serial::new(NoInterrupt, log))
     }
 
-    /// Its state. The vCPUs have to be paused.
+    /// Returns the state. The vCPUs must be paused.
     pub fn state(&self) -> ConsoleState {
         let serial = self.0.state();
         ConsoleState {
@@ -233,7 +234,7 @@ mod tests {
         let mut port = log.clone();
         let vcpu = std::thread::spawn(move || {
             writeln!(port, "last words").unwrap();
-            // More than any socket holds.
+            // More bytes than a socket buffers.
             port.write_all(&vec![b'x'; 8 << 20]).unwrap();
         });
         while log.snapshot().0.len() < 2 {
