@@ -8,26 +8,24 @@ use crate::error::{Context as _, Error, Result};
 
 const NS_PER_S: i64 = 1_000_000_000;
 
-/// Moves the clock by `difference_ns`: at once, or gradually, by half a millisecond a second, so that
-/// no program sees it jump. Returns what it then reads, in nanoseconds since the epoch.
+/// Moves the clock by `difference_ns` and returns the new time, in nanoseconds since the epoch.
 ///
-/// # Errors
-///
-/// The clock would be before the epoch, or the kernel refuses.
+/// A gradual change runs at half a millisecond per second, so no program sees the clock jump. A
+/// clock before the epoch is an error.
 pub(crate) fn adjust(difference_ns: i64, gradually: bool) -> Result<u64> {
     if difference_ns != 0 {
-        // SAFETY: `timex` is plain numbers, and all zeros are a valid one.
+        // SAFETY: `timex` is plain numbers, and all zeros are a valid value.
         let mut change: libc::timex = unsafe { std::mem::zeroed() };
         if gradually {
             change.modes = libc::ADJ_OFFSET_SINGLESHOT;
             change.offset = difference_ns / 1000;
         } else {
             change.modes = libc::ADJ_SETOFFSET;
-            // The part below a second is positive whatever the sign of the whole.
+            // The kernel wants a positive fraction of a second, whatever the sign of the whole.
             change.time.tv_sec = difference_ns.div_euclid(NS_PER_S);
             change.time.tv_usec = difference_ns.rem_euclid(NS_PER_S) / 1000;
         }
-        // SAFETY: it reads and writes the structure behind the reference.
+        // SAFETY: the call reads and writes only the structure behind the reference.
         if unsafe { libc::adjtimex(&raw mut change) } < 0 {
             return Err(io::Error::last_os_error()).context(|| "adjust the guest's clock");
         }

@@ -1,21 +1,23 @@
-//! When a process first waits for its input.
+//! Detects a process that waits for its standard input.
 //!
-//! The host leaves its caller's input alone until then: what it has read and no process takes is lost for
-//! others that share it, such as a shell's loop whose input a command inherits. A pipe does not tell of
-//! its readers, so the system calls that processes are blocked in are looked at.
+//! The host leaves its caller's input unread until then. Input that was read and not consumed would
+//! be lost to other readers, for example a shell's loop whose input a command inherits.
+//!
+//! A pipe does not report its readers. So the agent looks at the system calls that processes are
+//! blocked in.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
 
-/// Time between looks: it begins with the first, and doubles up to the other.
+/// Pauses between two looks: the first, and the last after doubling.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LAST_PAUSE: Duration = Duration::from_millis(200);
 
-/// Of the time, at most one part in so many goes into looking.
+/// Divisor that bounds the time spent on looking: one part in so many.
 const SHARE: u32 = 20;
 
-/// System calls whose first argument is what is read.
+/// System calls whose first argument is the descriptor that they read.
 const READS: &[libc::c_long] = &[
     libc::SYS_read,
     libc::SYS_readv,
@@ -23,15 +25,15 @@ const READS: &[libc::c_long] = &[
     libc::SYS_splice,
     libc::SYS_tee,
     libc::SYS_vmsplice,
-    // read and readv of 32-bit programs, whose numbers are of calls that do not block.
+    // read and readv of 32-bit programs. The 64-bit calls with these numbers do not block.
     #[cfg(target_arch = "x86_64")]
     3,
     #[cfg(target_arch = "x86_64")]
     145,
 ];
 
-/// System calls that wait for several things. Which ones is in the process's memory: input is taken to be
-/// one of them.
+/// System calls that wait for several descriptors. The descriptors are in the process's memory, so
+/// standard input is taken to be among them.
 const POLLS: &[libc::c_long] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
@@ -55,7 +57,7 @@ const POLLS: &[libc::c_long] = &[
     309,
 ];
 
-/// Waits until a process waits for something to read from a pipe.
+/// Waits until a process waits for data from a pipe.
 pub(crate) async fn comes(pipe_inode: u64) {
     let mut pause = FIRST_PAUSE;
     loop {
@@ -63,7 +65,7 @@ pub(crate) async fn comes(pipe_inode: u64) {
             let began = Instant::now();
             (is_waited_for(pipe_inode), began.elapsed())
         });
-        // A look that is not made must not keep input back for ever.
+        // A failed look must not keep the input back for ever.
         let Ok((false, took)) = look.await else { return };
         tokio::time::sleep(pause.max(took * SHARE)).await;
         pause = (pause * 2).min(LAST_PAUSE);
@@ -72,7 +74,7 @@ pub(crate) async fn comes(pipe_inode: u64) {
 
 fn is_waited_for(pipe_inode: u64) -> bool {
     let link = format!("pipe:[{pipe_inode}]");
-    // Where /proc cannot be read, the input is not kept back.
+    // Without /proc there is no way to tell, and the input must not be kept back.
     let Ok(entries) = fs::read_dir("/proc") else { return true };
     let pids =
         entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -98,7 +100,7 @@ fn waits(pid: u32, link: &str) -> bool {
     })
 }
 
-/// The number and first argument of the system call that /proc/PID/task/TID/syscall tells of.
+/// Number and first argument of the system call in a line of /proc/PID/task/TID/syscall.
 fn blocked_in(text: &str) -> Option<(libc::c_long, u64)> {
     let mut words = text.split_ascii_whitespace();
     let number = words.next()?.parse().ok()?;
@@ -106,7 +108,7 @@ fn blocked_in(text: &str) -> Option<(libc::c_long, u64)> {
     Some((number, argument))
 }
 
-/// A process that reads without blocking is never seen to wait.
+/// Returns true for a process whose standard input does not block: it is never seen to wait.
 fn does_not_block(pid: u32) -> bool {
     let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/0")).unwrap_or_default();
     let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
@@ -114,7 +116,7 @@ fn does_not_block(pid: u32) -> bool {
     flags.is_some_and(|flags| flags & (libc::O_NONBLOCK | libc::O_ASYNC) != 0)
 }
 
-/// The process is still the agent's program, before it becomes the container's.
+/// Returns true for a process that still runs the agent's program, before its own `execve`.
 fn is_agent(pid: u32) -> bool {
     let program = |pid: &str| {
         fs::metadata(format!("/proc/{pid}/exe")).map(|file| (file.dev(), file.ino())).ok()

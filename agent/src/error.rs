@@ -1,11 +1,11 @@
-//! The one error type of the agent: a message for a person and what kind of failure it is.
+//! The agent's error type: a message for a person, and the kind of failure.
 
 use std::fmt;
 use std::io;
 
 use serde::{Deserialize, Serialize};
 
-/// Which answer a failed call gets; `agent.proto` gives these their meaning.
+/// Kind of a failure, with the meaning that agent.proto gives it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Code {
     /// The program to run, or the named container or process, does not exist.
@@ -14,20 +14,20 @@ pub(crate) enum Code {
     PermissionDenied,
     /// The container or process is in the wrong state for the call.
     FailedPrecondition,
-    /// The specification asks for what this agent cannot do.
+    /// The specification asks for something that this agent cannot do.
     InvalidArgument,
-    /// Anything else.
+    /// Any other failure.
     Internal,
 }
 
-/// A failure, told once with all of its context.
+/// A failure, reported once with all of its context.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Error {
     pub(crate) code: Code,
     pub(crate) message: String,
 }
 
-/// What fallible functions of the agent return.
+/// Result of the agent's fallible functions.
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
@@ -39,7 +39,7 @@ impl Error {
         Self::new(Code::Internal, message)
     }
 
-    /// A field of the specification that cannot be honoured, by its name in config.json.
+    /// The error of a field that cannot be honoured, by its name in config.json.
     pub(crate) fn invalid(field: impl fmt::Display, why: impl fmt::Display) -> Self {
         Self::new(Code::InvalidArgument, format!("{field}: {why}"))
     }
@@ -55,7 +55,7 @@ impl fmt::Display for Error {
     }
 }
 
-/// Puts what was being done in front of an I/O error.
+/// Adds the failed operation to an I/O error.
 pub(crate) trait Context<T> {
     fn context<S: fmt::Display>(self, what: impl FnOnce() -> S) -> Result<T>;
 }
@@ -66,8 +66,8 @@ impl<T, E: Into<io::Error>> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// The text of an I/O error without the number that `io::Error` appends, which would be noise in a
-/// message for a person.
+/// The text of an I/O error without the number that `io::Error` appends, which means nothing to
+/// most readers.
 pub(crate) fn reason(e: &io::Error) -> String {
     let text = e.to_string();
     match text.rfind(" (os error ") {

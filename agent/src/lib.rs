@@ -1,16 +1,19 @@
-//! The agent inside an Isopod guest: PID 1, which starts containers as the host asks it to.
+//! The agent inside an Isopod guest: PID 1, which starts containers for the host.
 //!
-//! The guest's kernel starts the program as its first process. It mounts what everything needs
-//! (`init`), listens on vsock (`server`), says hello to the host, and serves the calls of
-//! agent.proto (`rpc`) with the runtime's one thread. Whatever blocks runs on other threads or in
-//! the processes of the containers themselves, which begin as this same program (`container`).
+//! The guest's kernel starts the program as its first process. The agent mounts the file systems
+//! (`init`), listens on vsock (`server`) and says hello to the host. Then the runtime's one thread
+//! serves the calls of agent.proto (`rpc`).
 //!
-//! This is a library so that the tests can drive the same agent over unix sockets.
+//! Blocking work runs on other threads, or in the containers' own processes, which begin as this
+//! same program (`container`).
+//!
+//! The agent is a library so that the tests can drive it over unix sockets.
 
 mod clock;
 mod container;
 mod demand;
 mod error;
+mod guest;
 mod init;
 mod log;
 mod network;
@@ -18,7 +21,6 @@ mod oci;
 mod pump;
 mod reaper;
 mod rpc;
-mod sandbox;
 mod server;
 mod share;
 mod shm;
@@ -28,8 +30,8 @@ mod syscall;
 pub use container::init::{INIT_NAME, run_init};
 pub use server::Listeners;
 
-/// Runs as PID 1 of a guest. Returns only if the guest could not be set up, with why; the kernel
-/// then panics and the host hears of it.
+/// Runs as PID 1 of a guest. Returns only if the guest could not be set up, with the reason. The
+/// kernel then panics, which the host notices.
 pub fn run_guest() -> String {
     let init_us = server::boot_time_us();
     std::panic::set_hook(Box::new(|panic| log::log_error!("{panic}")));
@@ -39,7 +41,7 @@ pub fn run_guest() -> String {
     failed(result)
 }
 
-/// Does what [`run_guest`] does on other sockets, and calls `ready` in place of the greeting.
+/// Runs like [`run_guest`] on other sockets, and calls `ready` in place of the greeting.
 pub fn run_on(listeners: Listeners, ready: impl FnOnce()) -> String {
     failed(init::boot().and_then(|()| server::serve(listeners, ready)))
 }

@@ -1,18 +1,29 @@
 //! The part of the OCI runtime specification that reaches a guest, as types for its JSON.
 //!
-//! The host's crate for this has all of the specification, and brings a regular expression engine
-//! that would be a third of the agent. What matters more: here a field that is not named is an
-//! error that names it, so nothing that a config.json asks for can be dropped in silence.
+//! The host's crate covers the whole specification. It brings a regular expression engine, which
+//! would be a third of the agent. More importantly, these types refuse unknown fields by name, so
+//! no request of a config.json is dropped in silence.
 //!
 //! Fields that are accepted and never read belong to the host side of the sandbox.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
-use serde::de::IgnoredAny;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
 
-/// Everything optional is absent by default, as in the specification.
+use crate::error::{self, Error};
+
+/// Reads JSON. The error omits serde's list of all valid names.
+pub(crate) fn parse_json<T: DeserializeOwned>(name: &str, json: &[u8]) -> error::Result<T> {
+    serde_json::from_slice(json).map_err(|e| {
+        let text = e.to_string();
+        let what = text.split(", expected one of").next().unwrap_or_default();
+        Error::invalid(name, what)
+    })
+}
+
+/// Defines an object of the specification, in which optional fields are absent by default.
 macro_rules! object {
     ($(#[$meta:meta])* $name:ident { $($(#[$field_meta:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$meta])*
@@ -28,7 +39,7 @@ macro_rules! object {
     };
 }
 
-/// Callers written in Go say `null` for an empty list.
+/// Reads `null` as the default: callers written in Go write `null` for an empty list.
 fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
@@ -37,7 +48,7 @@ where
     Option::deserialize(deserializer).map(Option::unwrap_or_default)
 }
 
-/// A value that somebody else acts on, or that is refused whatever it is.
+/// A value for the host side, or one that is refused whatever it contains.
 #[derive(Debug, Clone, Default, Deserialize)]
 pub(crate) struct Opaque(IgnoredAny);
 
@@ -53,7 +64,7 @@ object! {
         oci_version: String,
         root: Option<Root>,
         mounts: Vec<Mount>,
-        process: Option<Process>,
+        process: Option<ProcessSpec>,
         hostname: Option<String>,
         domainname: Option<String>,
         hooks: Option<Hooks>,
@@ -82,7 +93,7 @@ object! {
 }
 
 object! {
-    /// Those that run on the host are the host's to read.
+    /// Hooks. The host reads those that run on the host.
     Hooks {
         prestart: Option<Opaque>,
         create_runtime: Option<Opaque>,
@@ -97,17 +108,17 @@ object! {
     Hook {
         path: PathBuf,
         args: Vec<String>,
-        /// That of the container's process if it is absent.
+        /// Environment; that of the container's process if absent.
         #[serde(skip_serializing_if = "Option::is_none")]
         env: Option<Vec<String>>,
-        /// In seconds.
+        /// Timeout in seconds.
         timeout: Option<u64>,
     }
 }
 
 object! {
-    /// What hooks read on their standard input.
-    State {
+    /// State object that hooks read on their standard input.
+    HookState {
         oci_version: String,
         id: String,
         status: String,
@@ -118,7 +129,7 @@ object! {
 }
 
 object! {
-    Process {
+    ProcessSpec {
         terminal: bool,
         console_size: Option<ConsoleSize>,
         user: User,
@@ -159,7 +170,7 @@ object! {
 
 object! {
     ExecCpuAffinity {
-        /// Before the process is in its cgroup. Here it is born there.
+        /// Affinity before the process is in its cgroup, where the agent clones it directly.
         initial: String,
         #[serde(rename = "final")]
         last: String,
@@ -177,7 +188,7 @@ object! {
         #[serde(skip_serializing_if = "Option::is_none")]
         umask: Option<u32>,
         additional_gids: Vec<u32>,
-        /// For other systems than Linux.
+        /// User name on systems other than Linux.
         username: String,
     }
 }
@@ -207,7 +218,7 @@ object! {
         gid_mappings: Vec<IdMapping>,
         sysctl: BTreeMap<String, String>,
         resources: Resources,
-        /// Of the host's group; the guest has one of its own for each container.
+        /// Path of the host's cgroup. In the guest each container has a cgroup of its own.
         cgroups_path: Option<Opaque>,
         namespaces: Vec<Namespace>,
         devices: Vec<Device>,
@@ -249,7 +260,7 @@ pub(crate) enum NamespaceKind {
 }
 
 impl NamespaceKind {
-    /// The word that config.json has for it.
+    /// The type's name in config.json.
     pub(crate) const fn word(self) -> &'static str {
         match self {
             Self::Mount => "mount",
@@ -264,7 +275,7 @@ impl NamespaceKind {
     }
 }
 
-/// One of `linux.namespaces`.
+/// An entry of `linux.namespaces`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Namespace {
@@ -291,7 +302,7 @@ pub(crate) enum DeviceKind {
     Fifo,
 }
 
-/// One of `linux.devices`.
+/// An entry of `linux.devices`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub(crate) struct Device {
@@ -316,7 +327,7 @@ object! {
         #[serde(rename = "blockIO")]
         block_io: BlockIo,
         hugepage_limits: Vec<HugepageLimit>,
-        network: Network,
+        network: NetworkResources,
         rdma: BTreeMap<String, Opaque>,
         unified: BTreeMap<String, String>,
     }
@@ -341,13 +352,13 @@ object! {
         kernel: Option<i64>,
         #[serde(rename = "kernelTCP")]
         kernel_tcp: Option<i64>,
-        /// The guest has no swap.
+        /// Without effect: the guest has no swap.
         swappiness: Option<u64>,
         #[serde(rename = "disableOOMKiller")]
         disable_oom_killer: bool,
-        /// Always so in cgroup v2.
+        /// Without effect: cgroup v2 is always hierarchical.
         use_hierarchy: Option<bool>,
-        /// Nothing is in use yet when the limits are set.
+        /// Used by updates only: nothing is in use yet when a container is created.
         check_before_update: Option<bool>,
     }
 }
@@ -396,7 +407,7 @@ object! { ThrottleDevice { major: i64, minor: i64, rate: u64, } }
 object! { HugepageLimit { page_size: String, limit: i64, } }
 
 object! {
-    Network {
+    NetworkResources {
         #[serde(rename = "classID")]
         class_id: Option<u32>,
         priorities: Vec<HashMap<String, Opaque>>,

@@ -1,8 +1,9 @@
 //! Moves bytes between a process's stdio and the host's connections.
 //!
-//! Nothing is buffered beyond one read: when the other side does not take it, the source is not
-//! read either, and the pipe or the connection's own window holds the writer back. Idle streams own
-//! no buffer; all of them share one, which works because the runtime has a single thread.
+//! Nothing is buffered beyond one read. While one side accepts nothing, the other side is not read,
+//! and the pipe or the connection's own window stops the writer.
+//!
+//! The runtime has a single thread, so all streams share one buffer and an idle stream owns none.
 
 use std::cell::RefCell;
 use std::io;
@@ -18,14 +19,15 @@ use tokio::io::unix::AsyncFd;
 use crate::demand;
 use crate::reaper::{ExitReceiver, exited};
 use crate::stream::Connection;
+use crate::syscall;
 
-/// What the host gets when a process first waits for its standard input.
+/// Byte that tells the host that a process waits for its standard input.
 const DEMAND: u8 = b'+';
 
-/// Bytes moved at a time: what a pipe holds by default.
+/// Bytes moved at a time: the default capacity of a pipe.
 const CHUNK: usize = 64 * 1024;
 
-/// Most bytes taken from a terminal after its process has ended, when other processes still have it
+/// Most bytes read from a terminal after its process has ended, if other processes still have it
 /// open. The kernel's terminal buffers hold less.
 const TERMINAL_TAIL: usize = 1024 * 1024;
 
@@ -36,51 +38,47 @@ thread_local! {
 /// The agent's end of a pipe or of a terminal.
 pub(crate) type Endpoint = Arc<AsyncFd<OwnedFd>>;
 
-/// Makes a descriptor ready for the pumps.
+/// Makes a descriptor non-blocking and registers it with the runtime.
 pub(crate) fn endpoint(fd: OwnedFd, interest: Interest) -> io::Result<Endpoint> {
     rustix::io::ioctl_fionbio(&fd, true)?;
-    Ok(Arc::new(watch(fd, interest)?))
+    Ok(Arc::new(syscall::watch(fd, interest)?))
 }
 
-/// Registers a descriptor that does not block with the runtime.
-pub(crate) fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` stays open, and the same, for as long as the registration holds it.
-    Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
-}
-
-/// What becomes of what is written to an output after its process has ended.
+/// Treatment of output that is written after the process has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Late {
-    /// It is thrown away, and the output ends. Nothing else of the container is left.
+    /// Late output is discarded, and the output ends. Nothing else of the container is left.
     Dropped,
-    /// It is passed on until the last process that can write to the output has closed it.
+    /// Late output is passed on until the last process that can write it has closed the output.
     PassedOn,
 }
 
-/// How much processes have written to an output.
+/// Counter of the bytes that processes have written to an output.
 #[derive(Debug, Clone)]
 pub(crate) struct Written {
-    /// Its agent's end, as long as it is open.
+    /// The agent's end of the output, as long as it is open.
     source: Weak<AsyncFd<OwnedFd>>,
-    /// Bytes that have been taken out of it.
+    /// Bytes that were read from the output.
     read: Arc<AtomicU64>,
 }
 
 impl Written {
-    /// In bytes up to now. More than any output if it is a terminal, whose buffers cannot be counted.
-    /// Its output ends with its process, which hangs it up.
+    /// Bytes written up to now.
+    ///
+    /// The buffers of a terminal cannot be counted, so its count is `u64::MAX`, more than any
+    /// output. A terminal's output ends with its process, which hangs it up.
     pub(crate) fn bytes(&self) -> u64 {
         let read = self.read.load(Ordering::Relaxed);
         let Some(source) = self.source.upgrade() else { return read };
         if rustix::termios::isatty(source.get_ref()) {
             return u64::MAX;
         }
-        // Nobody takes anything out between the two: the runtime has a single thread.
+        // No read comes between the two counts: the runtime has a single thread.
         read.saturating_add(rustix::io::ioctl_fionread(source.get_ref()).unwrap_or(0))
     }
 }
 
-/// An output with what is counted of it.
+/// An output with its counter.
 pub(crate) struct Output {
     source: Endpoint,
     late: Late,
@@ -96,7 +94,7 @@ impl Output {
         Written { source: Arc::downgrade(&self.source), read: Arc::clone(&self.read) }
     }
 
-    /// Sends it to the host, until its end.
+    /// Sends the output to the host, until its end.
     pub(crate) async fn send(self, stream: Connection, mut exit: ExitReceiver) {
         let Self { source, late, read } = self;
         let exit = match late {
@@ -106,11 +104,11 @@ impl Output {
         let end = tokio::select! {
             biased;
             end = copy(&source, &stream, exit, &read) => end.unwrap_or(End::Source),
-            // The host sends nothing, so there is the end of its connection to be read only.
+            // The host sends nothing, so the only event here is the end of its connection.
             () = discard(&stream) => End::Sink,
         };
         match end {
-            // Dropping the pipe gives the process SIGPIPE, as if the reader were on this machine.
+            // Dropping the pipe gives the process SIGPIPE, as from a reader on this machine.
             End::Sink => return,
             End::Source => {}
             End::ProcessEnded => {
@@ -118,8 +116,8 @@ impl Output {
             }
         }
         let _ = rustix::net::shutdown(stream.get_ref(), Shutdown::Write);
-        // Closing now could reset the connection under bytes that the host has not read yet. And
-        // descendants of the process may still write: they must not get SIGPIPE for that.
+        // Closing now could reset the connection before the host has read all bytes. And
+        // descendants of the process may still write, and must not get SIGPIPE for it.
         let linger = discard(&stream);
         if end == End::ProcessEnded {
             tokio::join!(linger, discard(&source));
@@ -130,8 +128,8 @@ impl Output {
     }
 }
 
-/// A terminal: input and output, until the host has closed the connection for its output. Then the
-/// terminal is closed too, which hangs it up for the processes that have it.
+/// Serves input and output of a terminal, until the host has closed the connection for its output.
+/// Then the terminal is closed too, which hangs it up.
 pub(crate) async fn terminal(
     terminal: Endpoint,
     input: Option<Connection>,
@@ -150,8 +148,8 @@ pub(crate) async fn terminal(
     let shown = async move {
         match output {
             Some(output) => Output::new(terminal, Late::Dropped).send(output, exit).await,
-            // Output that nobody wants is thrown away, or the process would stop when the terminal
-            // is full.
+            // Output without a connection is discarded. Otherwise the terminal would fill up and
+            // stop the process.
             None => discard(&terminal).await,
         }
     };
@@ -164,7 +162,7 @@ pub(crate) async fn terminal(
 enum Step {
     Moved(usize),
     WouldBlock,
-    /// Of the bytes that were read, the rest still has to be written.
+    /// The sink would block. Of the bytes read, `rest` still has to be written.
     Pending {
         read: usize,
         rest: Vec<u8>,
@@ -173,7 +171,7 @@ enum Step {
     SinkClosed,
 }
 
-/// One read and as many writes as go without waiting.
+/// Makes one read, and as many writes as are possible without waiting.
 fn step(source: impl AsFd, sink: impl AsFd, limit: usize) -> Step {
     SCRATCH.with_borrow_mut(|buffer| {
         let limit = limit.min(buffer.len());
@@ -220,8 +218,7 @@ enum End {
     ProcessEnded,
 }
 
-/// Copies until an end of either side, or until the process ends where `exit` is given. Counts what has
-/// been read.
+/// Copies until either side ends or, with `exit`, the process ends. Counts the bytes read.
 async fn copy(
     source: &AsyncFd<OwnedFd>,
     sink: &AsyncFd<OwnedFd>,
@@ -255,7 +252,7 @@ async fn copy(
     }
 }
 
-/// Sends what was written before now. What others go on writing is not waited for.
+/// Sends the bytes that were written before the call, and does not wait for later ones.
 async fn drain(source: &AsyncFd<OwnedFd>, sink: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut left = if rustix::termios::isatty(source.get_ref()) {
         TERMINAL_TAIL
@@ -276,7 +273,7 @@ async fn drain(source: &AsyncFd<OwnedFd>, sink: &AsyncFd<OwnedFd>) -> io::Result
     Ok(())
 }
 
-/// Reads to the end and throws it away.
+/// Reads to the end and discards the bytes.
 async fn discard(source: &AsyncFd<OwnedFd>) {
     loop {
         let Ok(mut guard) = source.readable().await else { return };
@@ -291,10 +288,10 @@ async fn discard(source: &AsyncFd<OwnedFd>) {
     }
 }
 
-/// Input: from the host to a pipe. Its end closes the pipe; the process closing its stdin closes
-/// the connection, so that the host stops reading its own input.
+/// Copies input from the host to a pipe, and closes the pipe at its end. When the process closes
+/// its stdin, the connection is closed, so that the host stops reading its own input.
 pub(crate) async fn input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
-    // A pipe that nobody reads any more becomes ready for ERROR, also while no input flows.
+    // A pipe without a reader becomes ready for ERROR, even while no input flows.
     let closed = async {
         let _ = sink.ready(Interest::ERROR).await;
     };
@@ -305,14 +302,14 @@ pub(crate) async fn input(stream: Connection, sink: Endpoint, mut exit: ExitRece
     }
 }
 
-/// Input to a pipe that is a process's standard input. The host is told, by one byte, when the process
-/// first waits for it, and reads nothing of its own before.
+/// Copies standard input to a pipe. One byte tells the host when the process first waits for input;
+/// the host reads nothing of its own before.
 pub(crate) async fn standard_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
     let Ok(pipe) = rustix::fs::fstat(sink.get_ref()) else { return };
     tokio::select! {
         biased;
         _ = exited(&mut exit) => return,
-        // Nobody can read it any more.
+        // The pipe has no reader any more.
         _ = sink.ready(Interest::ERROR) => return,
         () = demand::comes(pipe.st_ino) => {}
     }
@@ -321,7 +318,7 @@ pub(crate) async fn standard_input(stream: Connection, sink: Endpoint, mut exit:
     }
 }
 
-/// Input to a socket, which stays open for what the process writes to it.
+/// Copies input to a socket, which stays open for the process's output.
 pub(crate) async fn socket_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
     let copied = copy(&stream, &sink, Some(&mut exit), &AtomicU64::new(0)).await;
     if !matches!(copied, Ok(End::ProcessEnded)) {
@@ -329,7 +326,7 @@ pub(crate) async fn socket_input(stream: Connection, sink: Endpoint, mut exit: E
     }
 }
 
-/// Input to a terminal, which stays open when the host's input ends.
+/// Copies input to a terminal, which stays open when the host's input ends.
 async fn terminal_input(stream: Connection, sink: Endpoint, mut exit: ExitReceiver) {
     let copied = copy(&stream, &sink, Some(&mut exit), &AtomicU64::new(0)).await;
     if matches!(copied, Ok(End::Source)) {
@@ -353,7 +350,7 @@ mod tests {
 
     fn connection(stream: UnixStream) -> Connection {
         stream.set_nonblocking(true).unwrap();
-        watch(stream.into(), Interest::READABLE | Interest::WRITABLE).unwrap()
+        syscall::watch(stream.into(), Interest::READABLE | Interest::WRITABLE).unwrap()
     }
 
     #[tokio::test(flavor = "current_thread")]
@@ -376,7 +373,7 @@ mod tests {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
         assert_eq!(reader.join().unwrap(), "last words");
-        // The descendant's writes are taken and thrown away.
+        // The descendant's writes are read and discarded.
         for _ in 0..64 {
             rustix::io::write(&write, &[0; 4096]).unwrap();
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;

@@ -1,8 +1,8 @@
-//! Waits for every child of PID 1, its own and the orphans it inherits.
+//! Waits for every child of PID 1: its own, and the orphans that it inherits.
 //!
-//! There is one `wait` loop and nothing else in the agent waits for processes, so no exit status
-//! can be taken by the wrong reader. A process is registered under the same lock that the loop
-//! holds, so that one that ends at once is not mistaken for an orphan.
+//! Only this loop waits for processes in the agent, so no other reader can take an exit status. The
+//! lock that the loop holds also covers the registration of a process. So a process that ends at
+//! once is not mistaken for an orphan.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,27 +15,27 @@ use tokio::sync::watch;
 use crate::error::{Context as _, Result};
 use crate::log::log_error;
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Exit {
-    /// What it passed to `exit`, or 128 + n when signal n ended it.
+    /// Argument of `exit`, or 128 + n if signal n ended the process.
     pub(crate) status: u32,
-    /// The signal that ended it, or 0.
+    /// The signal that ended the process, or 0.
     pub(crate) signal: u32,
 }
 
 /// Becomes `Some` when the process has ended.
 pub(crate) type ExitReceiver = watch::Receiver<Option<Exit>>;
 
-/// The processes that somebody waits for, by pid.
+/// The processes with a waiter, by pid.
 #[derive(Default)]
 pub(crate) struct Reaper {
     waiters: Mutex<HashMap<i32, watch::Sender<Option<Exit>>>>,
 }
 
 impl Reaper {
-    /// Starts a process and registers it. `start` returns its pid and is called under the lock, so
-    /// it has to be brief.
+    /// Starts a process and registers it. `start` returns the pid, and has to be brief because it
+    /// runs under the lock.
     pub(crate) fn spawn<T>(
         &self,
         start: impl FnOnce() -> io::Result<(i32, T)>,
@@ -48,10 +48,6 @@ impl Reaper {
     }
 
     /// Reaps for as long as the agent lives.
-    ///
-    /// # Errors
-    ///
-    /// The handler for SIGCHLD cannot be installed.
     pub(crate) fn run(self: &Arc<Self>) -> Result<()> {
         let mut children = signal(SignalKind::child()).context(|| "handle SIGCHLD")?;
         let reaper = Arc::clone(self);
@@ -70,7 +66,7 @@ impl Reaper {
     fn reap(&self) {
         loop {
             let mut waiters = self.lock();
-            // ECHILD and "none has ended" both mean that there is nothing to do now.
+            // ECHILD, and no ended child, both mean that there is nothing to do now.
             let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) else {
                 return;
             };
@@ -97,7 +93,7 @@ fn exit_of(status: WaitStatus) -> Exit {
 pub(crate) async fn exited(receiver: &mut ExitReceiver) -> Exit {
     match receiver.wait_for(Option::is_some).await.map(|exit| *exit) {
         Ok(Some(exit)) => exit,
-        // The sender only goes away after it has sent; a lost one must not become a success.
+        // The sender goes away only after it has sent. A lost sender must not look like a success.
         _ => Exit { status: 255, signal: 0 },
     }
 }

@@ -1,4 +1,4 @@
-//! Listens, tells the host that it does, and serves.
+//! Listens, tells the host, and serves.
 
 use std::fs;
 use std::io::{self, Write as _};
@@ -12,26 +12,22 @@ use ttrpc::r#async::Server;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
 use crate::error::{Context as _, Error, Result};
+use crate::guest::Guest;
 use crate::log::log_error;
 use crate::reaper::Reaper;
 use crate::rpc::AgentService;
-use crate::sandbox::Sandbox;
 use crate::stream::Streams;
 
-/// The two sockets that the host connects to, listening.
+/// The two listening sockets that the host connects to.
 pub struct Listeners {
-    /// For the calls of agent.proto.
+    /// Socket for the calls of agent.proto.
     pub agent: OwnedFd,
-    /// For stdio streams.
+    /// Socket for stdio streams.
     pub streams: OwnedFd,
 }
 
 impl Listeners {
-    /// Those of a guest: vsock on the ports of the protocol.
-    ///
-    /// # Errors
-    ///
-    /// The guest has no vsock device, or a port is in use.
+    /// Listens on the protocol's vsock ports.
     pub(crate) fn vsock() -> Result<Self> {
         let listen = |port| {
             VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port)
@@ -43,10 +39,6 @@ impl Listeners {
 }
 
 /// Serves until the guest is shut down.
-///
-/// # Errors
-///
-/// The runtime or a listener cannot be set up.
 pub(crate) fn serve(listeners: Listeners, ready: impl FnOnce()) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -57,8 +49,8 @@ pub(crate) fn serve(listeners: Listeners, ready: impl FnOnce()) -> Result<()> {
         reaper.run()?;
         let streams = Arc::new(Streams::default());
         streams.serve(listeners.streams)?;
-        let sandbox = Arc::new(Sandbox::new(reaper, streams));
-        let service = agent_ttrpc::create_agent(Arc::new(AgentService(sandbox)));
+        let guest = Arc::new(Guest::new(reaper, streams));
+        let service = agent_ttrpc::create_agent(Arc::new(AgentService(guest)));
         let mut server = listen(listeners.agent)?.register_service(service);
         server.start().await.map_err(|e| Error::internal(format!("serve the host: {e}")))?;
         ready();
@@ -68,7 +60,8 @@ pub(crate) fn serve(listeners: Listeners, ready: impl FnOnce()) -> Result<()> {
 }
 
 fn listen(listener: OwnedFd) -> Result<Server> {
-    let family = rustix::net::sockopt::socket_domain(&listener).context(|| "look at a listener")?;
+    let family = rustix::net::sockopt::socket_domain(&listener)
+        .context(|| "read the address family of a listener")?;
     let fd = listener.into_raw_fd();
     let server = if family == AddressFamily::UNIX {
         // SAFETY: the descriptor is a listening unix socket and has just been given up above.
@@ -80,8 +73,8 @@ fn listen(listener: OwnedFd) -> Result<Server> {
     server.map_err(|e| Error::internal(format!("serve the host: {e}")))
 }
 
-/// Tells the host that both ports are served. A host that cannot be told will not wait forever,
-/// and finds the reason in the kernel log.
+/// Tells the host that both ports are served. If that fails, the host stops waiting in time, and
+/// the kernel log has the reason.
 pub(crate) fn say_hello(init_us: u64) {
     let told = || -> io::Result<()> {
         let mut stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, READY_PORT)?;

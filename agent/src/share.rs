@@ -1,5 +1,7 @@
-//! The shared directory, and what this kernel remembers of it: the host keeps a descriptor of each file
-//! of the share that this kernel knows of, and its file systems busy with them.
+//! The shared directory, and the kernel's caches of it.
+//!
+//! For each file of the share in these caches, the VMM keeps a descriptor, and the host's file
+//! system stays busy.
 
 use std::collections::HashSet;
 use std::fs;
@@ -15,29 +17,21 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use crate::container::path;
 use crate::error::{Context as _, Result};
 
-/// How long the kernel may keep what it remembers after it was made to forget, unless a container has
-/// been deleted: each time it also loses what it would soon need again.
-const FORGET_INTERVAL: Duration = Duration::from_secs(1);
+/// Least time between two drops of the caches on request. Each drop also loses entries that the
+/// kernel soon needs again. The deletion of a container drops them at once.
+const DROP_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Most mounts of a container that are looked at: it may make as many as it likes.
+/// Most mounts of a container that are examined, since a container may make any number.
 const MAX_MOUNTS: usize = 1000;
 
-/// Mounts the shared directory, which is the virtio-fs device with this tag.
-///
-/// # Errors
-///
-/// There is no such device.
+/// Mounts the shared directory, the virtio-fs device with this tag.
 pub(crate) fn attach(tag: &str) -> Result<()> {
     fs::create_dir_all(SHARED_DIR).context(|| format!("create {SHARED_DIR}"))?;
     mount(tag, SHARED_DIR, "virtiofs", MountFlags::empty(), None)
         .context(|| format!("mount the shared directory {tag:?} on {SHARED_DIR}"))
 }
 
-/// Unmounts the shared directory. It is only there once the sandbox has been set up.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Unmounts the shared directory, if the sandbox has been set up.
 pub(crate) fn detach() -> Result<()> {
     match unmount(SHARED_DIR, UnmountFlags::DETACH) {
         Err(Errno::INVAL | Errno::NOENT) => Ok(()),
@@ -45,26 +39,22 @@ pub(crate) fn detach() -> Result<()> {
     }
 }
 
-/// Lets go of a container's folder: what the kernel has mounted in it by itself, at the first look at a
-/// directory that is a mount on the host, and what it remembers of the files.
-///
-/// # Errors
-///
-/// Something stays mounted.
+/// Releases a container's folder. The kernel mounts a directory by itself at the first lookup, if
+/// the directory is a mount on the host. These mounts go, and then the caches are dropped.
 pub(crate) fn release(container_id: &str) -> Result<()> {
     let folder = Path::new(SHARED_DIR).join(container_id);
     let path = "/proc/self/mountinfo";
     let table = fs::read_to_string(path).context(|| format!("read {path}"))?;
     let points: Vec<PathBuf> = mount_points(&table, &folder).collect();
-    // The last first: those mounted on others.
+    // In reverse order, so that a mount on another mount goes first.
     for point in points.iter().rev() {
         match unmount(point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
-            // Gone with the one that it was in.
+            // The mount has gone together with its parent.
             Err(Errno::INVAL | Errno::NOENT) => {}
             result => result.context(|| format!("unmount {}", point.display()))?,
         }
     }
-    forget_files()
+    drop_caches()
 }
 
 /// The mount points below a folder whose path needs no escapes.
@@ -73,20 +63,21 @@ fn mount_points<'a>(table: &'a str, folder: &'a Path) -> impl Iterator<Item = Pa
     points.filter(move |point| point.starts_with(folder))
 }
 
-/// Has the kernel look again at what it has mounted by itself in the mount namespace of a process. It
-/// takes down what is not there any more, which no other look than one at that very place makes it do.
-fn look_again(pid: i32) {
+/// Revalidates the mounts that the kernel has made by itself in the mount namespace of a process.
+/// The kernel unmounts a directory that the host no longer has, but only on a lookup of that
+/// directory.
+fn revalidate_mounts(pid: i32) {
     let Ok(table) = fs::read_to_string(format!("/proc/{pid}/mountinfo")) else { return };
     let flags = OFlags::PATH | OFlags::DIRECTORY;
     let Ok(root) = path::open_in_guest(format!("/proc/{pid}/root"), flags) else { return };
     for point in shared_points(&table) {
-        // Whether it is there or not, the kernel has asked.
+        // Either result means that the kernel has asked the host.
         let _ = path::open(&root, Path::new(point), OFlags::PATH | OFlags::NOFOLLOW);
     }
 }
 
-/// The mount points of a table that lie in the share from the root on. On the way to others is a file
-/// system that a container may have made not to answer.
+/// Mount points of the share that are reached through the share alone. The path to any other may
+/// cross a file system of the container that never answers.
 fn shared_points(table: &str) -> Vec<&str> {
     let mut shared = HashSet::new();
     let mut points = Vec::new();
@@ -96,7 +87,7 @@ fn shared_points(table: &str) -> Vec<&str> {
         let Some(point) = fields.nth(2) else { continue };
         let kind = fields.skip_while(|field| *field != "-").nth(1);
         let in_share = point == "/" || shared.contains(parent);
-        // A backslash begins the escape of a character that paths seldom have.
+        // A backslash begins the escape of a character that is rare in paths.
         if kind == Some("virtiofs") && in_share && !point.contains('\\') {
             shared.insert(id);
             points.push(point);
@@ -105,39 +96,35 @@ fn shared_points(table: &str) -> Vec<&str> {
     points
 }
 
-/// Has the kernel forget the files that nobody uses.
-fn forget_files() -> Result<()> {
-    // Twice: the first time it spares what was used since the last.
+/// Drops unused dentries and inodes from the kernel's caches.
+fn drop_caches() -> Result<()> {
+    // The first drop spares entries that were used since the one before.
     for _ in 0..2 {
-        fs::write("/proc/sys/vm/drop_caches", "2").context(|| "have the kernel forget files")?;
+        fs::write("/proc/sys/vm/drop_caches", "2").context(|| "drop the kernel's caches")?;
     }
     Ok(())
 }
 
-/// Makes the kernel forget files when the host asks for it.
+/// Drops the caches when the host asks for it.
 #[derive(Debug, Default)]
-pub(crate) struct Forgetting {
+pub(crate) struct CacheDrops {
     last: Mutex<Option<Instant>>,
 }
 
-impl Forgetting {
-    /// Forgets, unless that is under way or has only just been done. `inits` are processes of the
+impl CacheDrops {
+    /// Drops the caches, unless a drop is running or very recent. `inits` are first processes of
     /// containers. Blocks.
-    ///
-    /// # Errors
-    ///
-    /// The kernel refuses.
-    pub(crate) fn forget(&self, inits: &[i32]) -> Result<()> {
+    pub(crate) fn request(&self, inits: &[i32]) -> Result<()> {
         let mut last = match self.last.try_lock() {
             Ok(last) => last,
             Err(std::sync::TryLockError::Poisoned(poisoned)) => PoisonError::into_inner(poisoned),
             Err(std::sync::TryLockError::WouldBlock) => return Ok(()),
         };
-        if last.is_some_and(|last| last.elapsed() < FORGET_INTERVAL) {
+        if last.is_some_and(|last| last.elapsed() < DROP_INTERVAL) {
             return Ok(());
         }
-        inits.iter().for_each(|pid| look_again(*pid));
-        let result = forget_files();
+        inits.iter().for_each(|pid| revalidate_mounts(*pid));
+        let result = drop_caches();
         *last = Some(Instant::now());
         result
     }

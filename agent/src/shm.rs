@@ -1,5 +1,7 @@
-//! Shared memory of the containers of a pod: a tmpfs for each directory that the host has for it, which
-//! all containers with a mount of that directory bind.
+//! Shared memory for the containers of a pod.
+//!
+//! Each directory of shared memory on the host has a tmpfs here. All containers with a mount of the
+//! directory bind the same tmpfs.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -12,19 +14,17 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::error::{Context as _, Error, Result};
 
-/// Most bytes of a key: it becomes the name of a directory.
+/// Most bytes of a key, which becomes the name of a directory.
 const MAX_KEY: usize = 64;
 
-/// The ids of the containers that have each of them, by their keys.
+/// Ids of the containers that use each shared memory, by its key.
 #[derive(Debug, Default)]
 pub(crate) struct SharedMemories(Mutex<HashMap<String, HashSet<String>>>);
 
 impl SharedMemories {
-    /// Makes those of a container that are not there yet. Blocks.
+    /// Makes the missing shared memories of a container. Blocks.
     ///
-    /// # Errors
-    ///
-    /// One cannot be made; the container then has those before it, until [`Self::leave`].
+    /// After an error the container keeps those made so far, until [`Self::leave`].
     pub(crate) fn join(&self, container_id: &str, wanted: &[SharedMemory]) -> Result<()> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for memory in wanted {
@@ -38,11 +38,8 @@ impl SharedMemories {
         Ok(())
     }
 
-    /// Removes those that only this container has. Processes that still use one keep it. Blocks.
-    ///
-    /// # Errors
-    ///
-    /// One cannot be removed.
+    /// Removes the shared memories that only this container has. A process that still uses one
+    /// keeps its contents alive. Blocks.
     pub(crate) fn leave(&self, container_id: &str) -> Result<()> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for (key, users) in all.iter_mut() {
@@ -62,7 +59,7 @@ fn path_of(key: &str) -> Result<PathBuf> {
     let usable = (1..=MAX_KEY).contains(&key.len())
         && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-');
     if !usable {
-        return Err(Error::invalid("shared_memory.key", format!("{key:?} cannot be one")));
+        return Err(Error::invalid("shared_memory.key", format!("{key:?} is not a valid key")));
     }
     Ok(Path::new(SHM_DIR).join(key))
 }

@@ -1,9 +1,9 @@
 //! Stdio connections: the host opens one for each stream and begins it with an 8-byte token.
 //!
-//! The RPC that starts the process names the tokens. The host sends it after it has opened the
-//! connections, but they may be accepted in any order, so both sides meet in a table: connections
-//! that nobody has asked for yet, and callers whose connection has not arrived yet. Both halves are
-//! bounded in number and in time.
+//! The RPC that starts the process names the tokens. The host opens the connections first, but the
+//! agent may accept call and connections in any order. So both meet in a table: unclaimed
+//! connections, and calls whose connection has not arrived. Both halves are bounded in number and
+//! in time.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -19,24 +19,24 @@ use tokio::time::Instant;
 
 use crate::error::{Context as _, Error, Result};
 use crate::log::{log_error, log_warn};
-use crate::pump;
+use crate::syscall;
 
 /// A connection, read and written without blocking.
 pub(crate) type Connection = AsyncFd<OwnedFd>;
 
-/// Most connections that have arrived and that no call has named yet. The oldest goes first.
+/// Most connections that no call has named yet. The oldest is dropped first.
 const MAX_UNCLAIMED: usize = 256;
 
-/// How long a connection waits to be named. Calls name theirs as soon as they have been opened.
+/// Longest wait of a connection for its call. The host calls as soon as the connections are open.
 const UNCLAIMED_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Most connections whose token is still being read.
 const MAX_HEADERLESS: usize = 64;
 
-/// How long a call waits for a connection that it names.
+/// Longest wait of a call for a connection that it names.
 const CLAIM_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Where connections and the calls that name them meet.
+/// Table in which connections meet the calls that name them.
 #[derive(Default)]
 pub(crate) struct Streams {
     table: Mutex<Table>,
@@ -44,10 +44,10 @@ pub(crate) struct Streams {
 
 #[derive(Default)]
 struct Table {
-    /// In the order of arrival.
+    /// Connections in the order of arrival.
     arrived: VecDeque<Unclaimed>,
     awaited: HashMap<u64, oneshot::Sender<Connection>>,
-    /// Whether [`Streams::expire`] is running.
+    /// True while [`Streams::expire`] is running.
     expiring: bool,
 }
 
@@ -59,14 +59,10 @@ struct Unclaimed {
 
 impl Streams {
     /// Accepts connections for as long as the agent lives.
-    ///
-    /// # Errors
-    ///
-    /// The listener cannot be registered with the runtime.
     pub(crate) fn serve(self: &Arc<Self>, listener: OwnedFd) -> Result<()> {
         rustix::io::ioctl_fionbio(&listener, true).context(|| "listen for streams")?;
         let listener =
-            pump::watch(listener, Interest::READABLE).context(|| "listen for streams")?;
+            syscall::watch(listener, Interest::READABLE).context(|| "listen for streams")?;
         let streams = Arc::clone(self);
         tokio::spawn(async move {
             if let Err(e) = streams.accept_all(&listener).await {
@@ -82,11 +78,11 @@ impl Streams {
             let Ok(permit) = Arc::clone(&headerless).acquire_owned().await else { return Ok(()) };
             let accepted = accept(listener).await;
             let both = Interest::READABLE | Interest::WRITABLE;
-            let connection = match accepted.and_then(|fd| pump::watch(fd, both)) {
+            let connection = match accepted.and_then(|fd| syscall::watch(fd, both)) {
                 Ok(connection) => connection,
                 Err(e) if is_transient(&e) => {
                     log_warn!("cannot accept a stdio stream: {e}");
-                    // Out of descriptors or memory: let other tasks give some back first.
+                    // Descriptors or memory have run out: let other tasks release some first.
                     tokio::time::sleep(Duration::from_millis(10)).await;
                     continue;
                 }
@@ -108,7 +104,7 @@ impl Streams {
         let connection = match table.awaited.remove(&token) {
             Some(caller) => match caller.send(connection) {
                 Ok(()) => return,
-                // The call gave up in this very moment.
+                // The call has just given up.
                 Err(connection) => connection,
             },
             None => connection,
@@ -124,14 +120,14 @@ impl Streams {
         }
     }
 
-    /// Drops connections that no call names in time, until there are none left.
+    /// Drops connections that no call names in time, until none is left.
     async fn expire(self: Arc<Self>) {
         while let Some(next) = self.drop_expired() {
             tokio::time::sleep_until(next).await;
         }
     }
 
-    /// When the next one expires.
+    /// Drops expired connections and returns the time of the next expiry.
     fn drop_expired(&self) -> Option<Instant> {
         let mut table = self.lock();
         let now = Instant::now();
@@ -147,11 +143,8 @@ impl Streams {
         None
     }
 
-    /// The connection with this token, or `None` for token 0.
-    ///
-    /// # Errors
-    ///
-    /// It has not arrived after 30 seconds, or another call waits for it already.
+    /// The connection with this token, or `None` for token 0. Waits for the connection for up to
+    /// [`CLAIM_TIMEOUT`]; a second call for the same token fails.
     pub(crate) async fn claim(&self, token: u64) -> Result<Option<Connection>> {
         if token == 0 {
             return Ok(None);
@@ -194,7 +187,8 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
     }
 }
 
-/// It may work the next time: descriptors or memory have run out, or whoever connected has gone.
+/// Returns true for an error after which a retry may succeed: descriptors or memory have run out,
+/// or the peer has gone.
 pub(crate) fn is_transient(e: &io::Error) -> bool {
     let transient =
         [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::ECONNABORTED, libc::EINTR];

@@ -1,63 +1,64 @@
 //! The contract between the host side of a sandbox and the agent inside its guest.
 //!
-//! Both sides are built from one tree and shipped together, so the contract has one version number
-//! and no negotiation: [`Hello`] carries it, and the host refuses a guest that speaks another.
+//! Both sides are built from one tree and shipped together. So the contract has one version number
+//! and no negotiation: [`Hello`] carries the number, and the host refuses a guest with another.
 
 pub mod capability;
 pub mod mount_option;
 pub mod sysctl;
 
-/// Version of everything in this crate. Raised by any change that one side alone cannot survive.
-pub const PROTOCOL_VERSION: u32 = 3;
+/// Version of everything in this crate. Raised by any change that one side alone cannot handle.
+pub const PROTOCOL_VERSION: u32 = 4;
 
-/// vsock port in the guest where the agent serves [`agent_ttrpc::Agent`].
+/// vsock port in the guest on which the agent serves [`agent_ttrpc::Agent`].
 pub const AGENT_PORT: u32 = 1024;
 
-/// vsock port in the guest where the host opens stdio streams.
+/// vsock port in the guest to which the host opens stdio streams.
 pub const STREAM_PORT: u32 = 1025;
 
-/// Most descriptors that a process can have beyond its standard streams.
+/// Most descriptors of a process beyond its standard streams.
 pub const MAX_FURTHER_STREAMS: usize = 64;
 
-/// vsock port on the host to which the agent sends one [`Hello`] line when it serves both ports.
+/// vsock port on the host for the agent's [`Hello`] line, sent once the agent serves both ports.
 pub const READY_PORT: u32 = 1024;
 
-/// vsock port on the host to which the agent passes what a container asks the name server of its
-/// engine. A connection is one question: [`RESOLVE_DATAGRAM`], then question and answer, each with
-/// its length before it as two bytes, big endian; or [`RESOLVE_STREAM`], then a stream.
+/// vsock port on the host for the questions of containers to their engine's name server.
+///
+/// A connection is one question. [`RESOLVE_DATAGRAM`] comes before question and answer, each after
+/// its length in two bytes, big endian. [`RESOLVE_STREAM`] comes before a stream.
 pub const RESOLVER_PORT: u32 = 1025;
 
-/// A question that came in a datagram.
+/// Kind of a question that came in a datagram.
 pub const RESOLVE_DATAGRAM: u8 = b'd';
 
-/// Questions that come in a stream.
+/// Kind of a connection whose questions come in a stream.
 pub const RESOLVE_STREAM: u8 = b's';
 
-/// Longest datagram to or from a name server, in bytes. Those that are longer are cut off, and
-/// whoever asked cannot read them and asks by a stream.
+/// Longest datagram to or from a name server, in bytes. Longer ones are cut off; a client then
+/// repeats its question by a stream.
 pub const MAX_DATAGRAM: usize = 16 * 1024;
 
-/// Tag of the virtio-fs device that holds the sandbox's shared directory.
+/// Tag of the virtio-fs device with the sandbox's shared directory.
 pub const SHARED_TAG: &str = "isopod";
 
-/// Where the guest mounts the shared directory.
+/// Mount point of the shared directory in the guest.
 pub const SHARED_DIR: &str = "/run/isopod/shared";
 
-/// Where the guest has the shared memory of the containers of a pod.
+/// Directory of the shared memory of a pod's containers in the guest.
 pub const SHM_DIR: &str = "/run/isopod/shm";
 
-/// Begins the `path` of a namespace in the specification that the agent gets, when that is the one of
-/// another container of the sandbox: its id follows.
+/// Prefix of the `path` of a namespace that belongs to another container of the sandbox, in the
+/// agent's specification. The other container's id follows.
 pub const JOIN_PREFIX: &str = "container:";
 
-/// The first and only message on [`READY_PORT`]: one line of JSON, then the agent closes.
+/// The first and only message on [`READY_PORT`]: one line of JSON. The agent closes after it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Hello {
     /// The agent's [`PROTOCOL_VERSION`].
     pub protocol: u32,
     /// The guest's `uname -r`.
     pub kernel: String,
-    /// Guest time (`CLOCK_BOOTTIME`) in microseconds when the agent's `main` began.
+    /// Guest time (`CLOCK_BOOTTIME`) in microseconds at the start of the agent's `main`.
     pub init_us: u64,
     /// Guest time (`CLOCK_BOOTTIME`) in microseconds when this line was written.
     pub ready_us: u64,

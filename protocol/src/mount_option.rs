@@ -1,7 +1,8 @@
-//! Mount options of config.json that are no file system's own, as fstab(5) and the runtime
-//! specification spell them. The host refuses with these lists what the agent could not honour.
+//! Mount options of config.json that apply to every file system, as fstab(5) and the runtime
+//! specification spell them. With these lists the host refuses options that the agent cannot
+//! honour.
 
-/// Attributes of a mount. With a leading `r`, of all mounts below it too.
+/// Attributes of a mount. A leading `r` extends them to all mounts below it.
 pub const ATTRIBUTES: &[&str] = &[
     "ro",
     "rw",
@@ -23,10 +24,10 @@ pub const ATTRIBUTES: &[&str] = &[
     "nostrictatime",
 ];
 
-/// Propagation, with or without a leading `r`.
+/// Propagation types, with or without a leading `r`.
 pub const PROPAGATION: &[&str] = &["private", "shared", "slave", "unbindable"];
 
-/// Options that ask for what is anyway, two of which the kernel has dropped.
+/// Options that ask for the default. The kernel has dropped two of them.
 pub const NEUTRAL: &[&str] = &["", "defaults", "async", "nolazytime", "nomand", "silent", "loud"];
 
 /// Options that the guest cannot honour.

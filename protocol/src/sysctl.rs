@@ -1,11 +1,13 @@
-//! `linux.sysctl`: names of kernel settings, and which of them belong to a namespace. The host refuses
-//! all others before anything is made, the agent where they would be set.
+//! Names of kernel settings in `linux.sysctl`, and the namespaces that they belong to.
+//!
+//! The host refuses all other settings before it makes anything, and the agent when it would set
+//! them.
 
 /// System V IPC settings that each IPC namespace has for itself.
 const IPC: [&str; 8] =
     ["msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced"];
 
-/// The namespace that a setting belongs to.
+/// Namespace that owns a setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
     /// A network namespace.
@@ -16,19 +18,21 @@ pub enum Owner {
     Uts,
 }
 
-/// Why a setting is not one that a container may have.
+/// Reason to refuse a setting to a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
-    /// It is no name of a setting.
+    /// The text is not the name of a setting.
     NotAName,
-    /// The field `hostname` is for it.
+    /// The field `hostname` sets it.
     Hostname,
-    /// It is the whole guest's.
+    /// The setting belongs to the whole guest.
     Global,
 }
 
-/// The path of a setting below `/proc/sys`. Dots separate the parts of a name unless a slash comes
-/// first, as sysctl(8) has it; then dots are part of names such as that of a VLAN interface.
+/// The path of a setting below `/proc/sys`.
+///
+/// Dots separate the parts of a name, unless a slash comes first (sysctl(8)). After a slash, dots
+/// belong to names, for example that of a VLAN interface.
 pub fn path(name: &str) -> String {
     let swapped = |c| match c {
         '.' => '/',
@@ -45,7 +49,7 @@ pub fn path(name: &str) -> String {
 ///
 /// # Errors
 ///
-/// It belongs to none.
+/// A [`Refusal`] for a setting that no container may have.
 pub fn owner(name: &str) -> Result<Owner, Refusal> {
     let path = path(name);
     if path.split('/').any(|part| matches!(part, "" | "." | "..")) || path.contains('\0') {

@@ -1,4 +1,4 @@
-//! Clocks, in the units that the rest of this crate uses.
+//! Clocks, in the units of this crate.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -20,28 +20,29 @@ pub fn timestamp() -> String {
     humantime::format_rfc3339_nanos(SystemTime::now()).to_string()
 }
 
-/// A moment in the time zone of this process, as far as `ps` shows it.
+/// A point in time in the time zone of this process, with the fields that `ps` shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LocalTime {
-    /// Of the common era.
+    /// Year of the common era.
     pub year: i64,
-    /// From 0.
+    /// Month, from 0.
     pub month: u8,
-    /// From 1.
+    /// Day of the month, from 1.
     pub day: u8,
-    /// 0 to 23.
+    /// Hour, 0 to 23.
     pub hour: u8,
-    /// 0 to 59.
+    /// Minute, 0 to 59.
     pub minute: u8,
 }
 
-/// Seconds since the epoch in the time zone of this process. What is out of range is the epoch.
+/// Converts seconds since the epoch to the time zone of this process. A number out of range counts
+/// as the epoch.
 pub fn local_time(seconds: u64) -> LocalTime {
     let seconds = libc::time_t::try_from(seconds).unwrap_or(0);
-    // SAFETY: `tm` is plain data, and all zeros are a valid one.
+    // SAFETY: `tm` is plain data, and all zeros are a valid value of it.
     let mut tm: libc::tm = unsafe { std::mem::zeroed() };
-    // SAFETY: both pointers are to live variables of their types. The C library reads the environment,
-    // which nothing in this program changes.
+    // SAFETY: both pointers are to live variables of their types. The C library reads the
+    // environment, and nothing in this program changes it.
     unsafe { libc::localtime_r(&raw const seconds, &raw mut tm) };
     let small = |number: libc::c_int| u8::try_from(number).unwrap_or(0);
     LocalTime {

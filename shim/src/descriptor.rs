@@ -1,18 +1,17 @@
-//! Descriptors on their way between processes.
+//! File descriptors: sending, inheriting and waiting.
 
 use std::{
     io::{self, IoSlice},
     mem::MaybeUninit,
-    os::fd::AsFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
 };
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use tokio::io::unix::AsyncFd;
+
+use crate::limits;
 
 /// Sends a descriptor over a unix socket, with a text of at least one byte.
-///
-/// # Errors
-///
-/// If nobody is at the other end, or it has no room.
 pub(crate) fn send(socket: impl AsFd, descriptor: impl AsFd, text: &[u8]) -> io::Result<()> {
     let descriptors = [descriptor.as_fd()];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -22,4 +21,44 @@ pub(crate) fn send(socket: impl AsFd, descriptor: impl AsFd, text: &[u8]) -> io:
     }
     rustix::net::sendmsg(socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL)?;
     Ok(())
+}
+
+/// Lets `descriptors` and the standard streams through the next `execve`, and no other descriptor.
+/// Restores the descriptor limit that this process was started with. For use between `fork` and
+/// `execve`.
+pub(crate) fn inherit_only(descriptors: &[RawFd]) -> io::Result<()> {
+    limits::restore()?;
+    // SAFETY: close_range(2) with CLOSE_RANGE_CLOEXEC only sets flags; no pointer is passed.
+    let result = unsafe {
+        libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC)
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    for fd in descriptors {
+        // SAFETY: the caller's descriptors stay open until execve: nothing between fork and here
+        // closes one.
+        let fd = unsafe { BorrowedFd::borrow_raw(*fd) };
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// Registers a descriptor that tasks can wait for.
+pub(crate) fn wait_for(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: the returned value owns the descriptor and gives it out by reference only. So it
+    // stays open, and the same file, as long as it is registered.
+    unsafe { AsyncFd::register(fd) }.map_err(Into::into)
+}
+
+/// It is `/dev/null`, or not open at all.
+pub(crate) fn is_null(fd: BorrowedFd<'_>) -> bool {
+    match rustix::fs::fstat(fd) {
+        Ok(stat) => {
+            rustix::fs::FileType::from_raw_mode(stat.st_mode)
+                == rustix::fs::FileType::CharacterDevice
+                && stat.st_rdev == rustix::fs::makedev(1, 3)
+        }
+        Err(_) => true,
+    }
 }

@@ -1,27 +1,27 @@
-//! The one error of the host side: a line for a person, and what kind of failure it is.
+//! The error of the host's side: a line of text for a person, and the kind of failure.
 //!
-//! It crosses process boundaries (sandbox process to command line) as JSON, so it carries text and
-//! a kind, not sources. Exit codes follow from the kind, in one place: [`Error::exit_code`]; `exec` has
-//! one for all, [`EXIT_EXEC_FAILED`].
+//! An error goes from the sandbox process to the command line as JSON, so it carries text and a
+//! kind, not sources. Exit codes follow from the kind in one place: [`Error::exit_code`]. `exec`
+//! has one exit code for all failures, [`EXIT_EXEC_FAILED`].
 
 use std::{fmt, io};
 
 use serde::{Deserialize, Serialize};
 
-/// What kind of failure it was, as far as a caller can tell failures apart.
+/// The kind of a failure, as far as a caller can tell failures apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ErrorKind {
-    /// Everything that has no kind of its own.
+    /// Any failure that has no kind of its own.
     Failed,
-    /// The microVM ended while it was needed; the exit status of the process is unknown.
+    /// The microVM ended while it was needed. The exit status of the process is unknown.
     VmLost,
 }
 
 /// A failure, ready to be shown.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Error {
-    /// What kind of failure it was.
+    /// The kind of failure.
     pub kind: ErrorKind,
     /// One line: what failed, with what, why, and what to do.
     pub message: String,
@@ -33,12 +33,13 @@ pub struct Error {
 /// A result with [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Exit status of `run`, `exec` and the sandbox process when the container's own is unknown
-/// because the microVM is gone. 255 is what a container can also return, so the message and the
-/// recorded state tell the two apart.
+/// Exit status of `run`, `exec` and the sandbox process if the microVM is gone and the container's
+/// own exit status is unknown. A container can also exit with 255. The message and the recorded
+/// state tell the two apart.
 pub const EXIT_VM_LOST: u8 = 255;
 
-/// Exit status of `exec` when it could not run the process, as runc's: the process itself can end with 1.
+/// Exit status of `exec` if it could not run the process, as with runc. The process itself can exit
+/// with 1.
 pub const EXIT_EXEC_FAILED: u8 = 255;
 
 impl Error {
@@ -52,7 +53,7 @@ impl Error {
         Self { kind, message: message.into(), details: Vec::new() }
     }
 
-    /// A lower layer's failure, as `what: why`.
+    /// A failure of a lower layer, as `what: why`.
     pub fn because(what: impl fmt::Display, cause: impl Into<Cause>) -> Self {
         Self::new(format!("{what}: {}", cause.into().0))
     }
@@ -64,8 +65,8 @@ impl Error {
         self
     }
 
-    /// The exit status of `run` and the sandbox process for this failure: 1 as with runc, also for a missing
-    /// program.
+    /// The exit status of `run` and the sandbox process for this failure. As with runc, a missing
+    /// program gives 1.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             ErrorKind::Failed => 1,
@@ -86,13 +87,9 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Names what was being done when a lower layer failed.
+/// Names the operation in which a lower layer failed.
 pub trait Explain<T> {
     /// Turns the failure into `what: why`.
-    ///
-    /// # Errors
-    ///
-    /// The failure, explained.
     fn explain(self, what: impl FnOnce() -> String) -> Result<T>;
 }
 
@@ -102,7 +99,7 @@ impl<T, E: Into<Cause>> Explain<T> for std::result::Result<T, E> {
     }
 }
 
-/// The text of a lower failure, without the error number that Rust appends.
+/// The text of a lower layer's failure, without the error number that Rust appends.
 #[derive(Debug)]
 pub struct Cause(String);
 
@@ -136,8 +133,8 @@ impl From<Error> for Cause {
     }
 }
 
-/// Error texts of the C library begin with a capital letter; in the middle of a line they should
-/// not. Abbreviations ("RPC ...") stay as they are.
+/// Lowers the first letter, because error texts of the C library begin with a capital letter.
+/// Abbreviations ("RPC ...") stay as they are.
 fn lower_first(text: String) -> String {
     let mut letters = text.chars();
     match (letters.next(), letters.next()) {

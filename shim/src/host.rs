@@ -1,4 +1,4 @@
-//! What this host can do: hardware virtualisation first of all.
+//! Abilities of this host: KVM, processors and memory.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -8,26 +8,23 @@ use std::{
 
 use crate::error::{Error, Explain, Result};
 
-/// What is behind `/dev/kvm`.
+/// The kind of KVM behind `/dev/kvm`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kvm {
-    /// The processor's own virtualisation, by the named kernel module.
+    /// Hardware virtualisation of the processor, by the named kernel module.
     Hardware {
         /// `kvm_amd` or `kvm_intel`.
         module: String,
     },
-    /// A KVM that emulates instead: it cannot boot a stock kernel in useful time.
+    /// A KVM that emulates. It cannot boot a stock kernel in useful time.
     Software {
-        /// The module behind it, when it shows in `/sys/module`.
+        /// The module behind it, if it shows in `/sys/module`.
         module: Option<String>,
     },
 }
 
-/// Opens `/dev/kvm` and refuses one that cannot boot Linux.
-///
-/// # Errors
-///
-/// If there is no `/dev/kvm`, no permission to use it, or no hardware behind it.
+/// Opens `/dev/kvm`, and refuses a KVM that cannot boot Linux. The error says what is missing: the
+/// device, the permission or the hardware.
 pub fn open_kvm() -> Result<File> {
     let file =
         OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(|e| match e.kind() {
@@ -55,11 +52,7 @@ pub fn open_kvm() -> Result<File> {
     }
 }
 
-/// Tells a hardware KVM from a software one by the processor's flags and the loaded module.
-///
-/// # Errors
-///
-/// If the processor's description cannot be read.
+/// Tells a hardware KVM from a software KVM by the processor's flags and the loaded module.
 pub fn kvm_kind(cpuinfo: &Path, modules: &Path) -> Result<Kvm> {
     let text =
         fs::read_to_string(cpuinfo).explain(|| format!("cannot read {}", cpuinfo.display()))?;
@@ -87,7 +80,7 @@ pub fn kvm_kind(cpuinfo: &Path, modules: &Path) -> Result<Kvm> {
 pub fn online_cpus() -> u64 {
     std::fs::read_to_string("/sys/devices/system/cpu/online")
         .ok()
-        .and_then(|list| crate::bundle::cpu_list_len(list.trim()))
+        .and_then(|list| crate::cpu_list::cpu_list_len(list.trim()))
         .or_else(|| std::thread::available_parallelism().ok().map(|n| n.get() as u64))
         .unwrap_or(1)
 }

@@ -1,9 +1,9 @@
-//! The log as runc's callers read it: one line a record, as text or as JSON with `level`, `msg`
-//! and `time`.
+//! The log as runc's callers read it: one line a record, as text or as JSON with `level`, `msg` and
+//! `time`.
 //!
-//! Without `--log`, records go to standard error, and only warnings, errors and (with `--debug`)
-//! debug records do. With `--log`, all records go to the file; warnings and errors are for the
-//! person too, so they still show on standard error.
+//! Without `--log`, only warnings, errors and (with `--debug`) debug records are shown, on standard
+//! error. With `--log`, all records go to the file. Warnings and errors are for the person too, so
+//! they still show on standard error.
 
 use std::{
     fs::{File, OpenOptions},
@@ -29,7 +29,7 @@ pub enum Format {
     Json,
 }
 
-/// Target of warnings that only the log file gets, and standard error only with `--debug`.
+/// Target of warnings for the log file. Standard error gets them only with `--debug`.
 pub const FOR_THE_LOG: &str = "isopod::for_the_log";
 
 struct Logger {
@@ -41,10 +41,6 @@ struct Logger {
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
 /// Opens the file given by `--log` for appending.
-///
-/// # Errors
-///
-/// If it can be neither opened nor created.
 pub fn open(path: &Path) -> Result<File> {
     OpenOptions::new()
         .create(true)
@@ -56,7 +52,7 @@ pub fn open(path: &Path) -> Result<File> {
 /// Sets up the log of this process. Later calls change nothing.
 pub fn init(file: Option<File>, format: Format, debug: bool) {
     let logger = LOGGER.get_or_init(|| Logger { file, format, debug });
-    // Fails only when a logger is set already, which is then this one.
+    // This fails only if a logger is set already, and then it is this logger.
     if log::set_logger(logger).is_ok() {
         log::set_max_level(if debug { LevelFilter::Debug } else { LevelFilter::Info });
     }
@@ -67,14 +63,14 @@ pub fn file() -> Option<BorrowedFd<'static>> {
     LOGGER.get().and_then(|logger| logger.file.as_ref()).map(AsFd::as_fd)
 }
 
-/// How this process logs: the form of a line, and whether debug records are wanted.
+/// The form of this process's log lines, and whether debug records are wanted.
 pub fn options() -> (Format, bool) {
     LOGGER.get().map_or((Format::Text, false), |logger| (logger.format, logger.debug))
 }
 
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // Libraries log what only their authors want to read.
+        // Records of libraries are for the authors of the libraries.
         metadata.target().starts_with("isopod") && (self.debug || metadata.level() <= Level::Info)
     }
 
@@ -87,7 +83,7 @@ impl Log for Logger {
             write_record(file, self.format, record.level(), &message);
         }
         let shown = match record.level() {
-            // Most containers have something of this kind, and a terminal is not the place for it.
+            // Most containers have such a warning, so a terminal is not the place for it.
             Level::Warn if record.target() == FOR_THE_LOG && !self.debug => None,
             Level::Error => Some("isopod: "),
             Level::Warn => Some("isopod: warning: "),
@@ -108,8 +104,8 @@ pub(crate) fn record_error(file: &File, format: Format, message: &str) {
 }
 
 fn write_record(mut file: &File, format: Format, level: Level, message: &str) {
-    // One write, so that lines of several processes do not mix. There is nowhere to report a log that
-    // cannot be written.
+    // One write, so that lines of several processes do not mix. If the log cannot be written, there
+    // is nowhere to report it.
     let _ = file.write_all(line(format, level, message).as_bytes());
 }
 

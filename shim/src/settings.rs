@@ -1,9 +1,12 @@
-//! What the operator of this host has settled: where the pieces of a microVM are, and more.
+//! Settings of this host's operator: the files of a microVM, and more.
 //!
-//! The pieces are looked for, in this order, in the environment (`ISOPOD_VMM`, `ISOPOD_KERNEL`,
-//! `ISOPOD_INITRAMFS`), the keys `vmm`, `kernel` and `initramfs` of `/etc/isopod/config.toml`, beside
-//! the running `isopod`, and where an installation puts them: in `libexec/isopod` and `share/isopod`
-//! next to the `bin` or `sbin` that `isopod` is in.
+//! The files are searched for in this order:
+//!
+//! - the environment (`ISOPOD_VMM`, `ISOPOD_KERNEL`, `ISOPOD_INITRAMFS`)
+//! - the keys `vmm`, `kernel` and `initramfs` of `/etc/isopod/config.toml`
+//! - the directory of the running `isopod`
+//! - the directories of an installation: `libexec/isopod` and `share/isopod` next to the `bin` or
+//!   `sbin` that `isopod` is in
 
 use std::{
     env, fs,
@@ -15,23 +18,21 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    error::{Error, Explain, Result},
-    network::MAX_NICS,
-};
+use crate::error::{Error, Explain, Result};
+use isopod_vmm::config::MAX_NET_DEVICES;
 
-/// The operator's settings.
+/// The file with the operator's settings.
 pub const CONFIG_FILE: &str = "/etc/isopod/config.toml";
 
-/// How long a guest may take from the VMM's start to its agent's hello, unless
-/// `ISOPOD_BOOT_TIMEOUT` (in seconds) says otherwise.
+/// Time limit for a guest, from the VMM's start to its agent's hello. `ISOPOD_BOOT_TIMEOUT` (in
+/// seconds) sets another.
 pub const BOOT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Network devices of a microVM whose network is still to come, unless the settings or the container
-/// say otherwise: one network, and one more.
+/// Number of spare network devices of a microVM, unless the settings or the container have another:
+/// one network, and one more.
 const SPARE_NICS: u8 = 2;
 
-/// The three files that a microVM is made of.
+/// The three files of a microVM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Artifacts {
     /// The `isopod-vmm` program.
@@ -54,7 +55,7 @@ struct ConfigFile {
     nics: Option<u8>,
 }
 
-/// One of the files, and how it is looked for.
+/// A search for one of the files.
 struct Search {
     what: &'static str,
     variable: &'static str,
@@ -87,16 +88,12 @@ const INITRAMFS: Search = Search {
 
 impl Artifacts {
     /// Finds all three files.
-    ///
-    /// # Errors
-    ///
-    /// If the settings file is not valid, or a file is in none of its places.
     pub fn find() -> Result<Self> {
         let [vmm, kernel, initramfs] = Self::find_each();
         Ok(Self { vmm: vmm?, kernel: kernel?, initramfs: initramfs? })
     }
 
-    /// Finds each file on its own: VMM, kernel, image.
+    /// Finds each file by itself: VMM, kernel, image.
     pub fn find_each() -> [Result<PathBuf>; 3] {
         let config = match ConfigFile::of_host() {
             Ok(config) => config,
@@ -156,7 +153,7 @@ impl Search {
         )))
     }
 
-    /// Where it is looked for if nobody says where it is, when `program` runs.
+    /// Places of the file if no setting names one: beside `program`, and in its installation.
     fn places(&self, program: &Path) -> [PathBuf; 2] {
         let dir = program.parent().unwrap_or(Path::new("/"));
         let prefix = dir.parent().unwrap_or(Path::new("/"));
@@ -180,11 +177,7 @@ impl Search {
 }
 
 /// Parameters for the end of the guest kernel's command line: `ISOPOD_KERNEL_PARAMS`, or the key
-/// `kernel_params` of `/etc/isopod/config.toml`; none if neither is there.
-///
-/// # Errors
-///
-/// If the settings file is not valid, or the variable is not UTF-8.
+/// `kernel_params` of `/etc/isopod/config.toml`. Empty without both.
 pub fn kernel_params() -> Result<String> {
     match env::var("ISOPOD_KERNEL_PARAMS") {
         Ok(params) => Ok(params),
@@ -197,37 +190,26 @@ pub fn kernel_params() -> Result<String> {
     }
 }
 
-/// Whether microVMs share the pages of the guest kernel that it does not change: the key `share_kernel` of
-/// `/etc/isopod/config.toml`; not if it is not there.
-///
-/// # Errors
-///
-/// If the settings file is not valid.
+/// Tells whether microVMs share the pages of the guest kernel that it does not change. This is the
+/// key `share_kernel` of `/etc/isopod/config.toml`, by default false.
 pub fn share_kernel() -> Result<bool> {
     Ok(ConfigFile::of_host()?.share_kernel.unwrap_or_default())
 }
 
-/// Network devices that a microVM gets whose namespace is empty when the container is created: the
-/// key `nics` of `/etc/isopod/config.toml`, or [`SPARE_NICS`].
-///
-/// # Errors
-///
-/// If the settings file is not valid.
+/// Number of network devices for a microVM whose namespace is empty when the container is created.
+/// This is the key `nics` of `/etc/isopod/config.toml`, by default [`SPARE_NICS`].
 pub fn nics() -> Result<u8> {
     match ConfigFile::of_host()?.nics {
         None => Ok(SPARE_NICS),
-        Some(nics @ 0..=MAX_NICS) => Ok(nics),
+        Some(nics @ 0..=MAX_NET_DEVICES) => Ok(nics),
         Some(nics) => Err(Error::new(format!(
-            "nics in {CONFIG_FILE} is {nics}; it has to be from 0 to {MAX_NICS}"
+            "nics in {CONFIG_FILE} is {nics}; it has to be from 0 to {MAX_NET_DEVICES}"
         ))),
     }
 }
 
-/// How long a guest may take to boot.
-///
-/// # Errors
-///
-/// If `ISOPOD_BOOT_TIMEOUT` is set and is not a whole number of seconds from 1 to 3600.
+/// Time limit for a guest's boot: `ISOPOD_BOOT_TIMEOUT`, a whole number of seconds from 1 to 3600,
+/// or [`BOOT_TIMEOUT`].
 pub fn boot_timeout() -> Result<Duration> {
     let Some(text) = env::var_os("ISOPOD_BOOT_TIMEOUT") else { return Ok(BOOT_TIMEOUT) };
     text.to_str()

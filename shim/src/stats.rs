@@ -1,8 +1,8 @@
-//! What a container uses, in the form that `events` of runc has: its `types.Stats`, names and units
-//! and all, with cgroup v2 read as runc reads it.
+//! Resource use of a container, as runc's `events` shows it: the names and units of its
+//! `types.Stats`, with cgroup v2 read as runc reads it.
 //!
-//! The figures are files of the guest's kernel and come from the guest. What cannot be read in them is
-//! left out or 0; nothing in them can do more than be wrong.
+//! The figures are files of the guest's kernel, and come from the guest. A figure that cannot be
+//! read is left out or 0. At worst a figure is wrong.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,31 +10,31 @@ use serde::Serialize;
 
 use isopod_protocol::agent::ContainerStats;
 
-/// Most interfaces, devices or processors that are shown.
+/// Largest number of interfaces, devices or processors that are shown.
 const MAX_SHOWN: usize = 1024;
 
-/// A limit of nothing.
+/// A limit that does not limit.
 const UNLIMITED: u64 = u64::MAX;
 
 /// A line of `events`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum Event {
-    /// What a container uses.
+    /// Resource use of a container.
     Stats {
-        /// The container.
+        /// Id of the container.
         id: String,
         /// The figures.
         data: Box<Stats>,
     },
-    /// The kernel has killed a process of it for its memory limit.
+    /// The kernel has killed a process of the container for its memory limit.
     Oom {
-        /// The container.
+        /// Id of the container.
         id: String,
     },
 }
 
-/// What a container uses, and what it may.
+/// Resource use of a container, and its limits.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Stats {
     cpu: Cpu,
@@ -44,7 +44,7 @@ pub struct Stats {
     blkio: Blkio,
     hugetlb: BTreeMap<String, Hugetlb>,
     intel_rdt: IntelRdt,
-    /// Those of the container but its loopback; `None` if it has no other.
+    /// Interfaces of the container without loopback. `None` if it has no other.
     network_interfaces: Option<Vec<NetworkInterface>>,
 }
 
@@ -54,7 +54,7 @@ struct Cpu {
     throttling: Throttling,
 }
 
-/// In nanoseconds.
+/// Processor time in nanoseconds.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 struct CpuUsage {
     #[serde(skip_serializing_if = "is_zero")]
@@ -70,12 +70,12 @@ struct Throttling {
     periods: u64,
     #[serde(skip_serializing_if = "is_zero")]
     throttled_periods: u64,
-    /// In nanoseconds.
+    /// Time in nanoseconds.
     #[serde(skip_serializing_if = "is_zero")]
     throttled_time: u64,
 }
 
-/// What is not in cgroup v2 is 0, as with runc.
+/// Cpusets. Fields that cgroup v2 does not have are 0, as with runc.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 struct Cpuset {
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -93,7 +93,7 @@ struct Cpuset {
     sched_relax_domain_level: i64,
 }
 
-/// In bytes.
+/// Memory in bytes.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 struct Memory {
     #[serde(skip_serializing_if = "is_zero")]
@@ -155,7 +155,7 @@ struct Hugetlb {
     failcnt: u64,
 }
 
-/// Nothing of the host's reaches into a microVM.
+/// Intel RDT, which does not reach into a microVM.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 struct IntelRdt {}
 
@@ -179,7 +179,7 @@ fn is_zero(number: &u64) -> bool {
 }
 
 impl Stats {
-    /// From what the agent has read.
+    /// The figures that the agent has read, in runc's form.
     pub fn of(read: &ContainerStats) -> Self {
         let files = Files(&read.cgroup_files);
         Self {
@@ -192,7 +192,7 @@ impl Stats {
             memory: memory(&files),
             pids: Pids {
                 current: files.number("pids.current"),
-                // No limit is 0 here.
+                // Without a limit this field is 0.
                 limit: Some(files.number("pids.max")).filter(|n| *n != UNLIMITED).unwrap_or(0),
             },
             blkio: blkio(files.text("io.stat")),
@@ -267,7 +267,7 @@ fn memory(files: &Files<'_>) -> Memory {
     Memory { cache, usage, swap, raw, ..Memory::default() }
 }
 
-/// Lines such as `254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`.
+/// Parses lines such as `254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`.
 fn blkio(text: &str) -> Blkio {
     let mut found = Blkio::default();
     for line in text.lines().take(MAX_SHOWN) {
@@ -307,8 +307,8 @@ fn hugetlb(files: &Files<'_>) -> BTreeMap<String, Hugetlb> {
         .collect()
 }
 
-/// The lines of /proc/net/dev: a name, then eight figures of what was received and eight of what was
-/// sent. Not the loopback.
+/// The interfaces in /proc/net/dev without loopback. A line has a name, eight figures about
+/// received data, and eight about sent data.
 fn interfaces(text: &str) -> Vec<NetworkInterface> {
     let interface = |line: &str| {
         let (name, figures) = line.trim().split_once(':')?;

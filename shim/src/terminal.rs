@@ -1,8 +1,9 @@
-//! Terminals: raw mode that is given back, and sizes.
+//! Terminals: sizes, and raw mode that ends again.
 
 use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
 };
 
 use rustix::termios::{self, OptionalActions, OutputModes, Termios};
@@ -13,10 +14,26 @@ use crate::error::{Explain, Result};
 /// Size of a terminal in characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
-    /// Characters in a line.
+    /// Number of characters in a line.
     pub columns: u16,
-    /// Lines.
+    /// Number of lines.
     pub rows: u16,
+}
+
+/// The host's side of a container's terminal.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Terminal {
+    /// The terminal that this process inherited.
+    Inherited {
+        /// Size, if there is one. A terminal can be asked for although no stream is a terminal.
+        size: Option<Size>,
+    },
+    /// A new terminal, whose master goes to the listener at this unix socket.
+    Socket {
+        /// The socket's path.
+        path: PathBuf,
+    },
 }
 
 /// The size of the terminal behind a descriptor, or `None` if it is not a terminal.
@@ -25,7 +42,7 @@ pub fn size(terminal: impl AsFd) -> Option<Size> {
     Some(Size { columns: size.ws_col, rows: size.ws_row })
 }
 
-/// The terminal that a person sits at: the first of the standard streams that is one, or else the
+/// The terminal that a person sits at: the first standard stream that is a terminal, or else the
 /// controlling terminal.
 pub fn of_this_process() -> Option<OwnedFd> {
     let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
@@ -37,10 +54,6 @@ pub fn of_this_process() -> Option<OwnedFd> {
 }
 
 /// Puts a terminal into raw mode for good: every byte passes through unchanged.
-///
-/// # Errors
-///
-/// If it is not a terminal.
 pub fn make_raw(terminal: impl AsFd) -> Result<()> {
     set_raw(terminal.as_fd(), false).map(drop)
 }
@@ -58,8 +71,8 @@ fn set_raw(terminal: BorrowedFd<'_>, lines: bool) -> Result<Termios> {
     Ok(before)
 }
 
-/// A terminal in raw mode, until this is dropped. It still makes lines of the newlines that are written
-/// to it, which the guest's end of the relay leaves as they are.
+/// A terminal in raw mode, until this is dropped. Output processing (`OPOST`) stays on: the guest's
+/// end of the relay leaves newlines as they are, and this terminal makes lines of them.
 #[derive(Debug)]
 pub struct RawMode {
     terminal: OwnedFd,
@@ -68,10 +81,6 @@ pub struct RawMode {
 
 impl RawMode {
     /// Puts `terminal` into raw mode.
-    ///
-    /// # Errors
-    ///
-    /// If it is not a terminal, or descriptors have run out.
     pub fn enter(terminal: impl AsFd) -> Result<Self> {
         let terminal = terminal
             .as_fd()

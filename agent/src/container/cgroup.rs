@@ -1,8 +1,8 @@
-//! The guest's cgroup v2 tree: one group for each container under `containers`.
+//! The guest's cgroup v2 tree: one group for each container below `containers`.
 //!
-//! The agent stays in the root group, which no limit of a container reaches. Moving it into a group
-//! of its own would protect it no better and cost an RCU grace period at boot. What keeps memory
-//! and pids for the agent is a limit on `containers` as a whole.
+//! The agent stays in the root group, out of reach of every container's limits. A group of its own
+//! would protect the agent no better and would cost an RCU grace period at boot. The limits of
+//! `containers` as a whole reserve memory and pids for the agent.
 
 use std::fs;
 use std::io::{self, Read as _, Write as _};
@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 use crate::error::{Context as _, Error, Result};
 use crate::log::log_warn;
 
-/// Where the guest mounts cgroup v2.
+/// Mount point of cgroup v2 in the guest.
 pub(crate) const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
 /// Parent of all containers' groups.
@@ -32,21 +32,17 @@ const MEMORY_RESERVE: u64 = 32 << 20;
 /// Processes and threads that containers cannot take from the agent.
 const PIDS_RESERVE: u64 = 256;
 
-/// Deepest tree of groups that a container may have made and that is still cleaned up.
+/// Deepest level of groups made by a container that [`Cgroup::remove`] still cleans up.
 const MAX_DEPTH: usize = 64;
 
-/// How long killed processes may take to disappear.
+/// Longest time until killed processes have disappeared.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the processes of a group may take to stop. One in a call that cannot be interrupted
-/// stops after it.
+/// Longest time until the processes of a group have stopped. A process in an uninterruptible call
+/// stops only after the call.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Enables every controller for containers and bounds what they can use together.
-///
-/// # Errors
-///
-/// The tree cannot be written.
+/// Enables every controller for containers and bounds their total use.
 pub(crate) fn prepare() -> Result<()> {
     let containers = Path::new(CONTAINERS);
     fs::create_dir_all(containers).context(|| format!("create {CONTAINERS}"))?;
@@ -59,12 +55,12 @@ pub(crate) fn prepare() -> Result<()> {
     let limits = [
         ("memory.max", memory.to_string()),
         ("pids.max", pids.to_string()),
-        // What a container reserves counts only as far as its parent reserves it.
+        // The kernel counts a child's memory.low only up to its parent's.
         ("memory.low", "max".to_owned()),
     ];
     for (file, value) in limits {
         let path = containers.join(file);
-        // Absent where the kernel has no such controller.
+        // The file is missing if the kernel lacks the controller.
         if path.exists() {
             write_file(&path, &value)?;
         }
@@ -72,7 +68,7 @@ pub(crate) fn prepare() -> Result<()> {
     Ok(())
 }
 
-/// Most processes and threads that this kernel can have.
+/// Most processes and threads that this kernel supports at a time.
 fn pid_space() -> u64 {
     let limit = |name| {
         let text = fs::read_to_string(name).ok()?;
@@ -82,7 +78,7 @@ fn pid_space() -> u64 {
     threads.min(limit("/proc/sys/kernel/pid_max").unwrap_or(32768))
 }
 
-/// Lets the children of a group use all controllers that it has.
+/// Enables all controllers of a group for its children.
 fn delegate(group: &Path) -> Result<()> {
     let path = group.join("cgroup.controllers");
     let controllers = fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
@@ -93,7 +89,7 @@ fn delegate(group: &Path) -> Result<()> {
     write_file(&group.join("cgroup.subtree_control"), enable.trim_end())
 }
 
-/// One write, as the kernel wants it for these files.
+/// Writes an interface file in one write(2), as the kernel requires.
 fn write_file(path: &Path, value: &str) -> Result<()> {
     let write = || fs::File::options().write(true).open(path)?.write_all(value.as_bytes());
     write().context(|| format!("write {value:?} to {}", path.display()))
@@ -104,16 +100,13 @@ fn write_file(path: &Path, value: &str) -> Result<()> {
 pub(crate) struct Cgroup {
     path: PathBuf,
     dir: OwnedFd,
-    /// Frozen until somebody resumes it. Held by who changes whether the group is frozen.
+    /// True while the group is frozen by [`Cgroup::pause`]. The lock is held while the freezer
+    /// changes.
     paused: Mutex<bool>,
 }
 
 impl Cgroup {
-    /// Makes the group of a container.
-    ///
-    /// # Errors
-    ///
-    /// There is one already, or it cannot be made.
+    /// Makes the group of a container. A group that exists already is an error.
     pub(crate) fn create(container_id: &str) -> Result<Self> {
         let path = Path::new(CONTAINERS).join(container_id);
         fs::create_dir(&path).context(|| format!("create the cgroup {}", path.display()))?;
@@ -127,7 +120,7 @@ impl Cgroup {
         }
     }
 
-    /// The id of the container whose it is.
+    /// Id of the container that the group belongs to.
     pub(crate) fn id(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
@@ -140,11 +133,8 @@ impl Cgroup {
         &self.dir
     }
 
-    /// Opens the group at a path below this one; `/` is this one itself.
-    ///
-    /// # Errors
-    ///
-    /// There is none, or the path leads out of this group.
+    /// Opens the group at a path below this group; `/` names this group itself. A path that leads
+    /// out of the group is an error.
     pub(crate) fn below(&self, path: &str) -> Result<OwnedFd> {
         let below = Path::new(".").join(path.trim_start_matches('/'));
         let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
@@ -169,10 +159,6 @@ impl Cgroup {
     }
 
     /// Reads an interface file, without the end of its last line.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's, with the file.
     pub(crate) fn read(&self, file: &str) -> Result<String> {
         let path = self.path.join(file);
         let text = fs::read_to_string(&path).context(|| format!("read {}", path.display()))?;
@@ -180,25 +166,18 @@ impl Cgroup {
     }
 
     /// Writes an interface file.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's, with the file and the value.
     pub(crate) fn write(&self, file: &str, value: &str) -> Result<()> {
         write_file(&self.path.join(file), value)
     }
 
-    /// Pids in the agent's pid namespace of all processes in this group and below it.
-    ///
-    /// # Errors
-    ///
-    /// The group cannot be read.
+    /// Pids of all processes in this group and below, in the agent's pid namespace.
     pub(crate) fn pids(&self) -> Result<Vec<u32>> {
         let mut pids = Vec::new();
         for group in self.tree()? {
             match fs::read_to_string(group.join("cgroup.procs")) {
                 Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok())),
-                // Gone since it was listed, or a threaded group, whose processes the domain lists.
+                // The group has gone since the listing, or is threaded: the domain group lists its
+                // processes.
                 Err(e) if gone(&e) || e.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
                 Err(e) => return Err(e).context(|| format!("read {}", group.display())),
             }
@@ -208,42 +187,34 @@ impl Cgroup {
         Ok(pids)
     }
 
-    /// How many processes the kernel has killed here because of the memory limit.
+    /// Number of processes in the group that the kernel has killed because of the memory limit.
     pub(crate) fn oom_kills(&self) -> u64 {
         let text = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
         field(&text, "oom_kill").unwrap_or(0)
     }
 
-    /// Changes of what [`Self::oom_kills`] counts.
-    ///
-    /// # Errors
-    ///
-    /// This kernel does not account for memory.
+    /// Watches the count of [`Self::oom_kills`] for changes. A kernel without memory accounting is
+    /// an error.
     pub(crate) fn watch_memory_events(&self) -> Result<Watch> {
         let path = self.path.join("memory.events");
         let context = || format!("watch {}", path.display());
         let file = fs::File::open(&path).context(context)?;
-        // SAFETY: the file is owned by what is returned and never given out, so it stays open, and the
-        // same file, for as long as it is registered.
+        // SAFETY: the returned value owns the file and never gives it out. So the descriptor stays
+        // open, and refers to the same file, for as long as it is registered.
         let registered = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) };
         let file = registered.map_err(io::Error::from).context(context)?;
         Ok(Watch(file))
     }
 
-    /// Kills every process with SIGKILL, also those that are being forked.
-    ///
-    /// # Errors
-    ///
-    /// The group cannot be written.
+    /// Kills every process with SIGKILL, including processes in the middle of a fork.
     pub(crate) fn kill(&self) -> Result<()> {
         self.write("cgroup.kill", "1")
     }
 
-    /// Stops all processes until [`Self::resume`]. SIGKILL still ends them.
+    /// Freezes all processes until [`Self::resume`]. SIGKILL still ends them.
     ///
-    /// # Errors
-    ///
-    /// It is paused already, or a process does not stop in time, and then all run on.
+    /// If a process does not stop in time, all of them run on and the call fails. A second pause
+    /// fails too.
     pub(crate) fn pause(&self) -> Result<()> {
         let mut paused = self.paused();
         if *paused {
@@ -263,11 +234,7 @@ impl Cgroup {
         )))
     }
 
-    /// Lets all processes run on.
-    ///
-    /// # Errors
-    ///
-    /// It is not paused.
+    /// Thaws all processes. A group that is not paused is an error.
     pub(crate) fn resume(&self) -> Result<()> {
         let mut paused = self.paused();
         if !*paused {
@@ -282,37 +249,32 @@ impl Cgroup {
         self.paused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `action` while no process of the group runs, so that none can fork away from it.
-    ///
-    /// # Errors
-    ///
-    /// The group cannot be frozen, or the error of `action`.
+    /// Calls `action` while the group is frozen, so that no process can fork away from it.
     pub(crate) fn while_frozen<T>(&self, action: impl FnOnce() -> Result<T>) -> Result<T> {
         let paused = self.paused();
         if *paused {
             return action();
         }
         self.write("cgroup.freeze", "1")?;
-        // Processes in uninterruptible sleep delay the event; they cannot fork meanwhile either.
+        // Processes in uninterruptible sleep delay the event, but cannot fork meanwhile either.
         let frozen = wait_for_event(&self.path, "frozen", 1, Duration::from_secs(1));
         let result = frozen.and_then(|_| action());
         self.write("cgroup.freeze", "0")?;
         result
     }
 
-    /// Removes the group with all below it, after killing what still runs there.
-    ///
-    /// # Errors
-    ///
-    /// A process does not die within 10 seconds, or a group cannot be removed.
+    /// Removes the group with all below it, after killing all processes there. Processes that live
+    /// on for [`KILL_TIMEOUT`] are an error.
     pub(crate) fn remove(&self) -> Result<()> {
         match self.kill() {
             Err(_) if !self.path.exists() => return Ok(()),
             result => result?,
         }
         if !wait_for_event(&self.path, "populated", 0, KILL_TIMEOUT)? {
-            let path = self.path.display();
-            return Err(Error::internal(format!("killed processes of {path} do not end")));
+            let (path, seconds) = (self.path.display(), KILL_TIMEOUT.as_secs());
+            return Err(Error::internal(format!(
+                "killed processes of {path} have not ended after {seconds} s"
+            )));
         }
         for group in self.tree()?.iter().rev() {
             match fs::remove_dir(group) {
@@ -325,7 +287,7 @@ impl Cgroup {
         Ok(())
     }
 
-    /// This group and all below it, parents first.
+    /// This group and all groups below it, parents first.
     fn tree(&self) -> Result<Vec<PathBuf>> {
         let mut groups = vec![self.path.clone()];
         let mut at = 0;
@@ -343,7 +305,7 @@ impl Cgroup {
                     Err(e) => return Err(e).context(|| format!("list {}", groups[at].display())),
                 }
             } else {
-                log_warn!("groups below {} are not looked at", groups[at].display());
+                log_warn!("cgroups below {} are too deep and are ignored", groups[at].display());
             }
             at += 1;
         }
@@ -351,21 +313,17 @@ impl Cgroup {
     }
 }
 
-/// An interface file whose changes can be waited for.
+/// An interface file with change notification.
 pub(crate) struct Watch(AsyncFd<fs::File>);
 
 impl Watch {
-    /// Waits for the next change since this was made or since the last call has returned. Who reads
-    /// after that reads at least this change.
-    ///
-    /// # Errors
-    ///
-    /// The file cannot be read any more.
+    /// Waits for the next change since the last call has returned, or since the watch was made. A
+    /// read after the return sees at least this change.
     pub(crate) async fn changed(&mut self) -> Result<()> {
         let context = || "watch a cgroup";
         let mut ready = self.0.ready(Interest::PRIORITY).await.context(context)?;
         ready.clear_ready();
-        // The kernel signals the next change only to who has read this one.
+        // The kernel signals the next change only to a file whose reader has read this change.
         let mut file = ready.get_inner();
         io::Seek::rewind(&mut file).context(context)?;
         io::copy(&mut file, &mut io::sink()).context(context)?;
@@ -373,7 +331,7 @@ impl Watch {
     }
 }
 
-/// Waits until a field of `cgroup.events` has a value; false when it does not in time.
+/// Waits until a field of `cgroup.events` has a value. Returns false after the timeout.
 fn wait_for_event(group: &Path, name: &str, value: u64, timeout: Duration) -> Result<bool> {
     let path = group.join("cgroup.events");
     let context = || format!("read {}", path.display());
@@ -399,14 +357,14 @@ fn wait_for_event(group: &Path, name: &str, value: u64, timeout: Duration) -> Re
     }
 }
 
-/// Kills every process of every container and waits until they have ended.
+/// Kills every process of every container and waits until all have ended.
 pub(crate) fn kill_all_containers() {
     let containers = Path::new(CONTAINERS);
     let killed = write_file(&containers.join("cgroup.kill"), "1")
         .and_then(|()| wait_for_event(containers, "populated", 0, KILL_TIMEOUT));
     match killed {
         Ok(true) => {}
-        Ok(false) => log_warn!("some processes of containers do not end"),
+        Ok(false) => log_warn!("some processes of containers have not ended"),
         Err(e) => log_warn!("{e}"),
     }
 }

@@ -1,8 +1,8 @@
-//! What the agent and a container's first process, while it is still the agent's program, say to
-//! each other over a socket pair.
+//! Messages over the socket pair between the agent and a process of a container.
 //!
-//! The agent sends the request and the document, the process answers when it is ready to call
-//! `execve` or why it is not, the agent sends the start, and the socket closes with `execve`.
+//! The process is still the agent's program then. The agent sends the request and the document. The
+//! process answers that it is ready to call `execve`, or why not. The agent sends the start, and
+//! `execve` closes the socket.
 
 use std::io::{self, IoSlice, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
@@ -19,27 +19,34 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 use super::namespaces::Namespaces;
-use super::seccomp::Filter;
+use super::seccomp::SeccompFilter;
 use super::terminal::Screen;
-use crate::oci::State;
+use crate::oci::HookState;
 
-/// Longest payload of a message. A config.json is far shorter.
+/// Longest payload of a message in bytes. A config.json is far shorter.
 const MAX_PAYLOAD: usize = 64 << 20;
 
-/// Most descriptors with a message.
+/// Most descriptors with one message.
 const MAX_FDS: usize = 4 + MAX_FURTHER_STREAMS;
 
-/// What the process is to become. Descriptors follow in this order: standard input, output and
-/// error, unless there is a terminal, and what the process has from 3 on; for [`Request::Exec`] before
-/// these a pidfd of the container.
+/// The role of the new process, and its settings.
+///
+/// Descriptors follow in this order. [`InitRequest::Exec`] begins with a pidfd of the container.
+/// Standard input, output and error come next, unless there is a terminal. The last ones are the
+/// descriptors from 3 on.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Request {
-    /// The first process of a container; a config.json follows.
-    Create { cgroup: String, filter: Option<Filter>, screen: Screen, state: Option<State> },
-    /// A further process of a container; a `process` object follows.
+pub(crate) enum InitRequest {
+    /// The first process of a container. A config.json follows.
+    Create {
+        cgroup: String,
+        filter: Option<SeccompFilter>,
+        screen: Screen,
+        state: Option<HookState>,
+    },
+    /// A further process of a container. A `process` object follows.
     Exec {
         namespaces: Namespaces,
-        filter: Option<Filter>,
+        filter: Option<SeccompFilter>,
         personality: Option<u32>,
         screen: Screen,
     },
@@ -49,15 +56,15 @@ pub(crate) enum Request {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Tag {
-    /// A [`Request`] as JSON.
+    /// An [`InitRequest`] as JSON.
     Request = 1,
     /// The JSON document that the request announces.
     Document,
     /// The master side of the terminal, as a descriptor.
     Terminal,
-    /// Ready to call `execve`.
+    /// The process is ready to call `execve`.
     Ready,
-    /// Call `execve`.
+    /// The process is to call `execve`.
     Start,
     /// An [`crate::error::Error`] as JSON. The process exits after it.
     Failed,
@@ -90,16 +97,12 @@ impl AsFd for Channel {
 }
 
 impl Channel {
-    /// A connected pair. On the first end nothing waits longer than `patience`, if that is given,
-    /// for the other.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
-    pub(crate) fn pair(patience: Option<Duration>) -> io::Result<(Self, OwnedFd)> {
+    /// Makes a connected pair. Reads and writes on the first end fail after `timeout`, if there is
+    /// one.
+    pub(crate) fn pair(timeout: Option<Duration>) -> io::Result<(Self, OwnedFd)> {
         let (ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(patience)?;
-        ours.set_write_timeout(patience)?;
+        ours.set_read_timeout(timeout)?;
+        ours.set_write_timeout(timeout)?;
         Ok((Self(ours), theirs.into()))
     }
 
@@ -107,21 +110,14 @@ impl Channel {
         Self(fd.into())
     }
 
-    /// Leaves the descriptors below `first` to others.
-    ///
-    /// # Errors
-    ///
-    /// There are no more descriptors.
+    /// Moves the socket to a descriptor number of at least `first`.
     pub(crate) fn move_to(&mut self, first: i32) -> io::Result<()> {
         self.0 = rustix::io::fcntl_dupfd_cloexec(&self.0, first)?.into();
         Ok(())
     }
 
-    /// Sends a message with descriptors.
-    ///
-    /// # Errors
-    ///
-    /// The other end is gone, or does not read; see [`timed_out`].
+    /// Sends a message with descriptors. [`timed_out`] recognises the error of a peer that does not
+    /// read.
     pub(crate) fn send(&self, tag: Tag, payload: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
         let mut header = [tag as u8; 5];
@@ -131,20 +127,16 @@ impl Channel {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(io::Error::other("too many descriptors for one message"));
         }
-        // Five bytes always go in one piece, and the descriptors with them. A wait that is bounded
-        // is not resumed after a signal, and children of the agent end all the time.
+        // Five bytes always go in one piece, together with the descriptors. The kernel does not
+        // restart a call with a timeout after a signal, and SIGCHLD is frequent in the agent.
         retry_on_intr(|| {
             sendmsg(&self.0, &[IoSlice::new(&header)], &mut control, SendFlags::NOSIGNAL)
         })?;
         (&self.0).write_all(payload)
     }
 
-    /// Receives a message, or `None` when the other end is gone.
-    ///
-    /// # Errors
-    ///
-    /// The other end went away in the middle of a message, or it makes no sense, or nothing came;
-    /// see [`timed_out`].
+    /// Receives a message, or `None` when the other end is closed. [`timed_out`] recognises the
+    /// error of a silent peer.
     pub(crate) fn receive(&self) -> io::Result<Option<Message>> {
         let mut header = [0; 5];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
@@ -155,7 +147,7 @@ impl Channel {
         };
         let n = match received {
             Ok(received) => received.bytes,
-            // Closed with bytes unread.
+            // The peer has closed its end with bytes unread.
             Err(rustix::io::Errno::CONNRESET) => return Ok(None),
             Err(e) => return Err(e.into()),
         };
@@ -180,7 +172,7 @@ impl Channel {
     }
 }
 
-/// Whether the other end has let the patience of a [`Channel::pair`] run out.
+/// Returns true for the error of a [`Channel::pair`] whose timeout has passed.
 pub(crate) fn timed_out(e: &io::Error) -> bool {
     e.kind() == io::ErrorKind::WouldBlock
 }
@@ -208,10 +200,10 @@ mod tests {
     }
 
     #[test]
-    fn patience_is_bounded() {
+    fn waits_are_bounded() {
         let (ours, theirs) = Channel::pair(Some(Duration::from_millis(20))).unwrap();
         assert!(timed_out(&ours.receive().unwrap_err()));
-        // More than the socket holds, and nobody reads.
+        // The message exceeds the socket's buffer, and the peer does not read.
         assert!(timed_out(&ours.send(Tag::Document, &vec![0; 4 << 20], &[]).unwrap_err()));
         drop(theirs);
         assert!(!timed_out(&ours.send(Tag::Start, &[], &[]).unwrap_err()));

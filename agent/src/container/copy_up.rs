@@ -1,4 +1,4 @@
-//! `tmpcopyup`: a new tmpfs starts with what the image has at its place.
+//! `tmpcopyup`: the image's files at the mount point, copied into a new tmpfs.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,23 +9,21 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-/// Deepest tree that is copied.
+/// Deepest directory level that is copied.
 const MAX_DEPTH: usize = 128;
 
 const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-/// Copies the contents of one directory into another, with owners and modes. Those of the directory
-/// itself are the new file system's options.
+/// Copies the contents of one directory into another, with owners and modes.
 ///
-/// # Errors
-///
-/// The kernel's; `ELOOP` for a tree that is too deep.
+/// Mode and owner of the top directory are options of the new file system. A tree that is too deep
+/// fails with `ELOOP`.
 pub(crate) fn copy(from: &OwnedFd, to: &OwnedFd) -> Result<(), Errno> {
     let stat = rustix::fs::fstat(from)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
         return Err(Errno::NOTDIR);
     }
-    // The descriptors are O_PATH ones.
+    // `from` and `to` are O_PATH descriptors, which getdents(2) refuses.
     let from = openat(from, c".", DIRECTORY, Mode::empty())?;
     let to = openat(to, c".", DIRECTORY, Mode::empty())?;
     copy_entries(&from, &to, 0)
@@ -45,7 +43,7 @@ fn copy_entries(from: &OwnedFd, to: &OwnedFd, depth: usize) -> Result<(), Errno>
         copy_entry(from, to, name, &stat, depth)?;
         let owner = (Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)));
         chownat(to, name, owner.0, owner.1, AtFlags::SYMLINK_NOFOLLOW)?;
-        // After the owner: a change of owner takes set-id bits away.
+        // The mode follows the owner, because a change of owner clears set-id bits.
         if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
             chmodat(to, name, Mode::from_raw_mode(stat.st_mode), AtFlags::empty())?;
         }

@@ -1,4 +1,4 @@
-//! Who the process is: user, groups and capabilities.
+//! Credentials of a process: user, groups and capabilities.
 
 use rustix::fs::{Gid, Uid};
 use rustix::io::Errno;
@@ -8,24 +8,22 @@ use isopod_protocol::capability::NAMES;
 
 use crate::error::{Code, Context as _, Error, Result};
 use crate::log::log_warn;
-use crate::oci::{Capabilities, Process};
+use crate::oci::{Capabilities, ProcessSpec};
 
-/// Gives up the agent's identity for the one that the specification asks for. The order matters:
-/// the bounding set needs CAP_SETPCAP, and the other sets have to survive the change of user.
+/// Replaces the agent's credentials with those of the specification.
 ///
-/// With `filtered`, a process that may gain privileges keeps CAP_SYS_ADMIN until execve, because
-/// seccomp(2) demands one of the two. What it has after execve follows from the other sets.
+/// The order matters: the bounding set needs CAP_SETPCAP, and the other sets have to survive the
+/// change of user.
 ///
-/// # Errors
-///
-/// The step that failed.
-pub(crate) fn apply(process: &Process, filtered: bool) -> Result<()> {
+/// With `filtered`, a process without no_new_privs keeps CAP_SYS_ADMIN until execve, because
+/// seccomp(2) demands one of the two. Its capabilities after execve follow from the other sets.
+pub(crate) fn apply(process: &ProcessSpec, filtered: bool) -> Result<()> {
     // A missing object means no capabilities at all.
     let wanted = process.capabilities.clone().unwrap_or_default();
     drop_bounding(bits(&wanted.bounding))?;
     rustix::thread::set_keep_capabilities(true).context(|| "keep capabilities")?;
     change_user(process)?;
-    rustix::thread::set_keep_capabilities(false).context(|| "no longer keep capabilities")?;
+    rustix::thread::set_keep_capabilities(false).context(|| "stop keeping capabilities")?;
     let to_filter = if filtered && process.no_new_privileges != Some(true) {
         CapabilitySet::SYS_ADMIN
     } else {
@@ -40,14 +38,14 @@ pub(crate) fn apply(process: &Process, filtered: bool) -> Result<()> {
     raise_ambient(bits(&wanted.ambient))
 }
 
-fn change_user(process: &Process) -> Result<()> {
+fn change_user(process: &ProcessSpec) -> Result<()> {
     let user = &process.user;
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    // To the kernel this number means "as it was".
+    // To the kernel this number means "unchanged".
     if [user.uid, user.gid].contains(&u32::MAX) {
         return Err(Error::new(
             Code::InvalidArgument,
-            format!("process.user: {} is no id", u32::MAX),
+            format!("process.user: {} is not a valid id", u32::MAX),
         ));
     }
     let groups: Vec<Gid> = user.additional_gids.iter().copied().map(Gid::from_raw).collect();
@@ -72,8 +70,10 @@ fn drop_bounding(keep: u64) -> Result<()> {
     Ok(())
 }
 
-/// The kernel refuses ambient capabilities that are not permitted and inheritable as well, and those
-/// that it does not know. [`warn`] has told.
+/// Raises the ambient capabilities that the kernel accepts.
+///
+/// The kernel refuses a capability that is unknown, or not both permitted and inheritable. [`warn`]
+/// has logged these.
 fn raise_ambient(wanted: u64) -> Result<()> {
     rustix::thread::clear_ambient_capability_set().context(|| "clear the ambient capabilities")?;
     for number in (0..64).filter(|number| wanted & (1 << number) != 0) {
@@ -86,13 +86,15 @@ fn raise_ambient(wanted: u64) -> Result<()> {
     Ok(())
 }
 
-/// The set as the kernel's bits.
+/// The set as a mask of the kernel's capability numbers.
 fn bits(names: &[String]) -> u64 {
     names.iter().filter_map(|name| number(name)).fold(0, |bits, number| bits | 1 << number)
 }
 
-/// Tells which capabilities the process will not get although they are asked for: common
-/// specifications have some that nothing else in them allows, and newer ones may have new names.
+/// Logs the requested capabilities that the process will not get.
+///
+/// Common specifications name ambient capabilities that are not permitted and inheritable. Newer
+/// ones may have names that are unknown here.
 pub(crate) fn warn(capabilities: &Capabilities) {
     let unknown = unknown(capabilities);
     if !unknown.is_empty() {
@@ -115,7 +117,7 @@ fn unknown(capabilities: &Capabilities) -> Vec<&str> {
     unknown
 }
 
-/// Ambient capabilities that cannot be.
+/// Ambient capabilities that are not both permitted and inheritable.
 fn beyond_ambient(capabilities: &Capabilities) -> Vec<&str> {
     let possible = bits(&capabilities.permitted) & bits(&capabilities.inheritable);
     let known = |name: &&str| number(name).is_some_and(|number| possible & (1 << number) == 0);

@@ -1,4 +1,4 @@
-//! Device nodes and links under the container's `/dev`.
+//! Device nodes and links in the container's `/dev`.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -13,8 +13,8 @@ use super::path::{self, Missing};
 use crate::error::{Context as _, Error, Result};
 use crate::oci::{Device, DeviceKind};
 
-/// Major and minor number of the devices that every container has (runtime-spec, "Default
-/// Devices"). `/dev/console` is a terminal's and `/dev/ptmx` a link.
+/// Major and minor numbers of the devices that every container has (runtime-spec, "Default
+/// Devices"). `/dev/console` is a bind mount of the terminal, and `/dev/ptmx` a link.
 const DEFAULTS: [(&str, u32, u32); 6] = [
     ("/dev/null", 1, 3),
     ("/dev/zero", 1, 5),
@@ -41,18 +41,14 @@ struct Node {
     gid: u32,
 }
 
-/// Refuses devices that make no sense.
-///
-/// # Errors
-///
-/// What is wrong, with the device's path.
+/// Refuses devices with a wrong path, type or number.
 pub(crate) fn check(device: &Device) -> Result<()> {
     node_of(device).map(|_| ())
 }
 
 /// Devices of the kernel itself that any kernel may have, by type and number: memory devices,
-/// terminals, TUN/TAP, FUSE, loop devices. Any other number stands for a device of the
-/// host, or for one that is the guest's own business.
+/// terminals, TUN/TAP, FUSE, loop devices. Any other number means a device of the host, or a
+/// private device of the guest.
 const PORTABLE: [(FileType, u32, std::ops::RangeInclusive<u32>); 8] = [
     (FileType::CharacterDevice, 1, 0..=u32::MAX),
     (FileType::CharacterDevice, 5, 0..=2),
@@ -64,12 +60,8 @@ const PORTABLE: [(FileType, u32, std::ops::RangeInclusive<u32>); 8] = [
     (FileType::BlockDevice, 7, 0..=u32::MAX),
 ];
 
-/// Refuses a device that is not in the guest. Its node could be made, and would open nothing, or
-/// something else than was asked for.
-///
-/// # Errors
-///
-/// The device, by its path and number.
+/// Refuses a device that the guest does not have. A node for it would open nothing, or another
+/// device.
 pub(crate) fn check_present(device: &Device) -> Result<()> {
     let node = node_of(device)?;
     let kind = match node.kind {
@@ -81,7 +73,7 @@ pub(crate) fn check_present(device: &Device) -> Result<()> {
     let portable = PORTABLE.iter().any(|(kind, number, minors)| {
         (*kind, *number) == (node.kind, major) && minors.contains(&minor)
     });
-    // Pseudo-terminals are not listed there.
+    // /sys/dev does not list pseudo-terminals.
     let there = major == 136 || Path::new(&format!("/sys/dev/{kind}/{major}:{minor}")).exists();
     if portable && there {
         return Ok(());
@@ -105,7 +97,8 @@ fn node_of(device: &Device) -> Result<Node> {
         DeviceKind::All => return Err(Error::invalid(field(), "type a is for cgroup rules")),
     };
     let number = |name, value: i64| {
-        u32::try_from(value).map_err(|_| Error::invalid(field(), format!("{name} is {value}")))
+        u32::try_from(value)
+            .map_err(|_| Error::invalid(field(), format!("{name} {value} is out of range")))
     };
     let device_number = match kind {
         FileType::Fifo => 0,
@@ -121,14 +114,10 @@ fn node_of(device: &Device) -> Result<Node> {
     })
 }
 
-/// Makes the default devices, those of `linux.devices`, and the links.
-///
-/// # Errors
-///
-/// The node that could not be made.
+/// Makes the default devices, the devices of `linux.devices`, and the links.
 pub(crate) fn make_all(root: BorrowedFd<'_>, devices: &[Device]) -> Result<()> {
     for (path, major, minor) in DEFAULTS {
-        // The specification's own entry for the same path follows and has its own mode and owner.
+        // The specification's own entry for the same path follows, with its own mode and owner.
         if devices.iter().any(|device| device.path == Path::new(path)) {
             continue;
         }
@@ -157,13 +146,13 @@ fn make(root: BorrowedFd<'_>, node: &Node) -> Result<()> {
                 return Err(Error::internal(format!("{path} exists and is another kind of file")));
             }
         }
-        // A user namespace may not make nodes: show the guest's own.
+        // A user namespace has no right to mknod: bind the guest's own node.
         Err(Errno::PERM) => return bind(root, node),
         Err(e) => return Err(e).context(what),
     }
     let (uid, gid) = (Uid::from_raw(node.uid), Gid::from_raw(node.gid));
     chownat(&parent, &name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).context(what)?;
-    // The link check is done: it is a node that has just been made or compared.
+    // The final component is no symbolic link: the node was made or compared just above.
     chmodat(&parent, &name, mode, AtFlags::empty()).context(what)
 }
 
@@ -172,7 +161,7 @@ fn bind(root: BorrowedFd<'_>, node: &Node) -> Result<()> {
     let own = statat(CWD, &node.path, AtFlags::SYMLINK_NOFOLLOW).context(what)?;
     if own.st_rdev != node.device || FileType::from_raw_mode(own.st_mode) != node.kind {
         let path = node.path.display();
-        let why = "a user namespace may not make it, and the guest's is another device";
+        let why = "a user namespace cannot make it, and the guest's node is another device";
         return Err(Error::invalid(format!("linux.devices[{path}]"), why));
     }
     let tree = mounts::clone_tree(CWD, &node.path, false).context(what)?;
@@ -186,7 +175,7 @@ fn make_links(root: BorrowedFd<'_>) -> Result<()> {
     for (name, target) in LINKS {
         match rustix::fs::symlinkat(target, &dev, name) {
             Ok(()) => {}
-            // A node here would open the guest's pseudo-terminals and not the container's.
+            // The image's node would open the guest's pseudo-terminals, not the container's.
             Err(Errno::EXIST) if name == "ptmx" => replace_ptmx(dev.as_fd(), target)?,
             Err(Errno::EXIST) => {}
             Err(e) => return Err(e).context(|| format!("link /dev/{name} to {target}")),

@@ -1,11 +1,12 @@
 //! The device cgroup: `linux.resources.devices` as an eBPF program.
 //!
-//! cgroup v2 has no device files. A program of type `BPF_PROG_TYPE_CGROUP_DEVICE` is asked for each
-//! open and mknod (`struct bpf_cgroup_dev_ctx` in linux/bpf.h) and answers 1 for yes.
+//! cgroup v2 has no device files. The kernel calls a program of type `BPF_PROG_TYPE_CGROUP_DEVICE`
+//! for each open and mknod (`struct bpf_cgroup_dev_ctx` in linux/bpf.h). The answer 1 allows the
+//! access.
 //!
 //! For each access bit (read, write, mknod) the last rule that names it decides. The program
-//! therefore walks the rules from last to first and takes off the bits that a rule allows; a rule
-//! that denies a bit still left ends it with no, and no bits left ends it with yes.
+//! therefore walks the rules from last to first and clears the bits that a rule allows. It denies
+//! the access at a rule that denies a remaining bit, and allows the access when no bit remains.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -47,8 +48,8 @@ struct Rule {
     access: u32,
 }
 
-/// What every container may use whatever its rules say, because the runtime specification demands
-/// these devices: making any node, and using the default ones and pseudo-terminals.
+/// Rules that every container has, whatever its own rules say: mknod for any device, and all access
+/// to the default devices and pseudo-terminals. The runtime specification demands these devices.
 const DEFAULT_RULES: [Rule; 11] = [
     default(TYPE_CHAR, None, None, ACCESS_MKNOD),
     default(TYPE_BLOCK, None, None, ACCESS_MKNOD),
@@ -71,20 +72,13 @@ const fn default(kind: u32, major: Option<u32>, minor: Option<u32>, access: u32)
     Rule { allow: true, kind: Some(kind), major, minor, access }
 }
 
-/// Refuses rules that make no sense.
-///
-/// # Errors
-///
-/// The first such rule, by its index.
+/// Refuses rules with unknown letters, types or numbers, by their index.
 pub(crate) fn check(rules: &[DeviceRule]) -> Result<()> {
     parse(rules).map(|_| ())
 }
 
-/// Lets a group use only the devices that the rules and the defaults allow.
-///
-/// # Errors
-///
-/// The kernel refuses the program, for example because it is built without it.
+/// Limits a group to the devices that the rules and the defaults allow. Fails on a kernel without
+/// `BPF_PROG_TYPE_CGROUP_DEVICE`.
 pub(crate) fn attach(cgroup: &OwnedFd, rules: &[DeviceRule]) -> Result<()> {
     let mut rules = parse(rules)?;
     rules.extend(DEFAULT_RULES);
@@ -92,7 +86,7 @@ pub(crate) fn attach(cgroup: &OwnedFd, rules: &[DeviceRule]) -> Result<()> {
     attach_program(cgroup, &program).context(|| "attach the device filter of the container")
 }
 
-/// Whether the rules allow every access to every device, as those of privileged containers do.
+/// Returns true if the rules allow every access to every device, as for privileged containers.
 pub(crate) fn allow_everything(rules: &[DeviceRule]) -> bool {
     let all = |rule: &&DeviceRule| rule.kind.unwrap_or(DeviceKind::All) == DeviceKind::All;
     let last = rules.iter().rposition(|rule| all(&rule));
@@ -109,7 +103,7 @@ fn parse(rules: &[DeviceRule]) -> Result<Vec<Rule>> {
 fn parse_rule(rule: &DeviceRule) -> std::result::Result<Rule, String> {
     let number = |name: &str, value: Option<i64>| match value {
         None | Some(-1) => Ok(None),
-        Some(n) => u32::try_from(n).map(Some).map_err(|_| format!("{name} is {n}")),
+        Some(n) => u32::try_from(n).map(Some).map_err(|_| format!("{name} {n} is out of range")),
     };
     let mut access = 0;
     for letter in rule.access.as_deref().unwrap_or("rwm").chars() {
@@ -121,22 +115,22 @@ fn parse_rule(rule: &DeviceRule) -> std::result::Result<Rule, String> {
         };
     }
     let kind = match rule.kind.unwrap_or(DeviceKind::All) {
-        // The old "all" clears everything before it, whatever else the rule says.
+        // Type "a" replaces all rules before it, whatever else the rule says.
         DeviceKind::All => {
             let access = ACCESS_MKNOD | ACCESS_READ | ACCESS_WRITE;
             return Ok(Rule { allow: rule.allow, kind: None, major: None, minor: None, access });
         }
         DeviceKind::Block => TYPE_BLOCK,
         DeviceKind::Char | DeviceKind::Unbuffered => TYPE_CHAR,
-        DeviceKind::Fifo => return Err("type p is no device".into()),
+        DeviceKind::Fifo => return Err("type p is not a device".into()),
     };
     let major = number("major", rule.major)?;
     let minor = number("minor", rule.minor)?;
     Ok(Rule { allow: rule.allow, kind: Some(kind), major, minor, access })
 }
 
-// Registers: r1 is the context; r2 the kind, r3 the access bits still undecided, r4 and r5 the
-// device's numbers, r6 scratch, r0 the answer.
+// Registers: r0 is the answer, r1 the context, r2 the kind, r3 the access bits still undecided, r4
+// and r5 the device's numbers, r6 scratch.
 const LOAD_WORD: u8 = 0x61; // BPF_LDX | BPF_MEM | BPF_W
 const AND_K: u8 = 0x54; // BPF_ALU | BPF_AND | BPF_K
 const RSH_K: u8 = 0x74; // BPF_ALU | BPF_RSH | BPF_K
@@ -167,7 +161,7 @@ fn program(rules: &[Rule]) -> Vec<Insn> {
             .filter_map(|(register, value)| Some((*register, (*value)?)))
             .collect();
         for (i, (register, value)) in conditions.iter().enumerate() {
-            // Past the other conditions and the body, at most seven instructions.
+            // The jump skips the other conditions and the body, at most seven instructions.
             let skip = (conditions.len() - 1 - i + body.len()) as i16;
             program.push(insn(JNE_K, *register, 0, skip, *value));
         }
@@ -231,8 +225,8 @@ fn load(program: &[Insn]) -> io::Result<OwnedFd> {
         kern_version: 0,
         prog_flags: 0,
     };
-    // SAFETY: `attr` and the instructions that it points to live across the call, its size is
-    // given, and a prefix of the union means zeros for the rest.
+    // SAFETY: `attr` and the instructions that it points to live across the call, and its size is
+    // given. The kernel takes zeros for the rest of the union.
     let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &attr, size_of::<LoadAttr>()) };
     crate::syscall::owned(fd)
 }
@@ -247,7 +241,7 @@ fn attach_program(cgroup: &OwnedFd, program: &OwnedFd) -> io::Result<()> {
     let size = size_of::<AttachAttr>();
     // SAFETY: `attr` lives across the call and its size is given; both descriptors are open.
     let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &attr, size) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    crate::syscall::checked(result)
 }
 
 #[cfg(test)]

@@ -9,15 +9,11 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Result};
 
-/// Most of a passwd file that is read. It is the image's, and what it needs counts as the
+/// Bytes of a passwd file that are read at most. The image is hostile, and the buffer counts as the
 /// container's memory.
 const MAX_PASSWD: u64 = 4 << 20;
 
-/// Refuses entries that are no variables.
-///
-/// # Errors
-///
-/// The first such entry, by its index.
+/// Refuses entries that are not NAME=VALUE.
 pub(crate) fn check(env: &[String], field: &str) -> Result<()> {
     for (i, entry) in env.iter().enumerate() {
         let why = match entry.split_once('=') {
@@ -30,9 +26,10 @@ pub(crate) fn check(env: &[String], field: &str) -> Result<()> {
     Ok(())
 }
 
-/// What goes to `execve`: each name once, with the value of its last entry, and `HOME` by `passwd`
-/// where it is missing or empty. Most programs would see the first of two, and callers append to
-/// override.
+/// The environment for `execve`: each name once, with the value of its last entry.
+///
+/// Most programs use the first of two entries, but callers append an entry to override. A missing
+/// or empty `HOME` is set from `passwd`.
 pub(crate) fn complete(env: &[String], uid: u32, passwd: &Path) -> Vec<String> {
     let mut places: HashMap<&str, usize> = HashMap::with_capacity(env.len());
     let mut complete: Vec<String> = Vec::with_capacity(env.len() + 1);
@@ -73,8 +70,8 @@ fn home_of(uid: u32, passwd: &Path) -> String {
     home.unwrap_or_else(|| "/".into())
 }
 
-/// The start of a regular file. Anything else in its place, such as a FIFO, would keep a reader
-/// waiting or have it read for ever.
+/// Reads the start of a regular file. Anything else in its place, such as a FIFO, could block the
+/// read or make it endless.
 fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let file = openat(CWD, path, flags, Mode::empty())?;

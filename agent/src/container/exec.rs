@@ -1,22 +1,23 @@
-//! Further processes of a container that runs.
+//! Further processes of a running container.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::{Arc, Weak};
 
-use super::channel::Request;
-use super::launch::{self, Birth, Launch, Launched};
+use super::channel::InitRequest;
+use super::clone::Parent;
+use super::launch::{self, Launch, Launched};
 use super::process::Process;
 use super::stdio::{Connections, Pipes};
 use super::terminal::Screen;
 use super::{Container, blocking, spec};
 use crate::error::{Error, Result};
-use crate::oci;
+use crate::oci::ProcessSpec;
 use crate::pump::Late;
 use crate::reaper::Reaper;
 
-/// The owner of a further process. When it goes, the process is killed if it has not ended.
+/// Ownership of a further process. Dropping it kills the process, unless the process has ended.
 pub(crate) struct Hold {
-    // A container that has been deleted goes, with its descriptors, before the owners of its processes.
+    // Weak, so that a deleted container and its descriptors go before the owners of its processes.
     container: Weak<Container>,
     exec_id: String,
 }
@@ -30,21 +31,13 @@ impl Drop for Hold {
 }
 
 impl Container {
-    /// Owns a further process that is to be started.
-    ///
-    /// # Errors
-    ///
-    /// It has an owner already.
+    /// Takes ownership of a further process that is to be started. A second owner is refused.
     pub(crate) fn hold(self: &Arc<Self>, exec_id: String) -> Result<Hold> {
         self.execs().hold(&exec_id)?;
         Ok(Hold { container: Arc::downgrade(self), exec_id })
     }
 
     /// Starts a further process and returns its pid.
-    ///
-    /// # Errors
-    ///
-    /// Why it failed, or that the container is not in the state for it.
     pub(crate) async fn exec(
         self: &Arc<Self>,
         reaper: Arc<Reaper>,
@@ -93,11 +86,11 @@ impl Container {
         Ok(process)
     }
 
-    /// Runs on a thread that may block.
+    /// Clones the process and waits until it is ready. Blocks.
     fn launch_exec(
         &self,
         reaper: &Reaper,
-        mut process: oci::Process,
+        mut process: ProcessSpec,
         cgroup: Option<String>,
         streams: Vec<OwnedFd>,
         screen: Screen,
@@ -116,15 +109,15 @@ impl Container {
         launch::launch(
             reaper,
             Launch {
-                patience: Some(launch::PATIENCE),
-                birth: Birth::Joining {
+                step_timeout: Some(launch::STEP_TIMEOUT),
+                parent: Parent::Join {
                     group: group.as_ref().map(OwnedFd::as_fd),
                     namespaces: self.namespaces,
                     init: self.init.pidfd().as_fd(),
                     init_pid: self.init.pid(),
                 },
                 cgroup: &self.cgroup,
-                request: Request::Exec {
+                request: InitRequest::Exec {
                     namespaces: self.namespaces,
                     filter: self.defaults.filter.clone(),
                     personality: self.defaults.personality,

@@ -1,4 +1,4 @@
-//! Finds the program that `args[0]` names, as `execvp` would, before anything is started.
+//! Lookup of the program that `args[0]` names, as in execvp(3), before anything is started.
 
 use std::ffi::{CString, OsStr};
 use std::os::unix::ffi::OsStrExt as _;
@@ -9,15 +9,13 @@ use rustix::io::Errno;
 
 use crate::error::{Code, Error, Result};
 
-/// Where `execvp` looks when the environment has no `PATH`.
+/// Search path of `execvp` without `PATH` in the environment.
 const DEFAULT_PATH: &str = "/bin:/usr/bin";
 
-/// The path to hand to `execve`. Runs inside the container's root, in its working directory and
-/// with the process's own identity, so that what it finds is what the kernel will find.
+/// The program's path for `execve`, or an error in the wording that callers of runtimes know.
 ///
-/// # Errors
-///
-/// `NotFound` or `PermissionDenied`, in the words that callers of runtimes know.
+/// Runs inside the container's root, in the process's working directory and with its credentials.
+/// So the kernel will resolve the path in the same way.
 pub(crate) fn find(program: &str, env: &[String]) -> Result<CString> {
     if program.contains('/') {
         return match check(Path::new(program)) {
@@ -77,7 +75,7 @@ pub(crate) fn exec_failed(program: &CString, e: &std::io::Error) -> Error {
     let message =
         format!("exec {}: {why}", PathBuf::from(OsStr::from_bytes(program.as_bytes())).display());
     let code = match e.raw_os_error() {
-        // The file was there a moment ago: it is its interpreter that is missing.
+        // The lookup found the file a moment ago, so its interpreter is missing.
         Some(libc::ENOENT | libc::ENOTDIR) => Code::NotFound,
         Some(libc::EACCES | libc::EPERM | libc::ENOEXEC | libc::EISDIR) => Code::PermissionDenied,
         _ => Code::Internal,

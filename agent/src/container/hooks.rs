@@ -1,8 +1,10 @@
-//! Hooks that run in the container's namespaces: createContainer while the guest's file systems can
-//! still be seen, startContainer in the container as its own process would.
+//! Hooks that run in the container's namespaces.
 //!
-//! They are children of the container's first process while that is still the agent's program. It has
-//! one thread, so a fork is all there is to it.
+//! createContainer hooks still see the guest's file systems. startContainer hooks run in the
+//! container, as its own process would.
+//!
+//! A hook is a child of the container's first process, which is still the agent's program and has
+//! one thread. A plain fork is therefore safe.
 
 use std::collections::VecDeque;
 use std::ffi::CString;
@@ -20,22 +22,17 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, WaitStatus, kill_process_group, pidfd_open, waitpid,
 };
 
-use super::signals;
+use super::{execve, signals};
 use crate::error::{Context as _, Error, Result};
-use crate::oci::{Hook, State};
+use crate::oci::{Hook, HookState};
 
-/// Most bytes of a hook's output to keep.
+/// Bytes of a hook's output that are kept, the last ones.
 const MAX_OUTPUT: usize = 2048;
 
-/// How often to read what is left in the pipe of a hook that has ended: all that it can hold, but
-/// not for ever.
+/// Reads from the pipe of a hook that has ended: enough for a full pipe, yet bounded.
 const MAX_PIPE_READS: usize = 64;
 
-/// Refuses a hook that cannot be one.
-///
-/// # Errors
-///
-/// Its name and what is wrong with it.
+/// Refuses a hook with a relative path or a timeout of 0.
 pub(crate) fn check(field: &str, hooks: &[Hook]) -> Result<()> {
     for (index, hook) in hooks.iter().enumerate() {
         if !hook.path.is_absolute() {
@@ -48,25 +45,22 @@ pub(crate) fn check(field: &str, hooks: &[Hook]) -> Result<()> {
     Ok(())
 }
 
-/// How long these may take together. None if one of them may take for ever.
+/// Longest time of all these hooks together. `None` if one of them has no timeout.
 pub(crate) fn time_limit(hooks: &[Hook]) -> Option<Duration> {
     let limits = hooks.iter().map(|hook| hook.timeout.map(Duration::from_secs));
     limits.reduce(|sum, limit| sum?.checked_add(limit?)).unwrap_or(Some(Duration::ZERO))
 }
 
-/// Runs hooks one after another, up to the first that fails. `env` is for those that name none.
-///
-/// # Errors
-///
-/// Which one failed, and how.
+/// Runs hooks one after another, up to the first that fails. A hook without its own environment
+/// gets `env`.
 pub(crate) fn run(
     field: &str,
     hooks: &[Hook],
     env: &[String],
-    mut state: State,
+    mut state: HookState,
     status: &str,
 ) -> Result<()> {
-    // As the container sees itself (runtime-spec, "State").
+    // The container's own view of the pid (runtime-spec, "State").
     state.pid = rustix::process::getpid().as_raw_nonzero().get();
     status.clone_into(&mut state.status);
     let state = serde_json::to_vec(&state).map_err(|e| Error::internal(e.to_string()))?;
@@ -100,20 +94,20 @@ fn run_one(name: &str, hook: &Hook, env: &[String], state: &[u8]) -> Result<()> 
     Err(Error::internal(format!("{name} {how}{colon}{}", lines.join("; "))))
 }
 
-/// Starts a hook. Returns it, and the end of the pipe that it writes to.
+/// Starts a hook. Returns its pid, and the read end of the pipe for its output.
 fn spawn(name: &str, hook: &Hook, env: &[String], state: &[u8]) -> Result<(Pid, OwnedFd)> {
     let what = || format!("run {name}");
-    let image =
-        Image::of(hook, env).ok_or_else(|| Error::invalid(name, "contains a NUL character"))?;
+    let program = HookProgram::of(hook, env)
+        .ok_or_else(|| Error::invalid(name, "contains a NUL character"))?;
     let stdin = state_file(state).context(what)?;
     let (output, written) = pipe_with(PipeFlags::CLOEXEC).context(what)?;
     rustix::fs::fcntl_setfl(&output, OFlags::NONBLOCK).context(what)?;
-    // Closed by execve; otherwise the reason comes.
+    // execve closes this pipe; a failed execve sends its error number first.
     let (failure, report) = pipe_with(PipeFlags::CLOEXEC).context(what)?;
     // SAFETY: this process has one thread, so its copy is whole.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
-        let errno = image.execute([stdin.as_fd(), written.as_fd(), written.as_fd()]);
+        let errno = program.execute([stdin.as_fd(), written.as_fd(), written.as_fd()]);
         let _ = rustix::io::write(&report, &errno.to_ne_bytes());
         // SAFETY: ends this process and runs nothing else of it.
         unsafe { libc::_exit(127) };
@@ -126,7 +120,7 @@ fn spawn(name: &str, hook: &Hook, env: &[String], state: &[u8]) -> Result<(Pid, 
     let mut errno = [0; 4];
     match retry_on_intr(|| rustix::io::read(&failure, &mut errno)) {
         Ok(4) => {
-            // It ends at once.
+            // The child exits at once.
             let _ = retry_on_intr(|| waitpid(Some(pid), WaitOptions::empty()));
             Err(not_run(name, &hook.path, i32::from_ne_bytes(errno)))
         }
@@ -141,7 +135,8 @@ fn state_file(state: &[u8]) -> std::io::Result<OwnedFd> {
     Ok(file.into())
 }
 
-/// Why a hook could not be executed. One that is there and is not found lacks what it needs to run.
+/// The error of a hook whose `execve` failed. If the file exists, ENOENT means a missing
+/// interpreter or program loader.
 fn not_run(name: &str, path: &Path, errno: i32) -> Error {
     let there = rustix::fs::accessat(CWD, path, Access::EXISTS, AtFlags::empty()).is_ok();
     if errno == libc::ENOENT && there {
@@ -155,8 +150,8 @@ fn not_run(name: &str, path: &Path, errno: i32) -> Error {
     Error::internal(format!("{name} cannot be run: {why}"))
 }
 
-/// Waits until a hook has ended, whatever becomes of its output. None if it took too long and was
-/// killed, with what it started.
+/// Waits until a hook has ended, whether or not its output has. After `limit` it kills the hook's
+/// process group and returns `None`.
 fn wait(
     pid: Pid,
     output: &OwnedFd,
@@ -187,7 +182,7 @@ fn wait(
         }
         open = keep(output, said);
     }
-    // What it wrote itself is all there.
+    // All output of the hook itself is in the pipe by now.
     for _ in 0..MAX_PIPE_READS {
         if !keep(output, said) {
             break;
@@ -196,7 +191,7 @@ fn wait(
     reap().map(Some)
 }
 
-/// Takes in some of the output. False if there is no more.
+/// Reads some of the output. Returns false if there is no more.
 fn keep(output: &OwnedFd, said: &mut VecDeque<u8>) -> bool {
     let mut buffer = [0; 1024];
     let Ok(length @ 1..) = rustix::io::read(output, &mut buffer) else { return false };
@@ -206,45 +201,42 @@ fn keep(output: &OwnedFd, said: &mut VecDeque<u8>) -> bool {
     true
 }
 
-/// A program with arguments exactly as given, and its own environment or else the process's.
-struct Image {
+/// A hook's program with its arguments exactly as given, and its environment.
+struct HookProgram {
     path: CString,
     args: Vec<CString>,
     env: Vec<CString>,
 }
 
-impl Image {
+impl HookProgram {
     fn of(hook: &Hook, env: &[String]) -> Option<Self> {
         let path = CString::new(hook.path.as_os_str().as_bytes()).ok()?;
-        let strings = |texts: &[String]| {
-            let strings = texts.iter().map(|text| CString::new(text.as_bytes()));
-            strings.collect::<std::result::Result<Vec<_>, _>>().ok()
-        };
-        let mut args = strings(&hook.args)?;
+        let mut args = execve::c_strings(&hook.args).ok()?;
         if args.is_empty() {
             args.push(path.clone());
         }
-        let env = strings(hook.env.as_deref().unwrap_or(env))?;
+        let env = execve::c_strings(hook.env.as_deref().unwrap_or(env)).ok()?;
         Some(Self { path, args, env })
     }
 
-    /// Becomes the program, in a new process. Returns the number of the error that kept it from that.
+    /// Executes the program in a new process. Returns the error number of the call that failed.
     fn execute(&self, stdio: [BorrowedFd<'_>; 3]) -> i32 {
-        // A group of its own, to be killed with what it started.
+        // In a process group of its own, the hook can be killed together with its children.
         let _ = rustix::process::setpgid(None, None);
         rustix::process::umask(Mode::from_raw_mode(0o022));
         for (target, source) in (0..).zip(stdio) {
-            // SAFETY: the targets are the standard streams, which no Rust value of this process owns.
+            // SAFETY: the targets are the standard streams, which no Rust value of this process
+            // owns.
             if unsafe { libc::dup2(source.as_raw_fd(), target) } < 0 {
                 return errno();
             }
         }
         signals::reset();
-        super::init::close_on_exec();
-        let args = super::init::pointers(&self.args);
-        let env = super::init::pointers(&self.env);
-        // SAFETY: the path is a C string and the lists are arrays of C strings that end with a null
-        // pointer; all of them live across the call.
+        execve::close_on_exec();
+        let args = execve::pointers(&self.args);
+        let env = execve::pointers(&self.env);
+        // SAFETY: the path is a C string, and the lists are arrays of C strings that end with a
+        // null pointer. All of them live across the call.
         unsafe { libc::execve(self.path.as_ptr(), args.as_ptr(), env.as_ptr()) };
         errno()
     }

@@ -1,12 +1,11 @@
-//! What a container's process does before it becomes the program that it is for.
+//! Set-up of a container's process by itself, before it executes its program.
 //!
-//! The agent starts itself again for this, in the new namespaces and in the container's cgroup, so
-//! that it all happens in a process with one thread and nothing of the agent's in it.
+//! The agent executes its own program again for this, in the new namespaces and the container's
+//! cgroup. So all of it happens in a process with one thread and none of the agent's state.
 
 use std::convert::Infallible;
 use std::ffi::CString;
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags, Uid};
@@ -14,14 +13,16 @@ use rustix::io::{Errno, FdFlags};
 use rustix::process::{DumpableBehavior, ioctl_tiocsctty, set_dumpable_behavior, setsid, umask};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
-use super::channel::{Channel, Message, Request, Tag};
+use super::channel::{Channel, InitRequest, Message, Tag};
 use super::namespaces::{self, Namespaces};
-use super::seccomp::Filter;
+use super::seccomp::SeccompFilter;
 use super::spec::ContainerSpec;
 use super::terminal::{self, Screen, Size, Terminal};
-use super::{credentials, environment, executable, hooks, rlimits, rootfs, scheduling, signals};
+use super::{
+    credentials, environment, executable, execve, hooks, rlimits, rootfs, scheduling, signals,
+};
 use crate::error::{Context as _, Error, Result};
-use crate::oci::{Hook, NamespaceKind, Process, State};
+use crate::oci::{Hook, HookState, NamespaceKind, ProcessSpec};
 
 /// `argv[0]` of the agent's program when it is to become a container's process.
 pub const INIT_NAME: &str = "isopod-init";
@@ -38,27 +39,28 @@ pub fn run_init() -> ! {
         Err(e) => e,
     };
     if let Ok(json) = serde_json::to_vec(&e) {
-        // Without the agent there is nobody to tell.
+        // An error here means that the agent is gone, so there is nobody to report to.
         let _ = channel.send(Tag::Failed, &json, &[]);
     }
     std::process::exit(128)
 }
 
 fn become_process(channel: &mut Channel) -> Result<Infallible> {
-    rustix::io::fcntl_setfd(channel.as_fd(), FdFlags::CLOEXEC).context(|| "mark the channel")?;
+    rustix::io::fcntl_setfd(channel.as_fd(), FdFlags::CLOEXEC)
+        .context(|| "mark the channel close-on-exec")?;
     signals::end_on_signals();
     umask(Mode::empty());
     setsid().context(|| "start a session")?;
     let request = expect(channel, Tag::Request)?;
     let document = expect(channel, Tag::Document)?.payload;
     let mut fds = request.fds.into_iter();
-    let request: Request =
+    let request: InitRequest =
         serde_json::from_slice(&request.payload).map_err(|e| Error::internal(e.to_string()))?;
     let (inside, filter, screen) = match request {
-        Request::Create { cgroup, filter, screen, state } => {
+        InitRequest::Create { cgroup, filter, screen, state } => {
             (enter_new_container(&document, Path::new(&cgroup), state)?, filter, screen)
         }
-        Request::Exec { namespaces, filter, personality, screen } => {
+        InitRequest::Exec { namespaces, filter, personality, screen } => {
             let container = fds.next().ok_or_else(|| Error::internal("no pidfd was sent"))?;
             let inside = enter_container(&document, &container, namespaces)?;
             (Inside { personality, ..inside }, filter, screen)
@@ -75,10 +77,10 @@ fn become_process(channel: &mut Channel) -> Result<Infallible> {
     drop((terminal, stdio));
     let further_fds = make_room(channel, further_fds)?;
     if let Some(personality) = personality {
-        scheduling::take_on(personality)?;
+        scheduling::set_personality(personality)?;
     }
     scheduling::apply(&process, further)?;
-    // Before the passwd file may be out of reach for the process's user.
+    // After the change of user the passwd file may be out of reach.
     let env = environment::complete(&process.env, process.user.uid, Path::new("/etc/passwd"));
     let program = Program::prepare(&process, &env, namespaces, filter)?;
     channel.send(Tag::Ready, &[], &[]).context(|| "report to the agent")?;
@@ -90,33 +92,35 @@ fn become_process(channel: &mut Channel) -> Result<Infallible> {
 }
 
 fn expect(channel: &Channel, tag: Tag) -> Result<Message> {
-    match channel.receive().context(|| "hear from the agent")? {
+    match channel.receive().context(|| "read from the agent")? {
         Some(message) if message.tag == tag => Ok(message),
-        Some(message) => Err(Error::internal(format!("{:?} came instead of {tag:?}", message.tag))),
-        None => Err(Error::internal("the agent has gone")),
+        Some(message) => {
+            Err(Error::internal(format!("the agent sent {:?} instead of {tag:?}", message.tag)))
+        }
+        None => Err(Error::internal("the agent has closed the channel")),
     }
 }
 
-/// What is known once this process is inside the container.
+/// Settings that are known once this process is inside the container.
 struct Inside {
-    process: Process,
+    process: ProcessSpec,
     terminal: Option<Terminal>,
     namespaces: Namespaces,
     personality: Option<u32>,
-    /// Not the container's first process.
+    /// True for any process but the container's first.
     further: bool,
-    /// Hooks to run just before the program, with what they read.
-    start_hooks: Option<(Vec<Hook>, State)>,
+    /// Hooks that run just before the program, with their state object.
+    start_hooks: Option<(Vec<Hook>, HookState)>,
 }
 
-fn enter_new_container(json: &[u8], cgroup: &Path, state: Option<State>) -> Result<Inside> {
+fn enter_new_container(json: &[u8], cgroup: &Path, state: Option<HookState>) -> Result<Inside> {
     let spec = ContainerSpec::parse(json)?;
     namespaces::set_up(&spec.spec, &spec.linux, spec.namespaces)?;
     hide()?;
     let (personality, namespaces) = (spec.personality()?, spec.namespaces);
     let hooks = spec.spec.hooks.clone().unwrap_or_default();
     let given = |hooks: &[Hook]| match &state {
-        None if !hooks.is_empty() => Err(Error::internal("hooks came without a state")),
+        None if !hooks.is_empty() => Err(Error::internal("hooks were sent without a state object")),
         state => Ok(state.clone().filter(|_| !hooks.is_empty())),
     };
     let create = given(&hooks.create_container)?;
@@ -152,13 +156,13 @@ fn enter_container(json: &[u8], container: &OwnedFd, namespaces: Namespaces) -> 
     Ok(Inside { process, terminal, namespaces, personality: None, further: true, start_hooks })
 }
 
-/// Until execve this is the agent's program: processes of the container must not trace it or reach
-/// through it into the guest.
+/// Makes the process undumpable. Until execve it runs the agent's program, and processes of the
+/// container must not trace it or reach the guest through it.
 fn hide() -> Result<()> {
-    set_dumpable_behavior(DumpableBehavior::NotDumpable).context(|| "become undumpable")
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context(|| "make the process undumpable")
 }
 
-/// Root of the user namespace that was entered, until the process's own user is taken on.
+/// Becomes root of the container's user namespace, until the change to the process's own user.
 fn become_root() -> Result<()> {
     let (uid, gid) = (Uid::ROOT, rustix::fs::Gid::ROOT);
     rustix::thread::set_thread_res_gid(gid, gid, gid)
@@ -166,11 +170,11 @@ fn become_root() -> Result<()> {
         .context(|| "become root of the container's user namespace")
 }
 
-/// Makes the terminal the session's, and gives its master side to the agent.
+/// Makes the terminal the session's controlling terminal, and sends its master side to the agent.
 fn take_terminal(
     channel: &Channel,
     terminal: Terminal,
-    process: &Process,
+    process: &ProcessSpec,
     screen: Screen,
 ) -> Result<OwnedFd> {
     let console_size = || {
@@ -187,16 +191,17 @@ fn take_terminal(
     ioctl_tiocsctty(&terminal.slave).context(|| "make the terminal the controlling one")?;
     channel
         .send(Tag::Terminal, &[], &[terminal.master.as_fd()])
-        .context(|| "give the terminal to the agent")?;
+        .context(|| "send the terminal to the agent")?;
     Ok(terminal.slave)
 }
 
-/// Moves the descriptors that the program gets from 3 on, and the channel, out of their way.
+/// Moves the channel and the received descriptors above the numbers that the program's descriptors
+/// get, from 3 on.
 fn make_room(channel: &mut Channel, descriptors: Vec<OwnedFd>) -> Result<Vec<OwnedFd>> {
     if descriptors.is_empty() {
         return Ok(descriptors);
     }
-    let context = || "make room for descriptors";
+    let context = || "move descriptors";
     let first = 3 + i32::try_from(descriptors.len()).unwrap_or(i32::MAX - 3);
     channel.move_to(first).context(context)?;
     let moved = descriptors.iter().map(|fd| rustix::io::fcntl_dupfd_cloexec(fd, first));
@@ -212,8 +217,8 @@ fn connect_stdio(terminal: Option<&OwnedFd>, stdio: &[OwnedFd], uid: u32) -> Res
         };
         let own = if is_null(source) { own_null() } else { None };
         let source = own.as_ref().unwrap_or(source);
-        // Programs open /proc/self/fd/1 anew, which needs them to own it. A stream that cannot
-        // change its owner, and /dev/null, everybody may open.
+        // Programs reopen /proc/self/fd/1, for which they have to own the file. Every user may open
+        // /dev/null, and the streams whose owner cannot change.
         if !is_null(source) {
             match rustix::fs::fchown(source, Some(Uid::from_raw(uid)), None) {
                 Ok(()) | Err(Errno::INVAL | Errno::PERM | Errno::ROFS) => {}
@@ -230,8 +235,8 @@ fn connect_stdio(terminal: Option<&OwnedFd>, stdio: &[OwnedFd], uid: u32) -> Res
     Ok(())
 }
 
-/// The container's own /dev/null, if it has one: through the guest's it could change the mode and
-/// owner of the guest's file.
+/// Opens the container's own /dev/null, if there is one. Through the guest's, a container could
+/// change mode and owner of the guest's file.
 fn own_null() -> Option<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NOCTTY;
     super::path::open_in_guest("/dev/null", flags).ok().filter(is_null)
@@ -242,33 +247,33 @@ fn is_null(fd: &OwnedFd) -> bool {
     rustix::fs::fstat(fd).is_ok_and(|stat| stat.st_rdev == null)
 }
 
-/// Everything that `execve` needs, made while memory may still be allocated and errors reported.
+/// Everything that `execve` needs, made while allocation and error reports are still possible.
 struct Program {
     path: CString,
     args: Vec<CString>,
     env: Vec<CString>,
     umask: Mode,
-    filter: Option<Filter>,
+    filter: Option<SeccompFilter>,
 }
 
 impl Program {
-    /// Takes on the identity of the process and finds its program.
+    /// Sets the process's limits and credentials, and finds its program.
     fn prepare(
-        process: &Process,
+        process: &ProcessSpec,
         env: &[String],
         namespaces: Namespaces,
-        filter: Option<Filter>,
+        filter: Option<SeccompFilter>,
     ) -> Result<Self> {
         let args = &process.args;
         join_session_keyring();
         let limits = process.rlimits.as_deref().unwrap_or_default();
         rlimits::set_defaults(limits)?;
-        // In a user namespace the agent does it.
+        // A process in a user namespace has no right to raise limits; the agent sets them.
         if !namespaces.has(NamespaceKind::User) {
             rlimits::set(None, limits)?;
         }
-        // Before the change of user, for root, and after it, for directories that only the user
-        // can enter, such as one on a remote file system.
+        // Root may enter directories that the user may not. The user alone can enter others, such
+        // as some on a remote file system, so a failure here is retried after the change.
         let early = rustix::process::chdir(&process.cwd);
         credentials::apply(process, filter.is_some())?;
         if early.is_err() {
@@ -288,38 +293,39 @@ impl Program {
     fn execute(self, further: &[OwnedFd]) -> Result<Infallible> {
         umask(self.umask);
         signals::reset();
-        close_on_exec();
+        execve::close_on_exec();
         for (target, fd) in (3..).zip(further) {
-            // SAFETY: whatever else has the number is not used any more: channel and descriptors are
-            // above, and nothing but execve follows.
+            // SAFETY: the number's previous owner is not used any more. The channel and these
+            // descriptors have higher numbers, and nothing but execve follows.
             if unsafe { libc::dup2(fd.as_raw_fd(), target) } < 0 {
                 return Err(std::io::Error::last_os_error()).context(|| "pass on descriptors");
             }
         }
-        let args = pointers(&self.args);
-        let env = pointers(&self.env);
-        // Last, so that a profile has to allow nothing but execve.
+        let args = execve::pointers(&self.args);
+        let env = execve::pointers(&self.env);
+        // The filter is loaded last, so that a profile has to allow nothing but execve.
         if let Some(filter) = &self.filter {
             filter.load().context(|| "load the filter of linux.seccomp")?;
         }
-        // SAFETY: the path is a C string and the lists are arrays of C strings that end with a
-        // null pointer; all of them live across the call.
+        // SAFETY: the path is a C string, and the lists are arrays of C strings that end with a
+        // null pointer. All of them live across the call.
         unsafe { libc::execve(self.path.as_ptr(), args.as_ptr(), env.as_ptr()) };
         Err(executable::exec_failed(&self.path, &std::io::Error::last_os_error()))
     }
 }
 
-/// A working directory outside of the root would be a way out: the kernel shows one with this
-/// prefix.
+/// Refuses a working directory outside the root, which would be a way out of the container.
+/// getcwd(2) returns no absolute path for such a directory.
 fn refuse_outside_cwd() -> Result<()> {
-    let cwd = rustix::process::getcwd(Vec::new()).context(|| "look at process.cwd")?;
+    let cwd = rustix::process::getcwd(Vec::new()).context(|| "read the working directory")?;
     if cwd.to_bytes().starts_with(b"/") {
         return Ok(());
     }
     Err(Error::internal("process.cwd is outside of the container's root"))
 }
 
-/// Keys of one container are none of another's. Kernels without keys have none to protect.
+/// Joins a new session keyring, so that containers do not share keys. The error of a kernel without
+/// keys is ignored.
 fn join_session_keyring() {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     let anonymous: *const libc::c_char = std::ptr::null();
@@ -327,19 +333,6 @@ fn join_session_keyring() {
     unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, anonymous) };
 }
 
-/// A descriptor of the guest that got this far must not get into the container.
-pub(super) fn close_on_exec() {
-    // SAFETY: this marks descriptors only; it closes none that is in use.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC.cast_signed()) };
-}
-
 fn to_c(list: &[String]) -> Result<Vec<CString>> {
-    list.iter()
-        .map(|text| CString::new(std::ffi::OsStr::new(text).as_bytes()))
-        .collect::<std::result::Result<_, _>>()
-        .map_err(|_| Error::invalid("process", "contains a NUL character"))
-}
-
-pub(super) fn pointers(list: &[CString]) -> Vec<*const libc::c_char> {
-    list.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect()
+    execve::c_strings(list).map_err(|_| Error::invalid("process", "contains a NUL character"))
 }

@@ -8,18 +8,21 @@
 //!  (nothing) <--------------------------------------------------- DeleteContainer -------'
 //! ```
 //!
-//! [`init`] and what it calls runs in the container's own process, all else in the agent.
+//! [`init`] and the modules that it calls run in the container's own process, all others in the
+//! agent.
 
 pub(crate) mod cgroup;
 mod channel;
+mod clone;
 mod copy_up;
 mod credentials;
 mod device_nodes;
 mod devices;
 mod environment;
 mod exec;
-mod execs;
+mod exec_table;
 mod executable;
+mod execve;
 mod hooks;
 pub(crate) mod init;
 mod launch;
@@ -28,7 +31,7 @@ mod mounts;
 mod namespaces;
 pub(crate) mod path;
 pub(crate) mod process;
-mod processes;
+mod process_list;
 mod resources;
 mod rlimits;
 mod rootfs;
@@ -48,18 +51,19 @@ use isopod_protocol::SHARED_DIR;
 use isopod_protocol::agent::{ContainerStats, Network, ProcessInfo};
 
 use self::cgroup::Cgroup;
-use self::channel::Request;
-use self::execs::Execs;
-use self::launch::{Birth, Launch, Launched, Shared};
+use self::channel::InitRequest;
+use self::clone::{Parent, Shared};
+use self::exec_table::ExecTable;
+use self::launch::{Launch, Launched};
 use self::namespaces::{Join, Namespaces};
 use self::process::Process;
-use self::seccomp::Filter;
+use self::seccomp::SeccompFilter;
 use self::spec::ContainerSpec;
 use self::stdio::{Connections, Pipes};
 use self::terminal::Screen;
 use crate::error::{Context as _, Error, Result};
 use crate::log::log_warn;
-use crate::oci::{Capabilities, NamespaceKind, PosixRlimit, State};
+use crate::oci::{Capabilities, HookState, NamespaceKind, PosixRlimit};
 use crate::pump::Late;
 use crate::reaper::Reaper;
 
@@ -70,30 +74,26 @@ pub(crate) struct Container {
     defaults: ExecDefaults,
     cgroup: Arc<Cgroup>,
     init: Arc<Process>,
-    execs: Mutex<Execs>,
-    /// What its bind mounts show.
+    execs: Mutex<ExecTable>,
+    /// Sources of the bind mounts that lie in the shared directory.
     binds: Vec<PathBuf>,
 }
 
-/// What a container is made from.
+/// Documents that a container is made from.
 pub(crate) struct Document {
     spec_json: Vec<u8>,
-    /// For hooks, if there are any.
-    state: Option<State>,
-    /// Of system calls.
-    filter: Option<Filter>,
+    /// State object for the hooks, if there are any.
+    state: Option<HookState>,
+    /// System call filter.
+    filter: Option<SeccompFilter>,
 }
 
 impl Document {
-    /// From config.json, the specification's state object, which may be empty, and a filter.
-    ///
-    /// # Errors
-    ///
-    /// The state is none.
+    /// Takes config.json, the specification's state object, which may be empty, and a filter.
     pub(crate) fn of(
         spec_json: Vec<u8>,
         state_json: &[u8],
-        filter: Option<Filter>,
+        filter: Option<SeccompFilter>,
     ) -> Result<Self> {
         let state = (!state_json.is_empty()).then(|| serde_json::from_slice(state_json));
         let state = state.transpose().map_err(|e| Error::invalid("state_json", e))?;
@@ -101,24 +101,22 @@ impl Document {
     }
 }
 
-/// What further processes get where their own specification is silent, and what is the same for all
-/// of them: filter and personality.
+/// Defaults of further processes whose own specification leaves a setting out. Filter and
+/// personality are the same for all of them.
 struct ExecDefaults {
     capabilities: Option<Capabilities>,
     no_new_privileges: Option<bool>,
     oom_score_adj: i32,
     rlimits: Vec<PosixRlimit>,
-    filter: Option<Filter>,
+    filter: Option<SeccompFilter>,
     personality: Option<u32>,
 }
 
 impl Container {
-    /// Builds a container up to but not including `execve`, in a cgroup that has its id. `find` tells of
-    /// the containers whose namespaces it may share.
+    /// Builds a container up to but not including `execve`, in a cgroup named by the container's
+    /// id. `find` returns the containers whose namespaces it may share.
     ///
-    /// # Errors
-    ///
-    /// What went wrong. Nothing of the container is left then but the cgroup.
+    /// On failure nothing of the container is left but the cgroup.
     pub(crate) async fn create(
         reaper: Arc<Reaper>,
         cgroup: Arc<Cgroup>,
@@ -135,13 +133,13 @@ impl Container {
         let shared = shared.collect::<Result<Vec<_>>>()?;
         let made = Arc::clone(&cgroup);
         let work = move || {
-            let birth = Birth::New {
+            let parent = Parent::New {
                 namespaces: spec.namespaces,
                 linux: &spec.linux,
                 network: network.as_ref(),
                 shared: &shared,
             };
-            let launched = prepare(&reaper, &made, &spec, birth, document, streams, screen)?;
+            let launched = prepare(&reaper, &made, &spec, parent, document, streams, screen)?;
             Ok((spec, launched))
         };
         let (spec, launched) = blocking(work).await?;
@@ -167,46 +165,38 @@ impl Container {
         Ok(Self { id, namespaces, defaults, cgroup, init, execs, binds })
     }
 
-    /// Its namespaces, for a container that shares them.
+    /// The container's namespaces, for another container that shares them.
     fn share(&self, join: &Join) -> Result<Shared> {
         let init = self.init.pidfd().try_clone().context(|| "duplicate a descriptor")?;
         Ok(Shared { container: self.id.clone(), init, bits: join.bits })
     }
 
-    /// Gives the container's network namespace what was not there when it was created.
-    ///
-    /// # Errors
-    ///
-    /// The container has no network namespace or has ended, or the step that failed.
+    /// Adds devices, addresses and routes to the container's network namespace after its creation.
+    /// The container needs a network namespace of its own, and must not have ended.
     pub(crate) async fn set_up_network(&self, network: Network) -> Result<()> {
         if !self.namespaces.is_own(NamespaceKind::Network) || self.init.has_ended() {
-            return Err(Error::state(format!("container {:?} takes no network", self.id)));
+            return Err(Error::state(format!(
+                "container {:?} has ended, or has no network namespace of its own",
+                self.id
+            )));
         }
         let init = Arc::clone(&self.init);
         blocking(move || crate::network::set_up(&network, init.pid(), init.pidfd())).await
     }
 
-    /// Lets the first process call `execve`.
-    ///
-    /// # Errors
-    ///
-    /// Why it failed, or that the container is not in the state for it.
+    /// Lets the first process call `execve`. Fails in every state but Created.
     pub(crate) async fn start(&self) -> Result<()> {
         self.check_not_ended()?;
         let binds = self.binds.clone();
         blocking(move || {
-            binds.iter().for_each(|source| mounts::look_again(source));
+            binds.iter().for_each(|source| mounts::revalidate(source));
             Ok(())
         })
         .await?;
         self.init.start().await
     }
 
-    /// The first process, or the one with this id.
-    ///
-    /// # Errors
-    ///
-    /// There is none.
+    /// Returns the process with this id. The empty id is the first process's.
     pub(crate) fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
         if exec_id.is_empty() {
             return Ok(Arc::clone(&self.init));
@@ -215,10 +205,6 @@ impl Container {
     }
 
     /// Sends a signal to every process of the container.
-    ///
-    /// # Errors
-    ///
-    /// The cgroup cannot be used, or there is no such signal.
     pub(crate) async fn signal_all(&self, signal: u32) -> Result<()> {
         let signal = process::signal_number(signal)?;
         let cgroup = Arc::clone(&self.cgroup);
@@ -235,65 +221,42 @@ impl Container {
     }
 
     /// All processes of the container.
-    ///
-    /// # Errors
-    ///
-    /// The cgroup cannot be read.
     pub(crate) async fn processes(&self) -> Result<Vec<ProcessInfo>> {
         let cgroup = Arc::clone(&self.cgroup);
         let level = usize::from(self.namespaces.has(NamespaceKind::Pid));
-        blocking(move || Ok(processes::describe(&cgroup.pids()?, level))).await
+        blocking(move || Ok(process_list::describe(&cgroup.pids()?, level))).await
     }
 
-    /// Stops all processes of the container until [`Self::resume`].
-    ///
-    /// # Errors
-    ///
-    /// The container has ended or is paused, or a process does not stop.
+    /// Freezes all processes of the container until [`Self::resume`].
     pub(crate) async fn pause(&self) -> Result<()> {
         self.check_not_ended()?;
         let cgroup = Arc::clone(&self.cgroup);
         blocking(move || cgroup.pause()).await
     }
 
-    /// Lets all processes of a paused container go on.
-    ///
-    /// # Errors
-    ///
-    /// The container has ended or is not paused.
+    /// Thaws all processes of a paused container.
     pub(crate) async fn resume(&self) -> Result<()> {
         self.check_not_ended()?;
         let cgroup = Arc::clone(&self.cgroup);
         blocking(move || cgroup.resume()).await
     }
 
-    /// Changes the limits of the container.
-    ///
-    /// # Errors
-    ///
-    /// The container has ended, or a limit cannot be honoured; none is changed then.
+    /// Changes the limits of the container. If a limit cannot be set, the limits set before it are
+    /// restored, except those of `io.*` files.
     pub(crate) async fn update(&self, resources_json: Vec<u8>) -> Result<()> {
         self.check_not_ended()?;
         let cgroup = Arc::clone(&self.cgroup);
         blocking(move || resources::update(&cgroup, &resources_json)).await
     }
 
-    /// What the container uses, and what it may.
-    ///
-    /// # Errors
-    ///
-    /// The cgroup cannot be read.
+    /// Use and limits of the container.
     pub(crate) async fn stats(&self) -> Result<ContainerStats> {
         let (cgroup, pid) = (Arc::clone(&self.cgroup), self.init.pid());
         blocking(move || stats::read(&cgroup, pid)).await
     }
 
-    /// Waits until the count of processes that the kernel has killed for the memory limit is not
-    /// `seen`, or the container has ended. Returns the count, and whether it has.
-    ///
-    /// # Errors
-    ///
-    /// The cgroup cannot be watched.
+    /// Waits until the count of OOM kills in the container differs from `seen`, or the container
+    /// has ended. Returns the count, and whether the container has ended.
     pub(crate) async fn wait_oom(&self, seen: u64) -> Result<(u64, bool)> {
         let mut events = self.cgroup.watch_memory_events()?;
         loop {
@@ -316,18 +279,14 @@ impl Container {
         Ok(())
     }
 
-    /// Kills all processes of the container, unless the first one has ended, and waits for that end.
-    ///
-    /// # Errors
-    ///
-    /// The cgroup cannot be used.
+    /// Kills all processes of the container, unless the first one has ended, and waits for its end.
     pub(crate) async fn end(&self) -> Result<()> {
         if self.init.has_ended() {
             return Ok(());
         }
         let cgroup = Arc::clone(&self.cgroup);
         blocking(move || match cgroup.kill() {
-            // Removed while it was created, with all that was in it.
+            // A deletion during the creation has removed the cgroup, with all processes.
             Err(_) if !cgroup.path().exists() => Ok(()),
             result => result,
         })
@@ -336,11 +295,7 @@ impl Container {
         Ok(())
     }
 
-    /// Removes what is left of a container whose first process has ended.
-    ///
-    /// # Errors
-    ///
-    /// It has not ended, or something cannot be removed.
+    /// Removes the cgroup of a container whose first process has ended.
     pub(crate) async fn remove(&self) -> Result<()> {
         if !self.init.has_ended() {
             return Err(Error::state(format!("container {:?} has not ended", self.id)));
@@ -349,30 +304,32 @@ impl Container {
         blocking(move || cgroup.remove()).await
     }
 
-    fn execs(&self) -> MutexGuard<'_, Execs> {
+    fn execs(&self) -> MutexGuard<'_, ExecTable> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The part of a creation that blocks.
+/// Applies the limits and launches the first process. Blocks.
 fn prepare(
     reaper: &Reaper,
     cgroup: &Cgroup,
     spec: &ContainerSpec,
-    birth: Birth<'_>,
+    parent: Parent<'_>,
     document: Document,
     streams: Vec<OwnedFd>,
     screen: Screen,
 ) -> Result<Launched> {
     let path = cgroup.path().to_string_lossy().into_owned();
     let Document { spec_json, state, filter } = document;
-    let request = Request::Create { cgroup: path, filter, screen, state };
+    let request = InitRequest::Create { cgroup: path, filter, screen, state };
     resources::apply(cgroup, &spec.linux.resources)?;
     launch::launch(
         reaper,
         Launch {
-            patience: spec.hooks_limit().and_then(|limit| limit.checked_add(launch::PATIENCE)),
-            birth,
+            step_timeout: spec
+                .hooks_limit()
+                .and_then(|limit| limit.checked_add(launch::STEP_TIMEOUT)),
+            parent,
             cgroup,
             request,
             document: &spec_json,
@@ -383,7 +340,8 @@ fn prepare(
     )
 }
 
-/// Without a pid namespace nothing else ends the container's other processes with the first one.
+/// Kills the remaining processes when the first one ends. Only a pid namespace would end them by
+/// itself.
 fn kill_rest_at_exit(init: Arc<Process>, cgroup: Arc<Cgroup>) {
     tokio::spawn(async move {
         init.wait().await;
@@ -393,14 +351,14 @@ fn kill_rest_at_exit(init: Arc<Process>, cgroup: Arc<Cgroup>) {
     });
 }
 
-/// The group is frozen, so the pid cannot be anybody else's by now.
+/// Signals a process of a frozen group, whose pid cannot have been reused.
 fn signal_pid(pid: u32, signal: i32) {
     let Ok(pid) = libc::pid_t::try_from(pid) else { return };
     // SAFETY: plain numbers are passed. A process that has just been killed is no error.
     unsafe { libc::kill(pid, signal) };
 }
 
-/// Does what blocks on a thread for that.
+/// Runs blocking work on a thread of the runtime's pool.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

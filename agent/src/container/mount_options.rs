@@ -1,28 +1,29 @@
 //! Mount options of config.json, as fstab(5) and the runtime specification spell them.
 //!
-//! Attributes of the mount (`MOUNT_ATTR_*`), its propagation, and what the file system itself is
-//! told are three things for the kernel's mount calls, so they are told apart here, and an option
-//! that would have no effect is refused.
+//! The kernel's mount calls take three kinds of options separately: attributes of the mount
+//! (`MOUNT_ATTR_*`), its propagation, and options of the file system. [`MountOptions`] keeps them
+//! apart. An option without effect is refused.
 
 use isopod_protocol::mount_option::{NEUTRAL, REFUSED};
 use rustix::mount::{MountAttrFlags, MountPropagationFlags};
 
+use crate::error::{self, Error};
 use crate::oci::Mount;
 
-/// What the options of one mount ask for.
+/// The options of one mount.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct MountOptions {
-    /// A bind mount, with everything mounted below it if true.
+    /// A bind mount; recursive if true.
     pub(crate) bind: Option<bool>,
     /// Attributes of the mount itself.
     pub(crate) set: MountAttr,
     /// Attributes of the mount and of everything below it, set and cleared.
     pub(crate) recursive: MountAttr,
-    /// Propagation, in order, and whether for everything below as well.
+    /// Propagation types in their order, and whether each is recursive.
     pub(crate) propagation: Vec<(MountPropagationFlags, bool)>,
-    /// For the file system: flags and `key=value` pairs.
+    /// Options of the file system: flags and `key=value` pairs.
     pub(crate) data: Vec<String>,
-    /// Copy what the image has at the destination into the new tmpfs.
+    /// Copy the image's files at the destination into the new tmpfs.
     pub(crate) copy_up: bool,
 }
 
@@ -39,7 +40,7 @@ const NODEV: u64 = MountAttrFlags::MOUNT_ATTR_NODEV.bits() as u64;
 const NOEXEC: u64 = MountAttrFlags::MOUNT_ATTR_NOEXEC.bits() as u64;
 const NODIRATIME: u64 = MountAttrFlags::MOUNT_ATTR_NODIRATIME.bits() as u64;
 const NOSYMFOLLOW: u64 = 0x0020_0000;
-/// Access times are one field with three values, relative being 0.
+/// Mask of the access time attribute, a field with three values. `relatime` is 0.
 const ATIME: u64 = MountAttrFlags::MOUNT_ATTR__ATIME.bits() as u64;
 const NOATIME: u64 = MountAttrFlags::MOUNT_ATTR_NOATIME.bits() as u64;
 const STRICTATIME: u64 = MountAttrFlags::MOUNT_ATTR_STRICTATIME.bits() as u64;
@@ -60,7 +61,7 @@ impl MountAttr {
         self.set & RDONLY != 0
     }
 
-    /// Without the read-only attribute, and whether it was there.
+    /// Clears the read-only attribute and returns whether it was set.
     pub(crate) fn take_read_only(&mut self) -> bool {
         let read_only = self.read_only();
         self.set &= !RDONLY;
@@ -69,11 +70,7 @@ impl MountAttr {
 }
 
 impl MountOptions {
-    /// Reads the options of a mount.
-    ///
-    /// # Errors
-    ///
-    /// An option that cannot be honoured.
+    /// Reads the options of a mount. The error names the first option that cannot be honoured.
     pub(crate) fn of(mount: &Mount) -> Result<Self, String> {
         let mut parsed = Self::default();
         if mount.kind.as_deref() == Some("bind") {
@@ -86,11 +83,11 @@ impl MountOptions {
             if let Some(option) = parsed.data.first() {
                 return Err(format!("{option:?} has no meaning for a bind mount"));
             }
-            // Only what was asked for is changed; the rest is as at the source.
+            // A bind mount changes only the requested attributes and keeps the source's others.
             parsed.set.clear &= ATIME;
         }
         if parsed.copy_up && mount.kind.as_deref() != Some("tmpfs") {
-            return Err("\"tmpcopyup\" is for tmpfs".into());
+            return Err("\"tmpcopyup\" is only for tmpfs".into());
         }
         Ok(parsed)
     }
@@ -125,7 +122,7 @@ impl MountOptions {
 fn attribute(option: &str) -> Option<MountAttr> {
     let set = |bits| Some(MountAttr { set: bits, clear: 0 });
     let clear = |bits| Some(MountAttr { set: 0, clear: bits });
-    // The kernel wants the whole field cleared where a value of it is set.
+    // The kernel wants the whole field cleared when a value of it is set.
     let atime = |bits| Some(MountAttr { set: bits, clear: ATIME });
     match option {
         "ro" => set(RDONLY),
@@ -147,7 +144,7 @@ fn attribute(option: &str) -> Option<MountAttr> {
     }
 }
 
-/// `private`, `rshared` and so on, and whether for everything below as well.
+/// A propagation type such as `private` or `rshared`, and whether it is recursive.
 pub(crate) fn propagation(option: &str) -> Option<(MountPropagationFlags, bool)> {
     let one = |name: &str| match name {
         "private" => Some(MountPropagationFlags::PRIVATE),
@@ -160,6 +157,12 @@ pub(crate) fn propagation(option: &str) -> Option<(MountPropagationFlags, bool)>
         Some(flags) => Some((flags, false)),
         None => one(option.strip_prefix('r')?).map(|flags| (flags, true)),
     }
+}
+
+/// The propagation type of `linux.rootfsPropagation`, and whether it is recursive.
+pub(crate) fn rootfs_propagation(name: &str) -> error::Result<(MountPropagationFlags, bool)> {
+    propagation(name)
+        .ok_or_else(|| Error::invalid("linux.rootfsPropagation", format!("{name:?} is unknown")))
 }
 
 #[cfg(test)]

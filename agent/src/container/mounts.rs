@@ -1,7 +1,7 @@
-//! One entry of `mounts`: made detached, given its attributes, then attached inside the root.
+//! One entry of `mounts`: created detached, given its attributes, then attached inside the root.
 //!
-//! With the descriptor-based mount calls a mount is complete before anybody can see it, and its
-//! target is a descriptor that was resolved inside the root, not a path that could change.
+//! The descriptor-based mount calls complete a mount before anybody can see it. Its target is a
+//! descriptor resolved inside the root, not a path that could change.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -20,25 +20,21 @@ use super::path::{self, Missing};
 use crate::error::{Context as _, Error, Result};
 use crate::oci::Mount;
 
-/// File systems whose superblock is shared or not the mount's own: read-only is an attribute of the
-/// mount there and never of the file system.
+/// File systems whose superblock is shared, or is not the mount's own. There read-only is an
+/// attribute of the mount and never of the file system.
 const PSEUDO: [&str; 8] =
     ["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup2", "hugetlbfs", "ramfs"];
 
-/// What a container's mounts need to know about it.
+/// Properties of the container that its mounts depend on.
 pub(crate) struct MountContext<'a> {
     /// The root of the container's file system, attached.
     pub(crate) root: BorrowedFd<'a>,
-    /// The container's own cgroup in the guest, when it has no cgroup namespace to show it.
+    /// The container's cgroup in the guest, unless a cgroup namespace shows it.
     pub(crate) cgroup: Option<&'a Path>,
 }
 
-/// Makes and attaches one mount. Returns it if it still has to be made read-only, which for a tmpfs
-/// waits until all that belongs into it is there.
-///
-/// # Errors
-///
-/// The step that failed, with the destination and the option.
+/// Creates and attaches one mount. Returns the mount if it still has to become read-only: a tmpfs
+/// waits until all its contents are there.
 pub(crate) fn mount(context: &MountContext<'_>, mount: &Mount) -> Result<Option<OwnedFd>> {
     let destination = &mount.destination;
     let mut options = MountOptions::of(mount)
@@ -111,8 +107,8 @@ fn new(
     Ok((tree, target))
 }
 
-/// A tmpfs over a directory of the image has its mode, and with `tmpcopyup` its owner as well,
-/// unless its options say otherwise.
+/// Options of a tmpfs over a directory of the image. It keeps the directory's mode, and with
+/// `tmpcopyup` its owner, unless its own options set them.
 fn tmpfs_data(target: &OwnedFd, options: &MountOptions) -> rustix::io::Result<Vec<String>> {
     let stat = rustix::fs::fstat(target)?;
     let mut data = options.data.clone();
@@ -130,7 +126,8 @@ fn tmpfs_data(target: &OwnedFd, options: &MountOptions) -> rustix::io::Result<Ve
     Ok(data)
 }
 
-/// Masked and read-only paths are meant for a /proc at /proc: an image must not send it elsewhere.
+/// Refuses a symbolic link as a mount point of proc or sysfs. The masked and read-only paths assume
+/// /proc at /proc, so an image must not redirect it.
 fn refuse_link(context: &MountContext<'_>, destination: &Path) -> Result<()> {
     let itself = path::open(context.root, destination, OFlags::PATH | OFlags::NOFOLLOW)
         .and_then(rustix::fs::fstat)
@@ -143,7 +140,7 @@ fn refuse_link(context: &MountContext<'_>, destination: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A new instance of a file system, not attached anywhere.
+/// Creates a detached instance of a file system.
 fn new_file_system(
     kind: &str,
     source: Option<&Path>,
@@ -177,7 +174,7 @@ fn new_file_system(
         .map_err(|e| complaint(&fs, e))
 }
 
-/// What the file system itself has to say about a failure, if it says anything.
+/// The error text, with the file system's own message if it has one.
 fn complaint(fs: &OwnedFd, e: Errno) -> String {
     let mut message = [0; 256];
     let reason = crate::error::reason(&e.into());
@@ -191,14 +188,14 @@ fn complaint(fs: &OwnedFd, e: Errno) -> String {
     }
 }
 
-/// An empty read-only tmpfs, to hide a directory behind.
+/// Creates a detached, empty, read-only tmpfs, which can hide a directory.
 pub(crate) fn empty_directory() -> std::result::Result<OwnedFd, String> {
     let tree = new_file_system("tmpfs", Some(Path::new("tmpfs")), &[], MountAttr::default())?;
     set_attributes(&tree, MountAttr::READ_ONLY, false).map_err(|e| e.to_string())?;
     Ok(tree)
 }
 
-/// A copy of the mount at a path, not attached anywhere.
+/// Makes a detached copy of the mount at a path.
 pub(crate) fn clone_tree(
     dir: BorrowedFd<'_>,
     path: &Path,
@@ -213,13 +210,13 @@ pub(crate) fn clone_tree(
     open_tree(dir, path, flags)
 }
 
-/// Attaches a mount to a place. Its descriptor goes on naming it.
+/// Attaches a mount to a place. The descriptor still refers to the mount afterwards.
 pub(crate) fn attach(tree: impl AsFd, target: impl AsFd) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(tree, "", target, "", flags)
 }
 
-/// Changes attributes of a mount, and of all below it if asked.
+/// Changes attributes of a mount, and of all mounts below it if `recursive`.
 pub(crate) fn set_attributes(
     tree: impl AsFd,
     attr: MountAttr,
@@ -229,7 +226,7 @@ pub(crate) fn set_attributes(
     crate::syscall::mount_setattr(tree.as_fd(), recursive, &attr)
 }
 
-/// Changes the propagation of a mount, and of all below it if asked.
+/// Changes the propagation of a mount, and of all mounts below it if `recursive`.
 pub(crate) fn set_propagation(
     tree: impl AsFd,
     flags: MountPropagationFlags,
@@ -243,10 +240,11 @@ fn mount_attr(set: u64, clear: u64, propagation: u64) -> libc::mount_attr {
     libc::mount_attr { attr_set: set, attr_clr: clear, propagation, userns_fd: 0 }
 }
 
-/// Asks the host about a bind mount's source anew. Engines write /etc/resolv.conf and /etc/hosts
-/// between create and start, and what the guest knows of a file's size is good for a second.
-pub(crate) fn look_again(source: &Path) {
+/// Refreshes the cached attributes of a bind mount's source from the host. Engines write
+/// /etc/resolv.conf and /etc/hosts between create and start, and the guest caches a file's size for
+/// a second.
+pub(crate) fn revalidate(source: &Path) {
     let flags = AtFlags::STATX_FORCE_SYNC;
-    // A source that is gone by now is for whoever opens it to complain about.
+    // A missing source becomes an error for the process that opens it.
     let _ = rustix::fs::statx(CWD, source, flags, StatxFlags::BASIC_STATS);
 }

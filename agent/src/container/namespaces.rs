@@ -1,4 +1,4 @@
-//! `linux.namespaces` and what is set up inside of them.
+//! `linux.namespaces` and the settings inside them.
 
 use std::fs;
 use std::path::Path;
@@ -13,13 +13,13 @@ use crate::oci::{IdMapping, Linux, NamespaceKind, Spec};
 /// Namespaces as `CLONE_NEW*` bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Namespaces {
-    /// Those that the container gets of its own.
+    /// Namespaces that the container has of its own.
     own: u32,
-    /// Those that it shares with another container of the sandbox.
+    /// Namespaces that the container shares with others of the sandbox.
     joined: u32,
 }
 
-/// The namespaces that a container shares with another one.
+/// The namespaces that a container shares with one other container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Join {
     /// The other container's id.
@@ -28,14 +28,14 @@ pub(crate) struct Join {
     pub(crate) bits: u32,
 }
 
-/// What a container can share with another: its processes, and what they reach each other by.
+/// Namespaces that containers can share: those of processes and of communication between them.
 const JOINABLE: u32 = bit(NamespaceKind::Network)
     | bit(NamespaceKind::Ipc)
     | bit(NamespaceKind::Uts)
     | bit(NamespaceKind::Pid);
 
-/// Made by the process itself and not by `clone3`: a cgroup namespace is rooted at the group that
-/// its maker is in, and the offsets of a time namespace are set before anything enters it.
+/// Namespaces that the process makes by itself, after `clone3`. The root of a cgroup namespace is
+/// its maker's group, and the offsets of a time namespace are set before any process enters it.
 const MADE_INSIDE: u32 = bit(NamespaceKind::Cgroup) | bit(NamespaceKind::Time);
 
 const fn bit(kind: NamespaceKind) -> u32 {
@@ -53,19 +53,14 @@ const fn bit(kind: NamespaceKind) -> u32 {
 }
 
 impl Namespaces {
-    /// The namespaces of a container, and whose it shares.
-    ///
-    /// # Errors
-    ///
-    /// A namespace is named twice, or by a path that no other container's can have, or there is no
-    /// mount namespace.
+    /// Reads the container's namespaces, and the namespaces that it shares with other containers.
     pub(crate) fn of(linux: &Linux) -> Result<(Self, Vec<Join>)> {
         let mut namespaces = Self { own: 0, joined: 0 };
         let mut joins: Vec<Join> = Vec::new();
         for namespace in &linux.namespaces {
             let kind = namespace.kind;
             if namespaces.has(kind) {
-                let why = format!("{} is there twice", kind.word());
+                let why = format!("{} is listed twice", kind.word());
                 return Err(Error::invalid("linux.namespaces", why));
             }
             if namespace.path.as_os_str().is_empty() {
@@ -91,33 +86,29 @@ impl Namespaces {
         Ok((namespaces, joins))
     }
 
-    /// It has one, of its own or another container's.
+    /// Returns true for a namespace of the container's own, or one that it shares.
     pub(crate) fn has(self, kind: NamespaceKind) -> bool {
         (self.own | self.joined) & bit(kind) != 0
     }
 
-    /// It has one of its own.
+    /// Returns true for a namespace of the container's own.
     pub(crate) fn is_own(self, kind: NamespaceKind) -> bool {
         self.own & bit(kind) != 0
     }
 
-    /// Those that `clone3` makes.
+    /// Flags of the namespaces that `clone3` makes.
     pub(crate) fn clone_flags(self) -> u64 {
         u64::from(self.own & !MADE_INSIDE)
     }
 
-    /// Those that a further process of the container enters by itself. The pid namespace is the one
-    /// that it is born in.
+    /// Flags of the namespaces that a further process enters by itself. The process is cloned into
+    /// the pid namespace.
     pub(crate) fn join_flags(self) -> u32 {
         (self.own | self.joined) & !bit(NamespaceKind::Pid)
     }
 }
 
 /// Refuses settings that need a namespace which the container does not have.
-///
-/// # Errors
-///
-/// The first such field, by name.
 pub(crate) fn check(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Result<()> {
     let set = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
     if !namespaces.has(NamespaceKind::Uts) {
@@ -154,7 +145,7 @@ pub(crate) fn check(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resul
     Ok(())
 }
 
-/// Only settings that belong to a namespace may be changed: all others are the whole guest's.
+/// Refuses kernel settings that belong to no namespace, because they would change the whole guest.
 fn check_sysctl(key: &str, namespaces: Namespaces) -> Result<()> {
     let refusal = |why: &str| Err(Error::invalid(format!("linux.sysctl[{key:?}]"), why));
     let kind = match sysctl::owner(key) {
@@ -171,11 +162,7 @@ fn check_sysctl(key: &str, namespaces: Namespaces) -> Result<()> {
     refusal(&format!("needs a namespace of type {}", kind.word()))
 }
 
-/// Writes `/proc/<pid>/{uid,gid}_map` of a process that has just been born into a user namespace.
-///
-/// # Errors
-///
-/// The kernel refuses a mapping.
+/// Writes `/proc/<pid>/{uid,gid}_map` of a process that was just cloned into a user namespace.
 pub(crate) fn map_ids(pid: i32, linux: &Linux) -> Result<()> {
     for (file, field, maps) in [
         ("uid_map", "linux.uidMappings", &linux.uid_mappings),
@@ -191,18 +178,14 @@ fn id_map(maps: &[IdMapping]) -> String {
     maps.iter().map(|map| format!("{} {} {}\n", map.container_id, map.host_id, map.size)).collect()
 }
 
-/// Makes the namespaces that the process makes by itself, and sets up what is in them. Runs in the
-/// container's first process, which still sees the guest's file systems.
-///
-/// # Errors
-///
-/// The first step that failed.
+/// Makes the remaining namespaces of the calling process, and applies the settings inside all of
+/// them. Runs in the container's first process, which still sees the guest's file systems.
 pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Result<()> {
     if namespaces.has(NamespaceKind::Cgroup) {
         unshare(NamespaceKind::Cgroup)?;
     }
     if namespaces.has(NamespaceKind::Time) {
-        // The namespace takes effect with execve.
+        // The time namespace takes effect with execve.
         unshare(NamespaceKind::Time)?;
         for (clock, offset) in &linux.time_offsets {
             let (secs, nanos) = (offset.secs, offset.nanosecs);
@@ -220,7 +203,7 @@ pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resu
         rustix::system::setdomainname(name.as_bytes())
             .context(|| format!("domainname {name:?}"))?;
     }
-    // The guest's /proc shows the settings of the namespaces of whoever opens them.
+    // /proc/sys of the guest shows the settings of the opener's namespaces.
     for (key, value) in &linux.sysctl {
         let path = Path::new("/proc/sys").join(sysctl::path(key));
         let field = || format!("linux.sysctl[{key:?}]");
@@ -236,7 +219,7 @@ pub(crate) fn set_up(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resu
 
 fn unshare(kind: NamespaceKind) -> Result<()> {
     let flags = UnshareFlags::from_bits_retain(bit(kind));
-    // SAFETY: neither a cgroup nor a time namespace takes descriptors or memory away from anybody.
+    // SAFETY: a cgroup or time namespace takes no descriptors or memory away from anybody.
     let result = unsafe { rustix::thread::unshare_unsafe(flags) };
     result.context(|| format!("make a namespace of type {}", kind.word()))
 }

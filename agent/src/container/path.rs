@@ -1,8 +1,8 @@
-//! Paths inside a container's root file system, which is hostile: its symbolic links may point
-//! anywhere and another container may change it meanwhile.
+//! Paths inside a container's root file system, which is hostile. Its symbolic links may point
+//! anywhere, and another container may change it meanwhile.
 //!
-//! Every step goes through `openat2` with `RESOLVE_IN_ROOT`, so that the kernel itself keeps `..`
-//! and links inside the root, and callers get descriptors and not paths.
+//! Every step uses `openat2` with `RESOLVE_IN_ROOT`, so the kernel itself keeps `..` and links
+//! inside the root. Callers get descriptors, not paths.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -16,7 +16,7 @@ use rustix::io::Errno;
 /// Most symbolic links followed on the way, as in the kernel.
 const MAX_LINKS: u32 = 40;
 
-/// What to make where there is nothing.
+/// Type of the file to make for a missing path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Missing {
     Directory,
@@ -24,10 +24,6 @@ pub(crate) enum Missing {
 }
 
 /// Opens an existing path below `root`.
-///
-/// # Errors
-///
-/// The kernel's.
 pub(crate) fn open(root: impl AsFd, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
     let relative = path.strip_prefix("/").unwrap_or(path);
     let relative = if relative.as_os_str().is_empty() { Path::new(".") } else { relative };
@@ -35,12 +31,8 @@ pub(crate) fn open(root: impl AsFd, path: &Path, flags: OFlags) -> Result<OwnedF
     openat2(root, relative, flags, Mode::empty(), ResolveFlags::IN_ROOT)
 }
 
-/// Opens a path below `root` as a place to mount on, and makes what is missing of it. A dangling
-/// symbolic link is followed to where it would point inside of the root.
-///
-/// # Errors
-///
-/// The kernel's, or `ELOOP` after 40 links.
+/// Opens a path below `root` as a mount point, and makes its missing components. A dangling
+/// symbolic link is followed to its target inside the root. After 40 links the error is `ELOOP`.
 pub(crate) fn open_or_make(root: impl AsFd, path: &Path, make: Missing) -> Result<OwnedFd, Errno> {
     match open(&root, path, OFlags::PATH) {
         Err(Errno::NOENT) => {}
@@ -100,39 +92,27 @@ fn make_one(parent: &OwnedFd, name: &OsStr, make: Missing) -> Result<(), Errno> 
         }
     };
     match made {
-        // Somebody else was faster.
+        // Another process has made it meanwhile.
         Err(Errno::EXIST) => Ok(()),
         made => made,
     }
 }
 
-/// Opens the directory that `path` is in, which is made if it is missing, and returns the last
-/// component of the path.
-///
-/// # Errors
-///
-/// The kernel's; `EINVAL` for a path without a last component.
+/// Opens the parent directory of `path`, and makes it if it is missing. Also returns the last
+/// component of the path; without one the error is `EINVAL`.
 pub(crate) fn open_parent(root: impl AsFd, path: &Path) -> Result<(OwnedFd, OsString), Errno> {
     let name = path.file_name().ok_or(Errno::INVAL)?;
     let parent = open_or_make(root, path.parent().unwrap_or(Path::new("/")), Missing::Directory)?;
     Ok((parent, name.to_owned()))
 }
 
-/// Whether a descriptor is a directory's.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Returns true if a descriptor refers to a directory.
 pub(crate) fn is_dir(fd: impl AsFd) -> Result<bool, Errno> {
     let stat = rustix::fs::fstat(fd)?;
     Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
 /// Opens a path of the guest itself.
-///
-/// # Errors
-///
-/// The kernel's.
 pub(crate) fn open_in_guest(path: impl AsRef<OsStr>, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(CWD, path.as_ref().as_bytes(), flags | OFlags::CLOEXEC, Mode::empty())
 }

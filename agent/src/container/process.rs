@@ -13,35 +13,32 @@ use crate::error::{Code, Context as _, Error, Result};
 use crate::pump::{Late, Written};
 use crate::reaper::{Exit, ExitReceiver, exited};
 
-/// A process from the time that it is ready to call `execve`.
+/// A process, from the moment that it is ready to call `execve`.
 pub(crate) struct Process {
     pid: i32,
     pidfd: OwnedFd,
     exit: ExitReceiver,
     streams: Connected,
-    /// Taken by whoever starts the process.
+    /// Channel to the process, taken by the call that starts it.
     channel: Mutex<Option<Channel>>,
     cgroup: Arc<Cgroup>,
     oom_kills_before: u64,
     end: OnceLock<Ended>,
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug, Clone)]
 pub(crate) struct Ended {
     pub(crate) exit: Exit,
-    /// The kernel has killed a process of the container for its memory limit meanwhile.
+    /// The kernel has killed a process of the container for its memory limit since this process
+    /// started.
     pub(crate) oom_killed: bool,
-    /// Bytes that had been written to each of its outputs by then.
+    /// Bytes written to each of the process's outputs before its end.
     pub(crate) written: Vec<u64>,
 }
 
 impl Process {
     /// Takes over a process that is ready, and connects its streams.
-    ///
-    /// # Errors
-    ///
-    /// A stream cannot be connected.
     pub(crate) fn new(
         launched: Launched,
         cgroup: Arc<Cgroup>,
@@ -57,7 +54,7 @@ impl Process {
         Ok(Self { pid, pidfd, exit, streams, channel, cgroup, oom_kills_before, end })
     }
 
-    /// In the guest's root pid namespace.
+    /// Pid in the guest's root pid namespace.
     pub(crate) fn pid(&self) -> i32 {
         self.pid
     }
@@ -80,25 +77,18 @@ impl Process {
         })
     }
 
-    /// Lets the process call `execve`, once.
-    ///
-    /// # Errors
-    ///
-    /// Why `execve` failed, or that it has been started before.
+    /// Lets the process call `execve`. A second call is an error.
     pub(crate) async fn start(self: &Arc<Self>) -> Result<()> {
         let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let channel = channel.ok_or_else(|| Error::state("already started"))?;
+        let channel =
+            channel.ok_or_else(|| Error::state("the process has been started already"))?;
         let process = Arc::clone(self);
         tokio::task::spawn_blocking(move || launch::start(&channel, &process.pidfd))
             .await
             .map_err(|e| Error::internal(e.to_string()))?
     }
 
-    /// Sends a signal.
-    ///
-    /// # Errors
-    ///
-    /// The process has ended, or there is no such signal.
+    /// Sends a signal. A process that has ended is an error.
     pub(crate) fn signal(&self, signal: u32) -> Result<()> {
         let signal = signal_number(signal)?;
         let sent = crate::syscall::pidfd_send_signal(self.pidfd.as_fd(), signal);
@@ -110,11 +100,7 @@ impl Process {
         }
     }
 
-    /// Changes the size of its terminal.
-    ///
-    /// # Errors
-    ///
-    /// It has none.
+    /// Changes the size of the process's terminal.
     pub(crate) fn resize(&self, size: Size) -> Result<()> {
         match self.streams.terminal.as_ref().map(Weak::upgrade) {
             Some(Some(terminal)) => terminal::resize(terminal.get_ref(), size),
@@ -124,11 +110,7 @@ impl Process {
     }
 }
 
-/// A signal number that the kernel knows.
-///
-/// # Errors
-///
-/// It is none.
+/// Checks a signal number.
 pub(crate) fn signal_number(signal: u32) -> Result<i32> {
     match i32::try_from(signal) {
         Ok(signal) if (1..=MAX_SIGNAL).contains(&signal) => Ok(signal),

@@ -1,22 +1,19 @@
 //! `linux.resources` as cgroup v2 interface files.
 //!
-//! The specification still speaks cgroup v1: shares become weights and memory plus swap becomes
-//! swap alone, by the formulas that runtimes share. What has no counterpart is refused by name.
+//! The specification still describes cgroup v1. Shares become weights, and memory plus swap becomes
+//! swap alone, by the formulas common to runtimes. A field without a counterpart is refused by
+//! name.
 
 use super::cgroup::Cgroup;
 use super::devices;
 use crate::error::{Error, Result};
 use crate::log::log_warn;
-use crate::oci::{BlockIo, Cpu, HugepageLimit, Memory, Resources, ThrottleDevice};
+use crate::oci::{BlockIo, Cpu, HugepageLimit, Memory, Resources, ThrottleDevice, parse_json};
 
-/// An interface file and what to write to it.
+/// An interface file and the value to write.
 type Setting = (String, String);
 
-/// Refuses what cgroup v2 cannot do.
-///
-/// # Errors
-///
-/// The first such field, by name.
+/// Refuses limits that cgroup v2 cannot express, by their field.
 pub(crate) fn check(resources: &Resources) -> Result<()> {
     settings(resources)?;
     devices::check(&resources.devices)?;
@@ -37,11 +34,7 @@ pub(crate) fn check(resources: &Resources) -> Result<()> {
     Ok(())
 }
 
-/// Applies all limits to a group, before any process is in it.
-///
-/// # Errors
-///
-/// A limit that this kernel does not have or does not take.
+/// Applies all limits to a group without processes.
 pub(crate) fn apply(cgroup: &Cgroup, resources: &Resources) -> Result<()> {
     for (file, value) in all_settings(cgroup, resources)? {
         write(cgroup, &file, &value)?;
@@ -49,15 +42,13 @@ pub(crate) fn apply(cgroup: &Cgroup, resources: &Resources) -> Result<()> {
     devices::attach(cgroup.dir(), &resources.devices)
 }
 
-/// Changes the limits of a group that is in use. What is not given stays, and so does all that is
-/// known of devices. If a limit cannot be set, those that were set before it are taken back.
+/// Changes the limits of a group in use. Fields that are absent, and the device rules, stay as they
+/// are.
 ///
-/// # Errors
-///
-/// A limit that this kernel does not have or does not take, or more memory in use than a limit that
-/// was to be checked against.
+/// If a limit cannot be set, the limits set before it are restored, except those of `io.*` files.
+/// With `checkBeforeUpdate`, a memory limit below the current use is refused.
 pub(crate) fn update(cgroup: &Cgroup, json: &[u8]) -> Result<()> {
-    let resources: Resources = super::spec::parse_json("the resources", json)?;
+    let resources: Resources = parse_json("the resources", json)?;
     check(&Resources { devices: Vec::new(), ..resources.clone() })?;
     let limit = resources.memory.limit.and_then(|limit| u64::try_from(limit).ok());
     if let (Some(true), Some(limit @ 1..)) = (resources.memory.check_before_update, limit) {
@@ -78,7 +69,7 @@ pub(crate) fn update(cgroup: &Cgroup, json: &[u8]) -> Result<()> {
             }
             return Err(e);
         }
-        // What has a line for each device is not written as it is read.
+        // `io.*` files have a line per device, and do not accept the format that they are read in.
         if let Some(old) = old.ok().filter(|_| !file.starts_with("io.")) {
             before.push((file, old));
         }
@@ -86,10 +77,10 @@ pub(crate) fn update(cgroup: &Cgroup, json: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// All that there is to write for a group, in order.
+/// All settings of a group, in the order of writing.
 fn all_settings(cgroup: &Cgroup, resources: &Resources) -> Result<Vec<Setting>> {
     let mut all = settings(resources)?;
-    // A guest kernel without swap has no limit for it, and nothing that could exceed one.
+    // A guest kernel without swap has no swap limit, and needs none.
     all.retain(|(file, _)| file != "memory.swap.max" || cgroup.has(file));
     all.extend(resources.block_io.weight.and_then(|weight| io_weight(cgroup, weight)));
     all.extend(resources.unified.clone());
@@ -106,7 +97,7 @@ fn write(cgroup: &Cgroup, file: &str, value: &str) -> Result<()> {
     cgroup.write(file, value)
 }
 
-/// The two schedulers' files have different ranges: 1 to 1000 for BFQ and 1 to 10000 for io.cost.
+/// The setting of a block I/O weight. The range is 1 to 1000 for BFQ, and 1 to 10000 for io.cost.
 fn io_weight(cgroup: &Cgroup, weight: u16) -> Option<Setting> {
     if weight == 0 {
         return None;
@@ -147,12 +138,12 @@ fn cpu_settings(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<()> {
     }
     let quota = cpu.quota.filter(|quota| *quota != 0);
     let period = cpu.period.filter(|period| *period != 0);
-    // The kernel takes no quota below the burst that there is.
+    // The kernel refuses a quota below the current burst.
     let burst = |us: u64| ("cpu.max.burst".into(), us.to_string());
     settings.extend(cpu.burst.map(|_| burst(0)));
     if quota.is_some() || period.is_some() {
         let quota = quota.map_or_else(|| "max".into(), limit);
-        // 100 ms is the kernel's own default.
+        // 100 ms is the kernel's default period.
         settings.push(("cpu.max".into(), format!("{quota} {}", period.unwrap_or(100_000))));
     }
     settings.extend(cpu.burst.filter(|us| *us != 0).map(burst));
@@ -164,7 +155,7 @@ fn cpu_settings(cpu: &Cpu, settings: &mut Vec<Setting>) -> Result<()> {
     Ok(())
 }
 
-/// Shares, 2 to 262144, on the scale of weights, 1 to 10000.
+/// Converts shares, 2 to 262144, to a weight, 1 to 10000.
 fn cpu_weight(shares: u64) -> u64 {
     1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
 }
@@ -190,10 +181,10 @@ fn memory_settings(memory: &Memory, settings: &mut Vec<Setting>) -> Result<()> {
     Ok(())
 }
 
-/// The specification's swap is memory plus swap; cgroup v2 limits swap by itself.
+/// Converts the specification's limit on memory plus swap to cgroup v2's limit on swap alone.
 fn swap_limit(memory: i64, memory_and_swap: i64) -> Result<Option<String>> {
     match (memory, memory_and_swap) {
-        // Without a limit on memory, an unlimited sum says nothing about swap.
+        // Unlimited memory without a value for the sum means an unlimited sum.
         (-1, 0) => Ok(Some("max".into())),
         (_, 0) => Ok(None),
         (_, -1) => Ok(Some("max".into())),
@@ -216,7 +207,7 @@ fn hugepage_settings(page: &HugepageLimit, settings: &mut Vec<Setting>) -> Resul
         return Err(Error::invalid(field, format!("{size:?} is not a page size such as 2MB")));
     }
     settings.push((format!("hugetlb.{size}.max"), limit(page.limit)));
-    // Without this a mapping could reserve more than it may ever touch.
+    // Without this limit a mapping could reserve more pages than it may ever use.
     settings.push((format!("hugetlb.{size}.rsvd.max"), limit(page.limit)));
     Ok(())
 }
@@ -250,7 +241,7 @@ fn io_settings(io: &BlockIo, settings: &mut Vec<Setting>) -> Result<()> {
     Ok(())
 }
 
-/// Negative numbers mean no limit.
+/// The value of a limit file. Negative numbers mean no limit.
 fn limit(value: i64) -> String {
     if value < 0 { "max".into() } else { value.to_string() }
 }

@@ -5,29 +5,22 @@ use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 use crate::error::{Context as _, Error, Result};
 use crate::oci::PosixRlimit;
 
-/// Open files that a process may have unless its specification says otherwise: as many as programs
-/// that use `select` can take, and more if it raises the limit itself.
+/// Soft limit on open files, unless the specification sets one. It suits programs that use
+/// select(2); others can raise it themselves.
 const DEFAULT_NOFILE: u64 = 1024;
 
-/// Sets what the calling process gets where the specification is silent.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Sets limits of the calling process that the specification leaves out.
 pub(crate) fn set_defaults(limits: &[PosixRlimit]) -> Result<()> {
     if limits.iter().any(|limit| limit.kind == "RLIMIT_NOFILE") {
         return Ok(());
     }
     let maximum = getrlimit(Resource::Nofile).maximum;
     let current = Some(maximum.unwrap_or(u64::MAX).min(DEFAULT_NOFILE));
-    setrlimit(Resource::Nofile, Rlimit { current, maximum }).context(|| "limit open files")
+    setrlimit(Resource::Nofile, Rlimit { current, maximum })
+        .context(|| "set the default limit on open files")
 }
 
-/// Sets the limits of a process, or of the calling one.
-///
-/// # Errors
-///
-/// The kernel's, with the limit.
+/// Sets the limits of a process, or of the calling process without a `pid`.
 pub(crate) fn set(pid: Option<Pid>, limits: &[PosixRlimit]) -> Result<()> {
     for limit in limits {
         let name = &limit.kind;

@@ -1,8 +1,8 @@
 //! The container's file system, from `root`, `mounts`, `linux.devices` and the path lists.
 //!
 //! Runs in the container's first process, in its own mount namespace, while the guest's file
-//! systems can still be seen. Everything below the container's root is reached through a descriptor
-//! of it; the root itself changes last.
+//! systems are still visible. A descriptor of the container's root gives access to everything below
+//! it. The process's own root changes last.
 
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -20,22 +20,8 @@ use super::terminal::Terminal;
 use crate::error::{Context as _, Error, Result};
 use crate::oci::NamespaceKind;
 
-/// The propagation that `linux.rootfsPropagation` asks for, and whether for all mounts.
-///
-/// # Errors
-///
-/// It is none that there is.
-pub(crate) fn propagation(name: &str) -> Result<(MountPropagationFlags, bool)> {
-    mount_options::propagation(name)
-        .ok_or_else(|| Error::invalid("linux.rootfsPropagation", format!("{name:?} is unknown")))
-}
-
-/// Builds the file system and makes it the root of this process, after `before_pivot`. Returns the
-/// terminal if the process is to have one.
-///
-/// # Errors
-///
-/// The step that failed.
+/// Builds the file system and makes it the root of this process. Calls `before_pivot` in between.
+/// Returns the terminal, if the process has one.
 pub(crate) fn enter(
     spec: &ContainerSpec,
     cgroup: &Path,
@@ -58,7 +44,7 @@ pub(crate) fn enter(
     } else {
         None
     };
-    // As other runtimes do: a working directory that the image does not have is made.
+    // A missing working directory is created, as in other runtimes.
     make_cwd(root.as_fd(), &spec.process.cwd)?;
     for tree in read_only {
         mounts::set_attributes(tree, MountAttr::READ_ONLY, false)
@@ -78,8 +64,8 @@ pub(crate) fn enter(
     Ok(terminal)
 }
 
-/// Nothing that is mounted from here on may show in the guest, and the container's root has to be a
-/// mount of its own to become the root.
+/// Makes the guest's mounts private, so that no later mount shows in the guest. Then makes the
+/// container's root a mount of its own, which pivot_root(2) demands.
 fn attach_root(rootfs: &Path) -> Result<OwnedFd> {
     let guest = path::open_in_guest("/", OFlags::PATH).context(|| "open /")?;
     mounts::set_propagation(&guest, MountPropagationFlags::PRIVATE, true)
@@ -101,19 +87,19 @@ fn is_bound(spec: &ContainerSpec, destination: &Path) -> bool {
 
 fn make_cwd(root: BorrowedFd<'_>, cwd: &Path) -> Result<()> {
     match path::open_or_make(root, cwd, Missing::Directory) {
-        // Whether it can be entered is for the process itself to find out, as its user.
+        // The process itself finds out, as its user, whether it may enter the directory.
         Ok(_) | Err(Errno::ROFS | Errno::ACCESS) => Ok(()),
         Err(e) => Err(e).context(|| format!("make the working directory {}", cwd.display())),
     }
 }
 
-/// Mounts that one of the path lists has made, by their ids. A path that is there twice, by whatever
-/// names, is covered once.
+/// Ids of the mounts that one of the path lists has made. A path listed twice, by whatever names,
+/// is covered once.
 #[derive(Default)]
 struct Covers(Vec<u64>);
 
 impl Covers {
-    /// Covers a path, unless that has been done.
+    /// Mounts `cover` on a path and records the mount.
     fn attach(&mut self, cover: &OwnedFd, target: &OwnedFd) -> rustix::io::Result<()> {
         mounts::attach(cover, target)?;
         self.0.push(mount_id(cover)?);
@@ -129,7 +115,7 @@ fn mount_id(fd: &OwnedFd) -> rustix::io::Result<u64> {
     Ok(statx(fd, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id)
 }
 
-/// Hides a path: a directory behind an empty one, anything else behind /dev/null.
+/// Hides a path: a directory behind an empty one, any other file behind /dev/null.
 fn mask(root: BorrowedFd<'_>, path: &Path, covers: &mut Covers) -> Result<()> {
     let what = || format!("mask {}", path.display());
     let Some(target) = existing(root, path).context(what)? else { return Ok(()) };
@@ -140,7 +126,7 @@ fn mask(root: BorrowedFd<'_>, path: &Path, covers: &mut Covers) -> Result<()> {
         mounts::empty_directory().map_err(|why| Error::internal(format!("{}: {why}", what())))?
     } else {
         let null = mounts::clone_tree(CWD, Path::new("/dev/null"), false).context(what)?;
-        // It is the guest's, whose mode and owner are not the container's to change.
+        // The node is the guest's, and a container must not change its mode and owner.
         mounts::set_attributes(&null, MountAttr::READ_ONLY, false).context(what)?;
         null
     };
@@ -158,7 +144,7 @@ fn make_read_only(root: BorrowedFd<'_>, path: &Path, covers: &mut Covers) -> Res
     covers.attach(&tree, &target).context(what)
 }
 
-/// Paths of the lists that an image or kernel does not have need no hiding.
+/// Opens a path of the lists, or returns `None` if the image or kernel does not have it.
 fn existing(root: BorrowedFd<'_>, path: &Path) -> std::result::Result<Option<OwnedFd>, Errno> {
     match path::open(root, path, OFlags::PATH) {
         Ok(fd) => Ok(Some(fd)),
@@ -167,8 +153,8 @@ fn existing(root: BorrowedFd<'_>, path: &Path) -> std::result::Result<Option<Own
     }
 }
 
-/// Swaps the roots and lets go of the guest's. With the new and the old root on the same place, the
-/// old one is on top and can be taken off by its descriptor.
+/// Swaps the roots and unmounts the guest's. Both roots have the same mount point, with the old one
+/// on top, so its descriptor is enough to unmount it.
 fn pivot(root: &OwnedFd) -> Result<()> {
     let what = || "make the container's root the root of its mount namespace";
     let old = path::open_in_guest("/", OFlags::PATH | OFlags::DIRECTORY).context(what)?;
@@ -182,7 +168,7 @@ fn pivot(root: &OwnedFd) -> Result<()> {
 fn finish_root(spec: &ContainerSpec, root: &OwnedFd) -> Result<()> {
     let name = &spec.linux.rootfs_propagation;
     if !name.is_empty() {
-        let (flags, recursive) = propagation(name)?;
+        let (flags, recursive) = mount_options::rootfs_propagation(name)?;
         mounts::set_propagation(root, flags, recursive)
             .context(|| format!("apply linux.rootfsPropagation {name:?}"))?;
     }

@@ -1,11 +1,10 @@
-//! How the kernel treats a process beside others: scheduler, I/O priority, processors, personality.
-
-use std::io;
+//! Scheduler, I/O priority, CPU affinity and personality of a process.
 
 use rustix::thread::CpuSet;
 
 use crate::error::{Context as _, Error, Result};
-use crate::oci::{IoPriority, Personality, Process, Scheduler};
+use crate::oci::{IoPriority, Personality, ProcessSpec, Scheduler};
+use crate::syscall::checked;
 
 /// Policies of `process.scheduler` and their numbers (linux/sched.h).
 const POLICIES: [(&str, u32); 6] = [
@@ -17,7 +16,7 @@ const POLICIES: [(&str, u32); 6] = [
     ("SCHED_DEADLINE", 6),
 ];
 
-/// Flags and their bits. Two have a second spelling, which is that of the host's types.
+/// Flags and their bits. The second spelling of two flags is that of the host's types.
 const FLAGS: [(&str, u64); 7] = [
     ("SCHED_FLAG_RESET_ON_FORK", 1),
     ("SCHED_RESET_ON_FORK", 1),
@@ -35,12 +34,8 @@ const IO_CLASSES: [(&str, u32); 3] =
 /// Personalities (personality(2)).
 const DOMAINS: [(&str, u32); 2] = [("LINUX", 0), ("LINUX32", 8)];
 
-/// Refuses names that the kernel has no number for.
-///
-/// # Errors
-///
-/// The first of them, by its field.
-pub(crate) fn check(process: &Process) -> Result<()> {
+/// Refuses names that the kernel has no number for, by their field.
+pub(crate) fn check(process: &ProcessSpec) -> Result<()> {
     if let Some(scheduler) = &process.scheduler {
         attributes(scheduler)?;
     }
@@ -50,13 +45,10 @@ pub(crate) fn check(process: &Process) -> Result<()> {
     cpus(&process.exec_cpu_affinity.last).map(drop)
 }
 
-/// Applies `process.scheduler` and `process.ioPriority` to the calling process, and for one that is
-/// not its container's first, `process.execCPUAffinity`. While it still may.
-///
-/// # Errors
-///
-/// What the kernel refuses, by its field.
-pub(crate) fn apply(process: &Process, further: bool) -> Result<()> {
+/// Applies `process.scheduler` and `process.ioPriority` to the calling process, and
+/// `process.execCPUAffinity` unless it is the container's first. Has to run before the change of
+/// credentials.
+pub(crate) fn apply(process: &ProcessSpec, further: bool) -> Result<()> {
     if let Some(set) = further.then(|| cpus(&process.exec_cpu_affinity.last)).transpose()?.flatten()
     {
         let field =
@@ -65,7 +57,8 @@ pub(crate) fn apply(process: &Process, further: bool) -> Result<()> {
     }
     if let Some(scheduler) = &process.scheduler {
         let attributes = attributes(scheduler)?;
-        // SAFETY: the structure says its own size and lives across the call, which only reads it.
+        // SAFETY: the structure contains its own size and lives across the call, which only reads
+        // it.
         let result = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
         checked(result).context(|| format!("set process.scheduler {}", scheduler.policy))?;
     }
@@ -80,10 +73,6 @@ pub(crate) fn apply(process: &Process, further: bool) -> Result<()> {
 }
 
 /// The number of a `linux.personality`.
-///
-/// # Errors
-///
-/// There is none.
 pub(crate) fn personality(personality: &Personality) -> Result<u32> {
     if !personality.flags.is_empty() {
         return Err(Error::invalid("linux.personality.flags", "the specification defines none"));
@@ -91,12 +80,8 @@ pub(crate) fn personality(personality: &Personality) -> Result<u32> {
     number(&DOMAINS, &personality.domain, "linux.personality.domain")
 }
 
-/// Takes on a personality, which the kernel passes on to all children.
-///
-/// # Errors
-///
-/// The kernel's.
-pub(crate) fn take_on(personality: u32) -> Result<()> {
+/// Sets the personality, which all children inherit.
+pub(crate) fn set_personality(personality: u32) -> Result<()> {
     // SAFETY: a plain number is passed.
     let result = unsafe { libc::personality(personality.into()) };
     checked(result.into()).context(|| "set linux.personality")
@@ -135,7 +120,7 @@ fn attributes(scheduler: &Scheduler) -> Result<Attributes> {
     })
 }
 
-/// Class and priority as ioprio_set(2) wants them.
+/// Class and priority in the encoding of ioprio_set(2).
 fn io_priority(priority: &IoPriority) -> Result<u32> {
     const CLASS_SHIFT: u32 = 13;
     let class = number(&IO_CLASSES, &priority.class, "process.ioPriority.class")?;
@@ -148,7 +133,7 @@ fn io_priority(priority: &IoPriority) -> Result<u32> {
     }
 }
 
-/// A list of processors such as `0-3,7`, or `None` for an empty one.
+/// Parses a list of processors such as `0-3,7`. The empty list gives `None`.
 fn cpus(list: &str) -> Result<Option<CpuSet>> {
     if list.is_empty() {
         return Ok(None);
@@ -173,10 +158,6 @@ fn cpus(list: &str) -> Result<Option<CpuSet>> {
 fn number<T: Copy>(names: &[(&str, T)], name: &str, field: &str) -> Result<T> {
     let found = names.iter().find(|(known, _)| *known == name).map(|(_, number)| *number);
     found.ok_or_else(|| Error::invalid(field, format!("{name:?} is unknown")))
-}
-
-fn checked(result: libc::c_long) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 /// Highest signal number of Linux on x86-64 and arm64.
 pub(crate) const MAX_SIGNAL: i32 = 64;
 
-/// Signals whose default is not to end the process, and the two that cannot be handled.
+/// Signals whose default action does not end a process, and the two that cannot be handled. SIGPIPE
+/// is ignored instead.
 const NOT_ENDING: [i32; 10] = [
     libc::SIGCHLD,
     libc::SIGCONT,
@@ -22,19 +23,22 @@ extern "C" fn end(signal: libc::c_int) {
     unsafe { libc::_exit(128 + signal) }
 }
 
-/// Makes signals end this process although it is the first of a pid namespace, which the kernel
-/// protects from the default action: a container that was created and not started can be killed.
+/// Installs handlers with which signals end this process.
+///
+/// The kernel spares the first process of a pid namespace from default actions. But a container
+/// between its creation and its start has to be killable.
 pub(crate) fn end_on_signals() {
     let handler = end as extern "C" fn(libc::c_int);
     for signal in (1..=MAX_SIGNAL).filter(|signal| !NOT_ENDING.contains(signal)) {
         set(signal, handler as *const () as libc::sighandler_t);
     }
-    // A write to a channel that is gone is an error and not the end.
+    // A write to a closed channel is to fail instead of ending the process.
     set(libc::SIGPIPE, libc::SIG_IGN);
     unblock_all();
 }
 
-/// What a program expects to start with: nothing handled, ignored or blocked.
+/// Resets the dispositions and the mask to those that programs expect: nothing handled, ignored or
+/// blocked.
 pub(crate) fn reset() {
     for signal in 1..=MAX_SIGNAL {
         default(signal);
@@ -42,21 +46,21 @@ pub(crate) fn reset() {
     unblock_all();
 }
 
-/// By the system call: the C library keeps two signals for itself, which must not stay ignored
-/// either.
+/// Sets the default action with the system call itself. The C library refuses the two signals that
+/// it reserves, which must not stay ignored either.
 fn default(signal: i32) {
     /// Bytes of the kernel's `sigset_t`.
     const SET_SIZE: usize = 8;
     let action = [0_u64; 4];
     let old: *mut u64 = std::ptr::null_mut();
-    // SAFETY: zeros are the kernel's `struct sigaction` for the default action, whose size on
-    // x86-64 and arm64 this is; it lives across the call. SIGKILL and SIGSTOP are refused.
+    // SAFETY: zeros are the kernel's `struct sigaction` for the default action. The array has its
+    // size on x86-64 and arm64, and lives across the call. SIGKILL and SIGSTOP are refused.
     unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, &action, old, SET_SIZE) };
 }
 
 fn set(signal: i32, disposition: libc::sighandler_t) {
     // SAFETY: the only handler that is ever set calls `_exit` and nothing else. The C library
-    // refuses the signals that it keeps for itself and the two that cannot be handled.
+    // refuses the signals that it reserves, and the two that cannot be handled.
     unsafe { libc::signal(signal, disposition) };
 }
 

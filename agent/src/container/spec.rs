@@ -1,34 +1,31 @@
-//! config.json as the agent gets it: parsed, and everything refused that cannot be honoured.
+//! config.json in the agent: parsed, and refused if a field cannot be honoured.
 //!
-//! The host side has validated the same document; this is the second line, and the place that
-//! knows what the guest can do.
+//! The host side has validated the same document before. This second check knows the guest's
+//! abilities.
 
 use std::path::{Component, Path};
 use std::time::Duration;
 
-use super::mount_options::MountOptions;
+use super::mount_options::{self, MountOptions};
 use super::namespaces::{self, Join, Namespaces};
 use super::{hooks, resources};
 use crate::error::{Error, Result};
 use crate::log::log_warn;
-use crate::oci::{Linux, Mount, Process, Spec};
+use crate::oci::{Linux, Mount, ProcessSpec, Spec, parse_json};
 
 /// A container's specification that has passed [`ContainerSpec::parse`].
 pub(crate) struct ContainerSpec {
     pub(crate) spec: Spec,
     pub(crate) linux: Linux,
-    pub(crate) process: Process,
+    pub(crate) process: ProcessSpec,
     pub(crate) namespaces: Namespaces,
-    /// Whose of these it shares.
+    /// Namespaces shared with other containers.
     pub(crate) joins: Vec<Join>,
 }
 
 impl ContainerSpec {
-    /// Reads and checks a whole config.json.
-    ///
-    /// # Errors
-    ///
-    /// It is no config.json, or the first field that the agent cannot honour, by name.
+    /// Reads and checks a whole config.json. The error names the first field that cannot be
+    /// honoured.
     pub(crate) fn parse(json: &[u8]) -> Result<Self> {
         let mut spec: Spec = parse_json("config.json", json)?;
         let process = spec.process.take().ok_or_else(|| Error::invalid("process", "missing"))?;
@@ -39,21 +36,17 @@ impl ContainerSpec {
         Ok(parsed)
     }
 
-    /// Where the root file system is in the guest.
+    /// Path of the root file system in the guest.
     pub(crate) fn rootfs(&self) -> &Path {
         self.spec.root.as_ref().map_or(Path::new(""), |root| &root.path)
     }
 
     /// The number of `linux.personality`, if it is there.
-    ///
-    /// # Errors
-    ///
-    /// It has none.
     pub(crate) fn personality(&self) -> Result<Option<u32>> {
         self.linux.personality.as_ref().map(super::scheduling::personality).transpose()
     }
 
-    /// Longest that one round of hooks in the guest may take. None if it may take for ever.
+    /// Longest time that one round of hooks in the guest may take. `None` if there is no limit.
     pub(crate) fn hooks_limit(&self) -> Option<Duration> {
         let Some(hooks) = &self.spec.hooks else { return Some(Duration::ZERO) };
         let create = hooks::time_limit(&hooks.create_container)?;
@@ -71,7 +64,7 @@ impl ContainerSpec {
         }
         check_linux(&self.linux)?;
         if let Some(hooks) = &self.spec.hooks {
-            // The others run on the host.
+            // The other hooks run on the host.
             hooks::check("hooks.createContainer", &hooks.create_container)?;
             hooks::check("hooks.startContainer", &hooks.start_container)?;
         }
@@ -88,27 +81,14 @@ impl ContainerSpec {
     }
 }
 
-/// Reads JSON. What is wrong with it is told without the list of everything that would be right.
-pub(crate) fn parse_json<T: serde::de::DeserializeOwned>(name: &str, json: &[u8]) -> Result<T> {
-    serde_json::from_slice(json).map_err(|e| {
-        let text = e.to_string();
-        let what = text.split(", expected one of").next().unwrap_or_default();
-        Error::invalid(name, what)
-    })
-}
-
 /// Reads and checks the `process` object of a further process.
-///
-/// # Errors
-///
-/// As for [`ContainerSpec::parse`].
-pub(crate) fn parse_process(json: &[u8]) -> Result<Process> {
+pub(crate) fn parse_process(json: &[u8]) -> Result<ProcessSpec> {
     let process = parse_json("process", json)?;
     check_process(&process, "process")?;
     Ok(process)
 }
 
-fn check_process(process: &Process, field: &str) -> Result<()> {
+fn check_process(process: &ProcessSpec, field: &str) -> Result<()> {
     let (args, env) = (&process.args, &process.env);
     if args.first().is_none_or(String::is_empty) {
         return Err(Error::invalid(format!("{field}.args"), "no program is named"));
@@ -128,7 +108,7 @@ fn check_process(process: &Process, field: &str) -> Result<()> {
     {
         return Err(Error::invalid(
             format!("{field}.user.umask"),
-            format!("{mask:o} is too large"),
+            format!("{mask:o} is larger than 777"),
         ));
     }
     if let Some(score) = process.oom_score_adj
@@ -147,7 +127,7 @@ fn check_process(process: &Process, field: &str) -> Result<()> {
             return Err(Error::invalid(format!("{field}.{name}"), "not supported in a sandbox"));
         }
     }
-    // The security modules that these labels belong to are the host's; the guest has none.
+    // The labels belong to security modules of the host, which the guest does not have.
     for (name, label) in
         [("apparmorProfile", &process.apparmor_profile), ("selinuxLabel", &process.selinux_label)]
     {
@@ -158,7 +138,7 @@ fn check_process(process: &Process, field: &str) -> Result<()> {
     Ok(())
 }
 
-fn check_rlimits(process: &Process, field: &str) -> Result<()> {
+fn check_rlimits(process: &ProcessSpec, field: &str) -> Result<()> {
     let mut seen = Vec::new();
     for limit in process.rlimits.iter().flatten() {
         let name = &limit.kind;
@@ -168,7 +148,7 @@ fn check_rlimits(process: &Process, field: &str) -> Result<()> {
         if seen.contains(&name) {
             return Err(Error::invalid(
                 format!("{field}.rlimits"),
-                format!("{name} is there twice"),
+                format!("{name} is listed twice"),
             ));
         }
         if limit.soft > limit.hard {
@@ -204,7 +184,7 @@ fn check_mount(i: usize, mount: &Mount) -> Result<()> {
 
 fn check_linux(linux: &Linux) -> Result<()> {
     resources::check(&linux.resources)?;
-    // A privileged container gets a node for each device of its host, and uses few of them.
+    // A privileged container lists every device of its host, and uses few of them.
     let privileged = super::devices::allow_everything(&linux.resources.devices);
     for device in &linux.devices {
         super::device_nodes::check(device)?;
@@ -213,7 +193,7 @@ fn check_linux(linux: &Linux) -> Result<()> {
         }
     }
     if !linux.rootfs_propagation.is_empty() {
-        super::rootfs::propagation(&linux.rootfs_propagation)?;
+        mount_options::rootfs_propagation(&linux.rootfs_propagation)?;
     }
     if let Some(personality) = &linux.personality {
         super::scheduling::personality(personality)?;

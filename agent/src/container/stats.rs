@@ -1,4 +1,4 @@
-//! What a container uses, in the words of the kernel: the host takes them apart.
+//! Statistics of a container in the kernel's own formats, which the host parses.
 
 use std::collections::HashMap;
 use std::fs;
@@ -8,7 +8,7 @@ use isopod_protocol::agent::ContainerStats;
 use super::cgroup::Cgroup;
 use crate::error::{Context as _, Result};
 
-/// Interface files that tell of use and limits.
+/// Interface files about use and limits.
 const FILES: [&str; 13] = [
     "cpu.stat",
     "cpuset.cpus.effective",
@@ -25,11 +25,7 @@ const FILES: [&str; 13] = [
     "pids.max",
 ];
 
-/// Reads what there is of a group, and of the network that a process of it is in.
-///
-/// # Errors
-///
-/// The group is gone.
+/// Reads the existing files of a group, and the network statistics of a process's namespace.
 pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<ContainerStats> {
     let mut files = HashMap::new();
     let path = cgroup.path();
@@ -42,12 +38,12 @@ pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<ContainerStats> {
             files.insert(name, text);
         }
     }
-    // Of a process that has ended there is none.
+    // The file is missing when the process has ended.
     let network = fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap_or_default();
     Ok(ContainerStats { cgroup_files: files, network_devices: network, ..Default::default() })
 }
 
-/// `hugetlb.2MB.current` and the like.
+/// Returns true for `hugetlb.2MB.current` and the like.
 fn is_of_huge_pages(name: &str) -> bool {
     name.starts_with("hugetlb.")
         && (name.ends_with(".current") || name.ends_with(".max") || name.ends_with(".events"))

@@ -1,4 +1,4 @@
-//! The standard streams of a process: pipes between it and the host's connections.
+//! The standard streams of a process: pipes between the process and the host's connections.
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
@@ -20,36 +20,32 @@ pub(crate) struct Connections {
     pub(crate) stdin: Option<Connection>,
     pub(crate) stdout: Option<Connection>,
     pub(crate) stderr: Option<Connection>,
-    /// Of the descriptors from 3 on.
+    /// Connections of the descriptors from 3 on.
     pub(crate) further: Vec<Further>,
 }
 
 /// The host's connections for a descriptor beyond the standard streams.
 pub(crate) struct Further {
-    /// What the process reads.
+    /// Stream that the process reads.
     pub(crate) input: Option<Connection>,
-    /// What the process writes.
+    /// Stream that the process writes.
     pub(crate) output: Option<Connection>,
 }
 
-/// The agent's ends of a process's pipes; those that the host has not connected are /dev/null.
+/// The agent's ends of a process's pipes. A stream without a connection is /dev/null.
 #[derive(Default)]
 pub(crate) struct Pipes {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     further: Vec<Option<OwnedFd>>,
-    /// The standard streams are a terminal's.
+    /// True if the standard streams belong to a terminal.
     terminal: bool,
 }
 
 impl Pipes {
-    /// Makes the pipes that the connections need, and returns the process's ends in the order of its
-    /// descriptors: from 0 on, or from 3 on if it is to have a terminal.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
+    /// Makes the pipes for the connections. Returns the process's ends in the order of its
+    /// descriptors: from 0 on, or from 3 on with a terminal.
     pub(crate) fn make(connections: &Connections, terminal: bool) -> Result<(Self, Vec<OwnedFd>)> {
         let mut pipes = Self { terminal, ..Self::default() };
         let mut theirs = Vec::new();
@@ -89,10 +85,6 @@ impl Pipes {
     }
 
     /// Starts moving bytes.
-    ///
-    /// # Errors
-    ///
-    /// A descriptor cannot be registered with the runtime, or there is no terminal.
     pub(crate) fn connect(
         self,
         mut connections: Connections,
@@ -176,10 +168,6 @@ fn connect_further(
 }
 
 /// Starts moving bytes between a terminal and the host.
-///
-/// # Errors
-///
-/// The descriptor cannot be registered with the runtime.
 fn connect_terminal(
     master: OwnedFd,
     connections: Connections,
@@ -197,14 +185,14 @@ fn connect_terminal(
 }
 
 fn endpoint(fd: OwnedFd, interest: Interest) -> Result<Endpoint> {
-    pump::endpoint(fd, interest).context(|| "watch a standard stream")
+    pump::endpoint(fd, interest).context(|| "register a stream of the process")
 }
 
 fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe")
 }
 
-/// The process's end of a connection, and the agent's.
+/// Makes a socket pair: the process's end and the agent's.
 fn socket() -> Result<(OwnedFd, Option<OwnedFd>)> {
     let flags = SocketFlags::CLOEXEC;
     let (theirs, ours) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)

@@ -1,4 +1,4 @@
-//! Pseudo-terminals, from the container's own devpts.
+//! Pseudo-terminals from the container's own devpts.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -18,12 +18,12 @@ pub(crate) struct Size {
     pub(crate) rows: u16,
 }
 
-/// How a new terminal is to begin.
+/// Initial settings of a terminal.
 #[derive(Debug, Clone, Copy, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Screen {
-    /// Its size, if that is known.
+    /// Size, if it is known.
     pub(crate) size: Option<Size>,
-    /// No carriage return is put before a newline.
+    /// True to write newlines without a carriage return before them.
     pub(crate) plain_newlines: bool,
 }
 
@@ -35,26 +35,18 @@ pub(crate) struct Terminal {
 
 impl Terminal {
     /// Opens a new terminal of the devpts at `/dev/pts` below `root`.
-    ///
-    /// # Errors
-    ///
-    /// The container has no devpts there, or the kernel refuses.
     pub(crate) fn open(root: BorrowedFd<'_>) -> Result<Self> {
         let flags = OFlags::RDWR | OFlags::NOCTTY;
         let master = path::open(root, Path::new("/dev/pts/ptmx"), flags)
             .context(|| "open a terminal in the devpts that has to be mounted on /dev/pts")?;
         unlockpt(&master).context(|| "unlock the terminal")?;
-        // By descriptor: the path of the other end may be anything in there.
+        // The slave is opened by descriptor, because its path in the container may lead anywhere.
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let slave = ioctl_tiocgptpeer(&master, flags).context(|| "open the terminal")?;
         Ok(Self { master, slave })
     }
 
-    /// Shows the terminal as the container's `/dev/console`.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
+    /// Binds the terminal on the container's `/dev/console`.
     pub(crate) fn bind_console(&self, root: BorrowedFd<'_>) -> Result<()> {
         let what = || "bind the terminal on /dev/console";
         let target = path::open_or_make(root, Path::new("/dev/console"), Missing::File);
@@ -64,12 +56,8 @@ impl Terminal {
     }
 }
 
-/// Has the terminal pass on newlines as they are written. The terminal at the other end of the relay puts
-/// the carriage returns in, and where there is none they would be in the caller's data.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Turns off the translation of newlines. The terminal at the other end of the relay adds the
+/// carriage returns. Without one there, they would end up in the caller's data.
 pub(crate) fn keep_newlines(terminal: impl AsFd) -> Result<()> {
     let what = || "set the output modes of the terminal";
     let mut modes = tcgetattr(&terminal).context(what)?;
@@ -77,11 +65,7 @@ pub(crate) fn keep_newlines(terminal: impl AsFd) -> Result<()> {
     tcsetattr(terminal, OptionalActions::Now, &modes).context(what)
 }
 
-/// Sets the size that programs see, and tells them by SIGWINCH.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Sets the size that programs see. The kernel sends them SIGWINCH.
 pub(crate) fn resize(terminal: impl AsFd, size: Size) -> Result<()> {
     let size = Winsize { ws_row: size.rows, ws_col: size.columns, ws_xpixel: 0, ws_ypixel: 0 };
     tcsetwinsize(terminal, size).context(|| "set the size of the terminal")

@@ -1,5 +1,5 @@
-//! The network of a container: devices of the guest become interfaces of the container's network
-//! namespace, with the addresses and routes that the host says.
+//! The network of a container. Devices of the guest become interfaces of the container's network
+//! namespace, with addresses and routes from the host.
 
 mod loopback;
 mod netlink;
@@ -17,38 +17,35 @@ pub(crate) use self::loopback::loopback_up;
 use self::netlink::{LinkRequest, Netlink};
 use crate::error::{Context as _, Error, Result};
 
-/// Where the kernel lists the devices of the guest's first network namespace.
+/// Directory of the devices in the guest's first network namespace.
 const DEVICES: &str = "/sys/class/net";
 
-/// Moves devices into the network namespace of a process, and sets them up there. The namespace is
-/// the process's own, and nothing has been set up in it but, perhaps, loopback.
-///
-/// # Errors
-///
-/// A device that is not there, or the first step that failed.
+/// Moves devices into the network namespace of a process, and configures them there. The namespace
+/// is the process's own, and unconfigured except perhaps for loopback.
 pub(crate) fn set_up(network: &Network, pid: i32, pidfd: &OwnedFd) -> Result<()> {
     let guest = Netlink::open()?;
     for interface in &network.interfaces {
         let name = &interface.name;
-        let device = device(&interface.device_mac)
-            .ok_or_else(|| Error::internal(format!("the guest has no device for {name}")))?;
+        let device = device(&interface.device_mac).ok_or_else(|| {
+            Error::internal(format!("the guest has no network device for {name}"))
+        })?;
         guest
             .request(&moved(device, interface, pid))
-            .context(|| format!("give network interface {name} to the container"))?;
+            .context(|| format!("move network interface {name} to the container"))?;
     }
-    // The namespace is a thread's own, so a thread of its own goes there and ends.
+    // setns(2) changes a thread's namespace, so a short-lived thread enters the container's.
     std::thread::scope(|scope| {
         let inside = std::thread::Builder::new().spawn_scoped(scope, || {
             move_into_thread_name_spaces(pidfd.as_fd(), ThreadNameSpaceType::NETWORK)
                 .context(|| "enter the container's network namespace")?;
             set_up_inside(network)
         });
-        let inside = inside.context(|| "start a thread for the network")?;
-        inside.join().unwrap_or_else(|_| Err(Error::internal("the thread for the network failed")))
+        let inside = inside.context(|| "start the network thread")?;
+        inside.join().unwrap_or_else(|_| Err(Error::internal("the network thread panicked")))
     })
 }
 
-/// Index of the device with this MAC address, which has not been given away yet.
+/// Index of the device with this MAC address, if no container has it yet.
 fn device(mac: &[u8]) -> Option<i32> {
     let mac: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     let mac = mac.join(":");
@@ -61,7 +58,8 @@ fn device(mac: &[u8]) -> Option<i32> {
     })
 }
 
-/// One request for all of it: a device is moved first and changed then, while it is still down.
+/// Builds one request for move and change. The kernel moves a device first and changes it then,
+/// while it is still down.
 fn moved(device: i32, interface: &NetworkInterface, pid: i32) -> Vec<u8> {
     LinkRequest::new(device)
         .attribute(libc::IFLA_NET_NS_PID, &pid.to_ne_bytes())
@@ -78,7 +76,7 @@ fn set_up_inside(network: &Network) -> Result<()> {
         let path = Path::new("/proc/sys/net").join(&setting.path);
         fs::write(&path, &setting.value).context(|| format!("write {}", path.display()))?;
     }
-    // Some routes need it.
+    // Some routes need loopback.
     loopback_up()?;
     for interface in network.interfaces.iter().filter(|interface| interface.up) {
         let up = LinkRequest::new(interface.index.cast_signed()).up().into_bytes();
@@ -95,6 +93,8 @@ fn set_up_inside(network: &Network) -> Result<()> {
         return Ok(());
     }
     let address = network.resolver.parse();
-    let address = address.map_err(|_| Error::invalid("resolver", &network.resolver))?;
+    let address = address.map_err(|_| {
+        Error::invalid("resolver", format!("{:?} is not an address and port", network.resolver))
+    })?;
     resolver::serve(address)
 }

@@ -1,4 +1,4 @@
-//! As much of rtnetlink(7) as it takes to make requests, one at a time.
+//! The part of rtnetlink(7) that makes single requests.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,32 +13,24 @@ use crate::error::{Context as _, Result};
 /// Length of `struct nlmsghdr`.
 const HEADER: usize = 16;
 
-/// Room for an acknowledgement: a header, an error number, and the request that it is about, of
-/// which what does not fit is not needed.
+/// Buffer for an acknowledgement: a header, an error number and the request. A request that does
+/// not fit is cut off, and not needed.
 const ANSWER: usize = 1024;
 
 /// A connection to the kernel about one network namespace.
 pub(super) struct Netlink(OwnedFd);
 
 impl Netlink {
-    /// About the network namespace of the calling thread.
-    ///
-    /// # Errors
-    ///
-    /// There are no such sockets.
+    /// Connects to the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
-        // NETLINK_ROUTE, which is 0.
+        // Protocol 0 is NETLINK_ROUTE.
         let (kind, flags) = (SocketType::RAW, SocketFlags::CLOEXEC);
         socket_with(AddressFamily::NETLINK, kind, flags, None)
             .map(Self)
             .context(|| "open a netlink socket")
     }
 
-    /// Makes a request that asks for an acknowledgement, and waits for that.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
+    /// Sends a request that asks for an acknowledgement, and waits for the acknowledgement.
     pub(super) fn request(&self, message: &[u8]) -> io::Result<()> {
         retry_on_intr(|| send(&self.0, message, SendFlags::empty()))?;
         let mut answer = [0; ANSWER];
@@ -59,7 +51,7 @@ impl Netlink {
 pub(super) struct LinkRequest(Vec<u8>);
 
 impl LinkRequest {
-    /// For the interface with this index.
+    /// Starts a request about the interface with this index.
     pub(super) fn new(index: i32) -> Self {
         let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
         let mut bytes = vec![0; 4];
@@ -68,12 +60,12 @@ impl LinkRequest {
         // Sequence and port, then family and type of `struct ifinfomsg`.
         bytes.extend([0; 12]);
         bytes.extend(index.to_ne_bytes());
-        // Flags, and which of them to change.
+        // Flags, and the mask of flags to change.
         bytes.extend([0; 8]);
         Self(bytes)
     }
 
-    /// Brings it up.
+    /// Brings the interface up.
     pub(super) fn up(mut self) -> Self {
         let up = libc::IFF_UP.to_ne_bytes();
         self.0[HEADER + 8..][..4].copy_from_slice(&up);

@@ -1,8 +1,8 @@
-//! The engine's name server in a container: what comes to its address is passed to the host, where
-//! the engine serves the same address in the network namespace that stands for the container's.
+//! The engine's name server in a container. The agent passes questions to the host. There the
+//! engine serves the same address, in the network namespace that stands for the container's.
 //!
-//! A connection to the host is one question. It begins with a byte that says how it was asked; a
-//! datagram and its answer follow, each with its length in front, or the bytes of a stream.
+//! A connection to the host is one question, and begins with a byte for its kind. A datagram and
+//! its answer follow, each after its length, or the bytes of a stream.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -18,25 +18,21 @@ use crate::error::{Context as _, Result};
 use crate::log::log_warn;
 use crate::stream::is_transient;
 
-/// Most questions at a time. More are dropped, as a network may drop them.
+/// Most questions at a time. Further ones are dropped, as a network may drop them.
 const MAX_QUESTIONS: usize = 64;
 
-/// How long an answer may take. Whoever asks has asked again by then.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Longest wait for an answer. Clients have repeated their question by then.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How long to wait when descriptors or memory have run out: others give some back meanwhile.
+/// Pause when descriptors or memory have run out, in which other connections may release some.
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// The threads need next to no stack.
+/// Stack in bytes of the threads, which need very little.
 const STACK: usize = 64 * 1024;
 
-/// Serves `address` in the network namespace of the calling thread, from threads of their own.
-///
-/// # Errors
-///
-/// The address is in use, or there can be no threads.
+/// Serves `address` in the network namespace of the calling thread, from threads of its own.
 pub(super) fn serve(address: SocketAddr) -> Result<()> {
-    let what = || format!("serve names at {address}");
+    let what = || format!("serve DNS at {address}");
     let datagrams = UdpSocket::bind(address).context(what)?;
     let streams = TcpListener::bind(address).context(what)?;
     let questions = Arc::new(AtomicUsize::new(0));
@@ -49,7 +45,7 @@ fn spawn(work: impl FnOnce() + Send + 'static) -> io::Result<()> {
     thread::Builder::new().stack_size(STACK).spawn(work).map(drop)
 }
 
-/// Does `work` on a thread of its own, unless there are too many.
+/// Runs `work` on a thread of its own, unless there are too many.
 fn ask(questions: &Arc<AtomicUsize>, work: impl FnOnce() -> io::Result<()> + Send + 'static) {
     if questions.fetch_add(1, Ordering::Relaxed) >= MAX_QUESTIONS {
         questions.fetch_sub(1, Ordering::Relaxed);
@@ -57,7 +53,7 @@ fn ask(questions: &Arc<AtomicUsize>, work: impl FnOnce() -> io::Result<()> + Sen
     }
     let counted = Arc::clone(questions);
     let spawned = spawn(move || {
-        // A question that fails is one that is not answered.
+        // A failed question stays unanswered.
         let _ = work();
         counted.fetch_sub(1, Ordering::Relaxed);
     });
@@ -77,10 +73,10 @@ fn serve_datagrams(socket: &Arc<UdpSocket>, questions: &Arc<AtomicUsize>) {
                     Ok(())
                 });
             }
-            // Somebody did not wait for an answer.
+            // A client did not wait for its answer.
             Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
             Err(e) if is_transient(&e) => thread::sleep(PAUSE),
-            Err(e) => return log_warn!("no more names by datagram: {e}"),
+            Err(e) => return log_warn!("no longer serving DNS over UDP: {e}"),
         }
     }
 }
@@ -103,15 +99,15 @@ fn serve_streams(listener: &TcpListener, questions: &Arc<AtomicUsize>) {
             Ok((stream, _)) => ask(questions, move || splice(&stream)),
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(e) if is_transient(&e) => thread::sleep(PAUSE),
-            Err(e) => return log_warn!("no more names by stream: {e}"),
+            Err(e) => return log_warn!("no longer serving DNS over TCP: {e}"),
         }
     }
 }
 
-/// Copies both ways until both ends have said all.
+/// Copies both ways until both ends have closed.
 fn splice(stream: &TcpStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
     let host = connect(RESOLVE_STREAM)?;
     thread::scope(|scope| {
         let back = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, || {
@@ -128,8 +124,8 @@ fn splice(stream: &TcpStream) -> io::Result<()> {
 
 fn connect(kind: u8) -> io::Result<VsockStream> {
     let mut host = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, RESOLVER_PORT)?;
-    host.set_read_timeout(Some(PATIENCE))?;
-    host.set_write_timeout(Some(PATIENCE))?;
+    host.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    host.set_write_timeout(Some(ANSWER_TIMEOUT))?;
     host.write_all(&[kind])?;
     Ok(host)
 }

@@ -1,11 +1,11 @@
-//! The service of agent.proto: one file for each kind of object that calls are about.
+//! The service of agent.proto, with one file for each kind of object.
 //!
-//! Work runs in tasks of its own, because ttrpc drops the future of a call when its connection
-//! goes, and a container half made must be finished or taken apart whoever listens.
+//! ttrpc drops the future of a call when its connection closes. But a half-made container has to be
+//! finished or taken apart in any case, so the work runs in tasks of its own.
 
 mod container;
+mod guest;
 mod process;
-mod sandbox;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use isopod_protocol::agent::{
     AdjustClockRequest, ClockReading, ContainerRef, ContainerStats, CreateContainerRequest, Empty,
     ExecProcessRequest, OomKills, ProcessExit, ProcessList, ProcessRef, ProcessStarted,
-    ResizeTerminalRequest, SetupNetworkRequest, SetupSandboxRequest, SignalProcessRequest,
+    ResizeTerminalRequest, SetupGuestRequest, SetupNetworkRequest, SignalProcessRequest,
     StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
 };
 use isopod_protocol::agent_ttrpc::Agent;
@@ -24,20 +24,16 @@ use ttrpc::r#async::TtrpcContext;
 use crate::container::stdio::{Connections, Further};
 use crate::container::terminal::Size;
 use crate::error::{Code, Error, Result};
-use crate::sandbox::Sandbox;
+use crate::guest::Guest;
 use crate::stream::Streams;
 
 /// The service.
-pub(crate) struct AgentService(pub(crate) Arc<Sandbox>);
+pub(crate) struct AgentService(pub(crate) Arc<Guest>);
 
 #[async_trait]
 impl Agent for AgentService {
-    async fn setup_sandbox(
-        &self,
-        _: &TtrpcContext,
-        r: SetupSandboxRequest,
-    ) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| sandbox::set_up(sandbox, r)).await
+    async fn setup_guest(&self, _: &TtrpcContext, r: SetupGuestRequest) -> ttrpc::Result<Empty> {
+        self.run(move |guest| guest::set_up(guest, r)).await
     }
 
     async fn adjust_clock(
@@ -45,7 +41,7 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: AdjustClockRequest,
     ) -> ttrpc::Result<ClockReading> {
-        sandbox::adjust_clock(&r).map_err(status)
+        guest::adjust_clock(&r).map_err(status)
     }
 
     async fn create_container(
@@ -53,7 +49,7 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: CreateContainerRequest,
     ) -> ttrpc::Result<ProcessStarted> {
-        self.run(move |sandbox| container::create(sandbox, r)).await
+        self.run(move |guest| container::create(guest, r)).await
     }
 
     async fn setup_network(
@@ -61,15 +57,15 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: SetupNetworkRequest,
     ) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| container::set_up_network(sandbox, r)).await
+        self.run(move |guest| container::set_up_network(guest, r)).await
     }
 
     async fn start_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| container::start(sandbox, r)).await
+        self.run(move |guest| container::start(guest, r)).await
     }
 
     async fn hold_process(&self, _: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<Empty> {
-        // Ends with the connection, which is what it is for.
+        // The call ends with the connection, which is its purpose.
         process::hold(Arc::clone(&self.0), r).await.map_err(status)
     }
 
@@ -78,11 +74,11 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: ExecProcessRequest,
     ) -> ttrpc::Result<ProcessStarted> {
-        self.run(move |sandbox| process::exec(sandbox, r)).await
+        self.run(move |guest| process::exec(guest, r)).await
     }
 
     async fn wait_process(&self, _: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<ProcessExit> {
-        // Changes nothing, so a caller that goes away may take it along.
+        // The call changes nothing, so it may end with its connection.
         process::wait(Arc::clone(&self.0), r).await.map_err(status)
     }
 
@@ -91,7 +87,7 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: SignalProcessRequest,
     ) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| process::signal(sandbox, r)).await
+        self.run(move |guest| process::signal(guest, r)).await
     }
 
     async fn resize_terminal(
@@ -107,15 +103,15 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: ContainerRef,
     ) -> ttrpc::Result<ProcessList> {
-        self.run(move |sandbox| container::processes(sandbox, r)).await
+        self.run(move |guest| container::processes(guest, r)).await
     }
 
     async fn pause_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| container::pause(sandbox, r)).await
+        self.run(move |guest| container::pause(guest, r)).await
     }
 
     async fn resume_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| container::resume(sandbox, r)).await
+        self.run(move |guest| container::resume(guest, r)).await
     }
 
     async fn update_container(
@@ -123,7 +119,7 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: UpdateContainerRequest,
     ) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| container::update(sandbox, r)).await
+        self.run(move |guest| container::update(guest, r)).await
     }
 
     async fn container_stats(
@@ -131,29 +127,29 @@ impl Agent for AgentService {
         _: &TtrpcContext,
         r: ContainerRef,
     ) -> ttrpc::Result<ContainerStats> {
-        self.run(move |sandbox| container::stats(sandbox, r)).await
+        self.run(move |guest| container::stats(guest, r)).await
     }
 
     async fn wait_oom(&self, _: &TtrpcContext, r: WaitOomRequest) -> ttrpc::Result<OomKills> {
-        // Changes nothing, as above.
+        // The call changes nothing, as above.
         container::wait_oom(Arc::clone(&self.0), r).await.map_err(status)
     }
 
     async fn delete_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
-        self.run(move |sandbox| container::delete(sandbox, r)).await
+        self.run(move |guest| container::delete(guest, r)).await
     }
 
-    async fn forget_files(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        self.run(sandbox::forget_files).await
+    async fn drop_caches(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
+        self.run(guest::drop_caches).await
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
-        self.run(|_| sandbox::shut_down()).await
+        self.run(|_| guest::shut_down()).await
     }
 }
 
 impl AgentService {
-    async fn run<T, F>(&self, call: impl FnOnce(Arc<Sandbox>) -> F) -> ttrpc::Result<T>
+    async fn run<T, F>(&self, call: impl FnOnce(Arc<Guest>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
@@ -190,7 +186,7 @@ async fn claim(streams: &Streams, tokens: MessageField<StreamTokens>) -> Result<
     })
 }
 
-/// A size that was not given, or is 0 by 0, is none.
+/// Converts a size. A missing size, or 0 by 0, gives `None`.
 fn size(size: &MessageField<TerminalSize>) -> Result<Option<Size>> {
     let Some(size) = size.as_ref().filter(|size| size.columns != 0 || size.rows != 0) else {
         return Ok(None);

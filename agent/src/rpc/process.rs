@@ -9,38 +9,35 @@ use isopod_protocol::agent::{
 
 use crate::container::terminal::Screen;
 use crate::error::{Code, Error, Result};
-use crate::sandbox::Sandbox;
+use crate::guest::Guest;
 
-/// Never returns unless it fails: its caller's connection ends it.
-pub(super) async fn hold(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<Empty> {
+/// Returns only on failure. Otherwise the end of the caller's connection ends the call.
+pub(super) async fn hold(guest: Arc<Guest>, request: ProcessRef) -> Result<Empty> {
     if request.exec_id.is_empty() {
         return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
     }
-    let _hold = sandbox.container(&request.container_id)?.hold(request.exec_id)?;
-    // A call that has been answered would be no sign of a caller.
+    let _hold = guest.container(&request.container_id)?.hold(request.exec_id)?;
+    // An answered call would say nothing about its caller.
     std::future::pending().await
 }
 
-pub(super) async fn exec(
-    sandbox: Arc<Sandbox>,
-    request: ExecProcessRequest,
-) -> Result<ProcessStarted> {
+pub(super) async fn exec(guest: Arc<Guest>, request: ExecProcessRequest) -> Result<ProcessStarted> {
     if request.exec_id.is_empty() {
         return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
     }
     let size = super::size(&request.terminal_size)?;
     let screen = Screen { size, plain_newlines: request.plain_newlines };
-    let streams = super::claim(&sandbox.streams, request.streams).await?;
-    let reaper = Arc::clone(&sandbox.reaper);
-    let container = sandbox.container(&request.container_id)?;
+    let streams = super::claim(&guest.streams, request.streams).await?;
+    let reaper = Arc::clone(&guest.reaper);
+    let container = guest.container(&request.container_id)?;
     let cgroup = (!request.cgroup.is_empty()).then_some(request.cgroup);
     let document = request.process_json;
     let pid = container.exec(reaper, request.exec_id, document, cgroup, streams, screen).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 
-pub(super) async fn wait(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<ProcessExit> {
-    let process = sandbox.container(&request.container_id)?.process(&request.exec_id)?;
+pub(super) async fn wait(guest: Arc<Guest>, request: ProcessRef) -> Result<ProcessExit> {
+    let process = guest.container(&request.container_id)?.process(&request.exec_id)?;
     let ended = process.wait().await;
     Ok(ProcessExit {
         status: ended.exit.status,
@@ -51,8 +48,8 @@ pub(super) async fn wait(sandbox: Arc<Sandbox>, request: ProcessRef) -> Result<P
     })
 }
 
-pub(super) async fn signal(sandbox: Arc<Sandbox>, request: SignalProcessRequest) -> Result<Empty> {
-    let container = sandbox.container(&request.container_id).map_err(not_yet)?;
+pub(super) async fn signal(guest: Arc<Guest>, request: SignalProcessRequest) -> Result<Empty> {
+    let container = guest.container(&request.container_id).map_err(not_yet)?;
     if request.all {
         if !request.exec_id.is_empty() {
             return Err(Error::new(Code::InvalidArgument, "exec_id is given together with all"));
@@ -64,8 +61,8 @@ pub(super) async fn signal(sandbox: Arc<Sandbox>, request: SignalProcessRequest)
     Ok(Empty::default())
 }
 
-/// What is still being made does not exist for a signal: to its sender, the wrong state means that
-/// the process has ended, and nothing else.
+/// Reports an object that is still being made as missing. To the sender of a signal, the wrong
+/// state means that the process has ended, and nothing else.
 fn not_yet(e: Error) -> Error {
     match e.code {
         Code::FailedPrecondition => Error::new(Code::NotFound, e.message),
@@ -73,8 +70,8 @@ fn not_yet(e: Error) -> Error {
     }
 }
 
-pub(super) fn resize(sandbox: &Sandbox, request: &ResizeTerminalRequest) -> Result<Empty> {
-    let process = sandbox.container(&request.container_id)?.process(&request.exec_id)?;
+pub(super) fn resize(guest: &Guest, request: &ResizeTerminalRequest) -> Result<Empty> {
+    let process = guest.container(&request.container_id)?.process(&request.exec_id)?;
     if let Some(size) = super::size(&request.size)? {
         process.resize(size)?;
     }

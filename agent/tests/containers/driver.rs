@@ -27,10 +27,10 @@ pub(crate) use isopod_agent::INIT_NAME;
 const AGENT_FD: i32 = 100;
 const STREAMS_FD: i32 = 101;
 
-/// The agent's part of the test: a root file system, then the agent itself.
+/// The agent's part of the test: builds a root file system, then runs the agent.
 pub(crate) fn run_agent(dir: &str) -> ! {
     let rootfs = Path::new(dir);
-    // The agent seals its root; what containers write has to be elsewhere.
+    // The agent seals its root, so containers write to a file system of their own.
     let flags = rustix::mount::MountFlags::empty();
     rustix::mount::mount("tmpfs", rootfs, "tmpfs", flags, None).unwrap();
     for dir in ["bin", "etc", "tmp", "proc", "dev", "sys", "home", "src"] {
@@ -60,7 +60,7 @@ pub(crate) fn run_agent(dir: &str) -> ! {
     panic!("{why}");
 }
 
-/// Counts of what the agent holds.
+/// Counts of objects that the agent holds.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Resources {
     descriptors: usize,
@@ -93,7 +93,7 @@ impl Driver {
                     return Err(std::io::Error::last_os_error());
                 }
             }
-            // What the agent inherits must not get into the containers.
+            // Ignored signals that the agent inherits must not reach the containers.
             for signal in [libc::SIGQUIT, libc::SIGHUP, libc::SIGRTMAX()] {
                 // SAFETY: no handler is installed.
                 unsafe { libc::signal(signal, libc::SIG_IGN) };
@@ -106,14 +106,14 @@ impl Driver {
         let address = format!("unix://{}", dir.join("agent").display());
         let client = AgentClient::new(ttrpc::r#async::Client::connect(&address).await.unwrap());
         let driver = Self { dir, unshare, client, next: AtomicU64::new(1) };
-        // The first answer says that the agent is up.
+        // The first answer shows that the agent is up.
         let missing = ContainerRef { container_id: "none".into(), ..Default::default() };
         let answer = driver.client.list_processes(context(), &missing).await;
         assert_eq!(code(answer.unwrap_err()).0, Code::NOT_FOUND);
         driver
     }
 
-    /// Pid of the agent here.
+    /// The agent's pid in this process's namespace.
     pub(crate) fn agent_pid(&self) -> u32 {
         let pid = self.unshare.id();
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
@@ -132,7 +132,7 @@ impl Driver {
         Resources { descriptors: entries("fd"), mounts, processes, cgroups }
     }
 
-    /// Everything has to be as before, after the last connections have been closed.
+    /// Waits until the counts are as before, since the last connections close late.
     pub(crate) async fn settle(&self, before: &Resources) {
         let mut now = self.resources().await;
         for _ in 0..100 {
@@ -165,7 +165,7 @@ impl Driver {
         PathBuf::from(format!("/proc/{}/root{}{path}", self.agent_pid(), self.rootfs().display()))
     }
 
-    /// The specification that `runc spec` would write, more or less, to run a shell command.
+    /// A specification that runs a shell command, close to that of `runc spec`.
     pub(crate) fn spec(&self, script: &str) -> Value {
         let caps = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
         json!({
@@ -267,7 +267,7 @@ impl Driver {
         let owned =
             ProcessRef { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() };
         tokio::spawn(async move { client.hold_process(context(), &owned).await });
-        // Sent before the call that needs it.
+        // The call that owns the process has to be sent first.
         tokio::task::yield_now().await;
         let request = ExecProcessRequest {
             container_id: id.into(),
@@ -305,7 +305,7 @@ impl Driver {
         self.client.delete_container(context(), &request).await.map(drop).map_err(code)
     }
 
-    /// Creates and starts a container that sleeps, for processes to be run in.
+    /// Creates and starts a container that sleeps, for tests of further processes.
     pub(crate) async fn sleeping(&self, change: impl FnOnce(&mut Value)) -> String {
         let id = self.name();
         let mut spec = self.spec("while :; do sleep 1000; done");
@@ -355,7 +355,8 @@ impl Driver {
 }
 
 impl Drop for Driver {
-    /// The groups of the containers are this machine's own, and all end with the agent.
+    /// Removes the containers' cgroups too: they are in this machine's own tree, and end with the
+    /// agent.
     fn drop(&mut self) {
         let _ = self.unshare.kill();
         let _ = self.unshare.wait();

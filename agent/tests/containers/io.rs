@@ -1,4 +1,4 @@
-//! The streams of a process, and what came out of it.
+//! The streams of a process, and its output.
 
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
@@ -13,7 +13,7 @@ pub(crate) struct Io {
     pub(crate) err: JoinHandle<Vec<u8>>,
 }
 
-/// What a process did.
+/// Exit and output of a process.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) exit: ProcessExit,
@@ -22,7 +22,7 @@ pub(crate) struct Outcome {
 }
 
 impl Io {
-    /// Everything that was written, once both outputs have ended.
+    /// Returns all output, once both outputs have ended.
     pub(crate) async fn finish(self, exit: ProcessExit) -> Outcome {
         drop(self.stdin);
         let read = move || {

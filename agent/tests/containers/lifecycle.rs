@@ -19,7 +19,7 @@ pub(crate) async fn statuses(d: &Driver) {
     d.signal(&id, libc::SIGKILL, false).await.unwrap();
     let exit = d.wait(&id, "").await;
     assert_eq!((exit.status, exit.signal, exit.oom_killed), (137, 9, false));
-    // At once if it already has ended, and a signal to it is an error.
+    // A second wait returns at once, and a signal to an ended process is an error.
     assert_eq!(d.wait(&id, "").await.status, 137);
     assert_eq!(d.signal(&id, libc::SIGTERM, false).await.unwrap_err().0, Code::FAILED_PRECONDITION);
     d.delete(&id).await.unwrap();
@@ -61,7 +61,7 @@ pub(crate) async fn wrong_order_changes_nothing(d: &Driver) {
     assert_eq!(d.exec(&id, "x", &process, None).await.unwrap_err().0, Code::FAILED_PRECONDITION);
     d.delete(&id).await.unwrap();
     assert_eq!(d.start_container(&id).await.unwrap_err().0, Code::NOT_FOUND);
-    // That it is gone is what was wanted.
+    // A missing container is no error for a deletion.
     d.delete(&id).await.unwrap();
     for bad in ["", "a/b", ".."] {
         assert_eq!(d.create(bad, &d.spec(""), None).await.unwrap_err().0, Code::INVALID_ARGUMENT);

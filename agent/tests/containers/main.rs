@@ -1,7 +1,8 @@
 //! The agent as PID 1 of its own namespaces, driven as the host drives it, over unix sockets.
 //!
-//! This program is three: the driver, the agent (`agent` as its argument), and the init helper that
-//! the agent starts from `/proc/self/exe`. It needs root, and busybox for the containers.
+//! This program has three roles: the driver, the agent (with the argument `agent`), and a
+//! container's process, which the agent starts from `/proc/self/exe`. It needs root, and busybox
+//! for the containers.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -88,7 +89,8 @@ fn run_all(filter: &str) -> ExitCode {
             streams::ends_of_streams,
             streams::terminals,
         );
-        // A test that failed has left its container behind, and where none ran there is nothing to tell.
+        // A failed test leaves its container behind, and without any test there is nothing to
+        // compare.
         if counts.failed == 0 && counts.passed > 0 {
             counts.add(passes("nothing_is_left_over", driver.settle(&before)).await);
         }
@@ -114,7 +116,7 @@ impl Counts {
     }
 }
 
-/// The result in the words of Rust's own runner, which whoever adds up results goes by.
+/// Prints the result in the format of Rust's own runner, which other tools parse.
 fn result(counts: &Counts) -> ExitCode {
     let Counts { passed, failed, filtered_out } = counts;
     let verdict = if *failed == 0 { "ok" } else { "FAILED" };
@@ -137,7 +139,7 @@ async fn passes(name: &str, test: impl Future<Output = ()>) -> bool {
     ok
 }
 
-/// The one thing of the futures crate that is needed here.
+/// The only part of the futures crate that is needed here.
 mod futures_catch {
     use std::future::Future;
     use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -145,7 +147,7 @@ mod futures_catch {
     use std::task::Poll;
 
     pub(crate) trait CatchUnwind: Future<Output = ()> + Sized {
-        /// False if the future panicked.
+        /// Returns false if the future panicked.
         async fn caught(self) -> bool {
             let mut future = pin!(self);
             std::future::poll_fn(|cx| {

@@ -1,4 +1,4 @@
-//! The container's file system, looked at from inside.
+//! The container's file system, seen from inside.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -100,7 +100,7 @@ pub(crate) async fn links_do_not_lead_out(d: &Driver) {
     let done = with_mounts(d, "grep -c -E 'outside/a| /up ' /proc/self/mountinfo", mounts).await;
     assert_eq!(done.out, "2\n", "{done:?}");
     assert!(!outside.exists());
-    // A /proc that is a link would take the masks with it.
+    // A /proc that is a link would redirect the masks with it.
     fs::rename(d.file("/proc"), d.file("/proc.away")).unwrap();
     std::os::unix::fs::symlink("/tmp", d.file("/proc")).unwrap();
     let refused = d.create(&d.name(), &d.spec("true"), None).await.unwrap_err();
@@ -158,7 +158,7 @@ pub(crate) async fn tmpfs_takes_over_the_mode(d: &Driver) {
     assert!(copied.starts_with("1770:0:9\n2750:7:9\n"), "{copied}");
 }
 
-/// What a container can reach of the guest's own files it cannot change.
+/// Tests that a container cannot change the guest's own files that it can reach.
 pub(crate) async fn files_of_the_guest_are_sealed(d: &Driver) {
     let id = d.name();
     let pid = d.create(&id, &d.spec("true"), None).await.unwrap();

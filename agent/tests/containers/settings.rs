@@ -35,7 +35,7 @@ pub(crate) async fn environment(d: &Driver) {
     let id = d.sleeping(|_| ()).await;
     assert_eq!(d.exec_process(&id, &spec["process"]).await.out, expected);
     d.end(&id).await;
-    // The last one is where programs are looked for as well.
+    // The last PATH is also the one in which programs are looked up.
     spec["process"]["env"] = json!(["PATH=/bin", "PATH=/nowhere"]);
     let e = d.create(&d.name(), &spec, None).await.unwrap_err();
     assert_eq!(e.0, Code::NOT_FOUND, "{e:?}");
@@ -56,11 +56,12 @@ pub(crate) async fn capabilities(d: &Driver) {
     spec["process"]["capabilities"] = json!({"bounding": caps, "effective": caps, "permitted": caps,
         "inheritable": caps, "ambient": ["CAP_KILL"]});
     assert_eq!(of(&d.run(&spec).await.out), [0x21, 0x20, 0x20, 0x21, 0x20]);
-    // As runtimes' own template has it: ambient ones that nothing else allows are left out.
+    // Ambient capabilities that are not inheritable are left out; the template of other runtimes
+    // has some.
     spec["process"]["capabilities"] = json!({"bounding": caps, "effective": caps, "permitted": caps,
         "ambient": caps});
     assert_eq!(of(&d.run(&spec).await.out), [0, 0, 0, 0x21, 0]);
-    // Names that this kernel or agent does not know are no reason to fail.
+    // Names that are unknown to this kernel or agent are no error.
     let new = json!(["CAP_KILL", "CAP_FROM_THE_FUTURE"]);
     spec["process"]["capabilities"] = json!({"bounding": new, "effective": new, "permitted": new,
         "inheritable": new, "ambient": new});
@@ -94,7 +95,7 @@ pub(crate) async fn user_namespace(d: &Driver) {
     let map = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
     spec["linux"]["uidMappings"] = map.clone();
     spec["linux"]["gidMappings"] = map;
-    // A tmpfs of the container's own: the test's root belongs to nobody in there.
+    // /dev is a tmpfs of the container's own; the test's root belongs to nobody in there.
     d.create(&id, &spec, None).await.unwrap();
     d.start_container(&id).await.unwrap();
     let script = "id -u; cat /proc/self/uid_map; echo x > /dev/null; head -c 1 /dev/zero | wc -c";
@@ -102,7 +103,7 @@ pub(crate) async fn user_namespace(d: &Driver) {
     let words: Vec<&str> = done.out.split_whitespace().collect();
     assert_eq!(words, ["0", "0", "100000", "1000", "1"], "{done:?}");
     d.end(&id).await;
-    // The kernel refuses mappings that overlap, and the process that waits for them goes away.
+    // The kernel refuses overlapping mappings, and the process that waits for them ends.
     let one = json!({"containerID": 0, "hostID": 100_000, "size": 1000});
     spec["linux"]["uidMappings"] = json!([one, one]);
     let e = d.create(&d.name(), &spec, None).await.unwrap_err();

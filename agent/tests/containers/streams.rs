@@ -60,7 +60,7 @@ pub(crate) async fn background_processes_go_on_to_write(d: &Driver) {
     let io = d.io();
     let process = d.spec(script)["process"].clone();
     d.exec(&id, "a", &process, Some(io.tokens.clone())).await.unwrap();
-    // The process has ended, and the count tells its output from what follows.
+    // The process has ended, and the count separates its output from later output.
     assert_eq!(d.wait(&id, "a").await.written, [4, 0]);
     std::fs::write(d.file("/tmp/go"), "").unwrap();
     assert_eq!(io.bytes().await, b"now\nlate\n");
@@ -78,7 +78,7 @@ pub(crate) async fn ends_of_streams(d: &Driver) {
     io.stdin.shutdown(std::net::Shutdown::Write).unwrap();
     let exit = d.wait(&id, "a").await;
     assert_eq!(io.finish(exit).await.out, "abc eof\n");
-    // A process that closes its input closes the host's stream while it goes on.
+    // A process that closes its input closes the host's stream while it runs on.
     let io = d.io();
     let process = d.spec("exec <&-; sleep 1000")["process"].clone();
     d.exec(&id, "b", &process, Some(io.tokens.clone())).await.unwrap();
@@ -114,7 +114,7 @@ pub(crate) async fn terminals(d: &Driver) {
     console(d).await;
 }
 
-/// The first process's terminal is the container's console.
+/// Tests that the first process's terminal is the container's console.
 async fn console(d: &Driver) {
     let id = d.name();
     let mut spec = d.spec("echo to-console > /dev/console; head -c 100000 /dev/zero; echo end");

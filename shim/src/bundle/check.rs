@@ -9,8 +9,11 @@ use std::{
 
 use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
 
-use super::{Bind, IdMap, Propagation, Shm, kernel, mount_options, owner, pod, scheduling};
 use crate::{
+    bundle::{
+        bind::Bind, id_map::IdMap, mount_options, owner, pod, propagation::Propagation, resources,
+        scheduling, shm::Shm,
+    },
     error::{Error, Explain, Result},
     logger,
 };
@@ -18,7 +21,8 @@ use crate::{
 /// Types of mounts that the guest makes itself.
 const GUEST_MOUNTS: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
 
-/// Namespaces without which the container would share the host's, which is not in the microVM.
+/// Namespaces that every container has to have of its own. Without one of them it would share the
+/// host's, and the host's namespaces are not in the microVM.
 const REQUIRED_NAMESPACES: &[LinuxNamespaceType] =
     &[LinuxNamespaceType::Mount, LinuxNamespaceType::Pid, LinuxNamespaceType::Ipc];
 
@@ -61,7 +65,7 @@ pub(super) fn spec(spec: &Spec) -> Result<()> {
             }
         }
         propagation(linux.rootfs_propagation().as_deref())?;
-        kernel::check(linux)?;
+        resources::check(linux)?;
     }
     Ok(())
 }
@@ -118,8 +122,8 @@ pub(super) fn process(process: &Process) -> Result<()> {
     Ok(())
 }
 
-/// Tells of ambient capabilities that the kernel will refuse: those that are not permitted and
-/// inheritable as well. The guest leaves them out.
+/// Warns of ambient capabilities that the guest leaves out, because the kernel would refuse them.
+/// An ambient capability has to be permitted and inheritable too (capabilities(7)).
 fn ambient(process: &Process) {
     let Some(capabilities) = process.capabilities() else { return };
     let refused = |one: &&Capability| {
@@ -161,7 +165,7 @@ fn hooks(hooks: &Hooks) -> Result<()> {
     Ok(())
 }
 
-/// Finds the programs of the hooks that are brought into the guest.
+/// Finds the programs of the createContainer hooks. These programs are brought into the guest.
 pub(super) fn guest_hooks(spec: &Spec) -> Result<Vec<PathBuf>> {
     let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_deref());
     let hooks = hooks.unwrap_or_default().iter().enumerate();
@@ -198,11 +202,11 @@ fn namespaces(spec: &Spec) -> Result<()> {
     let linux = spec.linux().as_ref().ok_or_else(|| Error::new("config.json has no linux"))?;
     let mut seen = HashSet::new();
     for namespace in linux.namespaces().iter().flatten() {
-        let kind = name_of(namespace.typ());
+        let kind = pod::kind_name(namespace.typ());
         if !seen.insert(namespace.typ()) {
             return Err(Error::new(format!("linux.namespaces has {kind} twice")));
         }
-        // That of the network, and those of a pod, are looked at in full elsewhere.
+        // The network namespace, and those of a pod, are checked by `NetworkNamespace` and `pod`.
         let joins = namespace.typ() != LinuxNamespaceType::Network
             && pod::of_pod(spec, namespace).is_none();
         if let Some(path) = namespace.path().as_ref().filter(|p| joins && !p.as_os_str().is_empty())
@@ -216,7 +220,7 @@ fn namespaces(spec: &Spec) -> Result<()> {
     }
     for kind in REQUIRED_NAMESPACES {
         if !seen.contains(kind) {
-            let kind = name_of(*kind);
+            let kind = pod::kind_name(*kind);
             return Err(Error::new(format!(
                 "linux.namespaces has no {kind} namespace: sharing the host's is not possible from \
                  a microVM"
@@ -262,20 +266,6 @@ fn namespaces(spec: &Spec) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// As the specification writes it.
-pub(super) fn name_of(kind: LinuxNamespaceType) -> &'static str {
-    match kind {
-        LinuxNamespaceType::Mount => "mount",
-        LinuxNamespaceType::Cgroup => "cgroup",
-        LinuxNamespaceType::Uts => "uts",
-        LinuxNamespaceType::Ipc => "ipc",
-        LinuxNamespaceType::User => "user",
-        LinuxNamespaceType::Pid => "pid",
-        LinuxNamespaceType::Network => "network",
-        LinuxNamespaceType::Time => "time",
-    }
 }
 
 fn mounts(spec: &Spec) -> Result<()> {
@@ -340,7 +330,7 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
         return Err(Error::new(format!("{name}: its source {} is {special}", source.display())));
     }
     let id_map = IdMap::of(&name, mount, true, spec)?;
-    // One of other owners is a matter of files, and stays on the host.
+    // An id-mapped mount is about the owners of files, so a tmpfs stays on the host.
     let shm = match &id_map {
         None => Shm::of(mount.destination(), &source, &found).explain(what)?,
         Some(_) => None,
@@ -363,7 +353,8 @@ fn is_bind(mount: &Mount) -> bool {
         || has_option(mount, "rbind")
 }
 
-/// The last of two opposite options wins, as with mount(8): "rw" takes back "ro".
+/// Tells whether a mount has an option. The last of two opposite options wins, as with mount(8):
+/// "rw" takes back "ro".
 fn has_option(mount: &Mount, option: &str) -> bool {
     let opposite = match option {
         "ro" | "rro" => "rw",

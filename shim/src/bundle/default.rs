@@ -1,5 +1,5 @@
-//! The specification that a container gets when nobody has asked for another: what `runc spec`
-//! writes, and the start of the one that an image's configuration implies.
+//! The default specification: the config.json of `runc spec`, and the base of the config.json for
+//! an image.
 
 use std::{collections::HashSet, fs, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
@@ -10,8 +10,10 @@ use oci_spec::runtime::{
 use serde::Serialize;
 use serde_json::{Value, ser::PrettyFormatter};
 
-use super::SPEC_VERSION;
-use crate::error::{Explain, Result};
+use crate::{
+    bundle::oci_spec_quirks::SPEC_VERSION,
+    error::{Explain, Result},
+};
 
 /// The name of the default container's host.
 const HOSTNAME: &str = "isopod";
@@ -23,7 +25,7 @@ const CAPABILITIES: [Capability; 3] =
 /// A shell on a terminal, in namespaces of its own, on the read-only root file system `rootfs`
 /// beside config.json.
 pub fn default_spec() -> Spec {
-    // The crate's defaults are those of `runc spec` but for what is set here.
+    // The defaults of `oci-spec` are those of `runc spec`, except for the fields that are set here.
     let mut spec = Spec::default();
     spec.set_version(SPEC_VERSION.to_owned());
     spec.set_hostname(Some(HOSTNAME.to_owned()));
@@ -44,22 +46,23 @@ pub fn default_spec() -> Spec {
     spec
 }
 
-/// [`default_spec`] for a user who is not root: whom root of a user namespace is outside. Without a
-/// network namespace and limits, which such a user cannot set up, and with the host's /sys.
+/// [`default_spec`] for a user who is not root. `uid` and `gid` are the host's ids of the user
+/// namespace's root. There are no network namespace and no limits, because such a user cannot set
+/// them up. /sys is the host's.
 pub fn rootless_spec(uid: u32, gid: u32) -> Spec {
     let mut spec = default_spec();
     for mount in spec.mounts_mut().iter_mut().flatten() {
         if mount.destination() == Path::new("/sys") {
             *mount = host_sys();
         } else if let Some(options) = mount.options_mut() {
-            // Groups that the user namespace does not have.
+            // The user namespace maps a single id, so it has none of these.
             options.retain(|option| !option.starts_with("gid=") && !option.starts_with("uid="));
         }
     }
     if let Some(linux) = spec.linux_mut() {
         let root = |outside: u32| {
             let mapping = LinuxIdMappingBuilder::default().container_id(0_u32).host_id(outside);
-            // All that it has is set, so there is one.
+            // All members are set, so the build succeeds.
             Some(mapping.size(1_u32).build().into_iter().collect::<Vec<_>>())
         };
         linux.set_uid_mappings(root(uid)).set_gid_mappings(root(gid)).set_resources(None);
@@ -72,7 +75,8 @@ pub fn rootless_spec(uid: u32, gid: u32) -> Spec {
     spec
 }
 
-/// Who has no network namespace of its own cannot mount one.
+/// A bind mount of the host's /sys. The kernel refuses a mount of sysfs in a user namespace without
+/// a network namespace of its own.
 fn host_sys() -> Mount {
     let options = ["rbind", "nosuid", "noexec", "nodev", "ro"];
     let mut mount = Mount::default();
@@ -84,8 +88,9 @@ fn host_sys() -> Mount {
     mount
 }
 
-/// `names` as a process gets them. Not inheritable, which would outlive a change of user, and so
-/// not ambient either, which the kernel gives only to what is inheritable.
+/// The capability sets of a process with the capabilities `names`. No capability is inheritable,
+/// for it would outlive a change of user. So none is ambient either: the kernel makes only
+/// inheritable capabilities ambient.
 pub fn capabilities(names: &[Capability]) -> LinuxCapabilities {
     let set: HashSet<Capability> = names.iter().copied().collect();
     let mut capabilities = LinuxCapabilities::default();
@@ -97,11 +102,8 @@ pub fn capabilities(names: &[Capability]) -> LinuxCapabilities {
     capabilities
 }
 
-/// Writes `spec` to the new file `path`, the same text for the same specification.
-///
-/// # Errors
-///
-/// If the file exists or cannot be written.
+/// Writes `spec` to the new file `path`: the same text for the same specification. An existing file
+/// is an error.
 pub fn write_spec(path: &Path, spec: &Spec) -> Result<()> {
     let what = || format!("cannot write {}", path.display());
     let text = spec_text(spec).explain(what)?;
@@ -110,8 +112,8 @@ pub fn write_spec(path: &Path, spec: &Spec) -> Result<()> {
     file.write_all(&text).explain(what)
 }
 
-/// With tabs, as runc has it. Sorted: the types keep annotations and capabilities in an order that
-/// differs from run to run.
+/// The JSON text of `spec`, with tabs as runc writes it. Members and capabilities are sorted,
+/// because the types keep annotations and capabilities in an order that differs from run to run.
 fn spec_text(spec: &Spec) -> serde_json::Result<Vec<u8>> {
     let mut json = serde_json::to_value(spec)?;
     let sets = json.pointer_mut("/process/capabilities").and_then(Value::as_object_mut);
@@ -149,13 +151,13 @@ mod tests {
         expected["ociVersion"] = json!(SPEC_VERSION);
         expected["hostname"] = json!(HOSTNAME);
         expected["process"]["capabilities"].as_object_mut().unwrap().remove("ambient");
-        // As runc writes it on a host with cgroup v2, which the guest is.
+        // runc writes this namespace on a host with cgroup v2, and the guest has cgroup v2.
         let cgroup = json!({ "type": "cgroup" });
         let namespaces = expected["linux"]["namespaces"].as_array_mut().unwrap();
         let user_namespace = namespaces.iter().position(|n| n["type"] == "user");
         namespaces.insert(user_namespace.unwrap_or(namespaces.len()), cgroup);
         if let Some((uid, gid)) = user {
-            // Those of root, who has called it.
+            // The caller of runc was root, so runc's file has root's ids.
             expected["linux"]["uidMappings"][0]["hostID"] = json!(uid);
             expected["linux"]["gidMappings"][0]["hostID"] = json!(gid);
         }

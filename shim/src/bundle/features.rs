@@ -1,6 +1,7 @@
-//! What of the runtime specification is supported, as its features.md has it (`isopod features`).
+//! Supported parts of the runtime specification for `isopod features`, in the structure of the
+//! specification's features.md.
 //!
-//! Lists are found by asking the code that decides: what it refuses is not in them.
+//! The lists come from the code that decides: a refused value is not in them.
 
 use std::collections::HashMap;
 
@@ -12,12 +13,13 @@ use serde_json::json;
 
 use isopod_protocol::capability;
 
-use crate::network::NICS_ANNOTATION;
-
 use super::{
-    SPEC_VERSION, check, default_spec, mount_options, pod, seccomp,
-    size::{MEMORY_ANNOTATION, NESTED_ANNOTATION, VCPUS_ANNOTATION},
-    unsupported,
+    check,
+    default::default_spec,
+    mount_options,
+    oci_spec_quirks::SPEC_VERSION,
+    pod, refused_fields, seccomp,
+    vm_size::{MEMORY_ANNOTATION, NESTED_ANNOTATION, NICS_ANNOTATION, VCPUS_ANNOTATION},
 };
 
 /// The oldest version of the specification whose config.json is understood.
@@ -39,7 +41,7 @@ const NAMESPACES: [LinuxNamespaceType; 8] = [
     LinuxNamespaceType::Uts,
 ];
 
-/// The features structure of the specification. What is not there is not supported.
+/// The features structure of the specification. A feature that is not in it is not supported.
 pub fn features() -> Features {
     let mut features = Features::default();
     features
@@ -50,7 +52,7 @@ pub fn features() -> Features {
         .set_linux(Some(linux()))
         .set_annotations(Some(HashMap::from([
             ("dev.isopod.version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
-            // The name that runc gives it.
+            // runc uses the same key.
             ("io.github.seccomp.libseccomp.version".to_owned(), seccomp::library_version()),
         ])))
         .set_potentially_unsafe_config_annotations(Some(
@@ -64,7 +66,7 @@ pub fn features() -> Features {
 }
 
 fn runs(hook: &str) -> bool {
-    unsupported::refuse(&json!({"hooks": {hook: [{"path": "/hook"}]}})).is_ok()
+    refused_fields::refuse(&json!({"hooks": {hook: [{"path": "/hook"}]}})).is_ok()
 }
 
 fn linux() -> LinuxFeature {
@@ -106,7 +108,7 @@ fn linux() -> LinuxFeature {
     linux
 }
 
-/// Whether a container can have a namespace of its own of this kind.
+/// Tells whether a container can have a namespace of this kind of its own.
 fn can_be_made(kind: LinuxNamespaceType) -> bool {
     let mut spec = default_spec();
     let Some(linux) = spec.linux_mut().as_mut() else { return false };

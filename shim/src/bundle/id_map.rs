@@ -1,32 +1,29 @@
-//! Id-mapped mounts: users of the host's file system who are others in the container.
+//! Id-mapped mounts: files of the host that have other owners in the container.
 
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Options that ask for one: of the mount alone, and of all that is mounted below it.
+/// Options that ask for an id mapping: of the mount alone, and of all mounts below it too.
 pub(super) const OPTIONS: [&str; 2] = ["idmap", "ridmap"];
 
-/// How the ids of a mount's files are changed.
+/// The id mapping of a mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMap {
-    /// As user_namespaces(7) has them in `/proc/PID/uid_map`: the file system's ids, the host's, how
-    /// many.
+    /// Mappings of user ids, as in `/proc/PID/uid_map` (user_namespaces(7)). A line has the first
+    /// id in the file system, the first id on the host, and the number of ids.
     pub uids: String,
-    /// As `uids`, of groups.
+    /// Mappings of group ids, as `uids`.
     pub gids: String,
-    /// What is mounted below the source too.
+    /// Mounts below the source are mapped too.
     pub recursive: bool,
 }
 
 impl IdMap {
-    /// What a mount, which is called `name`, asks for, if it does. Without mappings of its own it has
-    /// those of the container's user namespace.
-    ///
-    /// # Errors
-    ///
-    /// It is no bind mount, or there are no mappings.
+    /// The id mapping that the mount `name` asks for, if any. A mount without mappings of its own
+    /// has those of the container's user namespace. An id-mapped mount has to be a bind mount and
+    /// to have mappings.
     pub(super) fn of(name: &str, mount: &Mount, bind: bool, spec: &Spec) -> Result<Option<Self>> {
         let options = mount.options().iter().flatten();
         let option = options.map(String::as_str).rfind(|option| OPTIONS.contains(option));
@@ -60,7 +57,7 @@ impl IdMap {
     }
 }
 
-/// Leaves to the host what it has done.
+/// Removes the id mapping from a mount, because the host has applied it.
 pub(super) fn forget(mount: &mut Mount) {
     mount.set_uid_mappings(None).set_gid_mappings(None);
     if let Some(options) = mount.options_mut() {

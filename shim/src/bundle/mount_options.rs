@@ -1,16 +1,15 @@
-//! Checks of mount options, as far as they can be told without the file system that takes them.
+//! Checks of mount options, as far as these do not depend on the file system.
 
 use isopod_protocol::mount_option::{ATTRIBUTES, NEUTRAL, PROPAGATION, REFUSED};
 use oci_spec::runtime::Mount;
 
-use super::id_map;
-use crate::error::{Error, Result};
+use crate::{
+    bundle::id_map,
+    error::{Error, Result},
+};
 
-/// Checks the options of a mount, which is called `name`.
-///
-/// # Errors
-///
-/// The first that cannot be honoured.
+/// Checks the options of the mount `name`. The error names the first option that cannot be
+/// honoured.
 pub(super) fn check(name: &str, mount: &Mount, bind: bool) -> Result<()> {
     for option in mount.options().iter().flatten().map(String::as_str) {
         let refusal =
@@ -31,7 +30,7 @@ pub(super) fn check(name: &str, mount: &Mount, bind: bool) -> Result<()> {
     Ok(())
 }
 
-/// The options of a bind mount that are for what is mounted below it too.
+/// The options of a bind mount that hold for the mounts below it too.
 pub(super) fn recursive(mount: &Mount) -> impl Iterator<Item = &str> {
     let options = mount.options().iter().flatten().map(String::as_str);
     options.filter(|option| {

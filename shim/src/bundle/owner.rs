@@ -1,10 +1,10 @@
-//! Numbers of users and groups.
+//! Ids of users and groups.
 
 use oci_spec::runtime::User;
 
 use crate::error::{Error, Result};
 
-/// The largest that runc takes.
+/// The largest id that runc takes.
 const LARGEST: u32 = i32::MAX as u32;
 
 /// Checks the ids of `process.user`.
@@ -16,8 +16,8 @@ pub(super) fn user(user: &User) -> Result<()> {
     Ok(())
 }
 
-/// Checks that a number can be that of a user or a group. To the kernel the largest of all means "as it was",
-/// and it was root's. The words are runc's.
+/// Checks the id of a user or a group. The kernel reads the largest `u32` as "unchanged", and the
+/// unchanged id would be root's. The words are runc's.
 pub(super) fn id(field: &str, number: u32) -> Result<()> {
     if number <= LARGEST {
         return Ok(());

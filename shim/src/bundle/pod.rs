@@ -1,4 +1,4 @@
-//! Containers of a pod, which share namespaces and therefore a microVM.
+//! Containers of a pod: they share namespaces, and therefore a microVM.
 
 use std::{
     collections::BTreeMap,
@@ -6,28 +6,26 @@ use std::{
 };
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// Annotations by which an engine says what a container is to its pod: those of CRI-O and Podman, and of
-/// containerd. A `container` belongs to a pod whose `sandbox` has been made before it.
+/// Annotations for a container's part in its pod: that of CRI-O and Podman, and that of containerd.
+/// A `container` belongs to a pod whose `sandbox` has been made before it.
 pub(super) const CONTAINER_TYPES: [&str; 2] =
     ["io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri.container-type"];
 
 /// A namespace of another container that is to be shared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Joined {
-    /// What kind of namespace.
+    /// The type of the namespace.
     pub kind: LinuxNamespaceType,
-    /// The process whose it is: what that container's pid is on the host.
+    /// The process whose namespace it is: the other container's pid on the host.
     pub pid: i32,
 }
 
-/// The namespaces that a container of a pod shares. None if it is no such container.
-///
-/// # Errors
-///
-/// If it is to share one that containers in one microVM cannot.
+/// The namespaces that a member of a pod shares. Empty for all other containers. A namespace that
+/// containers of one microVM cannot share is refused.
 pub(super) fn joined(spec: &Spec) -> Result<Vec<Joined>> {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
     let joined = namespaces.into_iter().flatten().filter_map(|n| Some((n, of_pod(spec, n)?)));
@@ -39,14 +37,15 @@ pub(super) fn joined(spec: &Spec) -> Result<Vec<Joined>> {
             | LinuxNamespaceType::Cgroup => Err(Error::new(format!(
                 "linux.namespaces: the {kind} namespace of process {pid} cannot be shared: \
                      containers of a pod can share network, ipc, uts and pid",
-                kind = super::check::name_of(namespace.typ()),
+                kind = kind_name(namespace.typ()),
             ))),
             kind => Ok(Joined { kind, pid }),
         })
         .collect()
 }
 
-/// Whose namespace it is, if the container belongs to a pod and the namespace is another container's.
+/// The process whose namespace `namespace` is, if the container is a member of a pod and the
+/// namespace is another container's.
 pub(crate) fn of_pod(spec: &Spec, namespace: &LinuxNamespace) -> Option<i32> {
     let annotations = spec.annotations().as_ref()?;
     let mut types = CONTAINER_TYPES.iter().filter_map(|key| annotations.get(*key));
@@ -56,12 +55,27 @@ pub(crate) fn of_pod(spec: &Spec, namespace: &LinuxNamespace) -> Option<i32> {
     process_of(namespace.path().as_deref()?)
 }
 
-/// The container is what an engine makes first for a pod, to hold what the others share.
+/// Tells whether the container is the first of its pod. An engine makes it to hold the namespaces
+/// that the others share.
 pub fn is_first_of_pod(annotations: &BTreeMap<String, String>) -> bool {
     CONTAINER_TYPES.iter().any(|key| annotations.get(*key).is_some_and(|kind| kind == "sandbox"))
 }
 
-/// The process of a path such as `/proc/17/ns/net`.
+/// The specification's name for a type of namespace.
+pub(super) fn kind_name(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mount",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "network",
+        LinuxNamespaceType::Time => "time",
+    }
+}
+
+/// The process in a path such as `/proc/17/ns/net`.
 fn process_of(path: &Path) -> Option<i32> {
     let names: Option<Vec<&str>> = path
         .components()

@@ -7,12 +7,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Propagation {
-    /// The tree follows what the host mounts and unmounts below the source. Other runtimes have this
-    /// too where config.json names none.
+    /// The tree follows the host's mounts and unmounts below the source. Other runtimes have this
+    /// too if config.json names no propagation.
     Slave,
-    /// The source's own mount follows nothing, those below it do.
+    /// The mounts below the source follow the host, and the source's own mount follows nothing.
     PrivateTop,
-    /// The tree stays as it was when the container was created, and keeps no mount of the host busy.
+    /// The tree stays as it was when the container was created, and keeps no mount of the host
+    /// busy.
     Private,
 }
 
@@ -22,7 +23,7 @@ impl Propagation {
         let asked = spec.linux().as_ref().and_then(|linux| linux.rootfs_propagation().as_deref());
         match asked {
             Some("private" | "rprivate" | "unbindable" | "runbindable") => Self::Private,
-            // Shared ones receive as slaves do. What the guest mounts cannot reach the host.
+            // Shared mounts receive as slaves do. A mount of the guest cannot reach the host.
             _ => Self::Slave,
         }
     }

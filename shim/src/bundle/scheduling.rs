@@ -6,11 +6,8 @@ use oci_spec::runtime::{
 
 use crate::error::{Error, Result};
 
-/// Checks both, as far as they can be told without the kernel.
-///
-/// # Errors
-///
-/// The first value that no kernel takes, by name.
+/// Checks both fields, as far as that is possible without the kernel. The error names the first
+/// value that no kernel takes.
 pub(super) fn check(process: &Process) -> Result<()> {
     if let Some(scheduler) = process.scheduler() {
         self::scheduler(scheduler)?;

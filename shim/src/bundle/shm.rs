@@ -1,46 +1,44 @@
-//! Shared memory that an engine has made on the host for the containers of a pod: a tmpfs that it
-//! bind-mounts at /dev/shm. The guest has a tmpfs of its own in its place. The host's would be a shared
-//! directory there, whose mappings are no memory of several containers.
+//! Shared memory of the containers of a pod: a tmpfs that an engine has made on the host and
+//! bind-mounts at /dev/shm.
+//!
+//! The guest has a tmpfs of its own in its place. The host's tmpfs would be a shared directory in
+//! the guest, and a mapping of its files is not one memory for several containers.
 
 use std::{fs::Metadata, io, os::unix::fs::MetadataExt, path::Path};
 
 use rustix::fs::statfs;
 use serde::{Deserialize, Serialize};
 
-/// Where it has to be mounted (POSIX shared memory, shm_overview(7)).
+/// The mount point of POSIX shared memory (shm_overview(7)).
 const PLACE: &str = "/dev/shm";
 
 /// `f_type` of a tmpfs (statfs(2)).
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// A tmpfs for the guest.
+/// A tmpfs in the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shm {
-    /// The same for all containers that are given the same directory of the host.
+    /// Key of the host's directory, the same for all containers that bind it.
     pub key: String,
-    /// In bytes; 0 for no limit.
+    /// Size in bytes; 0 for no limit.
     pub size: u64,
-    /// Permissions of its root directory.
+    /// Permissions of the root directory.
     pub mode: u32,
-    /// Its root directory's owner.
+    /// Owner of the root directory.
     pub uid: u32,
-    /// Its root directory's group.
+    /// Group of the root directory.
     pub gid: u32,
 }
 
 impl Shm {
-    /// What takes the place of a bind mount of `source`, which `found` tells about, if it is at the place
-    /// for shared memory and from a tmpfs.
-    ///
-    /// # Errors
-    ///
-    /// If the file system of `source` tells nothing of itself.
+    /// The tmpfs in place of a bind mount of `source`, if it is at /dev/shm and its source is a
+    /// directory of a tmpfs. `found` is the metadata of `source`.
     pub(super) fn of(
         destination: &Path,
         source: &Path,
         found: &Metadata,
     ) -> io::Result<Option<Self>> {
-        // By components: a destination may have double or final slashes.
+        // Compared by components, because a destination may have double or final slashes.
         if !destination.components().eq(Path::new(PLACE).components()) || !found.is_dir() {
             return Ok(None);
         }
@@ -69,7 +67,7 @@ mod tests {
             let found = std::fs::metadata(source).unwrap();
             Shm::of(Path::new(destination), Path::new(source), &found).unwrap()
         };
-        // A tmpfs on every host.
+        // /dev/shm is a tmpfs on every host.
         let shm = of("/dev/shm", "/dev/shm").unwrap();
         assert_eq!(of("/dev//shm/", "/dev/shm").as_ref(), Some(&shm));
         assert!(shm.mode & 0o1777 == 0o1777 && shm.key.contains('-'), "{shm:?}");

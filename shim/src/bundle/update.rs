@@ -1,39 +1,37 @@
-//! Changes of the limits of a container that runs.
+//! Updates of the limits of a running container.
 
 use oci_spec::runtime::{Linux, LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxResources};
 use serde_json::{Map, Value};
 
-use super::{
-    VmSize, cpu_list_len, kernel,
-    size::{MEMORY_ANNOTATION, memory_limit, with_overhead},
-    spelling, unknown, unsupported,
+use crate::{
+    bundle::{
+        oci_spec_quirks, refused_fields, resources, unknown_fields,
+        vm_size::VmSize,
+        vm_size::{MEMORY_ANNOTATION, memory_limit, with_overhead},
+    },
+    cpu_list::cpu_list_len,
+    error::{Error, Explain, Result},
 };
-use crate::error::{Error, Explain, Result};
 
-/// Reads the OCI `linux.resources` object of an update.
-///
-/// # Errors
-///
-/// If it is malformed, or asks for what is not supported, by name.
+/// Reads the OCI `linux.resources` object of an update. Errors call it `name`, and name the field
+/// that is malformed or not supported.
 pub fn parse_resources(name: &str, json: &[u8]) -> Result<LinuxResources> {
-    // As an object first: the types would take a list for one without fields.
+    // Parsed as an object first, because the types would accept a list as an object without fields.
     let raw: Map<String, Value> = serde_json::from_slice(json).explain(|| name.to_owned())?;
     let mut raw = Value::Object(raw);
-    spelling::correct_resources(&mut raw);
+    oci_spec_quirks::correct_resources(&mut raw);
     let resources: LinuxResources =
         serde_json::from_value(raw.clone()).explain(|| name.to_owned())?;
-    unsupported::refuse_resources(name, &raw)?;
+    refused_fields::refuse_resources(name, &raw)?;
     let kept = serde_json::to_value(&resources).explain(|| name.to_owned())?;
-    unknown::warn(name, &raw, &kept);
+    unknown_fields::warn(name, &raw, &kept);
     Ok(resources)
 }
 
-/// The limits that hold after an update of `before`: what the update leaves out, or gives as 0 or
-/// empty, stays. Rules for devices stay as they are, as with runc.
+/// The limits that hold after an update of `before`. A limit that the update leaves out, or gives
+/// as 0 or empty, stays. Rules for devices stay too, as with runc.
 ///
-/// # Errors
-///
-/// If the limits make no sense together, or the microVM cannot hold them.
+/// Limits that make no sense together, or that the microVM cannot hold, are an error.
 pub fn update_resources(
     before: &LinuxResources,
     update: &LinuxResources,
@@ -50,7 +48,7 @@ pub fn update_resources(
     if let Some(pids) = update.pids().filter(|pids| pids.limit() != 0) {
         after.set_pids(Some(pids));
     }
-    // All else of it is about devices of the host.
+    // All other fields of blockIO are about devices of the host.
     if let Some(weight) = update.block_io().as_ref().and_then(LinuxBlockIo::weight)
         && weight != 0
     {
@@ -68,11 +66,11 @@ pub fn update_resources(
     }
     let mut linux = Linux::default();
     linux.set_sysctl(None).set_resources(Some(after.clone()));
-    kernel::check(&linux)?;
+    resources::check(&linux)?;
     Ok(after)
 }
 
-/// What of these limits the microVM cannot give, each in a sentence: it has fewer processors than the
+/// Limits that the microVM cannot give, each in a sentence: it has fewer processors than the
 /// container may use.
 pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
     let Some(cpu) = resources.cpu() else { return Vec::new() };
@@ -96,18 +94,15 @@ pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
     found
 }
 
-/// A new limit has to fit into the memory that the microVM was made with.
+/// Checks that a new limit fits into the memory that the microVM was made with.
 fn check_capacity(before: &LinuxResources, memory: &LinuxMemory, vm: VmSize) -> Result<()> {
     let same = before.memory().and_then(|memory| memory.limit()) == memory.limit();
     let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
     if same { Ok(()) } else { check_limit(limit, vm) }
 }
 
-/// Checks that a microVM of this size, which cannot grow, has what the container may use.
-///
-/// # Errors
-///
-/// If it has not, with what to do.
+/// Checks that a microVM of this size has the memory that the container may use. The microVM cannot
+/// grow, so the error says what to do.
 pub fn check_fits(resources: &LinuxResources, vm: VmSize) -> Result<()> {
     check_limit(memory_limit(resources).unwrap_or(0), vm)
 }
@@ -133,7 +128,7 @@ fn merge_memory(before: LinuxMemory, update: &LinuxMemory) -> LinuxMemory {
     let mut after = before;
     if let Some(limit) = given(update.limit()) {
         after.set_limit(Some(limit));
-        // No limit on memory means none on swap, unless it says otherwise.
+        // A memory limit of -1 lifts the swap limit too, unless the update has one.
         if limit == -1 && given(update.swap()).is_none() {
             after.set_swap(Some(-1));
         }
@@ -144,7 +139,7 @@ fn merge_memory(before: LinuxMemory, update: &LinuxMemory) -> LinuxMemory {
     if let Some(reservation) = given(update.reservation()) {
         after.set_reservation(Some(reservation));
     }
-    // Asked of each update anew.
+    // This field holds for one update.
     after.set_check_before_update(update.check_before_update());
     after
 }
@@ -156,7 +151,7 @@ fn merge_cpu(before: LinuxCpu, update: &LinuxCpu) -> LinuxCpu {
     }
     if let Some(quota) = update.quota().filter(|quota| *quota != 0) {
         after.set_quota(Some(quota));
-        // Without a quota there is nothing to exceed.
+        // Without a quota there is nothing for a burst to exceed.
         if quota < 0 && after.burst().is_some() {
             after.set_burst(Some(0));
         }
@@ -169,7 +164,7 @@ fn merge_cpu(before: LinuxCpu, update: &LinuxCpu) -> LinuxCpu {
     }
     if let Some(idle) = update.idle() {
         after.set_idle(Some(idle));
-        // Who gets only what is left over has no shares.
+        // An idle cgroup gets only the time that is left over, so it has no shares.
         if idle == 1 && update.shares().is_none_or(|shares| shares == 0) {
             after.set_shares(None);
         }

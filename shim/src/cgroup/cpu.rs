@@ -1,34 +1,39 @@
-//! Limits on the processor time of a whole microVM, from those of its container.
+//! Limits on the processor time of a whole microVM, from the limits of its container.
 //!
-//! In the guest they count the container alone, by a kernel that the container may have taken over.
-//! Here the host's kernel counts all that the microVM uses: vCPUs, device threads, relays.
+//! In the guest they count the container alone, and the container may have taken over the guest's
+//! kernel. Here the host's kernel counts all that the microVM uses: vCPUs, device threads, relays.
 
 use std::{fs, path::Path};
 
 use oci_spec::runtime::LinuxResources;
 
-use super::{Cgroup, fs::write, systemd};
-use crate::error::{Explain, Result};
+use crate::{
+    cgroup::{
+        fs::{Cgroup, write},
+        systemd,
+    },
+    error::{Explain, Result},
+};
 
 /// The kernel's default period, in microseconds.
 const DEFAULT_PERIOD_US: u64 = 100_000;
 
-/// What a microVM may use beyond its container's quota, as a part of one processor: a tenth. By that the
-/// guest's kernel and agent answer also while the container uses all of its quota.
+/// Divisor of one processor for the time that a microVM may use beyond its container's quota: a
+/// tenth. So the guest's kernel and agent answer even while the container uses all of its quota.
 const ALLOWANCE: u64 = 10;
 
-/// Default and largest of the range of cpu.shares (cgroup v1), which config.json has.
+/// Range of cpu.shares (cgroup v1), which config.json has.
 const SHARES: std::ops::RangeInclusive<u64> = 2..=262_144;
 
-/// The files of a cgroup that are to be written, and what with. What config.json does not limit is left
-/// as it is: the cgroup may have been made, and limited, by somebody else.
+/// Files of a cgroup to write, with their values. All other files stay as they are, because
+/// somebody else may have made and limited the cgroup.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct CpuLimits {
     settings: Vec<(&'static str, String)>,
 }
 
 impl CpuLimits {
-    /// The limits of a microVM whose container has these.
+    /// The limits of a microVM whose container has `resources`.
     pub(crate) fn of(resources: &LinuxResources) -> Self {
         let unified = |file| resources.unified().as_ref().and_then(|files| files.get(file));
         let cpu = resources.cpu().as_ref();
@@ -50,7 +55,7 @@ impl CpuLimits {
     }
 }
 
-/// `QUOTA PERIOD` as `cpu.max` has it, for a microVM.
+/// `QUOTA PERIOD` for `cpu.max` of a microVM, with the allowance.
 fn cpu_max(quota: Option<u64>, period: u64) -> String {
     match quota {
         Some(quota) => format!("{} {period}", quota.saturating_add(period / ALLOWANCE)),
@@ -58,7 +63,8 @@ fn cpu_max(quota: Option<u64>, period: u64) -> String {
     }
 }
 
-/// As the kernel reads it: the period may be left out. What it does not read is left for it to refuse.
+/// Adds the allowance to a value of `cpu.max`. As for the kernel, the period may be left out. All
+/// other values stay as they are, and the kernel takes or refuses them.
 fn with_allowance(max: &str) -> String {
     let mut words = max.split_whitespace();
     let (quota, period) = (words.next().unwrap_or_default(), words.next());
@@ -68,19 +74,15 @@ fn with_allowance(max: &str) -> String {
     }
 }
 
-/// The weight of cgroup v2 for shares of v1, by runc's formula.
+/// The weight of cgroup v2 for shares of cgroup v1, by runc's formula.
 fn weight(shares: u64) -> String {
     let shares = shares.clamp(*SHARES.start(), *SHARES.end());
     (1 + (shares - 2) * 9999 / 262_142).to_string()
 }
 
 impl Cgroup {
-    /// Sets limits. If one cannot be set, none is changed.
-    ///
-    /// # Errors
-    ///
-    /// The kernel does not take a value. That it has no such controller here is only a warning: the
-    /// limits hold in the guest.
+    /// Sets limits. If the kernel refuses one value, none is changed. A missing controller is only
+    /// a warning, because the limits hold in the guest.
     pub(crate) fn limit(&self, limits: &CpuLimits) -> Result<()> {
         let mut before: Vec<(&str, String)> = Vec::new();
         for (file, value) in &limits.settings {
@@ -102,13 +104,13 @@ impl Cgroup {
             before.push((file, old));
         }
         if let Some(unit) = self.unit() {
-            // It would write its own again when it reloads.
+            // systemd would write its own values again when it reloads.
             systemd::set_properties(unit, &self.properties(limits));
         }
         Ok(())
     }
 
-    /// What systemd calls the same.
+    /// The same limits as properties of a systemd unit.
     fn properties(&self, limits: &CpuLimits) -> Vec<String> {
         let mut properties = Vec::new();
         for (file, value) in &limits.settings {
@@ -129,7 +131,8 @@ impl Cgroup {
         properties
     }
 
-    /// The limits as they are now, to be set again if a change fails elsewhere.
+    /// The present values of the files that `changed` writes, to be set again if a change fails
+    /// elsewhere.
     pub(crate) fn limits_now(&self, changed: &CpuLimits) -> CpuLimits {
         let read = |file| fs::read_to_string(Path::new(self.dir()).join(file)).ok();
         let files = changed.settings.iter().map(|(file, _)| *file);

@@ -1,4 +1,4 @@
-//! cgroups as directories.
+//! Cgroups as directories.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -14,27 +14,32 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{MOUNT_POINT, Unit, systemd};
-use crate::error::{Error, Explain, Result};
+use crate::{
+    cgroup::systemd::{self, Unit},
+    error::{Error, Explain, Result},
+};
 
-/// How long processes that have been killed may take to leave a cgroup.
+/// Mount point of the cgroup file system.
+pub(super) const MOUNT_POINT: &str = "/sys/fs/cgroup";
+
+/// Time in which killed processes have to leave a cgroup.
 const END_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// On each directory that Isopod has made. Another sandbox that found it there may be the last to
-/// use it, and then removes it.
+/// Extended attribute of each directory that Isopod has made. Another sandbox that finds the
+/// directory may be the last to use it, and then removes it.
 const MADE_MARK: &str = "trusted.isopod.made";
 
-/// How often to make a cgroup anew when its parents are taken away before it is there.
+/// Number of attempts to make a cgroup, if others remove its parents meanwhile.
 const MAKE_ATTEMPTS: u32 = 8;
 
-/// The cgroup of a sandbox, as recorded before it is made.
+/// The cgroup of a sandbox, recorded before it is made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
-    /// Its directory.
+    /// Directory of the cgroup.
     dir: PathBuf,
-    /// What has to be made for it, outermost first.
+    /// Directories that have to be made for it, outermost first.
     made: Vec<PathBuf>,
-    /// The scope of systemd that it belongs to.
+    /// The systemd scope that it belongs to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     unit: Option<String>,
 }
@@ -47,21 +52,18 @@ impl Cgroup {
         Self { dir: dir.to_owned(), made, unit: unit.map(|unit| unit.name().to_owned()) }
     }
 
-    /// Its directory.
+    /// Directory of the cgroup.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The scope of systemd that it belongs to.
+    /// The systemd scope that the cgroup belongs to.
     pub(super) fn unit(&self) -> Option<&str> {
         self.unit.as_deref()
     }
 
-    /// Makes it, with all controllers that there are, and moves this process into it.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be made or entered, or is somebody else's.
+    /// Makes the cgroup, with all controllers that there are, and moves this process into it. A
+    /// cgroup of somebody else is an error.
     pub(crate) fn enter(&self) -> Result<()> {
         let mut made = Vec::new();
         self.make_and_join(&mut made).inspect_err(|_| {
@@ -87,7 +89,8 @@ impl Cgroup {
             return Ok(());
         }
         let what = || format!("cannot enter the cgroup {}", self.dir.display());
-        // Several sandboxes may find it empty, and who has made it may be the last of them to come here.
+        // Several sandboxes may find the cgroup empty, and its maker may be the last of them to
+        // come here.
         let dir = File::open(&self.dir).explain(what)?;
         rustix::fs::flock(&dir, FlockOperation::LockExclusive).explain(what)?;
         if !made.contains(&self.dir) && self.made.contains(&self.dir) {
@@ -101,7 +104,8 @@ impl Cgroup {
         join(&self.dir).explain(what)
     }
 
-    /// One that was there before may be used, but not shared.
+    /// Checks that the cgroup has no processes and is not frozen. A cgroup that was there before
+    /// may be used, but not shared.
     fn check_unused(&self) -> Result<()> {
         let what = || format!("cannot look at the cgroup {}", self.dir.display());
         let processes = fs::read_to_string(self.dir.join("cgroup.procs")).explain(what)?;
@@ -120,22 +124,19 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Moves this process out, to `home` if that still takes it.
+    /// Moves this process to the cgroup `home`, or to the root cgroup if `home` does not take it.
     pub(crate) fn leave(&self, home: &Path) {
         if let Err(error) = join(home) {
             log::debug!("cannot go back to the cgroup {}: {error}", home.display());
-            // Takes processes always.
+            // The root cgroup always takes processes.
             if let Err(error) = join(Path::new(MOUNT_POINT)) {
                 log::warn!("cannot leave the cgroup {}: {error}", self.dir.display());
             }
         }
     }
 
-    /// Removes it and what was made for it. Its processes have ended, or are about to.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be removed. That it is gone already is not an error.
+    /// Removes the cgroup and the directories made for it. Its processes have ended, or are about
+    /// to end. A cgroup that is gone already is not an error.
     pub(crate) fn remove(&self) -> Result<()> {
         if let Some(unit) = &self.unit {
             systemd::stop(unit);
@@ -145,14 +146,15 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Removes those above it that a sandbox has made and nobody uses any more.
+    /// Removes parents of the cgroup that a sandbox has made and nobody uses any more.
     fn remove_parents(&self) {
         for parent in self.dir.ancestors().skip(1) {
             if !self.made.iter().any(|dir| dir == parent) && !is_marked(parent) {
                 break;
             }
             match fs::remove_dir(parent) {
-                // Another sandbox has removed it, and goes on with those above.
+                // On NotFound another sandbox has removed it, and the directories above may be
+                // left.
                 Err(e) if e.kind() != ErrorKind::NotFound => break,
                 _ => {}
             }
@@ -160,18 +162,18 @@ impl Cgroup {
     }
 }
 
-/// The directory of this process's cgroup, where cgroups v2 alone are used.
+/// Directory of this process's cgroup, on a host with cgroups v2 alone.
 pub(crate) fn own_path() -> Option<PathBuf> {
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
     let own = text.strip_prefix("0::/")?.lines().next()?;
     let dir = Path::new(MOUNT_POINT);
-    // A container may have none mounted.
+    // A container may have no cgroup file system.
     dir.join("cgroup.procs")
         .exists()
         .then(|| if own.is_empty() { dir.into() } else { dir.join(own) })
 }
 
-/// Makes a cgroup and those above it, and adds to `made` what was not there.
+/// Makes a cgroup and its parents, and adds those that were not there to `made`.
 fn make(dir: &Path, made: &mut Vec<PathBuf>) -> io::Result<()> {
     let below = dir.strip_prefix(MOUNT_POINT).map_err(io::Error::other)?;
     let mut at = PathBuf::from(MOUNT_POINT);
@@ -202,8 +204,8 @@ fn is_marked(dir: &Path) -> bool {
     rustix::fs::getxattr(dir, MADE_MARK, &mut [0_u8; 1]).is_ok()
 }
 
-/// Hands controllers on to the groups below `dir`. One that cannot be is not there to be read below,
-/// as with runc.
+/// Enables controllers for the cgroups below `dir`. A controller that cannot be enabled has no
+/// files below, as with runc.
 fn enable_controllers(dir: &Path) {
     let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
     let enabled = read("cgroup.subtree_control");
@@ -231,7 +233,7 @@ pub(super) fn write(path: &Path, text: &str) -> io::Result<()> {
     File::options().write(true).open(path)?.write_all(text.as_bytes())
 }
 
-/// Removes a cgroup and those below it.
+/// Removes a cgroup and the cgroups below it.
 fn remove_tree(dir: &Path) -> Result<()> {
     let what = || format!("cannot remove the cgroup {}", dir.display());
     match fs::remove_dir(dir) {
@@ -258,7 +260,7 @@ fn remove_tree(dir: &Path) -> Result<()> {
     }
 }
 
-/// Waits until no process is in a cgroup or below. False if one stays.
+/// Waits until a cgroup and the cgroups below it have no process. False if a process stays.
 fn wait_until_empty(dir: &Path) -> io::Result<bool> {
     let deadline = Instant::now() + END_TIMEOUT;
     let mut events = File::open(dir.join("cgroup.events"))?;
@@ -270,7 +272,7 @@ fn wait_until_empty(dir: &Path) -> io::Result<bool> {
             return Ok(true);
         }
         let left = deadline.saturating_duration_since(Instant::now());
-        // The file signals its changes since it was last read (cgroup-v2.rst, "populated").
+        // The file signals its changes since the last read (cgroup-v2.rst, "populated").
         match poll(
             &mut [PollFd::new(&events, PollFlags::PRI)],
             Timespec::try_from(left).ok().as_ref(),

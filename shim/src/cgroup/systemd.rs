@@ -1,8 +1,8 @@
-//! systemd as the one who makes cgroups (`--systemd-cgroup`): the sandbox process is started in a
-//! transient scope.
+//! Cgroups made by systemd (`--systemd-cgroup`): the sandbox process is started in a transient
+//! scope.
 //!
-//! It is asked by its own client: `systemd-run --scope` waits until the scope is there and itself in
-//! it, and then becomes the program that it is to run, so that the pid stays the same.
+//! The request goes through systemd's own client. `systemd-run --scope` waits until the scope is
+//! there, with itself in it. Then it executes the program, so the pid stays the same.
 
 use std::{
     path::{Path, PathBuf},
@@ -12,8 +12,8 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    container_id::ContainerId,
     error::{Error, Result},
-    state::Id,
 };
 
 /// A transient scope.
@@ -24,13 +24,9 @@ pub struct Unit {
 }
 
 impl Unit {
-    /// Reads `slice:prefix:name`. Without it the unit is the one that runc would make, but for its
-    /// prefix.
-    ///
-    /// # Errors
-    ///
-    /// If it has another form, or names no slice or scope.
-    pub(super) fn parse(path: Option<&str>, id: &Id) -> Result<Self> {
+    /// Reads `slice:prefix:name`. Without a value the unit is runc's default, except for its
+    /// prefix. Another form, or one that names no slice or scope, is an error.
+    pub(super) fn parse(path: Option<&str>, id: &ContainerId) -> Result<Self> {
         let Some(path) = path else {
             return Ok(Self {
                 slice: "system.slice".to_owned(),
@@ -55,17 +51,17 @@ impl Unit {
         Ok(Self { slice: slice.to_owned(), name: format!("{prefix}-{name}.scope") })
     }
 
-    /// Its name.
+    /// Name of the scope.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Its cgroup, relative to the root of all.
+    /// Path of the scope's cgroup, relative to the root of all cgroups.
     pub(super) fn path(&self) -> PathBuf {
         expand(&self.slice).unwrap_or_default().join(&self.name)
     }
 
-    /// A command that becomes `program`, in the scope.
+    /// A command that becomes `program` in the scope.
     pub fn command(&self, program: &Path) -> Command {
         let mut command = Command::new("systemd-run");
         command
@@ -81,12 +77,12 @@ impl Unit {
     }
 }
 
-/// Ends a scope, unless it has ended by itself as scopes without processes do. When this returns, its
-/// name can be used again.
+/// Stops a scope. A scope without processes has ended by itself. When this returns, the name can be
+/// used again.
 pub(super) fn stop(unit: &str) {
     let mut command = Command::new("systemctl");
     command.args(["--quiet", "--no-ask-password", "stop", unit]);
-    // It fails for a unit that is not there any more.
+    // systemctl fails for a unit that is gone.
     match command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status() {
         Ok(status) => log::debug!("systemctl stop {unit}: {status}"),
         Err(error) => log::debug!("systemctl stop {unit}: {error}"),
@@ -112,7 +108,7 @@ pub(super) fn set_properties(unit: &str, properties: &[String]) {
     }
 }
 
-/// systemd is the host's init, by the mark that sd_booted(3) goes by.
+/// Tells whether systemd is the host's init, by the directory that sd_booted(3) tests.
 pub(super) fn is_running() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
@@ -141,7 +137,7 @@ mod tests {
     use super::*;
 
     fn parse(path: &str) -> Result<Unit> {
-        Unit::parse(Some(path), &Id::parse("web").unwrap())
+        Unit::parse(Some(path), &ContainerId::parse("web").unwrap())
     }
 
     #[test]
@@ -154,7 +150,7 @@ mod tests {
         ] {
             assert_eq!(parse(path).unwrap().path(), Path::new(expected), "{path}");
         }
-        let default = Unit::parse(None, &Id::parse("web").unwrap()).unwrap();
+        let default = Unit::parse(None, &ContainerId::parse("web").unwrap()).unwrap();
         assert_eq!(default.path(), Path::new("system.slice/isopod-web.scope"));
     }
 

@@ -1,4 +1,4 @@
-//! `bundle`: an image becomes a bundle.
+//! `bundle`: unpacks an image into a new bundle.
 
 use std::path::PathBuf;
 
@@ -12,22 +12,18 @@ use crate::{
 /// Options of `bundle`.
 #[derive(Debug, Args)]
 pub(super) struct Bundle {
-    /// The image: a directory with an OCI image layout, as `skopeo copy docker://NAME oci:DIR:TAG`
-    /// makes one, and a tag if there are several images in it.
+    /// Directory with an OCI image layout, as `skopeo copy docker://NAME oci:DIR:TAG` writes it.
+    /// The tag chooses among several images.
     #[arg(value_name = "oci:DIR[:TAG]")]
     image: ImageReference,
-    /// The bundle to make: a new directory, or an empty one.
+    /// Directory of the new bundle: missing, or empty.
     #[arg(value_name = "BUNDLE")]
     bundle: PathBuf,
 }
 
 impl Bundle {
-    /// Unpacks the image. After a signal the status is the one that a shell would see, 128 and its
-    /// number.
-    ///
-    /// # Errors
-    ///
-    /// The image cannot be unpacked. Nothing is left then.
+    /// Unpacks the image. After a signal, returns 128 and the signal's number, the status that a
+    /// shell would see. A failure leaves nothing behind.
     pub(super) fn run(&self) -> Result<u8> {
         match (image::unpack(&self.image, &self.bundle), image::interrupted_by()) {
             (Err(error), Some(signal)) => {

@@ -1,4 +1,4 @@
-//! `check`: what this host has and lacks.
+//! `check`: prints a table of the host features that a sandbox needs or uses.
 
 use std::{
     fs,
@@ -8,39 +8,35 @@ use std::{
 
 use rustix::process::{Resource, getrlimit};
 
-use super::{exposure, list::columns, print};
 use crate::{
+    cli::{exposure, list::columns, print},
     error::Result,
     host::{self, Kvm},
     network::{self, Trial},
     settings::Artifacts,
 };
 
-/// The least kernel release with everything that is used: `mount_setattr(2)` came last.
+/// The oldest kernel release with every feature in use: `mount_setattr(2)` came last.
 const LEAST_KERNEL: (u32, u32) = (5, 12);
 
-/// Open files without which a sandbox process or a VMM does not get far.
+/// Fewest open files that a sandbox process or a VMM can work with.
 const LEAST_DESCRIPTORS: u64 = 256;
 
-/// Open files that are enough for guests that have many.
+/// Open files that are enough for a guest with many open files.
 const GOOD_DESCRIPTORS: u64 = 65_536;
 
-/// Controllers that limits and figures of a sandbox's cgroup come from.
+/// Cgroup controllers behind the limits and figures of a sandbox's cgroup.
 const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
 /// One line of the table.
 struct Finding {
     what: &'static str,
-    /// Whether a sandbox can run with it; `None` if it can either way.
+    /// True if a sandbox can run with the finding, false if it cannot. `None` if it can either way.
     good: Option<bool>,
     found: String,
 }
 
-/// Prints the table. 0 if a sandbox can run on this host, else 1.
-///
-/// # Errors
-///
-/// If it cannot be printed.
+/// Prints the table. Returns 0 if a sandbox can run on this host, else 1.
 pub(super) fn run() -> Result<u8> {
     let findings = findings();
     let rows: Vec<[String; 3]> = findings
@@ -125,7 +121,7 @@ fn artifact(what: &'static str, path: Result<PathBuf>, program: bool) -> Finding
     }
 }
 
-/// What a program answers to `--version`, on one line.
+/// Returns the first line that a program prints for `--version`, after a comma.
 fn version(program: &Path) -> Result<String> {
     use crate::error::{Error, Explain};
     let what = || format!("cannot run {}", program.display());
@@ -137,7 +133,7 @@ fn version(program: &Path) -> Result<String> {
     }
 }
 
-/// By trying both in a network namespace that goes with the try.
+/// Tries taps and redirects in a network namespace that ends with the trial.
 fn network() -> [Finding; 2] {
     let finding = |what, result: Result<&str>| match result {
         Ok(found) => Finding { what, good: Some(true), found: found.into() },
@@ -166,7 +162,8 @@ fn vhost_net() -> Finding {
     Finding { what: "vhost-net", good: None, found }
 }
 
-/// What a sandbox needs of the host's cgroups: it runs without, and then nothing limits it there.
+/// Looks for cgroups v2 on the host. A sandbox runs without them too, but then nothing limits it on
+/// the host.
 fn cgroups() -> Finding {
     let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
     let found = match controllers {

@@ -1,10 +1,10 @@
-//! `checkpoint` and `restore`: refused, in words that say so.
+//! `checkpoint` and `restore`: refused, with an error that says so.
 
 use clap::Args;
 
 use crate::error::{Error, Result};
 
-/// Whatever runc takes.
+/// Any arguments that runc takes.
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
 pub(super) struct Refused {
@@ -13,7 +13,7 @@ pub(super) struct Refused {
 }
 
 impl Refused {
-    /// Fails: there is no way to write a microVM down yet.
+    /// Fails: the state of a microVM cannot be saved yet.
     pub(super) fn run(self, verb: &str) -> Result<u8> {
         Err(Error::new(format!(
             "{verb} is not supported: the state of a microVM cannot be saved and restored, and CRIU \

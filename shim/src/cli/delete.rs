@@ -1,17 +1,20 @@
-//! `delete`: removes what is left of a container.
+//! `delete`: removes the remains of a container.
 
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{Global, creation::remove, run::event_loop};
 use crate::{
+    cli::{Global, create_options::remove, run::event_loop},
+    container_id::ContainerId,
+    control::{Request, is_answered},
+    engine::record::{Record, Remains},
     error::{Error, Result},
-    sandbox::control::{Request, is_answered},
-    state::{Id, Record, Remains, StateDir, Status},
+    state::{StateDir, Status},
 };
 
-/// How long a sandbox process may take to end its microVM in order. It gives itself less.
+/// Longest time for a sandbox process to end its microVM in order. The sandbox process gives itself
+/// less.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Args)]
@@ -19,38 +22,40 @@ pub(super) struct Delete {
     /// Kill the container if it still runs. A container that does not exist is no error then.
     #[arg(short, long)]
     force: bool,
-    /// The container.
+    /// Id of the container.
     id: String,
 }
 
 impl Delete {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let dir = match StateDir::open(&global.root, &id) {
             Err(_) if self.force && !global.root.join(id.as_str()).exists() => return Ok(0),
             dir => dir?,
         };
-        match dir.record() {
+        match Record::read(&dir) {
             Ok(Some(record)) => self.end(&dir, &record)?,
             Ok(None) => {}
             Err(error) => return self.delete_remains(&dir, error),
         }
         if !dir.try_lock()? {
-            // Whose it is cannot be said if the record cannot be read.
-            dir.record()?;
+            // The owner of the lock is unknown if the record cannot be read: the reason for that is
+            // the error.
+            Record::read(&dir)?;
             return Err(Error::new(format!(
                 "container {id} is being created or deleted by somebody else"
             )));
         }
-        let record = dir.record()?;
+        let record = Record::read(&dir)?;
         event_loop()?.block_on(remove(&dir, record.as_ref()))?;
         Ok(0)
     }
 
-    /// Deletes a container whose record cannot be read because of `error`: with `--force`, or if it has
-    /// ended. Its poststop hooks are not run, and its processes in a pod's microVM end with that.
+    /// Deletes a container whose record cannot be read because of `error`. The container has to
+    /// have ended, or `--force` is needed. Poststop hooks are not run. Processes in a pod's microVM
+    /// end with that microVM.
     fn delete_remains(&self, dir: &StateDir, error: Error) -> Result<u8> {
-        let Remains { sandbox, vmm, cgroup, network } = dir.remains();
+        let Remains { sandbox, vmm, cgroup, network } = Remains::read(dir);
         let ended = sandbox.is_some_and(|sandbox| !sandbox.is_alive());
         if !self.force && !ended {
             return Err(error);
@@ -58,25 +63,25 @@ impl Delete {
         for process in [sandbox, vmm].into_iter().flatten() {
             process.kill(END_TIMEOUT);
         }
-        // Its sandbox process is gone if its lock is free, and the VMM with it.
+        // If the lock is free, the sandbox process is gone, and the VMM with it.
         if !dir.try_lock()? {
             return Err(error);
         }
         match (&cgroup, &network) {
             (Some(_), _) | (_, Some(_)) => log::warn!("{error}"),
             (None, None) => log::warn!(
-                "{error}; which cgroup it had, and what it made in a network namespace of \
-                 others, is not known and stays"
+                "{error}; its cgroup, and its redirects in a network namespace of others, are \
+                 unknown and stay"
             ),
         }
-        let network = network.map_or(Ok(()), |taken| taken.give_back());
+        let network = network.map_or(Ok(()), |taken| taken.remove());
         let cgroup = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
         network.and(cgroup)?;
         dir.remove()?;
         Ok(0)
     }
 
-    /// Sees to it that the sandbox process ends, if it may.
+    /// Ends the sandbox process, if the container's status or `--force` permits it.
     fn end(&self, dir: &StateDir, record: &Record) -> Result<()> {
         match record.current_status() {
             Status::Stopped => {}
@@ -89,14 +94,14 @@ impl Delete {
                     record.id
                 )));
             }
-            // Has nothing to lose, and no socket to be asked over.
+            // Nothing can be lost yet, and there is no control socket for a request.
             Status::Creating => {
                 record.sandbox.kill(END_TIMEOUT);
             }
             Status::Running | Status::Paused => {}
         }
         if record.current_status() != Status::Stopped {
-            // One that is stopped would neither answer nor end.
+            // A sandbox process that a signal has stopped would neither answer nor end.
             record.sandbox.let_go_on();
             let why = match is_answered(dir, &Request::Destroy) {
                 Ok(true) => None,

@@ -1,34 +1,37 @@
-//! `events`: what a container uses, and when the kernel has killed a process of it.
+//! `events`: reports the resource use of a container, and each time the kernel kills a process at
+//! the memory limit.
 
 use std::time::Duration;
 
 use clap::Args;
 
-use super::{Global, print};
 use crate::{
+    cli::{Global, print},
+    container_id::ContainerId,
+    engine::query::{self, News},
+    engine::record::Record,
     error::{Error, Explain, Result},
-    sandbox::inspect::{self, News},
-    state::{Id, StateDir, Status},
+    state::{StateDir, Status},
     stats::{Event, Stats},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct Events {
-    /// How often to tell what the container uses, as in 5s or 1m30s.
+    /// Interval between two reports of the resource use, as in 5s or 1m30s.
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = interval)]
     interval: Duration,
-    /// Tell what the container uses now, and nothing more.
+    /// Print the resource use once, and nothing more.
     #[arg(long)]
     stats: bool,
-    /// The container.
+    /// Id of the container.
     id: String,
 }
 
 impl Events {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
+        let status = Record::read(&dir)?.map_or(Status::Creating, |record| record.current_status());
         if matches!(status, Status::Creating | Status::Stopped) {
             return Err(Error::new(format!("container {id} is not running: it is {status}")));
         }
@@ -40,9 +43,9 @@ impl Events {
             })
         };
         if self.stats {
-            tell(News::Stats(Box::new(inspect::stats(&dir, &id)?)))?;
+            tell(News::Stats(Box::new(query::stats(&dir, &id)?)))?;
         } else {
-            inspect::follow(&dir, &id, self.interval, tell)?;
+            query::follow(&dir, &id, self.interval, tell)?;
         }
         Ok(0)
     }

@@ -1,36 +1,35 @@
-//! `exec`: another process in a running container.
+//! `exec`: runs another process in a running container.
 
 use std::path::PathBuf;
 
 use clap::Args;
 use oci_spec::runtime::{Capability, LinuxCapabilities, Process, User};
 
-use super::{
-    Global,
-    creation::{find_terminal, write_pid},
-    pidfd,
-};
 use crate::{
     bundle,
-    error::{Error, Explain, Result},
-    sandbox::{
-        self,
-        launch::{self, Launched},
-        preserved,
+    cli::{
+        Global,
+        create_options::{find_terminal, write_pid},
+        pidfd,
     },
-    state::{Id, PROCESS_FILE, Record, StateDir, Status},
+    container_id::ContainerId,
+    control::spawn::{self, Launched},
+    engine::{self, record::Record},
+    error::{Error, Explain, Result},
+    preserved,
+    state::{PROCESS_FILE, StateDir, Status},
     terminal::{self, RawMode},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct Exec {
-    /// Unix socket that gets the master of the process's terminal.
+    /// Unix socket that receives the master of the process's terminal.
     #[arg(long, value_name = "SOCKET")]
     console_socket: Option<PathBuf>,
     /// Working directory in the container.
     #[arg(long, value_name = "DIR")]
     cwd: Option<PathBuf>,
-    /// Add to the environment of the container's process.
+    /// Add a variable to the environment of the container's process.
     #[arg(short, long, value_name = "NAME=VALUE")]
     env: Vec<String>,
     /// Give the process a terminal.
@@ -45,14 +44,13 @@ pub(super) struct Exec {
     /// File with the OCI process object, in place of the other options.
     #[arg(short, long, value_name = "FILE")]
     process: Option<PathBuf>,
-    /// Return when the process has been started.
+    /// Return once the process has started.
     #[arg(short, long)]
     detach: bool,
-    /// Write the pid of the process that relays its streams to this file; it exits with the
-    /// process's status.
+    /// File that gets the pid of the relaying process, which exits with the status of the program.
     #[arg(long, value_name = "FILE")]
     pid_file: Option<PathBuf>,
-    /// Unix socket that gets a pidfd of the same process.
+    /// Unix socket that receives a pidfd of the same process.
     #[arg(long, value_name = "SOCKET")]
     pidfd_socket: Option<PathBuf>,
     /// Accepted for callers of runc, and without effect: the microVM takes the place of SELinux.
@@ -61,7 +59,7 @@ pub(super) struct Exec {
     /// Accepted for callers of runc, and without effect: the microVM takes the place of AppArmor.
     #[arg(long, value_name = "PROFILE")]
     apparmor: Option<String>,
-    /// The process cannot gain privileges.
+    /// Keep the process from gaining privileges.
     #[arg(long)]
     no_new_privs: bool,
     /// Add a capability to those of the container's process.
@@ -70,13 +68,13 @@ pub(super) struct Exec {
     /// Relay the N descriptors from 3 on too: pipes, connected stream sockets, terminals.
     #[arg(long, value_name = "N", default_value_t = 0)]
     preserve_fds: usize,
-    /// Also in a paused container. The process starts when that goes on, within a minute.
+    /// Allow a paused container. The process starts when the container is resumed, within a minute.
     #[arg(long)]
     ignore_paused: bool,
     /// Start the process in this cgroup, which the container has made below its own.
     #[arg(long, value_name = "PATH")]
     cgroup: Vec<String>,
-    /// The container.
+    /// Id of the container.
     id: String,
     /// The program and its arguments.
     #[arg(trailing_var_arg = true, value_name = "COMMAND")]
@@ -85,11 +83,11 @@ pub(super) struct Exec {
 
 impl Exec {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let preserved = preserved::find(self.preserve_fds)?;
         let cgroup = sub_cgroup(&self.cgroup)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let record = dir.record()?;
+        let record = Record::read(&dir)?;
         let status = record.as_ref().map_or(Status::Creating, Record::current_status);
         if status == Status::Paused && !self.ignore_paused {
             return Err(Error::new(format!(
@@ -106,7 +104,7 @@ impl Exec {
         bundle::check_process(&process)?;
         let wanted = process.terminal().unwrap_or(false);
         let terminal = find_terminal(wanted, self.detach, self.console_socket.as_deref())?;
-        let exec = sandbox::exec::Exec {
+        let exec = engine::exec::Exec {
             id,
             state_dir: dir.path().to_owned(),
             process,
@@ -119,15 +117,16 @@ impl Exec {
         if self.detach { self.detach(&dir, &exec) } else { self.attend(&exec) }
     }
 
-    /// Leaves a process behind that relays the streams.
-    fn detach(&self, dir: &StateDir, exec: &sandbox::exec::Exec) -> Result<u8> {
+    /// Leaves an exec relay behind for the streams.
+    fn detach(&self, dir: &StateDir, exec: &engine::exec::Exec) -> Result<u8> {
         let Launched { mut child, mut socket } =
-            launch::spawn("exec-relay", &exec.id, dir, None, &exec.preserved, exec)?;
-        let started = sandbox::exec::wait_started(&socket)
+            spawn::spawn("exec-relay", &exec.id, dir, None, &exec.preserved, exec)?;
+        let started = engine::exec::wait_started(&socket)
             .and_then(|()| self.tell_pid(child.id()))
-            .and_then(|()| sandbox::exec::let_go(&mut socket));
+            .and_then(|()| engine::exec::let_go(&mut socket));
         if let Err(error) = started {
-            // It has failed too, or ends the process that nobody will hear of.
+            // The relay has failed too, or ends the process when the connection closes: nobody will
+            // wait for that process.
             drop(socket);
             child.wait().explain(|| "cannot wait for the exec relay".into())?;
             return Err(error);
@@ -135,8 +134,8 @@ impl Exec {
         Ok(0)
     }
 
-    /// Stays until the end of the process.
-    fn attend(&self, exec: &sandbox::exec::Exec) -> Result<u8> {
+    /// Stays in the foreground until the end of the process.
+    fn attend(&self, exec: &engine::exec::Exec) -> Result<u8> {
         let mut raw = None;
         let exit = exec.run(|| {
             if exec.terminal.is_some() {
@@ -158,11 +157,12 @@ impl Exec {
         }
     }
 
-    /// The process to run: what `--process` says, or the container's own changed by the options.
+    /// The process to run: that of `--process`, or the container's own with the changes of the
+    /// options.
     fn process(&self, dir: &StateDir) -> Result<Process> {
         if let Some(path) = &self.process {
             let mut process = bundle::load_process(path)?;
-            // What is not in the file is false, and not as the container has it.
+            // A missing field means false, and not the value of the container's process.
             process.set_no_new_privileges(Some(process.no_new_privileges().unwrap_or(false)));
             return Ok(process);
         }
@@ -206,11 +206,11 @@ impl Exec {
     }
 }
 
-/// `--cgroup`, of which runc takes several where there are cgroups v1. The guest has v2.
+/// Checks `--cgroup`. runc takes several of them where there are cgroups v1; the guest has v2.
 fn sub_cgroup(paths: &[String]) -> Result<Option<String>> {
     match paths {
         [] => Ok(None),
-        // To runc it is the container's own, too.
+        // To runc an empty path is the container's own cgroup, too.
         [path] if path.is_empty() => Ok(Some("/".to_owned())),
         [path] if !path.contains(':') => Ok(Some(path.clone())),
         paths => Err(Error::new(format!(
@@ -221,7 +221,7 @@ fn sub_cgroup(paths: &[String]) -> Result<Option<String>> {
     }
 }
 
-/// `UID[:GID]`; the rest stays as it was.
+/// Parses `UID[:GID]`. The other fields stay as in `before`.
 fn parse_user(text: &str, before: &User) -> Result<User> {
     let (uid, gid) = text.split_once(':').map_or((text, None), |(uid, gid)| (uid, Some(gid)));
     let number = |text: &str| {
@@ -237,7 +237,7 @@ fn parse_user(text: &str, before: &User) -> Result<User> {
     Ok(user)
 }
 
-/// Empty sets. The types' own default has some.
+/// Empty capability sets. The default of the type is not empty.
 fn no_capabilities() -> LinuxCapabilities {
     let mut capabilities = LinuxCapabilities::default();
     capabilities
@@ -249,9 +249,10 @@ fn no_capabilities() -> LinuxCapabilities {
     capabilities
 }
 
-/// Adds capabilities to what the process has and may get, as runc does. The inheritable set stays as
-/// it is, so that no file can make more of them, and the ambient set follows it, which the kernel
-/// demands.
+/// Adds capabilities to the bounding, effective and permitted sets, as runc does.
+///
+/// The inheritable set stays unchanged, so that no file can add capabilities to the process. The
+/// ambient set follows the inheritable set, as the kernel demands.
 fn add_capabilities(
     mut capabilities: LinuxCapabilities,
     names: &[String],

@@ -1,12 +1,12 @@
-//! Settings of the host that bear on what a microVM's guest may learn of others: shown, for the operator
-//! to judge.
+//! Settings of the host that affect what a guest may learn of other guests. They are shown for the
+//! operator to judge.
 
 use std::{fs, path::Path};
 
 /// Most names in a line.
 const MAX_NAMED: usize = 8;
 
-/// Simultaneous multithreading, by the directory `cpu/smt` of sysfs.
+/// State of simultaneous multithreading, from the directory `cpu/smt` of sysfs.
 pub(super) fn smt(dir: &Path) -> String {
     let read = |file: &str| fs::read_to_string(dir.join(file)).unwrap_or_default();
     let control = read("control");
@@ -21,19 +21,20 @@ pub(super) fn smt(dir: &Path) -> String {
     }
 }
 
-/// Merging of equal pages, by the directory `mm/ksm` of sysfs.
+/// State of kernel samepage merging, from the directory `mm/ksm` of sysfs.
 pub(super) fn ksm(dir: &Path) -> String {
     match fs::read_to_string(dir.join("run")).unwrap_or_default().trim_end() {
-        "1" => "on: it merges what asks for it, which a microVM does not, unless who starts isopod has \
-                asked for all of its processes; merged pages tell a guest by their timing what others \
-                have (`echo 2 > /sys/kernel/mm/ksm/run` ends it)"
+        "1" => "on: it merges pages of processes that ask for it; a microVM does not ask, unless \
+                the caller of isopod has asked for all of its processes; the timing of merged \
+                pages tells a guest what others have in memory (`echo 2 > \
+                /sys/kernel/mm/ksm/run` ends it)"
             .to_owned(),
         "0" | "2" => "off".to_owned(),
         _ => "the kernel has none".to_owned(),
     }
 }
 
-/// Weaknesses of the processor and what the kernel does about them, by the directory
+/// Weaknesses of the processor without a complete mitigation by the kernel, from the directory
 /// `cpu/vulnerabilities` of sysfs.
 pub(super) fn mitigations(dir: &Path) -> String {
     let mut files: Vec<_> = fs::read_dir(dir).into_iter().flatten().flatten().collect();

@@ -1,16 +1,12 @@
-//! `features`: what of the runtime specification is supported, as JSON.
+//! `features`: the supported parts of the runtime specification, as JSON.
 
-use super::print;
 use crate::{
     bundle,
+    cli::print,
     error::{Explain, Result},
 };
 
 /// Prints the features structure of the specification.
-///
-/// # Errors
-///
-/// If it cannot be printed.
 pub(super) fn run() -> Result<u8> {
     let features = bundle::features();
     let json =

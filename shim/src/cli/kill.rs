@@ -4,21 +4,25 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Global, creation::end_processes, run::event_loop};
 use crate::{
+    cli::{Global, create_options::end_processes, run::event_loop},
+    container_id::ContainerId,
+    control::versions,
+    control::{Answer, Request, ask, is_answered},
+    engine::record::Record,
+    engine::record::Remains,
     error::{Error, Result},
-    sandbox::control::{Answer, Request, ask, is_answered},
-    signal,
-    state::{Exit, Id, Record, StateDir, Status},
+    signal_names,
+    state::{Exit, StateDir, Status},
 };
 
-/// `SIGKILL`.
+/// Number of `SIGKILL`.
 const KILL: u32 = 9;
 
-/// How long processes may take to end when they are killed.
+/// Longest time for processes to end after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the guest may take to end a container whose sandbox process had to be killed.
+/// Longest time for the guest to end a container whose sandbox process had to be killed.
 const GUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
@@ -26,20 +30,21 @@ pub(super) struct Kill {
     /// Send the signal to every process of the container.
     #[arg(short, long)]
     all: bool,
-    /// The container.
+    /// Id of the container.
     id: String,
-    /// Name, with or without SIG, or number.
+    /// Name of the signal, with or without SIG, or its number.
     #[arg(default_value = "SIGTERM")]
     signal: String,
 }
 
 impl Kill {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
-        let signal = signal::parse(&self.signal)?;
+        let id = ContainerId::parse(&self.id)?;
+        let signal = signal_names::parse(&self.signal)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let record = match dir.record() {
-            // What another version has created can be killed without a word to it.
+        let record = match Record::read(&dir) {
+            // A container of another version can be killed without a message to its sandbox
+            // process.
             Err(error) if signal == KILL => return remains(&dir, error),
             record => record?,
         };
@@ -48,9 +53,9 @@ impl Kill {
         let not_running =
             || Err(Error::new(format!("cannot kill container {id}: container not running")));
         match status {
-            // What is paused gets it when it goes on, SIGKILL at once.
+            // A paused container gets the signal when it is resumed, and SIGKILL at once.
             Status::Created | Status::Running | Status::Paused => {}
-            // As with runc: no process is left, so all have been reached.
+            // As with runc: no process is left, so all processes have been reached.
             Status::Stopped if self.all => return Ok(0),
             Status::Stopped | Status::Creating => return not_running(),
         }
@@ -69,9 +74,10 @@ impl Kill {
     }
 }
 
-/// Why a sandbox process can be asked for nothing, if it cannot. One that is ending can.
+/// Finds out why a sandbox process cannot answer; `None` if it can. A sandbox process that is
+/// ending can.
 fn unanswered(dir: &StateDir, record: &Record) -> Option<String> {
-    if let Err(error) = dir.check_protocols() {
+    if let Err(error) = versions::check(dir) {
         return Some(error.message);
     }
     record.sandbox.let_go_on();
@@ -85,7 +91,7 @@ fn unanswered(dir: &StateDir, record: &Record) -> Option<String> {
 
 /// Kills a container whose record cannot be read because of `error`.
 fn remains(dir: &StateDir, error: Error) -> Result<u8> {
-    let left = dir.remains();
+    let left = Remains::read(dir);
     let Some(sandbox) = left.sandbox.filter(|sandbox| sandbox.is_alive()) else {
         return Err(error);
     };
@@ -94,11 +100,13 @@ fn remains(dir: &StateDir, error: Error) -> Result<u8> {
     if ended { Ok(0) } else { Err(error) }
 }
 
-/// Kills a container whose sandbox process does not answer, from outside, and writes down how it ended.
+/// Kills a container from outside, because its sandbox process does not answer, and records its
+/// exit.
 fn force(dir: &StateDir, record: Record) -> Result<()> {
     end_processes(&record)?;
     if let Some(pod) = &record.pod {
-        // Its processes are in a microVM that goes on. If they do not end now, `delete` ends them.
+        // The container's processes are in a microVM that goes on. If they do not end now, `delete`
+        // ends them.
         event_loop()?.block_on(async {
             let ended = tokio::time::timeout(GUEST_TIMEOUT, pod.clean_up(&record.id)).await;
             if let Ok(Err(error)) = ended {
@@ -106,14 +114,14 @@ fn force(dir: &StateDir, record: Record) -> Result<()> {
             }
         });
     }
-    // Who has the lock by now writes the record, or is about to remove it.
+    // Another process has the lock by now: it writes the record, or is about to remove it.
     if !dir.try_lock()? {
         return Ok(());
     }
     let exit = Some(Exit { status: 128 + 9, oom_killed: false });
-    match dir.record()? {
+    match Record::read(dir)? {
         Some(record) if record.exit.is_none() && record.error.is_none() => {
-            dir.write_record(&Record { status: Status::Stopped, exit, ..record })
+            (Record { status: Status::Stopped, exit, ..record }).write(dir)
         }
         _ => Ok(()),
     }

@@ -1,18 +1,19 @@
-//! `list`: the containers below the root directory.
+//! `list`: lists the containers below the root directory.
 
 use std::path::Path;
 
 use clap::{Args, ValueEnum};
 
-use super::{Global, print};
 use crate::{
+    cli::{Global, print},
+    engine::record::Record,
     error::{Error, Explain, Result},
-    state::{DEFAULT_ROOT, Record, StateDir, ids},
+    state::{DEFAULT_ROOT, StateDir, ids},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct List {
-    /// Form of the list.
+    /// Format of the list.
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     format: Format,
     /// Print ids only.
@@ -29,7 +30,7 @@ enum Format {
 impl List {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
         let mut records = Vec::new();
-        // The default one is made by the first container; another one was given by mistake.
+        // The first container makes the default root. Another root that is missing is a mistake.
         if global.root != Path::new(DEFAULT_ROOT) && !global.root.exists() {
             return Err(Error::new(format!(
                 "cannot list containers: there is no directory {}, which --root names",
@@ -37,8 +38,9 @@ impl List {
             )));
         }
         for id in ids(&global.root)? {
-            // One that is made or deleted right now is not there yet or any more.
-            match StateDir::open(&global.root, &id).and_then(|dir| dir.record()) {
+            // A container that is being made has no record yet. A container that is being deleted
+            // may have lost its record.
+            match StateDir::open(&global.root, &id).and_then(|dir| Record::read(&dir)) {
                 Ok(Some(record)) => records.push(record),
                 Ok(None) => {}
                 Err(error) => log::warn!("{error}"),
@@ -73,13 +75,13 @@ fn table(records: &[Record]) -> String {
     columns(&rows)
 }
 
-/// The status in one word, since scripts take the columns apart. `state` tells how it was lost.
+/// The status in one word, because scripts split the columns. `state` has the reason for a loss.
 fn status(record: &Record) -> String {
     let status = record.current_status();
     if record.is_lost() { format!("{status}(lost)") } else { status.to_string() }
 }
 
-/// Rows of cells, padded so that they line up.
+/// Formats rows of cells, padded so that the columns line up.
 pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();

@@ -1,10 +1,10 @@
-//! The OCI command line, with runc's verbs and options: one file a verb.
+//! The OCI command line, with runc's verbs and options. Each verb has a file.
 
 mod bundle;
 mod check;
 mod checkpoint;
 mod create;
-mod creation;
+mod create_options;
 mod delete;
 mod events;
 mod exec;
@@ -35,9 +35,10 @@ use clap::{Args, Parser, Subcommand};
 use crate::{
     bundle::SPEC_VERSION,
     clock,
+    control::spawn::Descriptors,
+    engine,
     error::{EXIT_EXEC_FAILED, Error, Explain, Result},
     logger,
-    sandbox::{self, launch::Descriptors},
     state::DEFAULT_ROOT,
 };
 
@@ -47,7 +48,7 @@ use crate::{
     name = "isopod",
     disable_version_flag = true,
     arg_required_else_help = true,
-    // Callers append an option to override an earlier one, as runc lets them.
+    // As with runc, a later option overrides an earlier one: callers append options.
     args_override_self = true
 )]
 struct Cli {
@@ -63,38 +64,39 @@ struct Cli {
 /// Options of every verb, accepted before and after it.
 #[derive(Debug, Args)]
 struct Global {
-    /// Directory that holds the state of containers; should be on a tmpfs.
+    /// Directory for the state of containers; should be on a tmpfs.
     #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_ROOT)]
     root: PathBuf,
     /// Append log records to this file.
     #[arg(long, global = true, value_name = "FILE")]
     log: Option<PathBuf>,
-    /// Form of log records.
+    /// Format of log records.
     #[arg(long, global = true, value_name = "FORMAT", default_value = "text")]
     log_format: logger::Format,
     /// Log debug records, and keep the guest's console in the state directory.
     #[arg(long, global = true)]
     debug: bool,
-    /// linux.cgroupsPath has the form slice:prefix:name, and systemd makes the cgroup if it runs.
+    /// Read linux.cgroupsPath as slice:prefix:name, and have systemd make the cgroup if it runs.
     #[arg(long, global = true)]
     systemd_cgroup: bool,
-    /// Accepted for callers of runc, and without effect: there are no cgroups of the host to be
-    /// denied. Before the verb only: `spec` has one of its own.
+    /// Accepted for callers of runc, and without effect: isopod has to run as root. Before the verb
+    /// only: `spec` has an option of this name.
     #[arg(long, value_name = "true|false|auto")]
     rootless: Option<String>,
     /// Accepted for callers of runc, and without effect: CRIU is not used.
     #[arg(long, global = true, value_name = "PATH")]
     criu: Option<PathBuf>,
-    /// When the command began, for the timeline.
+    /// Start of the command for the timeline: [`clock::monotonic_us`].
     #[arg(skip = clock::monotonic_us())]
     began_us: u64,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Create a container and run it: isopod run [-b BUNDLE] ID, or isopod run BUNDLE [-- COMMAND...]
+    /// Create a container and run it: isopod run [-b BUNDLE] ID, or isopod run BUNDLE [--
+    /// COMMAND...]
     Run(run::Run),
-    /// Create a container, up to its process, which `start` lets go.
+    /// Create a container: its process waits for `start`.
     Create(create::Create),
     /// Start the process of a created container.
     Start(start::Start),
@@ -102,15 +104,15 @@ enum Verb {
     State(state::State),
     /// Send a signal to a container's process.
     Kill(kill::Kill),
-    /// Delete what is left of a stopped container.
+    /// Delete the remains of a stopped container.
     Delete(delete::Delete),
     /// Run another process in a running container.
     Exec(exec::Exec),
     /// List the containers below the root directory.
     List(list::List),
-    /// Stop the processes of a container where they are.
+    /// Pause the processes of a container.
     Pause(pause::Pause),
-    /// Let the processes of a paused container go on.
+    /// Resume the processes of a paused container.
     Resume(resume::Resume),
     /// Change the limits of a container.
     Update(update::Update),
@@ -118,11 +120,12 @@ enum Verb {
     Ps(ps::Ps),
     /// Unpack an image into a new bundle: isopod bundle oci:DIR[:TAG] BUNDLE
     Bundle(bundle::Bundle),
-    /// Tell what a container uses, and when the kernel kills a process of it for its memory limit.
+    /// Print a container's resource use, and each time the kernel kills a process at the memory
+    /// limit.
     Events(events::Events),
     /// Write a config.json to start from.
     Spec(spec::Spec),
-    /// Print what of the runtime specification is supported, as JSON.
+    /// Print the supported parts of the runtime specification, as JSON.
     Features,
     /// Not supported.
     #[command(hide = true)]
@@ -132,10 +135,10 @@ enum Verb {
     Restore(checkpoint::Refused),
     /// Show what this host has and lacks for running microVMs.
     Check,
-    /// The process that owns a microVM. Started by create and run.
+    /// The sandbox process of a container. Started by create and run.
     #[command(hide = true)]
     Sandbox(Hidden),
-    /// The process that owns a detached exec. Started by exec.
+    /// The exec relay of a detached exec. Started by exec.
     #[command(hide = true)]
     ExecRelay(Hidden),
 }
@@ -145,7 +148,7 @@ enum Verb {
 struct Hidden {
     #[command(flatten)]
     descriptors: Descriptors,
-    /// The container, for those who look at the process table.
+    /// Id of the container, for readers of the process table.
     #[arg(value_name = "ID")]
     _id: String,
 }
@@ -155,7 +158,7 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            // Standard output or error may be closed; there is nowhere to say so.
+            // Standard output or error may be closed. Then there is no place to report the failure.
             let _ = error.print();
             if !error.use_stderr() {
                 return ExitCode::SUCCESS;
@@ -170,11 +173,11 @@ pub fn main() -> ExitCode {
         return if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
     let Some(verb) = cli.verb else {
-        // There is nowhere to say that it cannot be said.
+        // If standard error is closed, there is no place to report the failure.
         let _ = std::io::stderr().write_all(b"isopod: a verb is missing; see isopod --help\n");
         return ExitCode::FAILURE;
     };
-    // Only these two have the exit status of a process in a container.
+    // Only `run` and `exec` have the exit status of a process in a container.
     let status_of: fn(&Error) -> u8 = match verb {
         Verb::Run(_) => Error::exit_code,
         Verb::Exec(_) => |_| EXIT_EXEC_FAILED,
@@ -192,14 +195,14 @@ pub fn main() -> ExitCode {
 fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
     let (format, debug) = (global.log_format, global.debug);
     match verb {
-        // They find their log on their command line, and set it up themselves.
+        // The log of these two is a descriptor on their command line, so they set it up themselves.
         Verb::Sandbox(hidden) => {
             logger::init(hidden.descriptors.log_file()?, format, debug);
-            return sandbox::process::main(hidden.descriptors);
+            return engine::create::main(hidden.descriptors);
         }
         Verb::ExecRelay(hidden) => {
             logger::init(hidden.descriptors.log_file()?, format, debug);
-            return sandbox::exec::main(hidden.descriptors);
+            return engine::exec::main(hidden.descriptors);
         }
         _ => {}
     }

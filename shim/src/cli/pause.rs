@@ -1,25 +1,27 @@
-//! `pause`: stops the processes of a container where they are.
+//! `pause`: pauses the processes of a container.
 
 use clap::Args;
 
-use super::Global;
 use crate::{
+    cli::Global,
+    container_id::ContainerId,
+    control::{Request, ask},
+    engine::record::Record,
     error::{Error, Result},
-    sandbox::control::{Request, ask},
-    state::{Id, StateDir, Status},
+    state::{StateDir, Status},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct Pause {
-    /// The container.
+    /// Id of the container.
     id: String,
 }
 
 impl Pause {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
+        let status = Record::read(&dir)?.map_or(Status::Creating, |record| record.current_status());
         if !matches!(status, Status::Created | Status::Running) {
             return Err(Error::new(format!(
                 "cannot pause container {id}: container not running or created (it is {status})"

@@ -1,15 +1,17 @@
-//! `ps`: the processes of a container.
+//! `ps`: lists the processes of a container.
 
 use clap::{Args, ValueEnum};
 
 use isopod_protocol::agent::ProcessInfo;
 
-use super::{Global, list::columns, print, users};
 use crate::{
+    cli::{Global, list::columns, print, users},
     clock::{self, LocalTime},
+    container_id::ContainerId,
+    engine::{query, record::Record},
     error::{Error, Result},
-    sandbox::{inspect, printable},
-    state::{Id, Record, StateDir, Status},
+    state::{StateDir, Status},
+    text::printable,
 };
 
 /// First and last major number of pseudo-terminals (the kernel's devices.txt).
@@ -17,12 +19,11 @@ const PTS_MAJORS: std::ops::RangeInclusive<u32> = 136..=143;
 
 #[derive(Debug, Args)]
 pub(super) struct Ps {
-    /// `table`: the processes inside the microVM, with the pids that they have in the container.
-    /// `json`: the pids of the container on the host, which are those of its sandbox process and of
-    /// its VMM.
+    /// `table`: the processes inside the microVM, with their pids in the container. `json`: the
+    /// pids on the host, of the sandbox process and the VMM.
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     format: Format,
-    /// The container.
+    /// Id of the container.
     id: String,
     /// Options of ps(1): only -e and -f, which are the default.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "PS OPTIONS")]
@@ -37,9 +38,9 @@ enum Format {
 
 impl Ps {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let record = dir.record()?.filter(|record| {
+        let record = Record::read(&dir)?.filter(|record| {
             !matches!(record.current_status(), Status::Creating | Status::Stopped)
         });
         let record = record.ok_or_else(|| {
@@ -51,7 +52,7 @@ impl Ps {
             Format::Json => format!("{}\n", serde_json::json!(host_pids(&record))),
             Format::Table => {
                 self.check_options()?;
-                let processes = inspect::processes(&dir, &id)?;
+                let processes = query::processes(&dir, &id)?;
                 table(processes, &users::of_container(record.sandbox))
             }
         };
@@ -59,7 +60,7 @@ impl Ps {
         Ok(0)
     }
 
-    /// Columns are those of `ps -ef`. Who asks for others gets an error rather than something else.
+    /// Refuses options other than those of `ps -ef`, which has the columns of the table.
     fn check_options(&self) -> Result<()> {
         let options = self.options.iter().flat_map(|option| option.split_whitespace());
         match options.clone().find(|option| !matches!(*option, "-ef" | "-fe" | "-e" | "-f" | "ef"))
@@ -74,13 +75,13 @@ impl Ps {
     }
 }
 
-/// The processes of this host that are the container's.
+/// Pids on the host of the container's sandbox process and VMM, as far as they live.
 fn host_pids(record: &Record) -> Vec<i32> {
     let processes = [Some(record.sandbox), record.vmm].into_iter().flatten();
     processes.filter(|process| process.is_alive()).map(|process| process.pid).collect()
 }
 
-/// As `ps -ef` shows them, by their pids in the container.
+/// Formats processes as `ps -ef` does, by their pids in the container.
 fn table(mut processes: Vec<ProcessInfo>, names: &users::Names) -> String {
     processes.sort_by_key(|process| process.container_pid);
     let now = clock::local_time(clock::realtime_ns() / 1_000_000_000);
@@ -114,7 +115,7 @@ fn table(mut processes: Vec<ProcessInfo>, names: &users::Names) -> String {
     columns(&rows)
 }
 
-/// The time of a start today, the day of one this year, or else the year.
+/// The start time as `ps` shows it: the time today, the day in this year, or else the year.
 fn start_time(started: LocalTime, now: LocalTime) -> String {
     const MONTHS: [&str; 12] =
         ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
@@ -127,7 +128,7 @@ fn start_time(started: LocalTime, now: LocalTime) -> String {
     format!("{:02}:{:02}", started.hour, started.minute)
 }
 
-/// The name of a terminal by its number in the kernel's encoding of devices (`new_encode_dev`).
+/// Name of a terminal by its number in the kernel's encoding of devices (`new_encode_dev`).
 fn terminal(device: u32) -> String {
     let (major, minor) = (device >> 8 & 0xfff, device & 0xff | device >> 12 & 0xfff00);
     match (major, minor) {
@@ -141,7 +142,7 @@ fn terminal(device: u32) -> String {
     }
 }
 
-/// The arguments, or the name in brackets where there are none.
+/// The arguments, or the name in brackets if there are no arguments.
 fn command(process: &ProcessInfo) -> String {
     if process.args.is_empty() {
         return printable(&format!("[{}]", process.name));

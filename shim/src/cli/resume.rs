@@ -1,25 +1,27 @@
-//! `resume`: lets the processes of a paused container go on.
+//! `resume`: resumes the processes of a paused container.
 
 use clap::Args;
 
-use super::Global;
 use crate::{
+    cli::Global,
+    container_id::ContainerId,
+    control::{Request, ask},
+    engine::record::Record,
     error::{Error, Result},
-    sandbox::control::{Request, ask},
-    state::{Id, StateDir, Status},
+    state::{StateDir, Status},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct Resume {
-    /// The container.
+    /// Id of the container.
     id: String,
 }
 
 impl Resume {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let status = dir.record()?.map_or(Status::Creating, |record| record.current_status());
+        let status = Record::read(&dir)?.map_or(Status::Creating, |record| record.current_status());
         if status != Status::Paused {
             return Err(Error::new(format!(
                 "cannot resume container {id}: container not paused (it is {status})"

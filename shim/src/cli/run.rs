@@ -1,4 +1,4 @@
-//! `run`: create, start, and wait for the end of a container.
+//! `run`: creates and starts a container, and waits for its end.
 
 use std::{
     io::Write,
@@ -9,27 +9,25 @@ use std::{
 use clap::Args;
 use tokio::io::AsyncWriteExt;
 
-use super::{
-    Global,
-    creation::{CreateOptions, NewContainer, Next, describe, remove},
-};
 use crate::{
-    error::{Error, ErrorKind, Explain, Result},
-    sandbox::{
-        control::{self, Ended, Message, Request},
-        launch::Terminal,
-        signals::WINCH,
-        stdio,
+    cli::{
+        Global,
+        create_options::{CreateOptions, NewContainer, Next, describe, remove},
     },
-    state::Id,
-    terminal::{self, RawMode},
+    container_id::ContainerId,
+    control::{Ended, Message, Request, message},
+    engine::record::Record,
+    engine::stdio,
+    error::{Error, ErrorKind, Explain, Result},
+    signals::WINCH,
+    terminal::{self, RawMode, Terminal},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct Run {
     #[command(flatten)]
     options: CreateOptions,
-    /// Return when the container's process has been started.
+    /// Return once the container's process has started.
     #[arg(short, long)]
     detach: bool,
     /// Leave the stopped container for `state` and `delete`.
@@ -39,22 +37,22 @@ pub(super) struct Run {
     /// its microVM.
     #[arg(long)]
     no_subreaper: bool,
-    /// At the end, print to standard error when what happened.
+    /// Print a timeline to standard error at the end.
     #[arg(long, conflicts_with = "detach")]
     timeline: bool,
-    /// Name of the container; or a bundle's directory (`.` or with a slash in it), and the container
-    /// gets a random name.
+    /// Id of the container. Or the directory of a bundle (`.` or with a slash): the container then
+    /// gets a random id.
     #[arg(value_name = "ID|BUNDLE")]
     target: String,
-    /// Runs in place of process.args of the bundle given as BUNDLE.
+    /// Command to run in place of process.args of the bundle given as BUNDLE.
     #[arg(last = true)]
     command: Vec<String>,
 }
 
-/// What is to be run, under which name.
+/// A container to run: its id, its bundle and its command.
 #[derive(Debug, PartialEq, Eq)]
 struct Target {
-    id: Id,
+    id: ContainerId,
     bundle: PathBuf,
     command: Option<Vec<String>>,
 }
@@ -65,7 +63,7 @@ impl Run {
         event_loop()?.block_on(self.run_container(global, target))
     }
 
-    /// Tells runc's `run [-b BUNDLE] ID` and our `run BUNDLE [-- COMMAND...]` apart.
+    /// Tells runc's `run [-b BUNDLE] ID` and Isopod's `run BUNDLE [-- COMMAND...]` apart.
     fn target(&self) -> Result<Target> {
         let target = &self.target;
         let is_path = target.contains('/') || target == ".";
@@ -78,7 +76,7 @@ impl Run {
         }
         if is_bundle {
             let command = Some(self.command.clone()).filter(|command| !command.is_empty());
-            return Ok(Target { id: Id::random()?, bundle: target.into(), command });
+            return Ok(Target { id: ContainerId::random()?, bundle: target.into(), command });
         }
         if is_path && self.options.bundle.is_none() {
             return Err(Error::new(format!(
@@ -86,7 +84,7 @@ impl Run {
                  (no slash)"
             )));
         }
-        let id = Id::parse(target)?;
+        let id = ContainerId::parse(target)?;
         if !self.command.is_empty() {
             return Err(Error::new(
                 "a command can only follow a bundle's directory: isopod run BUNDLE -- COMMAND",
@@ -104,7 +102,7 @@ impl Run {
     }
 
     /// Starts the container and stays until its end.
-    async fn attend(&self, mut container: NewContainer, id: &Id) -> Result<u8> {
+    async fn attend(&self, mut container: NewContainer, id: &ContainerId) -> Result<u8> {
         let (heard, status) = match follow_to_end(&mut container).await {
             Ok(end) => end,
             Err(error) => {
@@ -113,23 +111,24 @@ impl Run {
             }
         };
         if !self.keep {
-            let removed = match container.dir.record() {
+            let removed = match Record::read(&container.dir) {
                 Ok(record) => remove(&container.dir, record.as_ref()).await,
                 Err(error) => Err(error),
             };
-            // How the container ended is what the caller waits for.
+            // The caller waits for the container's exit status, so a failed removal is only a
+            // warning.
             if let Err(left) = removed {
                 log::warn!("container {id} has ended, and something of it is left: {left}");
             }
         }
         if let (true, Some(ended)) = (self.timeline, &heard) {
-            // There is nowhere to say that it cannot be said.
+            // If standard error is closed, there is no place to report the failure.
             let _ = std::io::stderr().write_all(ended.timeline.table().as_bytes());
         }
         if let Some(Ended { exit, error, .. }) = heard {
             match (error, exit) {
                 (Some(error), _) => return Err(error),
-                // Known, whatever becomes of the process that has said it.
+                // The exit status is known, whatever becomes of the sandbox process.
                 (None, Some(exit)) => return Ok(exit.status),
                 (None, None) => {}
             }
@@ -148,19 +147,19 @@ impl Run {
     }
 }
 
-/// Starts the container and leaves.
-async fn detach(mut container: NewContainer, id: &Id) -> Result<u8> {
+/// Starts the container and returns.
+async fn detach(mut container: NewContainer, id: &ContainerId) -> Result<u8> {
     let error = match start(&mut container, id).await {
         Ok(()) => return Ok(0),
         Err(error) => error,
     };
-    // Nothing of the container is to be left.
+    // After a failed start nothing of the container is to be left.
     container.abandon().await;
     Err(error)
 }
 
-/// Starts the container.
-async fn start(container: &mut NewContainer, id: &Id) -> Result<()> {
+/// Starts the container and waits for the answer.
+async fn start(container: &mut NewContainer, id: &ContainerId) -> Result<()> {
     ask(container, &Request::Start).await?;
     loop {
         match container.next().await? {
@@ -178,15 +177,16 @@ async fn start(container: &mut NewContainer, id: &Id) -> Result<()> {
     }
 }
 
-/// Starts the container and waits until the sandbox process has ended. Returns what that said, if it
-/// did, and how it ended.
+/// Starts the container and waits until the sandbox process has ended. Returns the container's end,
+/// if the sandbox process has reported it, and the exit status of the sandbox process.
 async fn follow_to_end(container: &mut NewContainer) -> Result<(Option<Ended>, ExitStatus)> {
     let raw = match container.terminal {
         Some(Terminal::Inherited { .. }) => {
             terminal::of_this_process().map(RawMode::enter).transpose()?
         }
         _ => {
-            // A reader of the container's output waits for its end, not for that of this process.
+            // A reader of the container's output then sees the end of the container, not that of
+            // this process.
             stdio::release(stdio::Release::InputAndOutput)?;
             None
         }
@@ -197,15 +197,15 @@ async fn follow_to_end(container: &mut NewContainer) -> Result<(Option<Ended>, E
     Ok((heard, status))
 }
 
-/// Starts the container and passes signals and window sizes on, until the sandbox process has said
-/// how the container ended, or is gone.
+/// Starts the container and passes signals and window sizes on. Returns the container's end as the
+/// sandbox process reports it, or `None` if that process is gone.
 async fn follow(container: &mut NewContainer) -> Result<Option<Ended>> {
     ask(container, &Request::Start).await?;
     loop {
         match container.next().await? {
             Next::Message(None) => return Ok(None),
             Next::Message(Some(Message::Ended(ended))) => return Ok(Some(*ended)),
-            // What could not be started ends, and says the same again then.
+            // A container that could not be started ends, and its end has the same error.
             Next::Message(Some(Message::Failed { error })) => log::debug!("{error}"),
             Next::Message(Some(Message::Created | Message::Done)) => {}
             Next::Signal(WINCH) => {
@@ -218,27 +218,23 @@ async fn follow(container: &mut NewContainer) -> Result<Option<Ended>> {
     }
 }
 
-/// Sends a signal to the sandbox process, which passes it on to the container's.
+/// Sends a signal to the sandbox process, which passes the signal on to the container's process.
 fn pass_on(container: &NewContainer, number: u32) {
     if let (Ok(pid), Ok(signal)) = (i32::try_from(container.pid()), i32::try_from(number)) {
         // SAFETY: plain numbers are passed. The pid is that of a child that nobody has waited for,
-        // so it is its own. If the child has ended, so be it.
+        // so it is still the child's own. A signal to a child that has ended does nothing.
         unsafe { libc::kill(pid, signal) };
     }
 }
 
-/// Sends a request. That the sandbox process is gone shows in its silence.
+/// Sends a request. A failure is ignored: the reader notices when the sandbox process is gone.
 async fn ask(container: &mut NewContainer, request: &Request) -> Result<()> {
-    let line = control::line(request).explain(|| "cannot write a request".into())?;
+    let line = message::line(request).explain(|| "cannot write a request".into())?;
     let _ = container.writer.write_all(&line).await;
     Ok(())
 }
 
-/// The event loop of `create` and `run`.
-///
-/// # Errors
-///
-/// If it cannot be made.
+/// Makes an event loop with one thread.
 pub(super) fn event_loop() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()

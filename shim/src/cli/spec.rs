@@ -1,4 +1,4 @@
-//! `spec`: a config.json to start from.
+//! `spec`: writes a config.json to start from.
 
 use std::path::PathBuf;
 
@@ -14,7 +14,7 @@ pub(super) struct Spec {
     /// The bundle's directory.
     #[arg(short, long, value_name = "DIR", default_value = ".")]
     bundle: PathBuf,
-    /// For a container with a user namespace, whose root is the caller outside.
+    /// Give the container a user namespace, whose root is the caller outside.
     #[arg(long)]
     rootless: bool,
 }

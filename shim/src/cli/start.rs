@@ -1,28 +1,27 @@
-//! `start`: lets the process of a created container go.
+//! `start`: starts the process of a created container.
 
 use clap::Args;
 
-use super::Global;
 use crate::{
+    cli::Global,
+    container_id::ContainerId,
+    control::{Answer, Request, ask_within},
+    engine::{record::Record, start_limit},
     error::{Error, Result},
-    sandbox::{
-        control::{Answer, Request, ask_within},
-        start_limit,
-    },
-    state::{Id, Record, StateDir, Status},
+    state::{StateDir, Status},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct Start {
-    /// The container.
+    /// Id of the container.
     id: String,
 }
 
 impl Start {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let dir = StateDir::open(&global.root, &id)?;
-        let record = dir.record()?;
+        let record = Record::read(&dir)?;
         let status = record.as_ref().map_or(Status::Creating, Record::current_status);
         if status != Status::Created {
             return Err(Error::new(format!("cannot start container {id}: it is {status}")));

@@ -1,23 +1,25 @@
-//! `state`: the OCI runtime specification's state object.
+//! `state`: prints the state object of the OCI runtime specification.
 
 use clap::Args;
 
-use super::{Global, print};
 use crate::{
+    cli::{Global, print},
+    container_id::ContainerId,
+    engine::record::Record,
     error::{Error, Explain, Result},
-    state::{Id, StateDir},
+    state::StateDir,
 };
 
 #[derive(Debug, Args)]
 pub(super) struct State {
-    /// The container.
+    /// Id of the container.
     id: String,
 }
 
 impl State {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
-        let record = StateDir::open(&global.root, &id)?.record()?.ok_or_else(|| {
+        let id = ContainerId::parse(&self.id)?;
+        let record = Record::read(&StateDir::open(&global.root, &id)?)?.ok_or_else(|| {
             Error::new(format!(
                 "container does not exist: {id} is being created or was left behind"
             ))

@@ -1,4 +1,4 @@
-use super::*;
+use crate::cli::*;
 
 fn parse(arguments: &[&str]) -> Cli {
     Cli::try_parse_from([&["isopod"], arguments].concat()).unwrap()

@@ -8,28 +8,30 @@ use std::{
 use clap::Args;
 use oci_spec::runtime::{LinuxBlockIo, LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 
-use super::Global;
 use crate::{
     bundle::{beyond_vm, parse_resources, update_resources},
+    cli::Global,
+    container_id::ContainerId,
+    control::{MAX_MESSAGE_LEN, Request, ask},
+    engine::record::Record,
     error::{Error, Explain, Result},
-    sandbox::control::{MAX_MESSAGE_LEN, Request, ask},
-    state::{Id, StateDir, Status},
+    state::{StateDir, Status},
 };
 
-/// Longest JSON that is read: as a request to the sandbox process it has to fit into a message.
+/// Longest JSON that is read, in bytes: it has to fit into a message to the sandbox process.
 const MAX_JSON_LEN: u64 = MAX_MESSAGE_LEN as u64 / 2;
 
 #[derive(Debug, Args)]
 #[command(allow_negative_numbers = true)]
 pub(super) struct Update {
     /// File with the OCI linux.resources object, or - for standard input, in place of the other
-    /// options. What it leaves out, or has as 0 or null, stays as it is.
+    /// options. Fields that are missing, 0 or null stay as they are.
     #[arg(short, long, value_name = "FILE")]
     resources: Option<PathBuf>,
     /// Weight of block IO among containers, 10 to 1000.
     #[arg(long, value_name = "WEIGHT", default_value_t = 0)]
     blkio_weight: u16,
-    /// Length of a period of the CPU quota in microseconds.
+    /// Period of the CPU quota in microseconds.
     #[arg(long, value_name = "US")]
     cpu_period: Option<u64>,
     /// CPU time in a period in microseconds; -1 for no limit.
@@ -44,13 +46,13 @@ pub(super) struct Update {
     /// Refused unless 0: cgroup v2, which the guest uses, has no real-time limits.
     #[arg(long, value_name = "US")]
     cpu_rt_period: Option<u64>,
-    /// Refused unless 0: as --cpu-rt-period.
+    /// Refused unless 0, like --cpu-rt-period.
     #[arg(long, value_name = "US", allow_hyphen_values = true)]
     cpu_rt_runtime: Option<i64>,
-    /// 1: only processor time that nobody else wants.
+    /// 1: only CPU time that no other cgroup wants.
     #[arg(long, value_name = "0|1", allow_hyphen_values = true)]
     cpu_idle: Option<i64>,
-    /// CPUs, as in 0-3,8: the container gets as many of its microVM's.
+    /// CPUs, as in 0-3,8: the container gets the same number of its microVM's CPUs.
     #[arg(long, value_name = "LIST")]
     cpuset_cpus: Option<String>,
     /// Only 0: a microVM has one memory node.
@@ -59,10 +61,10 @@ pub(super) struct Update {
     /// Memory limit in bytes, or with a suffix as in 512m; -1 for no limit.
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size)]
     memory: Option<i64>,
-    /// Memory that is kept for the container, as --memory.
+    /// Memory that is kept for the container; values as for --memory.
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size)]
     memory_reservation: Option<i64>,
-    /// Memory and swap together, as --memory.
+    /// Memory and swap together; values as for --memory.
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true, value_parser = size)]
     memory_swap: Option<i64>,
     /// Most processes and threads; -1 for no limit.
@@ -71,7 +73,7 @@ pub(super) struct Update {
     /// Refused: cache allocation of the host does not reach into a microVM.
     #[arg(long, value_name = "SCHEMA")]
     l3_cache_schema: Option<String>,
-    /// Refused: as --l3-cache-schema.
+    /// Refused, like --l3-cache-schema.
     #[arg(long, value_name = "SCHEMA")]
     mem_bw_schema: Option<String>,
     /// Without effect, as with runc.
@@ -80,16 +82,16 @@ pub(super) struct Update {
     /// Without effect, as with runc.
     #[arg(long, hide = true, allow_hyphen_values = true)]
     kernel_memory_tcp: Option<String>,
-    /// The container.
+    /// Id of the container.
     id: String,
 }
 
 impl Update {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let id = Id::parse(&self.id)?;
+        let id = ContainerId::parse(&self.id)?;
         let dir = StateDir::open(&global.root, &id)?;
         let what = format!("cannot update container {id}");
-        let record = dir.record()?.filter(|record| {
+        let record = Record::read(&dir)?.filter(|record| {
             !matches!(record.current_status(), Status::Creating | Status::Stopped)
         });
         let record = record.ok_or_else(|| Error::new(format!("{what}: container not running")))?;
@@ -103,7 +105,7 @@ impl Update {
         Ok(0)
     }
 
-    /// What is to change.
+    /// The limits to change, from the options or from the file of `--resources`.
     fn resources(&self) -> Result<LinuxResources> {
         for (name, value) in
             [("--l3-cache-schema", &self.l3_cache_schema), ("--mem-bw-schema", &self.mem_bw_schema)]
@@ -152,13 +154,13 @@ impl Update {
             .set_cpu(Some(cpu))
             .set_pids(Some(pids))
             .set_block_io(Some(io));
-        // Through the same checks as what is read.
+        // The options pass the same checks as a file.
         let json = serde_json::to_vec(&resources).explain(|| "cannot write the limits".into())?;
         parse_resources("the command line", &json)
     }
 }
 
-/// Reads the file of `--resources`. Its name is for messages.
+/// Reads the file of `--resources`. Returns its name, for messages, and its content.
 fn read(path: &Path) -> Result<(String, Vec<u8>)> {
     let mut json = Vec::new();
     let (name, result) = if path == Path::new("-") {
@@ -176,8 +178,9 @@ fn read(path: &Path) -> Result<(String, Vec<u8>)> {
     Ok((name, json))
 }
 
-/// A size in bytes: a number, perhaps with a fraction, and a unit of which only the first letter
-/// counts, each 1024 times the one before: `b`, `k`, `m`, `g`, `t`, `p`; or -1.
+/// Parses a size in bytes: -1, or a number, perhaps with a fraction, and a unit. The units are `b`,
+/// `k`, `m`, `g`, `t` and `p`, each 1024 times the one before. `kb` and `kib` are the same as `k`,
+/// and so on.
 fn size(text: &str) -> Result<i64, String> {
     if text == "-1" {
         return Ok(-1);
@@ -203,7 +206,7 @@ fn size(text: &str) -> Result<i64, String> {
         return whole.checked_mul(unit).ok_or_else(invalid);
     }
     let bytes = number.parse::<f64>().map_err(|_| invalid())? * unit as f64;
-    // Below 2^63 every whole part fits.
+    // Below 2^63 every whole part fits into an i64.
     if (0.0..9.2e18).contains(&bytes) { Ok(bytes as i64) } else { Err(invalid()) }
 }
 

@@ -1,4 +1,4 @@
-//! Mistakes on the command line, for the log: callers such as containerd read only that.
+//! Mistakes on the command line, for the log file: callers such as containerd read only that file.
 
 use std::{ffi::OsString, path::PathBuf};
 
@@ -6,17 +6,17 @@ use clap::ValueEnum;
 
 use crate::logger;
 
-/// Writes a usage error to the log file that the command line names, if it names one. Standard error
-/// has it already, with the usage.
+/// Writes a usage error to the log file that the command line names, if any. Standard error already
+/// has the error, with the usage.
 pub(super) fn log(error: &clap::Error) {
     let (file, format) = options(std::env::args_os().skip(1));
-    // A log that cannot be opened leaves what standard error has.
+    // If the log cannot be opened, the error is on standard error only.
     let Some(Ok(file)) = file.as_deref().map(logger::open) else { return };
     logger::record_error(&file, format, &message(&error.to_string()));
 }
 
-/// The log's options among arguments that do not parse. The verb is not known, so an option behind the
-/// program of `exec` counts too; such a line has no mistake before it, and does not get here.
+/// Finds the log options among arguments that do not parse. The verb is not known, so an option
+/// behind the program of `exec` counts too.
 fn options(arguments: impl Iterator<Item = OsString>) -> (Option<PathBuf>, logger::Format) {
     let (mut file, mut format) = (None, logger::Format::default());
     let mut arguments = arguments;
@@ -41,7 +41,7 @@ fn options(arguments: impl Iterator<Item = OsString>) -> (Option<PathBuf>, logge
     (file, format)
 }
 
-/// The first paragraph in one line, without what follows it: tips and usage.
+/// The first paragraph on one line. The tips and the usage after it are left out.
 fn message(text: &str) -> String {
     let text = text.strip_prefix("error: ").unwrap_or(text);
     let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());

@@ -1,7 +1,8 @@
-//! Names of a container's users, by its own `/etc/passwd`.
+//! Names of a container's users, from its own `/etc/passwd`.
 //!
-//! The file is read in the mount namespace of the container's sandbox process, whose root is the
-//! container's with its volumes. Its content is the container's: bounded, and believed in nothing.
+//! The file is read in the mount namespace of the container's sandbox process. The root of that
+//! namespace is the container's root, with its volumes. The content is the container's, so it is
+//! bounded and not trusted.
 
 use std::{
     collections::HashMap,
@@ -17,21 +18,21 @@ use rustix::{
     thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe},
 };
 
-use crate::state::ProcessId;
+use crate::process_id::ProcessId;
 
-/// Names by user id.
+/// User names by user id.
 pub(super) type Names = HashMap<u32, String>;
 
-/// Most of a passwd file that is read.
+/// Most bytes of a passwd file that are read.
 const MAX_PASSWD: u64 = 4 << 20;
 
 /// Longest name that useradd(8) makes.
 const MAX_NAME: usize = 32;
 
-/// The names that the container of a sandbox process has for its users. None if it has no passwd file,
-/// or not one that can be read: users have their numbers then.
+/// Reads the names that a container has for its users, by its sandbox process. Empty if there is no
+/// readable passwd file: users are shown by their numbers then.
 pub(super) fn of_container(sandbox: ProcessId) -> Names {
-    // A thread has a mount namespace of its own once its root is its own.
+    // A thread can enter a mount namespace once it shares its root with no other thread (setns(2)).
     let read = thread::Builder::new().spawn(move || read_passwd(sandbox));
     let text = read.and_then(|thread| {
         thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread failed")))
@@ -47,18 +48,18 @@ pub(super) fn of_container(sandbox: ProcessId) -> Names {
 
 fn read_passwd(sandbox: ProcessId) -> io::Result<String> {
     let namespace = File::open(format!("/proc/{}/ns/mnt", sandbox.pid))?;
-    // Still the same process, so the namespace is its own.
+    // The process still lives, so the namespace is its own.
     if !sandbox.is_alive() {
         return Err(Errno::SRCH.into());
     }
-    // SAFETY: with CLONE_FS only this thread's root and working directory become its own; descriptors
-    // and memory stay shared.
+    // SAFETY: with CLONE_FS only this thread's root and working directory become its own;
+    // descriptors and memory stay shared.
     unsafe { unshare_unsafe(UnshareFlags::FS) }?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     let file = openat2(CWD, "/etc/passwd", flags, Mode::empty(), resolve)?;
-    // Anything else, such as a FIFO, would keep a reader waiting or have it read for ever.
+    // Another kind of file, such as a FIFO, could block the reader or never end.
     if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::RegularFile {
         return Err(Errno::INVAL.into());
     }
@@ -67,7 +68,8 @@ fn read_passwd(sandbox: ProcessId) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// The first name of each user. One with other characters than names have would break the table.
+/// The first name of each user. A name with unusual characters is left out: it would break the
+/// table.
 fn parse(passwd: &str) -> Names {
     let mut names = Names::new();
     for line in passwd.lines() {

@@ -1,19 +1,19 @@
-//! A tar archive as it streams by: ustar, GNU and PAX (POSIX.1-2001, pax), read as Go's archive/tar
-//! and so as engines read it.
+//! A tar archive, read as a stream: ustar, GNU and PAX (POSIX.1-2001, pax). It is read as Go's
+//! archive/tar reads it, and so as engines do.
 //!
-//! What describes an entry is held in memory and bounded; contents are handed on.
+//! Descriptions of an entry are held in memory, and bounded. Contents are handed on.
 
 use std::io::{self, ErrorKind, Read};
 
 use rustix::fs::Timespec;
 use tar_core::{EntryType, HEADER_SIZE, Header};
 
-use super::quoted;
+use crate::text::quoted;
 
-/// Largest extended header or long name of an entry, in bytes. Go's limit.
+/// Largest extended header or long name of an entry, in bytes. Go has the same limit.
 const MAX_EXTENSION: u64 = 1 << 20;
 
-/// What an entry is.
+/// The type of an entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     File,
@@ -26,12 +26,12 @@ pub(super) enum Kind {
     BlockDevice(u32, u32),
 }
 
-/// An entry, with all that was said of it before.
+/// An entry, with the descriptions that precede it.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) kind: Kind,
     pub(super) path: Vec<u8>,
-    /// Target of a link; empty for others.
+    /// Target of a link. Empty for all other entries.
     pub(super) link: Vec<u8>,
     /// Permissions with set-id and sticky bits.
     pub(super) mode: u32,
@@ -42,16 +42,17 @@ pub(super) struct Entry {
     pub(super) xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
-/// A tar archive. As a reader it is the current entry's content.
+/// A tar archive. Reads give the content of the current entry.
 #[derive(Debug)]
 pub(super) struct Archive<R> {
     source: R,
-    /// Bytes left of the entry's content, and then up to the next header.
+    /// Bytes left of the current entry's content.
     content: u64,
+    /// Bytes between that content and the next header.
     padding: u64,
 }
 
-/// What comes before the entry that it describes.
+/// Descriptions that precede their entry.
 #[derive(Debug, Default)]
 struct Extensions {
     path: Option<Vec<u8>>,
@@ -65,10 +66,6 @@ impl<R: Read> Archive<R> {
     }
 
     /// Goes to the next entry. None at the end of the archive.
-    ///
-    /// # Errors
-    ///
-    /// The archive is malformed or cannot be read.
     pub(super) fn next(&mut self) -> io::Result<Option<Entry>> {
         let mut before = Extensions::default();
         loop {
@@ -82,7 +79,7 @@ impl<R: Read> Archive<R> {
                 EntryType::GnuLongName => &mut before.path,
                 EntryType::GnuLongLink => &mut before.link,
                 EntryType::XHeader => &mut before.pax,
-                // What describes all entries to come is passed over by engines.
+                // Engines skip a header that describes all entries to come.
                 EntryType::XGlobalHeader => {
                     self.set_content(size_of(&header)?)?;
                     continue;
@@ -115,7 +112,7 @@ impl<R: Read> Archive<R> {
             ));
         }
         let kind = kind_of(header, &path).map_err(|problem| named(&problem))?;
-        // The others have none, whatever is said of their size.
+        // All other entries have no content, whatever their size says.
         let size =
             if kind == Kind::File { pax.size.map_or_else(|| size_of(header), Ok)? } else { 0 };
         self.set_content(size)?;
@@ -124,7 +121,7 @@ impl<R: Read> Archive<R> {
             id.ok_or_else(|| named("an owner's number is out of range"))
         };
         let header_link = || header.link_name_bytes().to_vec();
-        // Negative ones are two's complement.
+        // A negative number is a two's complement.
         #[allow(clippy::cast_possible_wrap, reason = "as GNU tar writes times before 1970")]
         let seconds = header.mtime().map_err(malformed)? as i64;
         Ok(Entry {
@@ -139,8 +136,8 @@ impl<R: Read> Archive<R> {
         })
     }
 
-    /// Passes over what is left of the current entry and reads a header. None at the end: two zero
-    /// blocks, or no more blocks, as with Go.
+    /// Skips the rest of the current entry and reads a header. None at the end: two zero blocks, or
+    /// no more blocks, as with Go.
     fn next_header(&mut self) -> io::Result<Option<Header>> {
         io::copy(self, &mut io::sink())?;
         let mut left = (&mut self.source).take(self.padding);
@@ -174,7 +171,7 @@ impl<R: Read> Archive<R> {
     }
 
     fn set_content(&mut self, size: u64) -> io::Result<()> {
-        // More than a file can have; and below it no sum of sizes overflows.
+        // No file can be larger, and below this size no sum of sizes overflows.
         if size > i64::MAX as u64 {
             return Err(invalid("an entry's size is out of range"));
         }
@@ -207,7 +204,7 @@ fn kind_of(header: &Header, path: &[u8]) -> Result<Kind, String> {
     let device =
         || Ok::<_, String>((number(header.device_major())?, number(header.device_minor())?));
     Ok(match header.entry_type() {
-        // Before there were types, a slash at the end made a directory.
+        // In archives from before there were types, a slash at the end makes a directory.
         EntryType::Regular if header.as_old().linkflag == [0] && path.ends_with(b"/") => {
             Kind::Directory
         }
@@ -237,7 +234,7 @@ fn size_of(header: &Header) -> io::Result<u64> {
     header.entry_size().map_err(malformed)
 }
 
-/// Records of a PAX header that mean something here.
+/// Records of a PAX header that have an effect here.
 #[derive(Debug, Default)]
 struct Pax {
     path: Option<Vec<u8>>,
@@ -258,7 +255,7 @@ impl Pax {
                 record(records).ok_or_else(|| invalid("a PAX record is malformed"))?;
             records = rest;
             if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
-                // The last of one name holds.
+                // The last record of a name holds.
                 pax.xattrs.retain(|(other, _)| other != name);
                 pax.xattrs.push((name.to_vec(), value.to_vec()));
                 continue;
@@ -267,7 +264,7 @@ impl Pax {
                 pax.sparse = true;
                 continue;
             }
-            // An empty value takes back what was said before, which is nothing.
+            // An empty value takes back a global record, and these are skipped anyway.
             if value.is_empty() {
                 continue;
             }
@@ -293,7 +290,7 @@ impl Pax {
     }
 }
 
-/// The first of `records`, "LENGTH KEY=VALUE\n", and what follows it.
+/// Key and value of the first of `records` ("LENGTH KEY=VALUE\n"), and the records behind it.
 fn record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let space = records.iter().position(|byte| *byte == b' ')?;
     let length: usize = std::str::from_utf8(&records[..space]).ok()?.parse().ok()?;
@@ -304,7 +301,7 @@ fn record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     (!key.is_empty()).then_some((key, value, rest))
 }
 
-/// Seconds since 1970 with a fraction, to the nanosecond.
+/// Parses seconds since 1970 with a fraction, to the nanosecond.
 fn time(value: &[u8]) -> Option<Timespec> {
     let text = std::str::from_utf8(value).ok()?;
     let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));

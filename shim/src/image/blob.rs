@@ -1,4 +1,5 @@
-//! Blobs of a layout: found by their digest, and held to digest and size while they are read.
+//! Blobs of a layout: found by their digest, and checked against digest and size while they are
+//! read.
 
 use std::{
     fs::File,
@@ -16,20 +17,16 @@ use crate::error::{Error, Explain, Result};
 const MAX_DOCUMENT: u64 = 8 << 20;
 
 /// Opens the blob that `descriptor` describes.
-///
-/// # Errors
-///
-/// No such blob, or a digest of an unknown kind.
 pub(super) fn open(layout: &Path, descriptor: &Descriptor) -> Result<Verified<File>> {
     let digest = descriptor.digest();
     let hash = Hash::of(digest)?;
-    // The types have checked that it is hexadecimal, so it cannot lead elsewhere.
+    // The type has checked that the digest is hexadecimal, so the path cannot lead elsewhere.
     let path = layout.join("blobs").join(digest.algorithm().as_ref()).join(digest.digest());
     let file = open_regular(&path).map_err(|e| {
         let hint = match descriptor.urls().as_deref().unwrap_or_default() {
             [] => String::new(),
             [url, ..] => {
-                format!(" (the image has it fetched from {})", super::quoted(url.as_bytes()))
+                format!(" (the image names its source as {})", crate::text::quoted(url.as_bytes()))
             }
         };
         Error::because(format!("cannot open {}{hint}", path.display()), e)
@@ -37,11 +34,7 @@ pub(super) fn open(layout: &Path, descriptor: &Descriptor) -> Result<Verified<Fi
     Ok(Verified::new(file, hash, digest.digest(), Some(descriptor.size())))
 }
 
-/// Reads and checks a blob that has to be held in memory whole.
-///
-/// # Errors
-///
-/// As [`open`], too large, or not what the descriptor says.
+/// Reads and checks a blob of at most [`MAX_DOCUMENT`] bytes, which is held in memory whole.
 pub(super) fn read(layout: &Path, descriptor: &Descriptor) -> Result<Vec<u8>> {
     let what = || format!("cannot read blob {}", descriptor.digest());
     if descriptor.size() > MAX_DOCUMENT {
@@ -55,23 +48,19 @@ pub(super) fn read(layout: &Path, descriptor: &Descriptor) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Reads a file of the layout that has no digest.
-///
-/// # Errors
-///
-/// No such file, or too large.
+/// Reads a file of the layout that has no digest, of at most [`MAX_DOCUMENT`] bytes.
 pub(super) fn read_file(path: &Path) -> Result<Vec<u8>> {
     let what = || format!("cannot read {}", path.display());
     let mut bytes = Vec::new();
     let file = open_regular(path).explain(what)?;
     file.take(MAX_DOCUMENT + 1).read_to_end(&mut bytes).explain(what)?;
     if bytes.len() as u64 > MAX_DOCUMENT {
-        return Err(Error::new(format!("{}: it is larger than is sensible", what())));
+        return Err(Error::new(format!("{}: it is larger than {MAX_DOCUMENT} bytes", what())));
     }
     Ok(bytes)
 }
 
-/// A named pipe or a device would make the caller wait.
+/// Opens a regular file. A named pipe or a device would make the caller wait.
 fn open_regular(path: &Path) -> io::Result<File> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = openat(CWD, path, flags, Mode::empty())?;
@@ -81,7 +70,7 @@ fn open_regular(path: &Path) -> io::Result<File> {
     Ok(file.into())
 }
 
-/// A running hash of one of the kinds that images use.
+/// A running hash, by an algorithm that images use.
 #[derive(Debug, Clone)]
 pub(super) enum Hash {
     Sha256(Sha256),
@@ -89,7 +78,7 @@ pub(super) enum Hash {
 }
 
 impl Hash {
-    /// A new hash of the kind that `digest` is of.
+    /// A new hash by the algorithm of `digest`.
     pub(super) fn of(digest: &Digest) -> Result<Self> {
         match digest.algorithm() {
             DigestAlgorithm::Sha256 => Ok(Self::Sha256(Sha256::new())),
@@ -116,7 +105,7 @@ impl Hash {
     }
 }
 
-/// A reader whose content is known by its digest, and by its size if there is one.
+/// A reader that checks its content against a digest, and against a size if there is one.
 #[derive(Debug)]
 pub(super) struct Verified<R> {
     source: R,
@@ -131,11 +120,7 @@ impl<R: Read> Verified<R> {
         Self { source, hash, expected: expected.to_owned(), size, read: 0 }
     }
 
-    /// Reads what is left and compares.
-    ///
-    /// # Errors
-    ///
-    /// It is not what was expected, or cannot be read.
+    /// Reads the rest, and compares size and digest.
     pub(super) fn finish(mut self) -> io::Result<()> {
         let mut rest = vec![0; 64 << 10];
         while self.read(&mut rest)? > 0 {}

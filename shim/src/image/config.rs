@@ -1,5 +1,5 @@
-//! config.json as an image's configuration implies it (image-spec conversion.md), on top of the
-//! default specification.
+//! config.json for an image's configuration (image-spec conversion.md), on top of the default
+//! specification.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -11,17 +11,18 @@ use oci_spec::{
     runtime::{Capability, Mount, Spec},
 };
 
-use super::{name::parts, quoted, tree::Tree, user};
 use crate::{
     bundle::{capabilities, default_spec},
     error::{Error, Explain, Result},
+    image::{name::parts, tree::Tree, user},
+    text::quoted,
 };
 
-/// Annotations that only whoever runs a container may set.
+/// Prefix of annotations that an image cannot set: they are for the person who runs the container.
 const OWN_ANNOTATIONS: &str = "dev.isopod.";
 
-/// What engines give to images, whose programs are made with it in mind: they begin as root, open
-/// a port, and change to another user.
+/// Capabilities that engines give to images. Programs of images are made for them: they begin as
+/// root, open a port, and change to another user.
 const CAPABILITIES: [Capability; 14] = [
     Capability::AuditWrite,
     Capability::Chown,
@@ -39,11 +40,7 @@ const CAPABILITIES: [Capability; 14] = [
     Capability::SysChroot,
 ];
 
-/// The container that `image` asks for. Its working directory is made in `tree`.
-///
-/// # Errors
-///
-/// A user that the image does not have, or a path that is none.
+/// The config.json of a container that `image` asks for. Its working directory is made in `tree`.
 pub(super) fn spec(image: &ImageConfiguration, tree: &mut Tree) -> Result<Spec> {
     let none = Config::default();
     let config = image.config().as_ref().unwrap_or(&none);
@@ -58,7 +55,7 @@ pub(super) fn spec(image: &ImageConfiguration, tree: &mut Tree) -> Result<Spec> 
         process.set_cwd(cwd);
         let program = [config.entrypoint(), config.cmd()];
         let args: Vec<String> = program.into_iter().flatten().flatten().cloned().collect();
-        // An image without a program is one to look at.
+        // An image without a program keeps the default's shell, to look at the image.
         if !args.is_empty() {
             process.set_args(Some(args));
         }
@@ -78,7 +75,7 @@ pub(super) fn spec(image: &ImageConfiguration, tree: &mut Tree) -> Result<Spec> 
     Ok(spec)
 }
 
-/// The image's, and of the defaults those that it does not set.
+/// The image's variables, and the defaults that it does not set.
 fn env(image: &[String], defaults: Vec<String>) -> Vec<String> {
     let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
     let set: HashSet<String> = image.iter().map(|entry| name(entry)).collect();
@@ -86,7 +83,7 @@ fn env(image: &[String], defaults: Vec<String>) -> Vec<String> {
     image.iter().cloned().chain(missing).collect()
 }
 
-/// The working directory, made where it is missing: it does not have to be in a layer.
+/// The working directory. It does not have to be in a layer, so a missing one is made.
 fn cwd(config: &Config, tree: &mut Tree) -> Result<PathBuf> {
     let path = config.working_dir().as_deref().unwrap_or_default();
     let what = || format!("the image's working directory {}", quoted(path.as_bytes()));
@@ -95,12 +92,12 @@ fn cwd(config: &Config, tree: &mut Tree) -> Result<PathBuf> {
     absolute(path)
 }
 
-/// Where the image keeps data that is no part of it, sorted.
+/// Directories for data that is no part of the image, sorted.
 fn volumes(config: &Config) -> Result<Vec<PathBuf>> {
     let volumes = config.volumes().iter().flatten().map(|path| {
         let what = || format!("the image's volume {}", quoted(path.as_bytes()));
         match absolute(path).explain(what)? {
-            root if *root == *"/" => Err(Error::new(format!("{} is the whole of it", what()))),
+            root if *root == *"/" => Err(Error::new(format!("{} is the root itself", what()))),
             volume => Ok(volume),
         }
     });
@@ -109,15 +106,15 @@ fn volumes(config: &Config) -> Result<Vec<PathBuf>> {
     Ok(volumes)
 }
 
-/// A path of the image as the container has it.
+/// Converts a path of the image to a path in the container.
 fn absolute(path: &str) -> Result<PathBuf> {
     let parts = parts(path.as_bytes())?;
     let joined = String::from_utf8_lossy(&parts.join(&b'/')).into_owned();
     Ok(PathBuf::from(format!("/{joined}")))
 }
 
-/// A new file system in memory with what the image has there: what the container writes is kept
-/// out of the root file system, and ends with it.
+/// A tmpfs that begins with the image's files. The container's data stays out of the root file
+/// system, and ends with the container.
 fn volume_mount(destination: PathBuf) -> Mount {
     let mut mount = Mount::default();
     mount.set_destination(destination);
@@ -128,8 +125,8 @@ fn volume_mount(destination: PathBuf) -> Mount {
     mount
 }
 
-/// What the specification has an image's properties become, then its labels, which come first
-/// where they say something else.
+/// Annotations for the image's properties, as the specification names them, and for its labels. A
+/// label takes precedence over a property.
 fn annotations(image: &ImageConfiguration, config: &Config) -> BTreeMap<String, String> {
     let mut ports: Vec<String> = config.exposed_ports().clone().unwrap_or_default();
     ports.sort();

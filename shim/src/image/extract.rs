@@ -1,8 +1,11 @@
-//! Applying a layer's entries to the tree (image-spec layer.md, "Applying Changesets").
+//! Applies a layer's entries to the tree (image-spec layer.md, "Applying Changesets").
 //!
-//! Whatever is unclear there is as with umoci and containerd: parents are followed through symbolic
-//! links, within the tree; a file of another kind is replaced, and a directory only by what is no
-//! directory; the last of several entries of one name holds.
+//! Where the specification is unclear, the result is as with umoci and containerd:
+//!
+//! - Parents are followed through symbolic links, within the tree.
+//! - A file is replaced by an entry of any kind, and a directory only by an entry that is no
+//!   directory.
+//! - The last of several entries of one name holds.
 
 use std::{
     ffi::{CStr, CString},
@@ -18,25 +21,23 @@ use rustix::{
     io::Errno,
 };
 
-use super::{
-    archive::{Archive, Entry, Kind},
-    metadata,
-    name::{Name, name, parts},
-    quoted,
-    remove::{DIRECTORY, remove_tree},
-    tree::{Directory, Tree, times},
-    watch::Watch,
+use crate::{
+    error::{Error, Explain, Result},
+    image::{
+        archive::{Archive, Entry, Kind},
+        metadata,
+        name::{Name, name, parts},
+        remove::{DIRECTORY, remove_tree},
+        tree::{Directory, Tree, times},
+        watch::Watch,
+    },
+    text::quoted,
 };
-use crate::error::{Error, Explain, Result};
 
-/// Bytes of a file that are copied at once.
+/// Bytes of a file to copy at once.
 const CHUNK: usize = 128 << 10;
 
-/// Applies all entries of `archive`.
-///
-/// # Errors
-///
-/// The first entry that cannot be applied, by name.
+/// Applies all entries of `archive`. The error names the first entry that cannot be applied.
 pub(super) fn apply<R: Read>(
     archive: &mut Archive<R>,
     tree: &mut Tree,
@@ -86,12 +87,12 @@ fn apply_entry(
 }
 
 fn hide(tree: &mut Tree, parents: &[&[u8]], name: Option<&CStr>) -> Result<()> {
-    // What is not there need not be hidden.
+    // A name that is not there need not be hidden.
     let Some(directory) = tree.directory(parents, false)? else { return Ok(()) };
     tree.hide(&directory, name).explain(|| "cannot remove what it hides".into())
 }
 
-/// The file that a hard link is another name of.
+/// The target of a hard link.
 struct Target {
     directory: Directory,
     name: CString,
@@ -118,7 +119,7 @@ fn link_target(entry: &Entry, tree: &mut Tree) -> Result<Option<Target>> {
     }
 }
 
-/// Makes the file `name` in `parent`, in place of what was there.
+/// Makes the file `name` in `parent`, in place of an existing file.
 fn place(
     entry: &Entry,
     content: &mut dyn FnMut(&File) -> Result<()>,
@@ -134,7 +135,7 @@ fn place(
     };
     let same = |stat: &Stat| target.is_some_and(|target| target.stat.st_ino == stat.st_ino);
     match &old {
-        // Another name of itself already; removing it first could lose the only one.
+        // The name is a link to the target already. Its removal could lose the target's only name.
         Some(stat) if same(stat) => return Ok(()),
         Some(stat) if file_type(stat) == FileType::Directory && entry.kind == Kind::Directory => {
             let fd = openat(dir, name, DIRECTORY, Mode::empty());
@@ -142,7 +143,7 @@ fn place(
             metadata::clear_xattrs(&fd)?;
             return metadata::set(&fd, entry);
         }
-        // Never written into: other names of it are other files from now on.
+        // An existing file is never written into: its other names are other files from now on.
         Some(_) => cannot("remove what was there before", remove_tree(dir, name))?,
         None => {}
     }
@@ -163,7 +164,7 @@ fn place(
         Kind::HardLink => {
             let Some(target) = target else { return Ok(()) };
             let flags = AtFlags::empty();
-            // Owner and mode are the file's, which has its own entry.
+            // Owner and mode are those of the target, which has an entry of its own.
             return cannot(
                 "link it",
                 linkat(&target.directory.fd, &*target.name, dir, name, flags),

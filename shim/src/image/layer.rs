@@ -1,25 +1,27 @@
-//! One layer: from its blob to the tree.
+//! Applies one layer, from its blob to the tree.
 
 use std::io::{self, BufRead, BufReader, Read};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::{
-    archive::Archive,
-    blob::{self, Hash, Verified},
-    extract,
-    layout::{Layer, Layout},
-    quoted,
-    tree::Tree,
-    watch::Watch,
-    zstd::Zstd,
+use crate::{
+    error::{Error, Explain, Result},
+    image::{
+        archive::Archive,
+        blob::{self, Hash, Verified},
+        extract,
+        layout::{Layer, Layout},
+        tree::Tree,
+        watch::Watch,
+        zstd::Zstd,
+    },
+    text::quoted,
 };
-use crate::error::{Error, Explain, Result};
 
-/// Bytes that are read from a blob at once.
+/// Bytes to read from a blob at once.
 const CHUNK: usize = 128 << 10;
 
-/// How a layer is compressed.
+/// Compression of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Compression {
     None,
@@ -27,7 +29,8 @@ enum Compression {
     Zstd,
 }
 
-/// Layers "with restrictions on distribution" differ only in name, and are often left out.
+/// Media types of layers. Layers "with restrictions on distribution" differ only in name, and are
+/// often left out.
 const MEDIA_TYPES: [(&str, Compression); 11] = [
     ("application/vnd.oci.image.layer.v1.tar", Compression::None),
     ("application/vnd.oci.image.layer.v1.tar+gzip", Compression::Gzip),
@@ -43,10 +46,6 @@ const MEDIA_TYPES: [(&str, Compression); 11] = [
 ];
 
 /// Applies `layer` to `tree`.
-///
-/// # Errors
-///
-/// The layer is of an unknown kind, damaged or hostile, or the tree cannot take it.
 pub(super) fn apply(layout: &Layout, layer: &Layer, tree: &mut Tree, watch: &Watch) -> Result<()> {
     let compression = compression(layer.descriptor.media_type().as_ref())?;
     let mut blob = blob::open(&layout.dir, &layer.descriptor)?;
@@ -59,9 +58,10 @@ pub(super) fn apply(layout: &Layout, layer: &Layer, tree: &mut Tree, watch: &Wat
             plain.finish().explain(|| format!("its uncompressed content, {}", layer.diff_id))
         })
     };
-    // Whatever a failure looks like, a blob that is not what it should be is the reason.
+    // A blob that differs from its descriptor is the reason for any failure, so its check comes
+    // first.
     let rest = io::copy(&mut watch.counted(&mut blob), &mut io::sink());
-    // A signal ends reading early, which looks as if the layer were at fault.
+    // A signal ends the read early, and then the layer seems to be at fault.
     watch.check()?;
     rest.and_then(|_| blob.finish()).explain(|| "it cannot be read".into())?;
     applied
@@ -72,7 +72,7 @@ fn compression(media_type: &str) -> Result<Compression> {
     known.map(|(_, compression)| *compression).ok_or_else(|| {
         let name = quoted(media_type.as_bytes());
         Error::new(format!(
-            "layers of the type {name} are not supported: tar is, alone, with gzip and with zstd"
+            "layers of the type {name} are not supported: tar, tar+gzip and tar+zstd are"
         ))
     })
 }

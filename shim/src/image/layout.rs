@@ -1,4 +1,4 @@
-//! The image layout: `oci-layout`, `index.json`, and the blobs that lead to one image.
+//! The image layout: `oci-layout`, `index.json`, and the blobs of an image.
 //!
 //! Clauses are those of the OCI image specification 1.1: image-layout.md, image-index.md,
 //! manifest.md, config.md.
@@ -16,13 +16,16 @@ use oci_spec::image::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{blob, quoted};
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    image::blob,
+    text::quoted,
+};
 
-/// How many indexes may lie in one another.
+/// Largest depth of nested indexes.
 const MAX_DEPTH: u32 = 8;
 
-/// How many indexes may be read to find an image.
+/// Largest number of indexes to read for one image.
 const MAX_INDEXES: u32 = 256;
 
 const MANIFESTS: [&str; 2] = [
@@ -45,7 +48,7 @@ pub(super) struct Layout {
     index: ImageIndex,
 }
 
-/// An image of it: its configuration and its layers, lowest first.
+/// An image of a layout: its configuration, and its layers from the lowest on.
 #[derive(Debug)]
 pub(super) struct Image {
     pub(super) config: ImageConfiguration,
@@ -60,11 +63,7 @@ pub(super) struct Layer {
 }
 
 impl Layout {
-    /// Reads what every layout has.
-    ///
-    /// # Errors
-    ///
-    /// It is no layout, or one of another version.
+    /// Reads `oci-layout` and `index.json`.
     pub(super) fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("oci-layout");
         let text = blob::read_file(&path).map_err(|e| {
@@ -84,18 +83,16 @@ impl Layout {
         Ok(Self { dir: dir.to_owned(), index })
     }
 
-    /// Finds the one image with this tag, or the only one there is, for this machine.
-    ///
-    /// # Errors
-    ///
-    /// None, several, or an image that is damaged or of an unknown kind.
+    /// Finds the image with this tag, or the only image, for this machine. No image and several
+    /// images are an error.
     pub(super) fn find(&self, tag: Option<&str>) -> Result<Image> {
         let manifest = self.select(tag)?;
         let what = format!("manifest {}", manifest.digest());
         let text = blob::read(&self.dir, &manifest)?;
         let raw: Value = parse(&what, &text)?;
         check_kind(&what, &raw, Some(&manifest))?;
-        // A document that is both can be shown to one reader as this and to another as that.
+        // One reader could take a document that is both for a manifest, and another reader for an
+        // index.
         if raw.get("manifests").is_some() {
             return Err(Error::new(format!("{what} has \"manifests\", as only an index may")));
         }
@@ -163,7 +160,7 @@ impl Layout {
         let Some(best) = search.found.iter().map(variant).min() else {
             let seen: Vec<&str> = search.others.iter().map(String::as_str).collect();
             return Err(Error::new(format!(
-                "{dir} has no image for linux/amd64 there, but {}",
+                "{dir} has no image for linux/amd64, only {}",
                 seen.join(", ")
             )));
         };
@@ -183,7 +180,7 @@ impl Layout {
         }
     }
 
-    /// What tags there are, for a message.
+    /// The tags of the layout, for a message.
     fn tags(&self) -> String {
         let tags: BTreeSet<&str> = self.index.manifests().iter().filter_map(tag_of).collect();
         if tags.is_empty() {
@@ -194,13 +191,13 @@ impl Layout {
     }
 }
 
-/// The way from the index to the manifests for this machine.
+/// A search through indexes for the manifests for this machine.
 #[derive(Debug)]
 struct Search<'a> {
     layout: &'a Path,
     /// Manifests for this machine, each once.
     found: Vec<Descriptor>,
-    /// What else there was.
+    /// Descriptions of everything else, for a message.
     others: BTreeSet<String>,
     indexes: u32,
 }
@@ -252,8 +249,8 @@ fn parse_index(what: &str, text: &[u8], descriptor: Option<&Descriptor>) -> Resu
     parse(what, text)
 }
 
-/// Checks the version, and that a media type ("reserved for use, to maintain compatibility") tells
-/// no other story than the descriptor.
+/// Checks version and media type. A document need not have a media type ("reserved for use, to
+/// maintain compatibility"). If it has one, the descriptor has to have the same.
 fn check_kind(what: &str, raw: &Value, descriptor: Option<&Descriptor>) -> Result<()> {
     if let Some(version) = raw.get("schemaVersion").filter(|version| **version != 2) {
         return Err(Error::new(format!("{what} has schemaVersion {version}; 2 is supported")));
@@ -282,8 +279,8 @@ fn is_this_machine(os: &Os, architecture: &Arch) -> bool {
     (os, architecture) == (&Os::Linux, &Arch::Amd64)
 }
 
-/// The least that the image asks of the processor comes first: `v2` and above are not in every
-/// x86-64 one.
+/// The variant of a manifest's platform. The least variant asks least of the processor: not every
+/// x86-64 processor has `v2` and above.
 fn variant(descriptor: &Descriptor) -> String {
     let platform = descriptor.platform().as_ref();
     let variant = platform.and_then(|platform| platform.variant().clone()).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! Owner, permissions, times and extended attributes of what a layer brings.
+//! Owner, permissions, times and extended attributes of a layer's entry.
 
 use std::{
     ffi::CStr,
@@ -15,14 +15,14 @@ use rustix::{
     io::Errno,
 };
 
-use super::{
-    archive::{Entry, Kind},
-    quoted,
+use crate::{
+    error::{Explain, Result},
+    image::archive::{Entry, Kind},
+    text::quoted,
 };
-use crate::error::{Explain, Result};
 
-/// Attributes that belong to a host and not to an image: labels of its security modules and its
-/// integrity measurement, and an overlay's notes to itself.
+/// Attributes that belong to a host and not to an image: those of security modules, integrity
+/// measurement, access control lists of NFS, and overlayfs.
 const HOST_ONLY: [&[u8]; 5] = [
     b"security.selinux",
     b"security.ima",
@@ -31,14 +31,14 @@ const HOST_ONLY: [&[u8]; 5] = [
     b"trusted.overlay.",
 ];
 
-/// That the file system lacks attributes has been said.
+/// Set once the missing-xattr warning has been logged.
 static WARNED: AtomicBool = AtomicBool::new(false);
 
-/// Whose absence changes what a program may do.
+/// The attribute whose absence changes the rights of a program.
 const NEEDED: &[u8] = b"security.capability";
 
-/// Sets all of it on an open file or directory. Owner first: a change of owner takes set-id bits
-/// and capabilities away.
+/// Sets the metadata of an open file or directory. The owner comes first, because a change of owner
+/// clears set-id bits and capabilities (chown(2)).
 pub(super) fn set(file: &OwnedFd, entry: &Entry) -> Result<()> {
     let (uid, gid) = owner(entry);
     fchown(file, Some(uid), Some(gid)).explain(|| "cannot set its owner".into())?;
@@ -49,8 +49,8 @@ pub(super) fn set(file: &OwnedFd, entry: &Entry) -> Result<()> {
     futimens(file, &timestamps(entry)).explain(|| "cannot set its time".into())
 }
 
-/// Sets all of it on what cannot be opened without effect: links, pipes and devices. `name` has
-/// been made a moment ago and is no link, unless the entry is one.
+/// Sets the metadata of a file whose opening would have an effect: a link, a pipe or a device.
+/// `name` was made a moment ago, and is no symbolic link unless the entry is one.
 pub(super) fn set_at(directory: &OwnedFd, name: &CStr, entry: &Entry) -> Result<()> {
     let (uid, gid) = owner(entry);
     chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
@@ -95,7 +95,7 @@ fn owner(entry: &Entry) -> (Uid, Gid) {
     (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid))
 }
 
-/// Access is not in layers: it was when the content was.
+/// The times of an entry. Layers carry no access time, so the modification time stands for it.
 fn timestamps(entry: &Entry) -> Timestamps {
     Timestamps { last_access: entry.mtime, last_modification: entry.mtime }
 }
@@ -116,8 +116,9 @@ fn is_host_only(name: &[u8]) -> bool {
     })
 }
 
-/// A file system without some kind of attributes is no reason to do without the image, as engines
-/// have it, unless a program needs them.
+/// The result of setting an attribute. If the file system lacks this kind of attribute, the file
+/// goes without it, as with engines. Without [`NEEDED`] a program may not work, so its lack is an
+/// error.
 fn result(name: &[u8], result: rustix::io::Result<()>, entry: &Entry) -> Result<()> {
     match result {
         Err(Errno::NOTSUP) if name != NEEDED => {
@@ -126,7 +127,7 @@ fn result(name: &[u8], result: rustix::io::Result<()>, entry: &Entry) -> Result<
                 quoted(&entry.path),
                 quoted(name)
             );
-            // Where there is one there may be thousands.
+            // One file without attributes may mean thousands, so the warning comes once.
             if WARNED.swap(true, Ordering::Relaxed) {
                 log::debug!("{message}");
             } else {

@@ -1,13 +1,14 @@
-//! An OCI image, as `skopeo` and others lay it out in a directory, becomes a bundle.
+//! Makes a bundle of an OCI image that `skopeo` or another tool has laid out in a directory.
 //!
-//! [`layout`] finds the image and checks what it consists of; [`layer`] reads each layer through
-//! [`blob`] (digest and size), a decompressor and [`archive`]; [`extract`] applies its entries to
-//! [`tree`], which cannot be left whatever a layer says; [`config`] writes config.json. All of it
-//! happens in a directory beside the bundle's place ([`staging`]), which becomes the bundle when it
-//! is complete and is removed otherwise.
+//! - [`layout`] finds the image and checks its parts.
+//! - [`layer`] reads each layer through [`blob`] (digest and size), a decompressor and [`archive`].
+//! - [`extract`] applies the layer's entries to [`tree`]. No entry can leave the tree.
+//! - [`config`] writes config.json.
+//! - [`staging`] has a directory beside the bundle's place. When the directory is complete, it
+//!   becomes the bundle. Otherwise it is removed.
 //!
-//! Layers are hostile: whoever can run a container can make one. They are read once, in bounded
-//! memory but for a few bytes for each file of a layer.
+//! Layers are hostile, because everybody who can run a container can make one. They are read once.
+//! Memory is bounded, except for a few bytes for each file of a layer.
 
 mod archive;
 mod blob;
@@ -37,14 +38,11 @@ use crate::{
 /// Name of the root file system in the bundle.
 const ROOTFS: &str = "rootfs";
 
-/// Unpacks the image into `bundle`, which must not exist or be an empty directory.
+/// Unpacks the image into `bundle`, which must not exist or be an empty directory. The caller has
+/// to be root. After an error nothing is left.
 ///
-/// SIGHUP, SIGINT and SIGTERM end it early from now on: see [`interrupted_by`].
-///
-/// # Errors
-///
-/// Not root, no such image, an image that is damaged, hostile or for another platform, or no room.
-/// Nothing is left then.
+/// From now on SIGHUP, SIGINT and SIGTERM end the unpacking and not the process: see
+/// [`interrupted_by`].
 pub fn unpack(image: &ImageReference, bundle: &Path) -> Result<()> {
     if !rustix::process::geteuid().is_root() {
         return Err(Error::new(
@@ -74,11 +72,6 @@ fn make_bundle(image: &ImageReference, bundle: &Path) -> Result<()> {
     watch.check()?;
     write_spec(&staging.path().join("config.json"), &spec)?;
     staging.finish()
-}
-
-/// Something that an image says, for a message: on one line whatever it holds.
-fn quoted(bytes: &[u8]) -> String {
-    format!("{:?}", String::from_utf8_lossy(bytes))
 }
 
 #[cfg(test)]

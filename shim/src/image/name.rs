@@ -1,20 +1,20 @@
-//! Names in layers: how an entry's path leads from the root of the tree.
+//! Names in layers: the path of an entry from the root of the tree.
 
-use super::quoted;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    text::quoted,
+};
 
-/// Longest path that is taken, in bytes: what Linux takes at once.
+/// Longest path in bytes: the most that Linux takes at once (`PATH_MAX` in linux/limits.h).
 const MAX_LEN: usize = 4096;
 
-/// A path's parts from the root on, none of them empty, `.` or `..`. None at all is the root.
+/// The parts of a path from the root on. None of them is empty, `.` or `..`. The root has no parts.
 pub(super) type Parts<'a> = Vec<&'a [u8]>;
 
-/// Splits a path of a layer. It is relative to the root of the tree, with a leading slash too.
-/// `..` takes back the part before it, as engines have it, whatever that part is.
+/// Splits a path of a layer. It is relative to the root of the tree, even with a leading slash. As
+/// in engines, `..` takes back the part before it, whatever that part is.
 ///
-/// # Errors
-///
-/// It leads out of the tree, has a NUL byte or is too long.
+/// A path that leads out of the tree, has a NUL byte or is too long, is an error.
 pub(super) fn parts(path: &[u8]) -> Result<Parts<'_>> {
     if path.contains(&0) {
         return Err(Error::new("its path has a NUL byte"));
@@ -37,29 +37,26 @@ pub(super) fn parts(path: &[u8]) -> Result<Parts<'_>> {
     Ok(parts)
 }
 
-/// What an entry with this name stands for.
+/// The meaning of an entry's name.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Name<'a> {
     /// The root of the tree.
     Root,
-    /// A file of any kind in the directory.
+    /// A file of any kind, as its directory and its name.
     File(&'a [&'a [u8]], &'a [u8]),
     /// A name of lower layers that the directory no longer has.
     Whiteout(&'a [&'a [u8]], &'a [u8]),
-    /// Nothing of lower layers is in the directory any more.
+    /// A directory that no longer has anything of lower layers.
     Opaque(&'a [&'a [u8]]),
-    /// Of a file system that kept notes of its own among the files.
+    /// An internal file of a file system, left in the layer.
     Foreign,
 }
 
-/// Finds out what an entry's path asks for (image-spec layer.md, "Whiteouts").
-///
-/// # Errors
-///
-/// A whiteout that names no file, or a file within a whiteout.
+/// Finds the meaning of an entry's path (image-spec layer.md, "Whiteouts"). A whiteout that names
+/// no file, or a file below a whiteout, is an error.
 pub(super) fn name<'a>(parts: &'a [&'a [u8]]) -> Result<Name<'a>> {
     let Some((last, parents)) = parts.split_last() else { return Ok(Name::Root) };
-    // AUFS, which whiteouts come from: `.wh..wh.plnk` and the like, in layers of old.
+    // Whiteouts come from AUFS, and old layers have its `.wh..wh.plnk` and the like.
     if parents.iter().any(|part| part.starts_with(b".wh..wh.")) {
         return Ok(Name::Foreign);
     }
@@ -69,7 +66,7 @@ pub(super) fn name<'a>(parts: &'a [&'a [u8]]) -> Result<Name<'a>> {
     match last.strip_prefix(b".wh.") {
         None => Ok(Name::File(parents, last)),
         Some(b".wh..opq") => Ok(Name::Opaque(parents)),
-        Some(b"" | b"." | b"..") => Err(Error::new("it is a whiteout of no file's name")),
+        Some(b"" | b"." | b"..") => Err(Error::new("it is a whiteout without a file name")),
         Some(rest) if rest.starts_with(b".wh.") => Ok(Name::Foreign),
         Some(hidden) => Ok(Name::Whiteout(parents, hidden)),
     }
@@ -123,7 +120,7 @@ mod tests {
         for path in [".wh.", "a/.wh..", "a/.wh...", ".wh.a/b", "a/.wh.b/.wh.c"] {
             assert!(of(path).is_err(), "{path}");
         }
-        // Not one of a path: a part has no slash in it.
+        // The `..` takes the whiteout back, so this is a file.
         assert_eq!(of(".wh.a/../b").unwrap(), Name::File(&[], b));
     }
 }

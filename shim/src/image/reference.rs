@@ -1,4 +1,4 @@
-//! Which image: `oci:DIR[:TAG]`, as skopeo names it.
+//! The reference to an image: `oci:DIR[:TAG]`, as skopeo has it.
 
 use std::{path::PathBuf, str::FromStr};
 
@@ -7,14 +7,15 @@ use std::{path::PathBuf, str::FromStr};
 pub struct ImageReference {
     /// The layout's directory.
     pub dir: PathBuf,
-    /// Its `org.opencontainers.image.ref.name`; needed where there are several images.
+    /// The image's `org.opencontainers.image.ref.name`. Needed if the layout has several images.
     pub tag: Option<String>,
 }
 
 impl FromStr for ImageReference {
     type Err = String;
 
-    /// The directory ends at the first colon, for tags have colons too ("registry:5000/name:1").
+    /// Parses a reference. The directory ends at the first colon, because tags have colons too
+    /// ("registry:5000/name:1").
     fn from_str(text: &str) -> Result<Self, String> {
         let Some(rest) = text.strip_prefix("oci:") else {
             return Err("an image is named oci:DIR or oci:DIR:TAG; skopeo copies any other kind \

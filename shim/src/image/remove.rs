@@ -1,5 +1,5 @@
-//! Removing a tree that somebody else has shaped: in constant memory and with two descriptors but
-//! for its names, however deep it is, and never outside it.
+//! Removes a tree that somebody else has shaped, and never anything outside the tree. However deep
+//! the tree is, this takes two descriptors, and constant memory except for names.
 
 use std::ffi::{CStr, CString};
 
@@ -9,15 +9,11 @@ use rustix::{
     io::{Errno, Result},
 };
 
-/// For reading names, and never through a symbolic link.
+/// Flags to open a directory for its names, and never through a symbolic link.
 pub(super) const DIRECTORY: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-/// Removes `name` from `parent`, with all that is in it. It may be missing.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Removes `name` from `parent`, with everything in it. A missing name is no error.
 pub(super) fn remove_tree(parent: impl AsFd, name: &CStr) -> Result<()> {
     let parent = parent.as_fd();
     match unlinkat(parent, name, AtFlags::empty()) {
@@ -26,7 +22,7 @@ pub(super) fn remove_tree(parent: impl AsFd, name: &CStr) -> Result<()> {
         Err(error) => return Err(error),
     }
     let mut current = openat(parent, name, DIRECTORY, Mode::empty())?;
-    // The way down: each directory's number, and its name in the one before.
+    // The way down: each directory's inode number, and its name in the directory above.
     let mut way = vec![(inode(&current)?, name.to_owned())];
     loop {
         match remove_files(&current)? {
@@ -46,7 +42,7 @@ pub(super) fn remove_tree(parent: impl AsFd, name: &CStr) -> Result<()> {
     }
 }
 
-/// Removes what is no directory from `dir`. Returns a directory in it, if there is one.
+/// Removes files from `dir`, up to the first directory in it. Returns that directory's name.
 fn remove_files(dir: &OwnedFd) -> Result<Option<CString>> {
     loop {
         let mut removed = false;
@@ -58,7 +54,7 @@ fn remove_files(dir: &OwnedFd) -> Result<Option<CString>> {
                 Err(error) => return Err(error),
             }
         }
-        // A file system may pass over names when others go while it lists them.
+        // A file system may skip names if others are removed while it lists them.
         if !removed {
             return Ok(None);
         }
@@ -75,14 +71,14 @@ pub(super) fn names(dir: &OwnedFd) -> Result<impl Iterator<Item = Result<CString
     }))
 }
 
-/// The directory above `dir`, which has to be the one with this number.
+/// Opens the directory above `dir`. It has to have the inode number `expected`.
 pub(super) fn up(dir: &OwnedFd, expected: u64) -> Result<OwnedFd> {
     let above = openat(dir, c"..", DIRECTORY, Mode::empty())?;
-    // Somebody has moved it meanwhile, and it is not ours to say where to.
+    // Somebody has moved the directory meanwhile, so the directory above may be outside the tree.
     if inode(&above)? != expected { Err(Errno::STALE) } else { Ok(above) }
 }
 
-/// A file's number, unique in its file system while it lives.
+/// The inode number of a file, unique in its file system while the file exists.
 pub(super) fn inode(file: &OwnedFd) -> Result<u64> {
     Ok(fstat(file)?.st_ino)
 }

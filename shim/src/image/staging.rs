@@ -1,4 +1,4 @@
-//! Where a bundle grows: a directory beside its place, which takes that place when it is complete.
+//! A directory beside the place of a bundle. It takes that place when the bundle is complete.
 
 use std::{
     ffi::{CString, OsStr},
@@ -13,17 +13,20 @@ use rustix::{
     io::Errno,
 };
 
-use super::remove::{DIRECTORY, remove_tree};
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    image::remove::{DIRECTORY, remove_tree},
+};
 
-/// Set-id programs and devices of an image are for no other user of this machine.
+/// Permissions of a bundle. Set-id programs and devices of an image are for no other user of this
+/// machine.
 const BUNDLE_MODE: Mode = Mode::RWXU;
 
-/// A bundle in the making. It is removed when dropped, unless it was finished.
+/// A bundle in the making. Unless it is finished, its drop removes it.
 #[derive(Debug)]
 pub(super) struct Staging {
     parent: OwnedFd,
-    /// Locked, so that nobody takes it for one that was left behind.
+    /// The directory, locked so that nobody takes it for one that was left behind.
     dir: OwnedFd,
     path: PathBuf,
     name: CString,
@@ -32,12 +35,10 @@ pub(super) struct Staging {
 }
 
 impl Staging {
-    /// Makes the directory for what is to be `bundle`. One that a killed process has left is
-    /// removed first.
+    /// Makes the directory for `bundle`. A directory that a killed process has left is removed
+    /// first.
     ///
-    /// # Errors
-    ///
-    /// There is something at `bundle`, the same bundle is being made elsewhere, or the kernel's.
+    /// Something at `bundle`, or another process that makes the same bundle, is an error.
     pub(super) fn new(bundle: &Path) -> Result<Self> {
         let bundle = place(bundle)?;
         let (Some(above), Some(name)) = (bundle.parent(), bundle.file_name()) else {
@@ -64,21 +65,17 @@ impl Staging {
         Ok(staging)
     }
 
-    /// The directory.
+    /// The open directory.
     pub(super) fn dir(&self) -> &OwnedFd {
         &self.dir
     }
 
-    /// Where the directory is.
+    /// Path of the directory.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes it the bundle.
-    ///
-    /// # Errors
-    ///
-    /// Something is at its place by now.
+    /// Renames the directory to the bundle. Something at its place by now is an error.
     pub(super) fn finish(mut self) -> Result<()> {
         renameat(&self.parent, &*self.name, CWD, &self.bundle)
             .explain(|| format!("cannot make the bundle {}", self.bundle.display()))?;
@@ -105,7 +102,7 @@ fn place(bundle: &Path) -> Result<PathBuf> {
         Ok(entries) => entries,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let path = std::path::absolute(bundle).explain(what)?;
-            // A symbolic link to nothing would be replaced.
+            // The rename would replace a symbolic link to nothing.
             if path.is_symlink() {
                 return Err(Error::new(format!("{} is a symbolic link to nothing", what())));
             }
@@ -123,11 +120,11 @@ fn place(bundle: &Path) -> Result<PathBuf> {
     place_of_empty(bundle)
 }
 
-/// As [`place`], of an empty directory, which the bundle will replace.
+/// [`place`] of an empty directory, which the bundle will replace.
 pub(super) fn place_of_empty(bundle: &Path) -> Result<PathBuf> {
     let what = || format!("the bundle {}", bundle.display());
     let path = fs::canonicalize(bundle).explain(what)?;
-    // Whoever is there would be in a directory without a name.
+    // A caller that is there would be left in a directory without a name.
     if std::env::current_dir().is_ok_and(|here| here == path) {
         return Err(Error::new(format!(
             "{} is the working directory; name a new directory in it",
@@ -138,18 +135,18 @@ pub(super) fn place_of_empty(bundle: &Path) -> Result<PathBuf> {
     match path.parent() {
         Some(parent) if device(parent)? == device(&path)? => Ok(path),
         _ => Err(Error::new(format!(
-            "{} is where a file system is mounted; name a new directory in it",
+            "{} is a mount point, which cannot be replaced; name a new directory in it",
             what()
         ))),
     }
 }
 
-/// Removes what a process that was killed has left.
+/// Removes the directory that a killed process has left.
 fn clear(parent: &OwnedFd, name: &CString, path: &Path) -> Result<()> {
     let what = || format!("{} is in the way", path.display());
     let old = openat(parent, &**name, DIRECTORY, Mode::empty()).explain(what)?;
     let stat = fstat(&old).explain(what)?;
-    // Whoever owns it could move it about while it is being removed.
+    // Another owner could move the directory about while it is removed.
     let ours = stat.st_uid == rustix::process::geteuid().as_raw()
         && Mode::from_raw_mode(stat.st_mode) == BUNDLE_MODE;
     if !ours {

@@ -1,10 +1,10 @@
-//! The root file system that is being made, as a place that no path leads out of.
+//! The root file system in the making, as a place that no path leads out of.
 //!
-//! Every part of a path is opened by itself, from the directory before it, and never through a
-//! symbolic link: links are read and followed here, with the tree's root as theirs, as the kernel
-//! does it for a process with that root directory (`RESOLVE_IN_ROOT` of openat2(2)). So a path means
-//! here what it will mean in the container. `openat2` itself would not tell which directories a
-//! path passes through, and whiteouts need that.
+//! Each part of a path is opened by itself, from the directory before it, and never through a
+//! symbolic link. Links are read and followed here, with the tree's root as theirs. The kernel does
+//! the same for a process with that root directory (`RESOLVE_IN_ROOT` of openat2(2)). So a path
+//! means here what it will mean in the container. `openat2` itself would not tell the directories
+//! that a path passes through, and whiteouts need these.
 
 use std::{
     collections::HashSet,
@@ -21,26 +21,28 @@ use rustix::{
     io::Errno,
 };
 
-use super::{
-    name::Parts,
-    quoted,
-    remove::{DIRECTORY, inode, names, remove_tree, up},
+use crate::{
+    error::{Error, Explain, Result},
+    image::{
+        name::Parts,
+        remove::{DIRECTORY, inode, names, remove_tree, up},
+    },
+    text::quoted,
 };
-use crate::error::{Error, Explain, Result};
 
-/// Symbolic links that are followed in one path. Linux's limit.
+/// Largest number of symbolic links to follow in one path. This is Linux's limit.
 const MAX_LINKS: u32 = 40;
 
 /// Permissions of a directory that a layer has files for, but no entry.
 const IMPLIED_MODE: Mode = Mode::from_raw_mode(0o755);
 
-/// A root file system.
+/// A root file system in the making.
 #[derive(Debug)]
 pub(super) struct Tree {
     root: OwnedFd,
     root_inode: u64,
-    /// What the current layer has brought, and the directories on the way there, by a hash of
-    /// directory and name.
+    /// Hashes of directory and name, for the current layer's entries and the directories on the way
+    /// there.
     upper: HashSet<u64>,
     hasher: RandomState,
 }
@@ -54,7 +56,7 @@ pub(super) struct Directory {
     way: Vec<Step>,
 }
 
-/// One directory on the way: the number of the one that it is in, and its hash.
+/// A directory on the way: the inode number of the directory above, and the hash of its own place.
 #[derive(Debug)]
 struct Step {
     above: u64,
@@ -62,7 +64,7 @@ struct Step {
 }
 
 impl Tree {
-    /// Makes the directory `name`, empty and with usual permissions, and opens it.
+    /// Makes and opens the directory `name`, empty and with usual permissions.
     pub(super) fn create(parent: &OwnedFd, name: &str) -> Result<Self> {
         let what = || format!("cannot make the directory {name}");
         mkdirat(parent, name, IMPLIED_MODE).explain(what)?;
@@ -72,23 +74,20 @@ impl Tree {
         Ok(Self { root, root_inode, upper: HashSet::new(), hasher: RandomState::new() })
     }
 
-    /// From now on, all that is there is of lower layers.
+    /// Begins a layer. All files that are there belong to lower layers from now on.
     pub(super) fn begin_layer(&mut self) {
         self.upper = HashSet::new();
     }
 
-    /// The root directory itself.
+    /// The root directory.
     pub(super) fn root(&self) -> Result<Directory> {
         let fd = self.root.try_clone().explain(|| "cannot open the root".into())?;
         Ok(Directory { fd, inode: self.root_inode, way: Vec::new() })
     }
 
-    /// Follows a path to a directory. None if there is nothing on the way, or something else than
-    /// a directory; with `create`, missing ones are made.
+    /// Follows a path to a directory. None if a part is missing, or is no directory.
     ///
-    /// # Errors
-    ///
-    /// Too many symbolic links, or the kernel's; with `create`, something else than a directory.
+    /// With `create`, a missing directory is made, and a part that is no directory is an error.
     pub(super) fn directory(&mut self, parts: &[&[u8]], create: bool) -> Result<Option<Directory>> {
         let mut here = self.root()?;
         let mut links = 0;
@@ -135,7 +134,7 @@ impl Tree {
         Ok(Directory { inode: inode(&fd)?, fd, way })
     }
 
-    /// Above the root there is the root.
+    /// The directory above `here`. Above the root there is the root.
     fn above(&self, mut here: Directory) -> rustix::io::Result<Directory> {
         let Some(step) = here.way.pop() else { return Ok(here) };
         Ok(Directory { fd: up(&here.fd, step.above)?, inode: step.above, way: here.way })
@@ -145,20 +144,20 @@ impl Tree {
         self.hasher.hash_one((directory, name.to_bytes()))
     }
 
-    /// The current layer has `name` in `directory`.
+    /// Records that the current layer has `name` in `directory`.
     pub(super) fn keep(&mut self, directory: &Directory, name: &CStr) {
         self.keep_way(directory);
         self.upper.insert(self.hash(directory.inode, name));
     }
 
-    /// The current layer has something to do with `directory`.
+    /// Records that the current layer has entries in `directory` or below.
     pub(super) fn keep_way(&mut self, directory: &Directory) {
         self.upper.extend(directory.way.iter().map(|step| step.hash));
     }
 
-    /// Removes what lower layers have brought: `name` in `directory`, or all that is in
-    /// `directory`. What the current layer has brought stays, before and after, for a whiteout
-    /// hides only what lies below its own layer (image-spec layer.md, "Whiteouts").
+    /// Removes files of lower layers: `name` in `directory`, or everything in `directory`. Files of
+    /// the current layer stay, whether they come before or after. A whiteout hides only files below
+    /// its own layer (image-spec layer.md, "Whiteouts").
     pub(super) fn hide(
         &self,
         directory: &Directory,
@@ -179,7 +178,8 @@ impl Tree {
         futimens(&directory.fd, &times)
     }
 
-    /// As [`Self::hide`]. Like [`remove_tree`], it holds one directory open, not a chain of them.
+    /// Removes files of lower layers below `top`. Like [`remove_tree`], this holds one directory
+    /// open, not a chain of them.
     fn hide_within(&self, top: OwnedFd) -> rustix::io::Result<()> {
         let mut current = top;
         let mut way = vec![(inode(&current)?, self.hide_files(&current)?)];
@@ -200,7 +200,7 @@ impl Tree {
         }
     }
 
-    /// Removes what lower layers have put into one directory. Returns the names that stay.
+    /// Removes files of lower layers from one directory. Returns the names that stay.
     fn hide_files(&self, directory: &OwnedFd) -> rustix::io::Result<Vec<CString>> {
         let number = inode(directory)?;
         let times = times(directory)?;
@@ -220,7 +220,8 @@ impl Tree {
     /// Opens a regular file by a path in the tree, or None if there is none.
     pub(super) fn open_file(&mut self, parts: &Parts<'_>) -> Result<Option<OwnedFd>> {
         let what = || format!("cannot open {}", quoted(&parts.join(&b'/')));
-        // A link to it is followed by making its target the rest of the path.
+        // A link to the file is followed by putting its target in the place of the path's last
+        // part.
         let mut parts: Vec<Vec<u8>> = parts.iter().map(|part| part.to_vec()).collect();
         for _ in 0..MAX_LINKS {
             let borrowed: Vec<&[u8]> = parts.iter().map(Vec::as_slice).collect();
@@ -265,7 +266,8 @@ fn make(parent: &OwnedFd, name: &CStr) -> rustix::io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// When a directory was read and changed, to be set again: a layer changes it only by an entry.
+/// Access and modification time of a directory, to be set again. A layer changes them only by an
+/// entry.
 pub(super) fn times(directory: &OwnedFd) -> rustix::io::Result<Timestamps> {
     let stat = fstat(directory)?;
     let time = |seconds, nanoseconds: u64| Timespec {
@@ -278,7 +280,7 @@ pub(super) fn times(directory: &OwnedFd) -> rustix::io::Result<Timestamps> {
     })
 }
 
-/// Puts the parts of a path on the stack of what is still to do, the first one on top.
+/// Pushes the parts of a path on the stack, the first one on top.
 fn push<'a>(
     todo: &mut Vec<CString>,
     parts: impl DoubleEndedIterator<Item = &'a [u8]>,

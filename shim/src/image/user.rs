@@ -1,27 +1,26 @@
-//! Whom an image's process runs as: `user`, `uid`, `user:group` and so on (image-spec config.md,
-//! `User`), resolved in the tree's own `/etc/passwd` and `/etc/group` as engines do.
+//! The user of an image's process: `user`, `uid`, `user:group` and so on (image-spec config.md,
+//! `User`). As in engines, names are resolved in the tree's own `/etc/passwd` and `/etc/group`.
 
 use std::{fs::File, io::Read};
 
 use oci_spec::runtime::User;
 
-use super::{name::parts, quoted, tree::Tree};
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    image::{name::parts, tree::Tree},
+    text::quoted,
+};
 
 /// Largest file of users or groups that is read, in bytes.
 const MAX_FILE: u64 = 4 << 20;
 
-/// Most groups that a process can be in: Linux's NGROUPS_MAX.
+/// Largest number of groups that a process can be in (`NGROUPS_MAX` in linux/limits.h).
 const MAX_GROUPS: usize = 65536;
 
-/// Finds the numbers for `user`, which may be empty: that is root.
+/// Finds the ids for `user`. An empty `user` is root.
 ///
-/// Numbers need no entry in the files. A group that is named is the only one; without it the
-/// user's entry says which, and the groups that list the user come along.
-///
-/// # Errors
-///
-/// A name that the tree does not know, a number out of range, or files that cannot be read.
+/// Numbers need no entry in the files. A named group is the only group. Without one, the user's
+/// entry says the group, and the groups that list the user are added.
 pub(super) fn resolve(user: &str, tree: &mut Tree) -> Result<User> {
     let (name, group) = user.split_once(':').unwrap_or((user, ""));
     let name = if name.is_empty() { "0" } else { name };
@@ -74,7 +73,7 @@ pub(super) fn resolve(user: &str, tree: &mut Tree) -> Result<User> {
     Ok(found)
 }
 
-/// A number as it stands for a user or a group; None if it is a name.
+/// Parses the number of a user or a group. None if the text is a name.
 fn number(text: &str) -> Result<Option<u32>> {
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Ok(None);
@@ -85,7 +84,7 @@ fn number(text: &str) -> Result<Option<u32>> {
     })
 }
 
-/// The lines of a file like passwd(5), in fields. A tree without it has none.
+/// The lines of a file like passwd(5), as fields. A tree without the file has no lines.
 fn table(tree: &mut Tree, path: &str) -> Result<Vec<Vec<String>>> {
     let what = || format!("the image's {path}");
     let Some(file) = tree.open_file(&parts(path.as_bytes())?).explain(what)? else {
@@ -94,7 +93,7 @@ fn table(tree: &mut Tree, path: &str) -> Result<Vec<Vec<String>>> {
     let mut bytes = Vec::new();
     File::from(file).take(MAX_FILE + 1).read_to_end(&mut bytes).explain(what)?;
     if bytes.len() as u64 > MAX_FILE {
-        return Err(Error::new(format!("{} is larger than is sensible", what())));
+        return Err(Error::new(format!("{} is larger than {MAX_FILE} bytes", what())));
     }
     let text = String::from_utf8_lossy(&bytes);
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());

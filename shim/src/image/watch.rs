@@ -1,4 +1,4 @@
-//! What goes on beside unpacking: signals that end it, and a line for who waits.
+//! Signals and progress while an image is unpacked.
 
 use std::{
     cell::Cell,
@@ -9,13 +9,13 @@ use std::{
 
 use crate::error::{Error, Result};
 
-/// Nobody needs to be told before this long.
+/// Time before the first progress line.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often the line is written again.
+/// Time between two progress lines.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// The signal that asks for the end, or 0.
+/// The signal that has asked for the end, or 0.
 static CAUGHT: AtomicI32 = AtomicI32::new(0);
 
 /// The number of the signal that has ended an unpacking, if one has.
@@ -23,7 +23,7 @@ pub fn interrupted_by() -> Option<u8> {
     u8::try_from(CAUGHT.load(Ordering::Relaxed)).ok().filter(|signal| *signal != 0)
 }
 
-/// Sees to signals and progress.
+/// Watches signals, and shows progress.
 #[derive(Debug)]
 pub(super) struct Watch {
     began: Instant,
@@ -48,7 +48,7 @@ impl Watch {
         }
     }
 
-    /// A layer begins: its index, how many there are, and its size in bytes.
+    /// Begins a layer, of this index among `count`, with its size in bytes.
     pub(super) fn layer(&self, index: usize, count: usize, size: u64) {
         self.layer.set(index + 1);
         self.layers.set(count);
@@ -56,11 +56,7 @@ impl Watch {
         self.read.set(0);
     }
 
-    /// To be called often.
-    ///
-    /// # Errors
-    ///
-    /// A signal has asked for the end.
+    /// Shows progress from time to time, and fails after a signal. To be called often.
     pub(super) fn check(&self) -> Result<()> {
         if let Some(signal) = interrupted_by() {
             return Err(Error::new(format!("ended by signal {signal}")));
@@ -87,7 +83,7 @@ impl Watch {
         )
     }
 
-    /// Counts what is read from a layer's blob.
+    /// A reader that counts the bytes of a layer's blob.
     pub(super) fn counted<R: Read>(&self, source: R) -> Counted<'_, R> {
         Counted { watch: self, source }
     }
@@ -101,7 +97,7 @@ impl Drop for Watch {
     }
 }
 
-/// A reader whose bytes are counted.
+/// A reader that counts its bytes.
 #[derive(Debug)]
 pub(super) struct Counted<'a, R> {
     watch: &'a Watch,
@@ -118,11 +114,11 @@ impl<R: Read> Read for Counted<'_, R> {
 }
 
 fn show(text: &str) {
-    // Nobody is there to be told, then.
+    // If standard error takes nothing, nobody waits for the line.
     let _ = io::stderr().write_all(text.as_bytes());
 }
 
-/// Has the usual signals end an unpacking instead of the process, until that ends.
+/// Makes SIGHUP, SIGINT and SIGTERM end an unpacking, and not the process itself.
 pub(super) fn catch_signals() -> Result<()> {
     for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
         catch(signal).map_err(|e| Error::because("cannot catch signals", e))?;
@@ -130,7 +126,7 @@ pub(super) fn catch_signals() -> Result<()> {
     Ok(())
 }
 
-/// Takes note of `signal` unless it is ignored, as nohup(1) has it.
+/// Records `signal` when it comes. An ignored signal stays ignored, as nohup(1) has it.
 fn catch(signal: i32) -> io::Result<()> {
     extern "C" fn note(signal: i32) {
         CAUGHT.store(signal, Ordering::Relaxed);
@@ -146,10 +142,10 @@ fn catch(signal: i32) -> io::Result<()> {
     }
     let mut new = old;
     new.sa_sigaction = note as extern "C" fn(i32) as libc::sighandler_t;
-    // What waits for data in a system call is woken and looks.
+    // Without SA_RESTART a system call that waits for data ends, and its caller sees the signal.
     new.sa_flags = 0;
-    // SAFETY: `new` is initialised; the handler only stores to an atomic, which is safe at any
-    // moment, and lives as long as the program.
+    // SAFETY: `new` is initialised. The handler lives as long as the program, and only stores to an
+    // atomic, which is safe at any moment.
     if unsafe { libc::sigaction(signal, &raw const new, std::ptr::null_mut()) } < 0 {
         return Err(io::Error::last_os_error());
     }

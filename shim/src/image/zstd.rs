@@ -1,4 +1,4 @@
-//! A zstd stream, which is any number of frames, some of them to be skipped (RFC 8878, 3.1).
+//! A zstd stream: any number of frames, some of them to be skipped (RFC 8878, 3.1).
 
 use std::io::{self, BufRead, ErrorKind, Read};
 
@@ -7,7 +7,7 @@ use ruzstd::decoding::{
     errors::{FrameDecoderError, ReadFrameHeaderError},
 };
 
-/// Decompresses what `source` has. Its memory is bounded by the library's largest window, 128 MiB.
+/// Decompresses `source`. The library's largest window, 128 MiB, bounds the memory.
 pub(super) struct Zstd<R> {
     source: R,
     decoder: FrameDecoder,

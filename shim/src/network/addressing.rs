@@ -1,7 +1,7 @@
 //! Addresses, routes, neighbours and rules of the namespace, as requests for the guest's kernel.
 //!
-//! An interface has the same index in the guest, so what this kernel lists is what that one is asked
-//! to make, but for what only describes it.
+//! An interface has the same index in the guest. So the guest's kernel is asked to make what this
+//! kernel lists, without attributes that only describe it.
 
 use std::collections::HashSet;
 
@@ -18,23 +18,22 @@ use netlink_packet_route::{
     rule::{RuleAttribute, RuleFlags, RuleMessage},
 };
 
-use super::{
-    interface::{Interface, LOOPBACK},
-    netlink::{self, Netlink},
+use crate::{
+    error::{Error, Explain, Result},
+    network::{
+        interface::{Interface, LOOPBACK},
+        netlink::{self, Netlink},
+    },
 };
-use crate::error::{Error, Explain, Result};
 
-/// The table of a namespace's own addresses, which the kernel fills (linux/rtnetlink.h).
+/// The table of a namespace's own addresses. The kernel fills it (linux/rtnetlink.h).
 const TABLE_LOCAL: u32 = 255;
 
-/// Rules that each namespace has from the beginning: priority and table.
+/// Rules that each namespace has from the beginning, as priority and table.
 const DEFAULT_RULES: [(u32, u32); 3] = [(0, TABLE_LOCAL), (32766, 254), (32767, 253)];
 
-/// What to ask the guest's kernel for, in the order in which it can do so.
-///
-/// # Errors
-///
-/// If the namespace has what cannot be copied, or the kernel does not tell.
+/// Requests for the guest's kernel, in the order in which it can carry them out. A route or a rule
+/// that cannot be copied is an error.
 pub(super) fn requests(
     netlink: &Netlink,
     interfaces: &[Interface],
@@ -59,7 +58,8 @@ fn request(what: String, message: RouteNetlinkMessage, flags: u16) -> NetlinkReq
     NetlinkRequest { message, what, ..NetlinkRequest::default() }
 }
 
-/// 127.0.0.1 and ::1, which the kernel gives to loopback when it is brought up.
+/// Tells whether an address is one that the kernel gives to loopback when it is brought up:
+/// 127.0.0.1 or ::1.
 fn is_standard_loopback(address: &AddressMessage) -> bool {
     address.header.index == LOOPBACK
         && address.attributes.iter().any(|attribute| match attribute {
@@ -86,12 +86,12 @@ fn address(mut address: AddressMessage) -> NetlinkRequest {
         | AddressAttribute::Label(_)
         | AddressAttribute::Broadcast(_)
         | AddressAttribute::Protocol(_) => true,
-        // Lifetimes, above all: nobody prolongs them in the guest.
+        // Lifetimes above all are left out, because nobody prolongs them in the guest.
         _ => false,
     });
     flags &= AddressFlags::Homeaddress | AddressFlags::Mcautojoin;
-    // Nobody else has it, since this host has had it. The routes that the kernel would make are
-    // copied with all others.
+    // No duplicate address detection: this host has had the address, so nobody else has it. No
+    // prefix route: the routes that the kernel would make are copied with all others.
     flags |= AddressFlags::Nodad | AddressFlags::Noprefixroute;
     address.header.flags = AddressHeaderFlags::empty();
     address.attributes.push(AddressAttribute::Flags(flags));
@@ -99,7 +99,7 @@ fn address(mut address: AddressMessage) -> NetlinkRequest {
     request(what, RouteNetlinkMessage::NewAddress(address), NLM_F_EXCL)
 }
 
-/// Those that somebody has entered by hand.
+/// Neighbours that somebody has entered by hand.
 fn neighbours(netlink: &Netlink, copied: &HashSet<u32>) -> Result<Vec<NetlinkRequest>> {
     let all = netlink.dump(RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()));
     let all = all.explain(|| "cannot list the network's neighbours".into())?;
@@ -138,7 +138,7 @@ fn routes(netlink: &Netlink, copied: &HashSet<u32>) -> Result<Vec<NetlinkRequest
             }
         }
     }
-    // A gateway has to be reachable when a route goes through it.
+    // A gateway has to be reachable before a route through it can be made.
     found.sort_by_key(|(through_gateway, _)| *through_gateway);
     Ok(found.into_iter().map(|(_, request)| request).collect())
 }
@@ -161,7 +161,7 @@ fn is_copied(route: &RouteMessage, copied: &HashSet<u32>) -> bool {
         && ours
 }
 
-/// The request for a route, and whether it goes through a gateway.
+/// The request for a route. The flag tells whether the route goes through a gateway.
 fn route(mut route: RouteMessage) -> Result<(bool, NetlinkRequest)> {
     let what = describe(&route.header, &route.attributes);
     route.header.flags &= RouteFlags::Onlink;
@@ -175,7 +175,7 @@ fn route(mut route: RouteMessage) -> Result<(bool, NetlinkRequest)> {
             }
         }
     }
-    // Several routes to one place may differ in their gateways only.
+    // Several routes to one destination may differ in their gateways only.
     Ok((through_gateway, request(what, RouteNetlinkMessage::NewRoute(route), NLM_F_APPEND)))
 }
 

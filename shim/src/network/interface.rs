@@ -9,8 +9,10 @@ use netlink_packet_route::{
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
 };
 
-use super::{netlink::Netlink, tap};
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    network::{netlink::Netlink, tap},
+};
 
 /// Index of the loopback interface of every network namespace (`LOOPBACK_IFINDEX`).
 pub(super) const LOOPBACK: u32 = 1;
@@ -21,17 +23,16 @@ pub(super) struct Interface {
     pub(super) index: u32,
     pub(super) name: String,
     pub(super) mac: [u8; 6],
-    /// In bytes, without the Ethernet header.
+    /// MTU in bytes, without the Ethernet header.
     pub(super) mtu: u32,
     pub(super) up: bool,
 }
 
-/// The interfaces that are for the microVM, in the order of their indices: all that are up or have an
-/// address but loopback, our own taps, and ports of others, whose frames are those of their master.
+/// The interfaces for the microVM, in the order of their indices: all that are up or have an
+/// address.
 ///
-/// # Errors
-///
-/// If one is not an Ethernet interface, or the kernel does not tell.
+/// Loopback and Isopod's own taps are left out. So are ports of another interface, whose frames are
+/// those of their master. An interface that is not an Ethernet interface is an error.
 pub(super) fn scan(netlink: &Netlink, addresses: &[AddressMessage]) -> Result<Vec<Interface>> {
     let addressed: HashSet<u32> = addresses.iter().map(|address| address.header.index).collect();
     let links = netlink.links().explain(|| "cannot list the network interfaces".into())?;
@@ -52,10 +53,6 @@ pub(super) fn scan(netlink: &Netlink, addresses: &[AddressMessage]) -> Result<Ve
 }
 
 /// The addresses of all interfaces.
-///
-/// # Errors
-///
-/// If the kernel does not tell.
 pub(super) fn addresses(netlink: &Netlink) -> Result<Vec<AddressMessage>> {
     let all = netlink.dump(RouteNetlinkMessage::GetAddress(AddressMessage::default()));
     let all = all.explain(|| "cannot list the network addresses".into())?;
@@ -102,18 +99,14 @@ fn is_tap(link: &LinkMessage) -> bool {
     })
 }
 
-/// The kernel settings that decide which IPv6 addresses the guest's kernel makes by itself. None,
-/// but what router advertisements bring if the namespace takes them: all others have been made by
-/// this host's kernel already, and are copied.
-///
-/// # Errors
-///
-/// If they cannot be read.
+/// The settings of IPv6 for the guest's kernel, which makes no addresses by itself. This host's
+/// kernel has made them already, and they are copied. Only router advertisements bring others, if
+/// the namespace takes them.
 pub(super) fn settings(interfaces: &[Interface]) -> Result<Vec<NetworkSetting>> {
     let mut settings = vec![setting("lo", "disable_ipv6", disabled("lo")?)];
     for interface in interfaces {
         let name = &interface.name;
-        // IN6_ADDR_GEN_MODE_NONE
+        // 1 is IN6_ADDR_GEN_MODE_NONE (linux/if_link.h).
         settings.push(setting(name, "addr_gen_mode", "1".into()));
         settings.push(setting(name, "disable_ipv6", disabled(name)?));
         if let Some(value) = read(name, "accept_ra")? {
@@ -123,7 +116,7 @@ pub(super) fn settings(interfaces: &[Interface]) -> Result<Vec<NetworkSetting>> 
     Ok(settings)
 }
 
-/// A host without IPv6 has it disabled.
+/// The setting `disable_ipv6`. On a host without IPv6 it is 1.
 fn disabled(name: &str) -> Result<String> {
     Ok(read(name, "disable_ipv6")?.unwrap_or_else(|| "1".into()))
 }

@@ -9,9 +9,9 @@
 //!    eth0: same name, index, MAC, MTU, addresses, routes <── virtio-net
 //! ```
 //!
-//! The host's own stack in that namespace sees none of the interface's frames any more. What is in
-//! the namespace when the container is created decides how many devices the microVM has. One that is
-//! empty then may be filled until the container is started ([`Network::fill`]), so its microVM gets
+//! The host's own stack in that namespace no longer sees the interface's frames. The interfaces
+//! that are in the namespace at create decide how many devices the microVM has. A namespace that is
+//! empty then may be filled until the container is started ([`Network::fill`]). So its microVM gets
 //! spare devices, whose taps wait for their interfaces.
 
 mod addressing;
@@ -27,10 +27,9 @@ mod vhost;
 use std::{os::fd::AsRawFd, path::PathBuf};
 
 use isopod_protocol::agent;
-use isopod_vmm::config::NetConfig;
+use isopod_vmm::config::{MAX_NET_DEVICES, NetConfig};
 use serde::{Deserialize, Serialize};
 
-pub use self::namespace::Namespace;
 use self::{
     interface::Interface,
     netlink::Netlink,
@@ -38,38 +37,34 @@ use self::{
     tap::{Life, Tap},
 };
 pub(crate) use self::{
-    resolver::{RESOLV_CONF, RESOLVER},
+    namespace::enter,
+    resolver::RESOLVER,
     trial::{Trial, try_out},
     vhost::DEVICE as VHOST_NET,
 };
 use crate::{
+    bundle::{NICS_ANNOTATION, NetworkNamespace},
     error::{Error, Explain, Result},
-    sandbox::random_u64,
+    random::random_u64,
 };
 
-/// Most network devices of a microVM.
-pub const MAX_NICS: u8 = 8;
-
-/// Annotation that sets how many interfaces a namespace may get between create and start.
-pub const NICS_ANNOTATION: &str = "dev.isopod.nics";
-
-/// What has to be removed from a namespace that outlives the sandbox, as it stands in state.json.
+/// Redirects to remove from a namespace that outlives the sandbox, as state.json has them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Taken {
-    /// Where the namespace is.
+pub struct RedirectRecord {
+    /// Path of the namespace.
     namespace: PathBuf,
-    /// By which the sandbox's redirects are known.
+    /// Mark of the sandbox's redirects.
     mark: Mark,
 }
 
-/// The network devices of a microVM, and what they are connected with. Disconnected when dropped.
+/// The network devices of a microVM, and their connections. Disconnected when dropped.
 #[derive(Debug)]
 pub(crate) struct Network {
-    namespace: Namespace,
+    namespace: NetworkNamespace,
     netlink: Option<Netlink>,
     mark: Mark,
     nics: Vec<Nic>,
-    /// Interfaces that have a redirect, and indices of their taps.
+    /// Interfaces that have a redirect, and the indices of their taps.
     connected: Vec<(Interface, u32)>,
     /// There was no interface when the container was created.
     was_empty: bool,
@@ -81,18 +76,14 @@ pub(crate) struct Network {
 #[derive(Debug)]
 struct Nic {
     tap: Tap,
-    /// Which the guest finds in the device.
+    /// MAC address that the guest finds in the device.
     mac: [u8; 6],
     mtu: Option<u16>,
 }
 
 impl Network {
     /// The network of a namespace that this process is in already. Nothing has been made yet.
-    ///
-    /// # Errors
-    ///
-    /// If the kernel has no random numbers.
-    pub(crate) fn new(namespace: Namespace, resolv_conf: Option<PathBuf>) -> Result<Self> {
+    pub(crate) fn new(namespace: NetworkNamespace, resolv_conf: Option<PathBuf>) -> Result<Self> {
         Ok(Self {
             namespace,
             netlink: None,
@@ -104,22 +95,21 @@ impl Network {
         })
     }
 
-    /// What a `delete` needs to know, should this process be killed.
-    pub(crate) fn taken(&self) -> Option<Taken> {
+    /// The record for a `delete`, in case this process is killed.
+    pub(crate) fn taken(&self) -> Option<RedirectRecord> {
         match &self.namespace {
-            Namespace::Path(path) => {
-                Some(Taken { namespace: path.clone(), mark: self.mark.clone() })
+            NetworkNamespace::Path(path) => {
+                Some(RedirectRecord { namespace: path.clone(), mark: self.mark.clone() })
             }
-            Namespace::None | Namespace::Own | Namespace::Pod(_) => None,
+            NetworkNamespace::None | NetworkNamespace::Own | NetworkNamespace::Pod(_) => None,
         }
     }
 
-    /// Makes a tap for each interface that is there, or `spares` of them if none is, and returns what
-    /// the guest has to do with them.
+    /// Makes a tap for each interface, or `spares` taps if there is no interface. Returns the
+    /// guest's part of the work.
     ///
-    /// # Errors
-    ///
-    /// If the namespace has what a microVM cannot have, or is another one's already.
+    /// A namespace that another microVM has already, or that has something a microVM cannot have,
+    /// is an error.
     pub(crate) fn connect(&mut self, vcpus: u8, spares: u8) -> Result<Option<agent::Network>> {
         if !self.has_namespace() {
             return Ok(None);
@@ -128,18 +118,19 @@ impl Network {
         let addresses = interface::addresses(netlink)?;
         let interfaces = interface::scan(netlink, &addresses)?;
         self.was_empty = interfaces.is_empty();
-        let life = if self.namespace == Namespace::Own { Life::Namespace } else { Life::Microvm };
+        let life =
+            if self.namespace == NetworkNamespace::Own { Life::Namespace } else { Life::Microvm };
         if self.was_empty {
-            for number in 0..spares.min(MAX_NICS) {
+            for number in 0..spares.min(MAX_NET_DEVICES) {
                 let tap = Tap::new(netlink, number.into(), vcpus, life, true);
                 let tap = tap.map_err(|e| self.namespace.explain(e))?;
                 self.nics.push(Nic { tap, mac: random_mac()?, mtu: None });
             }
             return Ok(None);
         }
-        if interfaces.len() > MAX_NICS.into() {
+        if interfaces.len() > MAX_NET_DEVICES.into() {
             return Err(Error::new(format!(
-                "{} has {} interfaces, and a microVM can have {MAX_NICS} at most",
+                "{} has {} interfaces, and a microVM can have {MAX_NET_DEVICES} at most",
                 self.namespace.name(),
                 interfaces.len()
             )));
@@ -156,17 +147,16 @@ impl Network {
         self.redirect(&interfaces, addresses).map(Some)
     }
 
-    /// It has a namespace, new or not, which this process is in, and which nobody else serves.
+    /// Tells whether there is a namespace, new or not, that this process is in and nobody else
+    /// serves.
     pub(crate) fn has_namespace(&self) -> bool {
-        matches!(self.namespace, Namespace::Own | Namespace::Path(_))
+        matches!(self.namespace, NetworkNamespace::Own | NetworkNamespace::Path(_))
     }
 
-    /// Looks again at what an engine does between create and start: it may have filled a namespace that
-    /// was empty, and serve names in it.
+    /// Looks at the namespace again at start. Between create and start an engine may have filled an
+    /// empty namespace, and may serve names in it.
     ///
-    /// # Errors
-    ///
-    /// As [`Self::connect`], or there are more interfaces than devices.
+    /// Errors are as with [`Self::connect`]. More interfaces than devices are an error too.
     pub(crate) fn complete(&mut self) -> Result<Option<agent::Network>> {
         let mut network = self.fill()?;
         if self.has_namespace() && resolver::is_named_in(self.resolv_conf.as_deref())? {
@@ -176,7 +166,7 @@ impl Network {
         Ok(network)
     }
 
-    /// Connects what is there now in a namespace that was empty.
+    /// Connects the interfaces of a namespace that was empty at create.
     fn fill(&mut self) -> Result<Option<agent::Network>> {
         let Some(netlink) = self.netlink.as_ref().filter(|_| self.was_empty) else {
             return Ok(None);
@@ -210,7 +200,7 @@ impl Network {
         addresses: Vec<netlink_packet_route::address::AddressMessage>,
     ) -> Result<agent::Network> {
         let Some(netlink) = &self.netlink else { return Ok(agent::Network::default()) };
-        // Read before anything changes hands.
+        // Read before a redirect changes anything.
         let requests = addressing::requests(netlink, interfaces, addresses)?;
         let settings = interface::settings(interfaces)?;
         let mut guest = agent::Network { requests, settings, ..Default::default() };
@@ -232,8 +222,8 @@ impl Network {
         Ok(guest)
     }
 
-    /// Lets the name server in the namespace ask others: what is answered comes in at the interfaces,
-    /// and would be the guest's.
+    /// Lets the name server in the namespace ask other servers. Their answers come in at the
+    /// interfaces, and would go to the guest.
     fn serve_names(&self) -> Result<()> {
         let Some(netlink) = &self.netlink else { return Ok(()) };
         resolver::reserve_ports()?;
@@ -243,7 +233,7 @@ impl Network {
         Ok(())
     }
 
-    /// The devices as the VMM is told of them.
+    /// The devices for the VMM's configuration.
     pub(crate) fn config(&self) -> Vec<NetConfig> {
         let config = |Nic { tap, mac, mtu }: &Nic| {
             let tap_fds = tap.queues.iter().map(AsRawFd::as_raw_fd).collect();
@@ -253,7 +243,7 @@ impl Network {
         self.nics.iter().map(config).collect()
     }
 
-    /// Leaves the taps to the VMM alone, so that they go with it.
+    /// Leaves the taps to the VMM alone, so that they end with it.
     pub(crate) fn hand_over(&mut self) {
         for nic in &mut self.nics {
             nic.tap.queues.clear();
@@ -261,7 +251,7 @@ impl Network {
         }
     }
 
-    /// Leaves the interfaces as they were.
+    /// Removes the redirects, so the interfaces are as they were.
     pub(crate) fn disconnect(&mut self) {
         let Some(netlink) = &self.netlink else { return };
         for (interface, _) in self.connected.drain(..) {
@@ -279,15 +269,11 @@ impl Drop for Network {
     }
 }
 
-impl Taken {
+impl RedirectRecord {
     /// Removes the redirects of a sandbox whose processes are gone.
-    ///
-    /// # Errors
-    ///
-    /// If that is not permitted.
-    pub(crate) fn give_back(&self) -> Result<()> {
+    pub(crate) fn remove(&self) -> Result<()> {
         let what = || format!("cannot clean up network namespace {}", self.namespace.display());
-        // Gone, with all that was in it.
+        // A namespace that is gone has no redirects.
         if !namespace::is_there(&self.namespace) {
             return Ok(());
         }
@@ -299,7 +285,7 @@ impl Taken {
             }
             Ok(())
         };
-        // A thread of its own goes there and ends.
+        // A thread of its own enters the namespace, and ends.
         std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().spawn_scoped(scope, work).explain(what)?;
             thread.join().unwrap_or_else(|_| Err(Error::new(what())))
@@ -314,7 +300,7 @@ fn mtu_too_large(interface: &Interface) -> Error {
     ))
 }
 
-/// A locally administered address for a device that does not have its own yet.
+/// A locally administered MAC address, for a device that does not have an interface's yet.
 fn random_mac() -> Result<[u8; 6]> {
     let [a, b, c, d, e, ..] = random_u64()?.to_ne_bytes();
     Ok([0x02, a, b, c, d, e])

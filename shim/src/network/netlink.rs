@@ -1,4 +1,4 @@
-//! Requests of rtnetlink(7), answered before the next one is made.
+//! Requests of rtnetlink(7). Each is answered before the next one is made.
 
 use std::{cell::Cell, io, os::fd::OwnedFd};
 
@@ -13,13 +13,13 @@ use rustix::net::{
 
 use crate::error::{Explain, Result};
 
-/// The kernel answers in pieces of at most 32 KiB (`netlink_dump`).
+/// Size of the buffer. The kernel answers in pieces of at most 32 KiB (`netlink_dump`).
 const BUFFER_LEN: usize = 64 * 1024;
 
-/// How often a list is asked for again because it changed while it was read.
+/// Number of attempts to read a list, if it changes while it is read.
 const MAX_DUMPS: usize = 16;
 
-/// A connection to the kernel about the network namespace that it was opened in.
+/// A connection to the kernel, about the network namespace that it was opened in.
 #[derive(Debug)]
 pub(super) struct Netlink {
     socket: OwnedFd,
@@ -27,28 +27,20 @@ pub(super) struct Netlink {
 }
 
 impl Netlink {
-    /// A connection about the network namespace of the calling thread.
-    ///
-    /// # Errors
-    ///
-    /// If there is no such socket.
+    /// Opens a connection about the network namespace of the calling thread.
     pub(super) fn open() -> Result<Self> {
         let socket = socket_with(
             AddressFamily::NETLINK,
             SocketType::RAW,
             SocketFlags::CLOEXEC,
-            // NETLINK_ROUTE, which is 0.
+            // None stands for NETLINK_ROUTE, which is 0.
             None,
         )
         .explain(|| "cannot open a netlink socket".into())?;
         Ok(Self { socket, sequence: Cell::new(0) })
     }
 
-    /// Everything that `request` asks for, as it was at one moment.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
+    /// All objects that `request` asks for, as they were at one moment.
     pub(super) fn dump(
         &self,
         request: RouteNetlinkMessage,
@@ -59,14 +51,10 @@ impl Netlink {
                 return Ok(found);
             }
         }
-        Err(io::Error::other("it changes all the time"))
+        Err(io::Error::other("the list changed during each attempt to read it"))
     }
 
     /// All interfaces.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
     pub(super) fn links(&self) -> io::Result<Vec<LinkMessage>> {
         let all = self.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
         Ok(all
@@ -78,25 +66,17 @@ impl Netlink {
             .collect())
     }
 
-    /// Changes what is there.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's.
+    /// Changes or removes an object.
     pub(super) fn change(&self, request: RouteNetlinkMessage) -> io::Result<()> {
         self.exchange(request, NLM_F_ACK).map(drop)
     }
 
-    /// Makes something that is not there yet.
-    ///
-    /// # Errors
-    ///
-    /// The kernel's; `EEXIST` if it is there.
+    /// Makes an object. One that exists already gives `EEXIST`.
     pub(super) fn create(&self, request: RouteNetlinkMessage) -> io::Result<()> {
         self.exchange(request, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL).map(drop)
     }
 
-    /// Sends a request and reads all of its answer. False if a list changed while it was read.
+    /// Sends a request and reads its whole answer. False if a list changed while it was read.
     fn exchange(
         &self,
         request: RouteNetlinkMessage,

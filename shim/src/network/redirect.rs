@@ -1,7 +1,7 @@
-//! Frames between an interface and a tap: what comes in at one goes out at the other, both ways, by
-//! an ingress queueing discipline with one filter (tc-mirred(8)) on each of the two.
+//! Redirects of frames between an interface and a tap. Frames that come in at one go out at the
+//! other. Each of the two has an ingress queueing discipline with one filter (tc-mirred(8)).
 //!
-//! The filter on the interface bears a mark, by which it is known again: the interface is not the
+//! The filter on the interface bears a mark, so that it is known again: the interface is not the
 //! sandbox's, and may outlive it.
 
 use std::{fmt, io};
@@ -17,13 +17,13 @@ use netlink_packet_route::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{interface::Interface, netlink::Netlink, resolver::PORTS, tap::Tap};
 use crate::{
     error::{Error, Explain, Result},
-    sandbox::random_u64,
+    network::{interface::Interface, netlink::Netlink, resolver::PORTS, tap::Tap},
+    random::random_u64,
 };
 
-/// All marks begin so.
+/// Prefix of all marks.
 const MARK_PREFIX: &str = "isopod";
 
 /// `ETH_P_ALL`: frames of every protocol.
@@ -33,21 +33,17 @@ const ETH_P_ALL: u16 = 3;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_ARP: u16 = 0x0806;
 
-/// Kinds of queueing disciplines for what comes in.
+/// Kinds of queueing disciplines for incoming frames.
 const INGRESS: &str = "ingress";
 const CLSACT: &str = "clsact";
 
-/// What tells the redirects of one sandbox from all others: the cookie of their actions, 16 bytes.
+/// The mark of one sandbox's redirects: the cookie of their actions, 16 bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(crate) struct Mark(String);
 
 impl Mark {
     /// A mark that no other sandbox has.
-    ///
-    /// # Errors
-    ///
-    /// If the kernel has no random numbers.
     pub(super) fn new() -> Result<Self> {
         let number = random_u64()? & ((1 << 40) - 1);
         Ok(Self(format!("{MARK_PREFIX}{number:010x}")))
@@ -60,11 +56,8 @@ impl fmt::Display for Mark {
     }
 }
 
-/// Connects an interface, which has been claimed, with a tap.
-///
-/// # Errors
-///
-/// If somebody has been faster, or this host's kernel cannot do it. Nothing is left on the interface.
+/// Connects a claimed interface with a tap. If another sandbox has been faster, or this host's
+/// kernel cannot do it, nothing is left on the interface.
 pub(super) fn connect(
     netlink: &Netlink,
     interface: &Interface,
@@ -77,8 +70,8 @@ pub(super) fn connect(
     netlink.create(filter(tap.index, interface.index, mark)).map_err(|e| lacking(what(), e))?;
     match netlink.create(qdisc(interface.index)) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-            // The one that was found empty. Of two filters with one priority the kernel takes the
-            // first, so it cannot become two sandboxes'.
+            // The discipline that was found empty. Of two filters with one priority the kernel
+            // takes the first, so the interface cannot become two sandboxes'.
             if !matches!(ingress(netlink, interface.index).explain(what)?, Ingress::Empty) {
                 return Err(taken(interface));
             }
@@ -89,24 +82,20 @@ pub(super) fn connect(
         if e.kind() == io::ErrorKind::AlreadyExists {
             return taken(interface);
         }
-        // What has just been made, and bears no mark yet.
+        // This is the discipline that has just been made, and bears no mark yet.
         let _ = remove_empty(netlink, interface.index);
         Error::because(what(), e)
     })
 }
 
-/// Redirects one tap to another, to see whether this host's kernel can.
-///
-/// # Errors
-///
-/// As [`connect`].
+/// Redirects one tap to another, to find out whether this host's kernel can.
 pub(super) fn try_out(netlink: &Netlink, from: &Tap, to: &Tap, mark: &Mark) -> Result<()> {
     let what = || "cannot redirect a tap to another".to_owned();
     netlink.create(qdisc(from.index)).map_err(|e| lacking(what(), e))?;
     netlink.create(filter(from.index, to.index, mark)).map_err(|e| lacking(what(), e))
 }
 
-/// Removes a discipline without any filter: it does nothing.
+/// Removes a queueing discipline that has no filter, and so does nothing.
 fn remove_empty(netlink: &Netlink, index: u32) -> io::Result<()> {
     match ingress(netlink, index)? {
         Ingress::Empty => netlink.change(RouteNetlinkMessage::DelQueueDiscipline(qdisc_of(index))),
@@ -114,18 +103,15 @@ fn remove_empty(netlink: &Netlink, index: u32) -> io::Result<()> {
     }
 }
 
-/// Takes what a sandbox that was killed has left on an interface: the redirect with its mark, or the
-/// discipline that was to bear it.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Removes from an interface what a killed sandbox has left: the redirect with its mark, or the
+/// discipline that was to bear the mark.
 pub(super) fn clear(netlink: &Netlink, index: u32, mark: &Mark) -> io::Result<()> {
     disconnect(netlink, index, mark)?;
     remove_empty(netlink, index)
 }
 
-/// The first that fails where the kernel lacks what is needed are those of the tap.
+/// The error of a request for traffic control, with advice if the kernel lacks it. A tap's requests
+/// come first, so they are the first to fail.
 fn lacking(what: String, e: io::Error) -> Error {
     match e.kind() {
         io::ErrorKind::NotFound => Error::new(format!(
@@ -136,11 +122,7 @@ fn lacking(what: String, e: io::Error) -> Error {
     }
 }
 
-/// Takes the redirect with this mark from an interface, if it has it.
-///
-/// # Errors
-///
-/// The kernel's.
+/// Removes the redirect with this mark from an interface, if there is one.
 pub(super) fn disconnect(netlink: &Netlink, index: u32, mark: &Mark) -> io::Result<()> {
     match ingress(netlink, index)? {
         Ingress::Redirect { mark: found, .. } if found == *mark => {
@@ -150,15 +132,13 @@ pub(super) fn disconnect(netlink: &Netlink, index: u32, mark: &Mark) -> io::Resu
     }
 }
 
-/// Sees to it that nobody else has the interface.
-///
-/// # Errors
-///
-/// If it is another microVM's, or somebody else handles what comes in at it.
+/// Checks that nobody else has the interface, and removes a redirect that a killed sandbox process
+/// has left. The interface of another microVM is an error, and so is one whose incoming frames
+/// somebody else handles.
 pub(super) fn claim(netlink: &Netlink, interface: &Interface) -> Result<()> {
     let what = || format!("cannot look at the traffic control of interface {}", interface.name);
     match ingress(netlink, interface.index).explain(what)? {
-        // An empty one is what a sandbox process leaves that is killed while it makes its redirect.
+        // A sandbox process that is killed while it makes its redirect leaves an empty discipline.
         Ingress::Nothing | Ingress::Empty => Ok(()),
         Ingress::Other(kind) => Err(Error::new(format!(
             "interface {} has a queueing discipline {kind} already, whose filters a microVM would \
@@ -166,8 +146,8 @@ pub(super) fn claim(netlink: &Netlink, interface: &Interface) -> Result<()> {
             interface.name
         ))),
         Ingress::Redirect { to, .. } if exists(netlink, to).explain(what)? => Err(taken(interface)),
-        // Its tap is gone, and so is the microVM: nobody has cleaned up after a sandbox process that
-        // was killed.
+        // The tap is gone, and so is the microVM. Nobody has cleaned up after a killed sandbox
+        // process.
         Ingress::Redirect { mark, .. } => disconnect(netlink, interface.index, &mark).explain(what),
     }
 }
@@ -181,17 +161,17 @@ fn taken(interface: &Interface) -> Error {
     ))
 }
 
-/// What handles the frames that come in at an interface.
+/// The handler of the frames that come in at an interface.
 enum Ingress {
     Nothing,
-    /// A discipline as a redirect of a sandbox has it, without any filter.
+    /// A discipline like that of a redirect, without any filter.
     Empty,
-    /// A redirect of a sandbox, and to which interface.
+    /// A redirect of a sandbox, with the index of its target.
     Redirect {
         mark: Mark,
         to: u32,
     },
-    /// Somebody else's discipline of this kind.
+    /// A discipline that somebody else has made.
     Other(String),
 }
 
@@ -256,7 +236,7 @@ fn redirect_of(message: &TcMessage) -> Option<(Mark, u32)> {
         }),
         _ => None,
     });
-    // Once its target is gone, the action has none.
+    // An action whose target is gone has no index.
     mark.starts_with(MARK_PREFIX).then(|| (Mark(mark), to.unwrap_or_default()))
 }
 
@@ -277,13 +257,13 @@ fn qdisc_of(index: u32) -> TcMessage {
     message
 }
 
-/// A filter that sends every frame which comes in at `from` out at `to`.
+/// A filter that sends out at `to` every frame that comes in at `from`.
 fn filter(from: u32, to: u32, mark: &Mark) -> RouteNetlinkMessage {
     let mirred = mirred(TcMirrorActionType::EgressRedir, TcActionType::Stolen, to, mark);
     match_all(from, Priority::Redirect, ETH_P_ALL, mirred)
 }
 
-/// What the filters of an interface are for, in the order in which the kernel tries them.
+/// Purposes of an interface's filters, in the order in which the kernel tries the filters.
 #[derive(Clone, Copy)]
 #[repr(u32)]
 enum Priority {
@@ -330,13 +310,9 @@ fn new_filter(
     RouteNetlinkMessage::NewTrafficFilter(TcMessage::from_parts(header, attributes))
 }
 
-/// Leaves the answers of name servers to ports of the namespace's own to this host's stack, and lets
-/// it learn of neighbours beside the guest. Both have the same addresses, so what they say of
-/// themselves is the same.
-///
-/// # Errors
-///
-/// If this host's kernel cannot do it.
+/// Leaves answers of name servers to this host's stack, if they are for ports of the namespace's
+/// own. Also lets this host's stack learn of neighbours beside the guest. The stack and the guest
+/// have the same addresses, so both announce the same.
 pub(super) fn pass_names(
     netlink: &Netlink,
     interface: &Interface,
@@ -354,8 +330,8 @@ pub(super) fn pass_names(
     Ok(())
 }
 
-/// A filter that takes IPv4 packets from port 53 to one of [`PORTS`], and does nothing with them. What
-/// comes in fragments, or with options, is the guest's.
+/// A filter that takes IPv4 packets from port 53 to one of [`PORTS`], and does nothing with them.
+/// Fragments, and packets with options, are the guest's.
 fn pass_answers(at: u32, protocol: u32) -> RouteNetlinkMessage {
     /// The port of name servers.
     const DOMAIN: u32 = 53;
@@ -368,7 +344,7 @@ fn pass_answers(at: u32, protocol: u32) -> RouteNetlinkMessage {
     let keys = vec![
         // Version 4, and a header of 20 bytes.
         key(0, 0xff00_0000, 0x4500_0000),
-        // Neither first nor later fragment.
+        // Neither a first nor a later fragment.
         key(4, 0x0000_3fff, 0),
         key(8, 0x00ff_0000, protocol << 16),
         key(20, 0xffff_0000 | ports, (DOMAIN << 16) | ports),
@@ -378,14 +354,15 @@ fn pass_answers(at: u32, protocol: u32) -> RouteNetlinkMessage {
     selector.nkeys = u8::try_from(keys.len()).unwrap_or(u8::MAX);
     selector.keys = keys;
     let options = vec![
-        // Any class will do: that there is one makes it the end.
+        // Any class will do: the classification ends at a filter with a class.
         TcOption::U32(TcFilterU32Option::ClassId(TcHandle { major: 1, minor: 1 })),
         TcOption::U32(TcFilterU32Option::Selector(selector)),
     ];
     new_filter(at, Priority::NameServer, ETH_P_IP, TcFilterU32::KIND, options)
 }
 
-/// Indices of interfaces are positive; traffic control has them in a signed field.
+/// Converts the index of an interface to a signed number, as traffic control has it. Indices are
+/// positive.
 fn signed(index: u32) -> i32 {
     index.cast_signed()
 }

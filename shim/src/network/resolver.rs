@@ -1,9 +1,12 @@
 //! The name server that an engine runs in the container's network namespace.
 //!
-//! On networks of its users Docker serves names at [`RESOLVER`]: it redirects that address to a socket
-//! of its own in the namespace. A guest has another loopback, so the agent stands for that address
-//! there and passes all questions to the sandbox process, which is in the namespace. The name server
-//! asks others from the namespace, too, and their answers must not go to the guest.
+//! On networks that users define, Docker serves names at [`RESOLVER`]. It redirects that address to
+//! a socket of its own in the namespace. A guest has another loopback. So the agent answers at that
+//! address in the guest, and passes all questions to the sandbox process, which is in the
+//! namespace.
+//!
+//! The name server asks other servers from the namespace too. Their answers must not go to the
+//! guest.
 
 use std::{
     fs, io,
@@ -13,27 +16,20 @@ use std::{
 
 use crate::error::{Explain, Result};
 
-/// Where Docker serves names, on every network of its users (libnetwork, `resolverIPSandbox`).
+/// Docker's name server on every network that users define (libnetwork, `resolverIPSandbox`).
 pub(crate) const RESOLVER: SocketAddr =
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 11)), 53);
 
-/// Where a container's name servers are listed.
-pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
-
-/// Ports that the namespace's own sockets are given from now on: the uppermost part of them, which
-/// the guest's kernel gives to nobody by itself. Answers of name servers to one of them are not for
-/// the guest.
+/// Ports for the namespace's own sockets from now on: the uppermost part of all ports. The guest's
+/// kernel gives none of them to a socket by itself. Answers of name servers to these ports are not
+/// for the guest.
 pub(super) const PORTS: (u16, u16) = (0xf000, 0xffff);
 
-/// Whether this resolv.conf names the engine's name server.
-///
-/// # Errors
-///
-/// If the file cannot be read.
+/// Tells whether a resolv.conf names the engine's name server.
 pub(super) fn is_named_in(resolv_conf: Option<&Path>) -> Result<bool> {
     let Some(path) = resolv_conf else { return Ok(false) };
     let text = match fs::read_to_string(path) {
-        // Nobody has been told of a name server then.
+        // Without the file nobody has been told of a name server.
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
         text => text.explain(|| format!("cannot read {}", path.display()))?,
     };
@@ -48,11 +44,7 @@ fn names(text: &str) -> impl Iterator<Item = IpAddr> {
     })
 }
 
-/// Has the kernel choose from [`PORTS`] in the namespace of this process.
-///
-/// # Errors
-///
-/// If that is not permitted.
+/// Makes the kernel choose ports from [`PORTS`] in the namespace of this process.
 pub(super) fn reserve_ports() -> Result<()> {
     const FILE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
     let (first, last) = PORTS;

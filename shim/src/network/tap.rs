@@ -12,25 +12,28 @@ use netlink_packet_route::{
     link::{LinkAttribute, LinkFlags, LinkMessage},
 };
 
-use super::{netlink::Netlink, vhost::Vhost};
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    network::{netlink::Netlink, vhost::Vhost},
+};
 
-/// Names of taps begin so. A number follows.
+/// Prefix of a tap's name. A number follows.
 pub(super) const PREFIX: &str = "isopod";
 
-/// Most queue pairs of a device. More vCPUs share them.
+/// Largest number of queue pairs of a device. More vCPUs share them.
 const MAX_QUEUES: u8 = 8;
 
 /// `TUNSETIFF` and `TUNSETPERSIST` (linux/if_tun.h).
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
 
-/// When a tap goes.
+/// The lifetime of a tap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Life {
-    /// When the last descriptor of it is closed, which waits until the kernel has taken it apart.
+    /// Ends with the tap's last descriptor. Its close waits until the kernel has taken the tap
+    /// apart.
     Microvm,
-    /// When its network namespace does, which nobody waits for.
+    /// Ends with the tap's network namespace, and nobody waits for that.
     Namespace,
 }
 
@@ -39,18 +42,14 @@ pub(super) enum Life {
 pub(super) struct Tap {
     pub(super) name: String,
     pub(super) index: u32,
-    /// One for each queue pair.
+    /// One descriptor for each queue pair.
     pub(super) queues: Vec<OwnedFd>,
     pub(super) vhost: Vhost,
 }
 
 impl Tap {
-    /// Makes a tap in the network namespace of this process, and brings it up. A `spare` one is perhaps
-    /// never used.
-    ///
-    /// # Errors
-    ///
-    /// If the host has no taps, or there is one of this name already.
+    /// Makes a tap in the network namespace of this process, and brings it up. A `spare` tap may
+    /// never be used.
     pub(super) fn new(
         netlink: &Netlink,
         number: usize,
@@ -75,11 +74,7 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Takes on the MTU of the interface that it is for.
-    ///
-    /// # Errors
-    ///
-    /// If a tap cannot have it.
+    /// Sets the MTU of the tap to that of its interface.
     pub(super) fn set_mtu(&self, netlink: &Netlink, mtu: u32) -> Result<()> {
         self.set_up(netlink, Some(mtu))
     }
@@ -103,7 +98,7 @@ fn socket() -> Result<OwnedFd> {
         .explain(|| "cannot open a socket".into())
 }
 
-/// Opens a queue of the tap `name`. The first one makes the tap.
+/// Opens a queue of the tap `name`. The first queue makes the tap.
 fn queue(name: &str, several: bool) -> Result<OwnedFd> {
     const DEVICE: &str = "/dev/net/tun";
     let file = File::options().read(true).write(true).open(DEVICE).map_err(|e| {
@@ -119,7 +114,7 @@ fn queue(name: &str, several: bool) -> Result<OwnedFd> {
     }
     // SAFETY: `ifreq` is plain data for which zeros are a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // Shorter than the field, so a NUL stays at its end.
+    // The copy is shorter than the field, so a NUL stays at its end.
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes().take(libc::IFNAMSIZ - 1)) {
         *to = from.cast_signed();
     }
@@ -149,11 +144,12 @@ fn outlive_descriptors(queue: &OwnedFd) -> io::Result<()> {
     }
 }
 
-/// The tap is a wire: the host's own IPv6 must not greet the guest over it.
+/// Disables this host's IPv6 on the tap. The tap is a wire, and the host's IPv6 must not greet the
+/// guest over it.
 fn silence(name: &str) -> Result<()> {
     let path = Path::new("/proc/sys/net/ipv6/conf").join(name).join("disable_ipv6");
     match fs::write(&path, "1") {
-        // This host has no IPv6.
+        // A host without IPv6 has no such file.
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         written => written.explain(|| format!("cannot write {}", path.display())),
     }

@@ -1,27 +1,29 @@
-//! What the host's kernel can do for a network, by doing it once.
+//! A trial of the host's kernel: a network for a microVM, made once.
 
 use std::thread;
 
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
-use super::{
-    netlink::Netlink,
-    redirect::{self, Mark},
-    tap::{Life, Tap},
+use crate::{
+    error::{Error, Explain, Result},
+    network::{
+        netlink::Netlink,
+        redirect::{self, Mark},
+        tap::{Life, Tap},
+    },
 };
-use crate::error::{Error, Explain, Result};
 
-/// What came of it.
+/// The results of a trial.
 #[derive(Debug)]
 pub(crate) struct Trial {
-    /// Whether there can be taps.
+    /// The result of making taps.
     pub(crate) taps: Result<()>,
-    /// Whether frames can be redirected between two. Not tried without taps.
+    /// The result of redirecting frames between two taps. Not tried without taps.
     pub(crate) redirects: Result<()>,
 }
 
-/// Makes two taps and redirects one to the other, in a network namespace that ends with a thread of its
-/// own.
+/// Makes two taps and redirects one to the other. A thread of its own does it, in a network
+/// namespace that ends with the thread.
 pub(crate) fn try_out() -> Trial {
     let tried = thread::Builder::new().spawn(|| -> Trial {
         match taps() {
@@ -45,7 +47,7 @@ fn taps() -> Result<(Netlink, Tap, Tap)> {
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }
         .explain(|| "cannot make a network namespace".into())?;
     let netlink = Netlink::open()?;
-    // Spare ones open no vhost-net, which is looked at elsewhere.
+    // Spare taps do not open vhost-net, which is tried elsewhere.
     let tap = |number| Tap::new(&netlink, number, 1, Life::Microvm, true);
     let (from, to) = (tap(0)?, tap(1)?);
     Ok((netlink, from, to))

@@ -1,4 +1,4 @@
-//! `/dev/vhost-net`: the host's kernel moves the packets of a tap, so that the VMM need not.
+//! `/dev/vhost-net`: the host's kernel moves the packets of a tap instead of the VMM.
 
 use std::{
     fs::File,
@@ -15,56 +15,45 @@ use crate::{
     error::{Explain, Result},
 };
 
-/// The device by which the host's kernel moves packets.
+/// The device of vhost-net.
 pub(crate) const DEVICE: &str = "/dev/vhost-net";
 
-/// The descriptors for a tap, one for each of its queue pairs.
+/// Descriptors of vhost-net for a tap, one for each queue pair.
 #[derive(Debug)]
 pub(super) enum Vhost {
-    /// None, if this host has no such device: the VMM then moves the packets itself.
+    /// Open descriptors. Without such a device there are none, and the VMM moves the packets
+    /// itself.
     Open(Vec<OwnedFd>),
-    /// They follow if the tap comes to be used. Each one that is open makes the end of the microVM
-    /// wait for a grace period of the kernel.
+    /// Descriptors that follow when the tap comes to be used. Each open descriptor makes the end of
+    /// the microVM wait for a grace period of RCU.
     Late {
         pairs: u8,
         socket: UnixDatagram,
-        /// The VMM's end, until it has it.
+        /// The VMM's end of `socket`, until the VMM has it.
         theirs: Option<UnixDatagram>,
     },
 }
 
 impl Vhost {
-    /// For a tap of this many queue pairs that is used from the start.
-    ///
-    /// # Errors
-    ///
-    /// If the device is there and cannot be opened.
+    /// Opens descriptors for a tap of this many queue pairs that is used from the start.
     pub(super) fn open(pairs: u8) -> Result<Self> {
         open(pairs).map(Self::Open)
     }
 
-    /// For a tap that is perhaps never used.
-    ///
-    /// # Errors
-    ///
-    /// If there are no sockets to be had.
+    /// Makes the socket for a tap that may never be used.
     pub(super) fn late(pairs: u8) -> Result<Self> {
         if !Path::new(DEVICE).exists() {
             return Ok(Self::Open(Vec::new()));
         }
         let what = || "cannot make sockets".to_owned();
         let (socket, theirs) = UnixDatagram::pair().explain(what)?;
-        // Nobody reads before the guest uses the device, so this must not wait for room.
+        // Nobody reads before the guest uses the device, so a send must not wait for room.
         socket.set_nonblocking(true).explain(what)?;
         Ok(Self::Late { pairs, socket, theirs: Some(theirs) })
     }
 
-    /// Has the descriptors follow, if they did not come at first. To be done before the guest first
-    /// uses the device.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::open`].
+    /// Sends the descriptors to the VMM, if they did not come at first. To be called before the
+    /// guest first uses the device.
     pub(super) fn follow(&self) -> Result<()> {
         let Self::Late { pairs, socket, .. } = self else { return Ok(()) };
         open(*pairs)?
@@ -73,7 +62,7 @@ impl Vhost {
             .explain(|| format!("cannot send {DEVICE} to the VMM"))
     }
 
-    /// As the VMM's configuration has them: those that are open, and the socket for those to come.
+    /// Open descriptors, and the socket for those to come, for the VMM's configuration.
     pub(super) fn descriptors(&self) -> (Vec<RawFd>, Option<RawFd>) {
         match self {
             Self::Open(found) => (found.iter().map(AsRawFd::as_raw_fd).collect(), None),
@@ -81,7 +70,7 @@ impl Vhost {
         }
     }
 
-    /// The VMM has its own now.
+    /// Closes this process's copies, because the VMM has its own now.
     pub(super) fn hand_over(&mut self) {
         match self {
             Self::Open(found) => found.clear(),
@@ -90,7 +79,7 @@ impl Vhost {
     }
 }
 
-/// One descriptor for each queue pair; none if this host has no such device.
+/// Opens one descriptor for each queue pair, or none if this host has no such device.
 fn open(pairs: u8) -> Result<Vec<OwnedFd>> {
     let mut found = Vec::new();
     for _ in 0..pairs {

@@ -1,15 +1,18 @@
-//! What a sandbox leaves on disk: one directory for each container below the root directory,
+//! The state of sandboxes on disk: one directory for each container below the root directory. It is
 //! enough for any later `state`, `list` or `delete`.
 //!
-//! `<root>/<id>/` (mode 0700) holds `state.json` (see [`Record`]), `process.json` (the container's
-//! process, which `exec` starts from), `control.sock`, `vsock.sock`, `shared/` (the mount point of
-//! the shared directory, empty on the host) and, with `--debug`, `console.log`. The process that
-//! owns it holds a lock on the directory: the creator at first, then the sandbox process for as
-//! long as it lives, then whoever deletes it.
+//! `<root>/<id>/` has mode 0700. It holds:
+//!
+//! - `state.json`, the record of the container
+//! - `process.json`, the process of config.json, for `exec`
+//! - `control.sock` and `vsock.sock`
+//! - `shared/`, the mount point of the share, empty on the host
+//! - `console.log`, the guest's console, with `--debug`
+//!
+//! The owner of the directory holds a lock on it. The owner is the creator at first, then the
+//! sandbox process while it lives, then the process that deletes the container.
 
-mod id;
-mod process;
-mod record;
+mod status;
 
 use std::{
     ffi::OsStr,
@@ -24,27 +27,23 @@ use std::{
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
-use self::record::Versions;
-pub use self::{
-    id::Id,
-    process::ProcessId,
-    record::{Exit, Protocols, Record, Remains, STATE_VERSION, Status},
-};
+pub use self::status::{Exit, Status};
 use crate::{
+    container_id::ContainerId,
     error::{Error, Explain, Result},
-    sandbox::random_u64,
+    random::random_u64,
 };
 
-/// Where `--root` points by default.
+/// Default of `--root`.
 pub const DEFAULT_ROOT: &str = "/run/isopod/default";
 
-/// The sandbox process's socket for [`crate::sandbox::control`].
+/// The control socket of the sandbox process.
 pub const CONTROL_SOCKET: &str = "control.sock";
 
 /// The VMM's socket for connections to the guest.
 pub const VSOCK_SOCKET: &str = "vsock.sock";
 
-/// Mount point of the directory that the guest shares.
+/// Mount point of the share.
 pub const SHARED: &str = "shared";
 
 /// The guest kernel's console, written with `--debug`.
@@ -53,10 +52,11 @@ pub const CONSOLE_LOG: &str = "console.log";
 /// The process of config.json, for `exec`.
 pub const PROCESS_FILE: &str = "process.json";
 
-/// How often to make the root directory anew when it is taken away before it is used.
+/// Number of attempts to make the root directory, if others remove it meanwhile.
 const MAKE_ATTEMPTS: u32 = 8;
 
-const RECORD_FILE: &str = "state.json";
+/// The record of the container, for any later `state`, `list` or `delete`.
+pub const RECORD_FILE: &str = "state.json";
 
 /// The state directory of one container, open.
 #[derive(Debug)]
@@ -69,16 +69,12 @@ pub struct StateDir {
 
 impl StateDir {
     /// Makes the directory of a new container and locks it. Of two callers with one id, one wins.
-    ///
-    /// # Errors
-    ///
-    /// If the id is in use, or the directory cannot be made.
-    pub fn create(root: &Path, id: &Id) -> Result<Self> {
+    pub fn create(root: &Path, id: &ContainerId) -> Result<Self> {
         let path = root.join(id.as_str());
         let mut made = Vec::new();
         let mut built = make(root, &path, &mut made);
         for _ in 1..MAKE_ATTEMPTS {
-            // The end of another container has taken the empty root directory away meanwhile.
+            // On NotFound the end of another container has removed the empty root directory.
             if !built.as_ref().is_err_and(|e| e.kind() == ErrorKind::NotFound) {
                 break;
             }
@@ -99,7 +95,7 @@ impl StateDir {
             let locked = Self::open_path(&path).and_then(|dir| Ok((dir.try_lock()?, dir)));
             match locked {
                 Ok((true, dir)) if dir.is_linked() => Ok(Self { made: made.clone(), ..dir }),
-                // A `delete --force` after mkdir takes the directory away again.
+                // A `delete --force` after the mkdir removes the directory again.
                 Ok(_) => {
                     Err(Error::new(format!("container {id} was deleted while it was created")))
                 }
@@ -113,11 +109,7 @@ impl StateDir {
     }
 
     /// Opens the directory of an existing container.
-    ///
-    /// # Errors
-    ///
-    /// If there is none.
-    pub fn open(root: &Path, id: &Id) -> Result<Self> {
+    pub fn open(root: &Path, id: &ContainerId) -> Result<Self> {
         let path = root.join(id.as_str());
         match fs::metadata(&path) {
             Ok(metadata) if metadata.is_dir() => Self::open_path(&path),
@@ -131,54 +123,38 @@ impl StateDir {
     }
 
     /// Opens a state directory by its path.
-    ///
-    /// # Errors
-    ///
-    /// If there is none.
     pub fn open_path(path: &Path) -> Result<Self> {
         Ok(Self { path: path.to_owned(), fd: open_dir(path)?, made: Vec::new() })
     }
 
-    /// Opens the state directory that another process has made, and `made` for it, to remove all of
-    /// that in its place.
-    ///
-    /// # Errors
-    ///
-    /// If there is none.
+    /// Opens the state directory that another process has made, with the parents `made` for it.
+    /// This process is to remove all of them in the other's place.
     pub fn adopt(path: &Path, made: Vec<PathBuf>) -> Result<Self> {
         Ok(Self { made, ..Self::open_path(path)? })
     }
 
-    /// The path of a state directory that somebody else has opened.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be found.
+    /// The path of a state directory that another process has opened.
     pub fn path_of(lock: BorrowedFd<'_>) -> Result<PathBuf> {
         fs::read_link(proc_path(lock)).explain(|| "cannot find the state directory".into())
     }
 
-    /// Where it is.
+    /// Path of the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Parents that had to be made for it, outermost first.
+    /// Parents that had to be made for the directory, outermost first.
     pub fn made(&self) -> &[PathBuf] {
         &self.made
     }
 
-    /// A path to a file in it that is short enough for a socket's address, whatever the length of
-    /// the directory's own path. Good for this process, while this is open.
+    /// A path to a file in the directory that fits into a socket's address, whatever the length of
+    /// the directory's own path. It is good for this process, while this is open.
     pub fn short_path(&self, name: &str) -> PathBuf {
         proc_path(self.fd.as_fd()).join(name)
     }
 
-    /// Locks the directory, unless somebody else has.
-    ///
-    /// # Errors
-    ///
-    /// If locking fails for another reason.
+    /// Locks the directory. False if somebody else holds the lock.
     pub fn try_lock(&self) -> Result<bool> {
         match rustix::fs::flock(&self.fd, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(true),
@@ -187,68 +163,21 @@ impl StateDir {
         }
     }
 
-    /// Reads the record, or `None` while there is none.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be read, is not valid, or another version of isopod has written it.
-    pub fn record(&self) -> Result<Option<Record>> {
-        let Some(json) = self.read_record()? else { return Ok(None) };
-        let what = || self.path.join(RECORD_FILE).display().to_string();
-        // First, since a record of another version may well have another form.
-        let versions: Versions = serde_json::from_slice(&json).explain(what)?;
-        versions.check_state(&self.name())?;
-        serde_json::from_slice(&json).map(Some).explain(what)
-    }
-
-    /// Checks that the sandbox speaks as this program does. One that has no record yet was started by
-    /// this program.
-    ///
-    /// # Errors
-    ///
-    /// If it does not, with what to do.
-    pub fn check_protocols(&self) -> Result<()> {
-        let Some(json) = self.read_record()? else { return Ok(()) };
-        let versions: Versions = serde_json::from_slice(&json)
-            .explain(|| self.path.join(RECORD_FILE).display().to_string())?;
-        versions.check(&self.name())
-    }
-
-    /// What can be known of a container, however its record is written.
-    pub fn remains(&self) -> Remains {
-        self.read_record().ok().flatten().map(|json| Remains::of(&json)).unwrap_or_default()
-    }
-
-    fn read_record(&self) -> Result<Option<Vec<u8>>> {
-        match fs::read(self.short_path(RECORD_FILE)) {
-            Ok(json) => Ok(Some(json)),
+    /// Reads a file of the directory. `None` while there is no such file.
+    pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        match fs::read(self.short_path(name)) {
+            Ok(content) => Ok(Some(content)),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-            Err(e) => {
-                Err(e).explain(|| format!("cannot read {}", self.path.join(RECORD_FILE).display()))
-            }
+            Err(e) => Err(e).explain(|| format!("cannot read {}", self.path.join(name).display())),
         }
     }
 
-    /// The container's id.
-    fn name(&self) -> String {
+    /// The container's id, which is the directory's name.
+    pub fn container_name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// Writes the record; a reader sees the old one or the new one, whole.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be written.
-    pub fn write_record(&self, record: &Record) -> Result<()> {
-        let json = serde_json::to_vec(record).explain(|| "cannot write the state".into())?;
-        self.write(RECORD_FILE, &json)
-    }
-
     /// Writes a file of the directory, all or nothing.
-    ///
-    /// # Errors
-    ///
-    /// If it cannot be written.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         write_whole(&self.short_path(name), content)
             .explain(|| format!("cannot write {}", self.path.join(name).display()))
@@ -259,8 +188,8 @@ impl StateDir {
         let _ = rustix::fs::unlinkat(&self.fd, name, AtFlags::empty());
     }
 
-    /// The directory is still at its path. If not, it has been removed, and what is at the path may
-    /// be another container's of the same name.
+    /// Tells whether the directory is still at its path. If not, it has been removed. Then the path
+    /// may have the directory of another container with the same id.
     fn is_linked(&self) -> bool {
         match (rustix::fs::fstat(&self.fd), rustix::fs::lstat(&self.path)) {
             (Ok(ours), Ok(there)) => {
@@ -270,14 +199,12 @@ impl StateDir {
         }
     }
 
-    /// Removes the directory and what is in it. Only empty directories are removed below it, so
-    /// that nothing that might still be mounted is ever descended into. For who has the lock, which
-    /// keeps the path from becoming another container's between the check and the end.
+    /// Removes the directory and its content. Below it only empty directories are removed, so that
+    /// nothing that might still be mounted is ever descended into. False if somebody else has
+    /// removed it already.
     ///
-    /// # Errors
-    ///
-    /// If something in it cannot be removed. That it is gone already is not an error: then the
-    /// answer is false, and somebody else has removed it.
+    /// The caller has to hold the lock. The lock keeps the path from becoming another container's
+    /// before the removal ends.
     pub fn remove(&self) -> Result<bool> {
         let linked = self.is_linked();
         if linked {
@@ -293,7 +220,7 @@ impl StateDir {
     }
 
     fn remove_entries(&self) -> std::io::Result<()> {
-        // By the descriptor: what is at the path may change, what is open does not.
+        // By the descriptor: the path may change, and the open directory does not.
         for entry in fs::read_dir(proc_path(self.fd.as_fd()))? {
             let entry = entry?;
             let removed = if entry.file_type()?.is_dir() {
@@ -316,32 +243,25 @@ impl AsFd for StateDir {
     }
 }
 
-/// The ids of all containers below a root directory, sorted. None if there is no such directory.
-///
-/// # Errors
-///
-/// If the directory cannot be read.
-pub fn ids(root: &Path) -> Result<Vec<Id>> {
+/// The ids of all containers below a root directory, sorted. Empty if there is no such directory.
+pub fn ids(root: &Path) -> Result<Vec<ContainerId>> {
     let entries = match fs::read_dir(root) {
         Ok(entries) => entries,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(e).explain(|| format!("cannot read {}", root.display())),
     };
-    let mut ids: Vec<Id> = entries
+    let mut ids: Vec<ContainerId> = entries
         .flatten()
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-        .filter_map(|entry| Id::parse(entry.file_name().to_str()?).ok())
+        .filter_map(|entry| ContainerId::parse(entry.file_name().to_str()?).ok())
         .collect();
     ids.sort();
     Ok(ids)
 }
 
-/// Writes a file through a temporary one beside it, so that nobody sees half of it. The temporary one is
-/// new: in a directory of somebody else, a link with its name leads nowhere.
-///
-/// # Errors
-///
-/// If it cannot be written; the temporary file is removed.
+/// Writes a file through a temporary file beside it, so that nobody sees half of it. The temporary
+/// file is new: in a directory of somebody else, a link with its name leads nowhere. After an error
+/// it is removed.
 pub fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let (mut file, temporary) = make_temporary(path)?;
     let mut write = || {
@@ -353,7 +273,7 @@ pub fn write_whole(path: &Path, content: &[u8]) -> std::io::Result<()> {
     })
 }
 
-/// Makes a file beside `path` whose name nobody can foresee.
+/// Makes a file beside `path` with a name that nobody can foresee.
 fn make_temporary(path: &Path) -> std::io::Result<(File, PathBuf)> {
     loop {
         let mut name = OsStr::new(".").to_owned();
@@ -376,8 +296,8 @@ fn proc_path(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
-/// Makes a container's directory in the root directory, that and its parents first, and adds those
-/// that were missing to `made`.
+/// Makes a container's directory, and before it the root directory and its parents. Adds those that
+/// were missing to `made`.
 fn make(root: &Path, path: &Path, made: &mut Vec<PathBuf>) -> std::io::Result<()> {
     let missing = root.ancestors().take_while(|dir| !dir.exists());
     made.extend(missing.filter(|dir| !dir.as_os_str().is_empty()).map(Path::to_owned));
@@ -388,7 +308,7 @@ fn make(root: &Path, path: &Path, made: &mut Vec<PathBuf>) -> std::io::Result<()
     DirBuilder::new().mode(0o700).create(path)
 }
 
-/// Removes directories that were made on the way, as far as they are empty.
+/// Removes directories that were made, as far as they are empty.
 fn remove_made(made: &[PathBuf]) {
     for dir in made.iter().rev() {
         let _ = fs::remove_dir(dir);

@@ -1,16 +1,18 @@
 //! System calls that are newer than a profile.
 //!
-//! C libraries try a new system call and fall back to an old one when the kernel answers `ENOSYS`. A
-//! profile whose default is an error or worse would break them with every new kernel, because it
-//! cannot name what it does not know. As with runc, a number above all those that the profile names is
-//! therefore answered with `ENOSYS` by these instructions in front of the filter.
+//! C libraries try a new system call, and fall back to an old one if the kernel answers `ENOSYS`. A
+//! profile cannot name a system call that is newer than itself. So a profile whose default is an
+//! error or worse would break the C libraries with every new kernel.
+//!
+//! As with runc, instructions in front of the filter answer `ENOSYS` to a number above all those
+//! that the profile names.
 
-use super::Abi;
+use super::abi::Abi;
 
 const AUDIT_ARCH_X86_64: u32 = 0xc000_003e;
 const AUDIT_ARCH_I386: u32 = 0x4000_0003;
 
-/// Set in the number of each x32 system call, whose architecture is that of the 64-bit ones.
+/// Bit in the number of each x32 system call. The architecture of x32 is that of the 64-bit calls.
 const X32_BIT: u32 = 0x4000_0000;
 
 /// Offsets in `struct seccomp_data`.
@@ -27,8 +29,8 @@ const RETURN: u16 = 0x06; // BPF_RET | BPF_K
 /// `SECCOMP_RET_ERRNO | ENOSYS`.
 const RETURN_ENOSYS: u32 = 0x0005_0000 | libc::ENOSYS.unsigned_abs();
 
-/// Instructions to put in front of a filter, with the largest number that it names for each ABI.
-/// They fall through to it with everything else.
+/// Instructions to put in front of a filter. `last` has the largest number that the filter names
+/// for each ABI. All other system calls fall through to the filter.
 pub(super) fn stub(last: &[(Abi, u32)]) -> Vec<u64> {
     let of = |abi: Abi| last.iter().find(|(known, _)| *known == abi).map(|(_, number)| *number);
     let mut sections = Vec::new();
@@ -42,7 +44,7 @@ pub(super) fn stub(last: &[(Abi, u32)]) -> Vec<u64> {
     if sections.is_empty() {
         return Vec::new();
     }
-    // From the end: a section has to jump over all that follow.
+    // From the end, because a section has to jump over all sections behind it.
     let mut stub = Vec::new();
     for (architecture, mut section) in sections {
         let over = u32::try_from(stub.len()).unwrap_or(0);
@@ -65,7 +67,8 @@ fn number_above(last: u32) -> [u64; 3] {
     ]
 }
 
-/// An ABI that the profile does not list has no last number and goes to the filter.
+/// Instructions for 64-bit and x32 calls. An ABI that the profile does not list has no last number,
+/// so its calls go to the filter.
 fn number_above_by_mode(native: Option<u32>, x32: Option<u32>) -> [u64; 5] {
     [
         instruction(LOAD, 0, 0, NUMBER),
@@ -76,7 +79,8 @@ fn number_above_by_mode(native: Option<u32>, x32: Option<u32>) -> [u64; 5] {
     ]
 }
 
-/// `struct sock_filter` (linux/filter.h): the code, how far to jump if true and if false, a constant.
+/// A `struct sock_filter` (linux/filter.h): code, jump offset if true, jump offset if false,
+/// constant.
 fn instruction(code: u16, if_true: u8, if_false: u8, constant: u32) -> u64 {
     let mut bytes = [0; 8];
     bytes[..2].copy_from_slice(&code.to_ne_bytes());

@@ -1,11 +1,11 @@
-//! What of seccomp is supported, for `features`: of everything that the specification has, what the
-//! compiler of profiles takes.
+//! Supported parts of seccomp for `features`: those parts of the specification that the compiler of
+//! profiles takes.
 
 use oci_spec::runtime::{
     Arch, LinuxSeccompAction as Action, LinuxSeccompFilterFlag as Flag, Seccomp,
 };
 
-use super::{abi, action, flags};
+use super::filter::{abi, action, flags};
 
 const ACTIONS: [Action; 9] = [
     Action::ScmpActAllow,
@@ -19,7 +19,7 @@ const ACTIONS: [Action; 9] = [
     Action::ScmpActTrap,
 ];
 
-/// All of them compile.
+/// The operators, which all compile.
 const OPERATORS: [&str; 7] = [
     "SCMP_CMP_EQ",
     "SCMP_CMP_GE",
@@ -30,7 +30,8 @@ const OPERATORS: [&str; 7] = [
     "SCMP_CMP_NE",
 ];
 
-/// All that a profile may name. Of others than the guest's it has nothing to say.
+/// Architectures to ask the compiler about. A profile can name others, but they have no effect on a
+/// guest.
 const ARCHS: [Arch; 4] =
     [Arch::ScmpArchX86, Arch::ScmpArchX86_64, Arch::ScmpArchX32, Arch::ScmpArchAarch64];
 

@@ -1,6 +1,7 @@
 use serde_json::{Value, json};
 
-use super::*;
+use super::filter::*;
+use crate::error::Result;
 
 const X86_64: u32 = 0xc000_003e;
 const I386: u32 = 0x4000_0003;
@@ -17,7 +18,7 @@ fn compiled(profile: Value) -> Result<Filter> {
     compile(&serde_json::from_value(profile).unwrap())
 }
 
-/// What the kernel would do with a system call: runs the program as it would.
+/// The kernel's verdict on a system call. Runs the program as the kernel would.
 fn verdict(filter: &Filter, arch: u32, number: u32, args: &[u64]) -> u32 {
     let mut data = [0_u8; 64];
     data[..4].copy_from_slice(&number.to_ne_bytes());
@@ -69,7 +70,7 @@ fn actions_and_error_numbers_are_as_asked() {
         let filter = filter.unwrap();
         assert_eq!(verdict(&filter, X86_64, MKDIR, &[]), result, "{action}");
         assert_eq!(verdict(&filter, X86_64, GETPID, &[]), ALLOW);
-        // No other architecture is in the filter.
+        // The filter has no other architecture.
         assert_eq!(verdict(&filter, I386, 20, &[]), KILL_THREAD);
     }
     let filter = compiled(json!({
@@ -77,7 +78,7 @@ fn actions_and_error_numbers_are_as_asked() {
         "syscalls": [
             {"names": ["getpid"], "action": "SCMP_ACT_ALLOW"},
             {"names": ["mkdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 4094},
-            // The same as the default, and no rule of its own.
+            // The same action as the default makes no rule.
             {"names": ["rmdir"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5},
         ],
     }))
@@ -117,7 +118,7 @@ fn arguments_are_compared_as_asked() {
     assert_eq!(verdict(&masked, X86_64, PERSONALITY, &[0x7_12ff, 3]), ALLOW);
     assert_eq!(verdict(&masked, X86_64, PERSONALITY, &[0x7_12ff, 4]), errno(1), "both hold");
     assert_eq!(verdict(&masked, X86_64, PERSONALITY, &[0x7_13ff, 3]), errno(1));
-    // Of one argument any will do.
+    // One of two conditions on the same argument is enough.
     let either = filter(json!([
         {"index": 0, "value": 0, "op": "SCMP_CMP_EQ"},
         {"index": 0, "value": 8, "op": "SCMP_CMP_EQ"},
@@ -163,7 +164,7 @@ fn what_is_newer_than_the_profile_does_not_exist() {
         assert_eq!(verdict(&native, X86_64, 437, &[]), errno(libc::ENOSYS));
         assert_eq!(verdict(&native, X86_64, X32 | 437, &[]), KILL_THREAD);
         assert_eq!(verdict(&native, I386, 437, &[]), KILL_THREAD);
-        // As with runc, only for what the profile lists.
+        // As with runc, only architectures that the profile lists have the instructions.
         assert_eq!(verdict(&profile(default, Value::Null), X86_64, 437, &[]), refused);
     }
     let filter = profile("SCMP_ACT_LOG", all);

@@ -10,7 +10,7 @@ use rustix::{
     io::Errno,
 };
 
-use super::*;
+use crate::image::tests::*;
 
 #[test]
 fn files_have_content_mode_and_time() {
@@ -31,7 +31,7 @@ fn files_have_content_mode_and_time() {
     assert!(unpacked.stat("older").is_dir());
     assert_eq!(unpacked.read("newer"), "a file");
     assert_eq!(unpacked.mode("implied/parents"), 0o755);
-    // Not that of the last file in it.
+    // The directory keeps its own time, not that of the last file in it.
     assert_eq!(unpacked.stat("bin").mtime(), 1_600_000_000);
     assert_eq!(unpacked.stat("").mtime(), 1_600_000_000);
     let pax = unpacked.stat("pax");
@@ -94,7 +94,7 @@ fn attributes_are_set_and_those_of_a_host_are_not() {
         let n = getxattr(unpacked.root(path), name, &mut buffer)?;
         Ok::<_, Errno>(buffer[..n].to_vec())
     };
-    // Where the file system of this test has none, there is nothing to see.
+    // On a file system without such attributes there is nothing to see.
     if setxattr(unpacked.root(""), "user.probe", b"", XattrFlags::empty()) != Err(Errno::NOTSUP) {
         assert_eq!(get("f", "user.binary").unwrap(), value);
         assert_eq!(get("f", "user.empty").unwrap(), b"");
@@ -148,7 +148,7 @@ fn devices_owners_and_capabilities_need_root() {
         owned(b'0', "ping").pax(&[("SCHILY.xattr.security.capability", capability)]).build(),
     ])]);
     let unpacked = match layout.unpack(None) {
-        // Root of a user namespace, or of a container without the capability.
+        // Root of a user namespace, or of a container without CAP_MKNOD.
         Err(error) if error.message.contains("cannot create the device") => return,
         unpacked => unpacked.unwrap(),
     };
@@ -191,7 +191,7 @@ fn nothing_is_made_outside_whatever_the_links() {
         assert_eq!(unpacked.read("c"), "inside");
         assert!(!unpacked.root(format!("{}/b", &there[1..])).exists());
     }
-    // What is there already is neither written through a link nor linked to.
+    // An existing file is neither written through a link nor linked to.
     fs::write(outside.path().join("host"), "host").unwrap();
     let host = format!("{there}/host");
     let (_layout, unpacked) = unpacked(&[tar([symlink("x", &host), file("x", "replaced")])]);
@@ -234,7 +234,7 @@ fn kinds_are_replaced_and_the_last_entry_holds() {
     assert_eq!(unpacked.tree(), expected);
     assert_eq!(unpacked.read("f"), "2");
     assert_eq!(unpacked.mode("kept"), 0o700);
-    // Another name of a file that was replaced keeps the old content.
+    // Another name of a replaced file keeps the old content.
     assert_eq!((unpacked.read("first"), unpacked.read("second")), ("lower".into(), "upper".into()));
 }
 
@@ -299,7 +299,7 @@ fn an_archive_that_breaks_off_is_refused_and_one_without_an_end_is_not() {
 
 #[test]
 fn a_tree_as_deep_as_no_path_is_removed_again() {
-    // Each entry may be as long as a path, and goes on where a link to the last one leads.
+    // Each entry may be as long as a path. The next one goes on where a link to it leads.
     let deep = "d/".repeat(1900);
     let mut parts = vec![dir(&deep)];
     for n in 0..2 {
@@ -339,7 +339,7 @@ fn a_bundle_that_is_in_use_is_left_alone() {
     assert!(message.contains("symbolic link to nothing"), "{message}");
     fs::remove_file(&bundle).unwrap();
     let here = std::env::current_dir().unwrap();
-    let message = super::super::staging::place_of_empty(&here).unwrap_err().message;
+    let message = crate::image::staging::place_of_empty(&here).unwrap_err().message;
     assert!(message.contains("working directory"), "{message}");
     let message = make_bundle(&image, &layout.dir.path().join("no/dir")).unwrap_err().message;
     assert!(message.contains("cannot open") && message.contains("/no"), "{message}");

@@ -1,8 +1,8 @@
-//! Finding the image, and blobs that are not what they should be.
+//! The search for an image, and blobs that differ from their descriptors.
 
 use std::io::Read;
 
-use super::*;
+use crate::image::tests::*;
 
 fn tagged(mut descriptor: Value, tag: &str) -> Value {
     descriptor["annotations"] = json!({ "org.opencontainers.image.ref.name": tag });
@@ -37,7 +37,7 @@ fn an_image_is_found_by_its_tag_or_by_being_the_only_one() {
     layout.refused(&["2 images", "oci:DIR:TAG", "\"a\", \"b:1\""]);
     let message = layout.unpack(Some("c")).unwrap_err().message;
     assert!(message.contains("\"c\"") && message.contains("\"a\", \"b:1\""), "{message}");
-    // The same image by two names is one.
+    // The same image under two names is one image.
     layout.index[1] = tagged(layout.index[0].clone(), "b");
     assert_eq!(layout.unpack(None).unwrap().tree(), ["one"]);
 }
@@ -102,7 +102,7 @@ fn what_is_no_layout_is_said_to_be_none() {
     assert!(message.contains("not a regular file"), "{message}");
 }
 
-/// A layout whose manifest is changed.
+/// A layout with a changed manifest.
 fn with_manifest(change: impl FnOnce(&TestLayout, &mut Value)) -> TestLayout {
     let plain = tar([file("f", "content")]);
     with(&plain, |layout, manifest, _| change(layout, manifest))
@@ -217,7 +217,7 @@ fn blobs_are_held_to_their_digest_and_size() {
     let plain = tar([file("f", "content")]);
     let other = tar([file("f", "CONTENT")]);
     let rename = |m: &mut Value, to: &[u8]| m["layers"][0]["digest"] = json!(sha256(to));
-    // Another content of the same size; too short; too long.
+    // Another content of the same size, then a blob that is too short, then one that is too long.
     with_manifest(|layout, m| {
         layout.blob_named(LAYER, &other, &sha256(&plain));
         rename(m, &plain);
@@ -242,7 +242,7 @@ fn blobs_are_held_to_their_digest_and_size() {
         m["layers"][0]["urls"] = json!(["https://layers.example/x"]);
     })
     .refused(&["no such file", "https://layers.example/x"]);
-    // A manifest and a configuration, too.
+    // Manifest and configuration are checked too.
     let mut layout = with_manifest(|_, _| {});
     layout.index[0]["size"] = json!(3);
     layout.refused(&["larger than the 3 bytes"]);
@@ -252,10 +252,10 @@ fn blobs_are_held_to_their_digest_and_size() {
         m["config"] = layout.blob_named(CONFIG, config.to_string().as_bytes(), &sha256(b"x"));
     })
     .refused(&["damaged"]);
-    // The uncompressed content.
+    // The uncompressed content is checked too.
     with(&plain, |_, _, config| config["rootfs"]["diff_ids"][0] = json!(sha256(b"x")))
         .refused(&["uncompressed", "damaged"]);
-    // A damaged blob is called that, whatever it does to the decompressor.
+    // A damaged blob is reported as damaged, whatever it does to the decompressor.
     with_manifest(|layout, m| {
         let mut bytes = gzip(&plain);
         let descriptor = layout.blob(LAYER, &bytes);
@@ -265,7 +265,7 @@ fn blobs_are_held_to_their_digest_and_size() {
         m["layers"][0]["mediaType"] = json!("application/vnd.oci.image.layer.v1.tar+gzip");
     })
     .refused(&["damaged"]);
-    // Whatever it asks of the tree, too: here a name that no file system takes.
+    // The same holds whatever it asks of the tree: here a name that no file system takes.
     let unfit = tar([file(&"n".repeat(300), "content")]);
     with_manifest(|layout, m| {
         m["layers"][0] = layout.blob(LAYER, &unfit);
@@ -307,7 +307,7 @@ fn a_zstd_stream_that_breaks_off_is_an_error() {
     let whole = zstd(b"content");
     let read = |bytes: &[u8]| {
         let mut out = Vec::new();
-        super::super::zstd::Zstd::new(bytes).read_to_end(&mut out).map(|_| out)
+        crate::image::zstd::Zstd::new(bytes).read_to_end(&mut out).map(|_| out)
     };
     assert_eq!(read(&whole).unwrap(), b"content");
     assert_eq!(read(&[]).unwrap(), b"");
@@ -315,6 +315,6 @@ fn a_zstd_stream_that_breaks_off_is_an_error() {
         assert!(read(&whole[..length]).is_err(), "{length}");
     }
     assert!(read(&[0x50, 0x2a, 0x4d, 0x18, 9, 0, 0, 0, 1]).is_err());
-    // A window of more than is taken.
+    // A window that is larger than the library takes.
     assert!(read(&[0x28, 0xb5, 0x2f, 0xfd, 0, 0xff, 0, 0, 0]).is_err());
 }

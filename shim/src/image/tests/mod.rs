@@ -1,4 +1,4 @@
-//! Images made here, entry by entry, and what becomes of them.
+//! Images made here, entry by entry, and the bundles made of them.
 
 mod entries;
 mod layouts;
@@ -17,13 +17,13 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256, Sha512};
 use tempfile::TempDir;
 
-use super::*;
+use crate::image::*;
 
-/// Part of a layer: entries with what describes them.
+/// Part of a layer: entries with their descriptions.
 #[derive(Clone)]
 struct Part(Vec<u8>);
 
-/// An entry of this type with any bytes as its path, owned by whoever runs the test.
+/// An entry of this type with any bytes as its path, owned by the user who runs the test.
 fn entry(kind: u8, path: impl AsRef<[u8]>) -> EntryBuilder {
     let mut header = tar::Header::new_gnu();
     header.set_entry_type(tar::EntryType::new(kind));
@@ -70,13 +70,13 @@ impl EntryBuilder {
         self.header(|header| header.set_mode(mode))
     }
 
-    /// Something that goes before the entry.
+    /// Puts a part in front of the entry.
     fn after(mut self, part: Part) -> Self {
         self.before.extend(part.0);
         self
     }
 
-    /// PAX records before the entry.
+    /// Puts PAX records in front of the entry.
     fn pax(self, records: &[(&str, &[u8])]) -> Self {
         let mut data = Vec::new();
         for (key, value) in records {
@@ -94,7 +94,7 @@ impl EntryBuilder {
     }
 
     fn build(mut self) -> Part {
-        // With the names as they are: the library's own ways would not make hostile ones.
+        // The names are copied as bytes, because the library itself would not write hostile names.
         let old = self.header.as_old_mut();
         for (field, bytes) in [(&mut old.name, &self.path), (&mut old.linkname, &self.link)] {
             let length = bytes.len().min(field.len());
@@ -167,7 +167,7 @@ impl TestLayout {
         Self { dir, index: Vec::new() }
     }
 
-    /// The layout with one image, of these uncompressed layers.
+    /// A layout with one image, of these uncompressed layers.
     fn of(layers: &[Vec<u8>]) -> Self {
         let mut layout = Self::new();
         layout.add_image(layers, json!({}), None);
@@ -178,7 +178,7 @@ impl TestLayout {
         self.dir.path().join("layout")
     }
 
-    /// Adds a blob and describes it.
+    /// Adds a blob, and returns its descriptor.
     fn blob(&self, media_type: &str, bytes: &[u8]) -> Value {
         self.blob_named(media_type, bytes, &sha256(bytes))
     }
@@ -190,8 +190,8 @@ impl TestLayout {
         json!({ "mediaType": media_type, "digest": digest, "size": bytes.len() })
     }
 
-    /// Adds layers with their media types and uncompressed contents; returns the manifest's
-    /// descriptor.
+    /// Adds the blobs of an image, from layers with their media types and uncompressed contents.
+    /// Returns the manifest's descriptor.
     fn manifest(&self, layers: &[(&str, Vec<u8>, &[u8])], config: Value) -> Value {
         let diff_ids: Vec<String> = layers.iter().map(|(.., plain)| sha256(plain)).collect();
         let config = json!({
@@ -222,7 +222,7 @@ impl TestLayout {
         self.dir.path().join("bundle")
     }
 
-    /// Writes the index and unpacks. Whatever happens, nothing but layout and bundle is left.
+    /// Writes the index and unpacks. After an error too, only layout and bundle are left.
     fn unpack(&self, tag: Option<&str>) -> Result<Unpacked> {
         let index = json!({ "schemaVersion": 2, "manifests": self.index });
         fs::write(self.path().join("index.json"), index.to_string()).unwrap();

@@ -1,7 +1,7 @@
-//! The config.json that an image's configuration becomes.
+//! The config.json made of an image's configuration.
 
-use super::*;
 use crate::bundle::Bundle;
+use crate::image::tests::*;
 
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nbroken\ndaemon:x:1:1::/:/bin/sh\n\
                       alice:x:1000:100::/home/alice:/bin/sh\n";
@@ -39,7 +39,7 @@ fn program_environment_and_directory_are_the_images() {
     assert_eq!(spec["process"]["noNewPrivileges"], false);
 }
 
-/// As many as engines give.
+/// Number of capabilities that engines give.
 const CAPABILITIES: usize = 14;
 
 #[test]

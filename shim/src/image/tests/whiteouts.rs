@@ -1,6 +1,6 @@
-//! What a layer hides of those below it.
+//! Files of lower layers that a layer hides.
 
-use super::*;
+use crate::image::tests::*;
 
 fn lower() -> Vec<u8> {
     tar([
@@ -26,9 +26,9 @@ fn a_whiteout_removes_a_file_or_a_tree_and_nothing_else() {
         [file("d/.wh.a", ""), file("d/.wh.sub", ""), file(".wh.gone", "")],
         &["d/", "d/b", "e"],
     );
-    // The layer has no entry for it.
+    // The layer has no entry for the directory.
     assert_eq!(unpacked.stat("d").mtime(), 1_600_000_000);
-    // Nor is anything made on the way to what is not there.
+    // Nothing is made on the way to a missing name.
     upper(
         [file("no/such/.wh.x", ""), file("e/.wh.x", "")],
         &["d/", "d/a", "d/b", "d/sub/", "d/sub/x", "d/sub/y", "e"],
@@ -55,7 +55,7 @@ fn an_opaque_directory_keeps_what_its_own_layer_has() {
     upper([file("d/new", ""), opaque()], &["d/", "d/new", "e"]);
     upper([file("d/sub/new", ""), opaque()], &["d/", "d/sub/", "d/sub/new", "e"]);
     upper([dir("d/sub"), file("d/a", ""), opaque()], &["d/", "d/a", "d/sub/", "e"]);
-    // Of the root.
+    // An opaque root.
     upper([file("f", ""), file(".wh..wh..opq", "")], &["f"]);
 }
 
@@ -86,7 +86,7 @@ fn a_whiteout_that_names_no_file_is_refused() {
     }
     refused([entry(b'0', "x").pax(&[("path", b".wh.a\0/b")]).build()], &["NUL"]);
     refused([file("../.wh.x", "")], &["leads out"]);
-    // Of any type; and notes of another file system are passed over.
+    // A whiteout can be of any type. Internal files of another file system are skipped.
     let (_layout, unpacked) = upper(
         [
             dir("d/.wh.sub"),

@@ -1,0 +1,253 @@
+//! The size of a microVM for the limits and annotations of config.json.
+
+use oci_spec::runtime::{LinuxResources, Spec};
+use serde::{Deserialize, Serialize};
+
+use isopod_vmm::config::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+
+use crate::{
+    cpu_list::cpu_list_len,
+    error::{Error, Result},
+    host,
+};
+use isopod_vmm::config::MAX_NET_DEVICES;
+
+/// Annotation that sets the number of vCPUs.
+pub(super) const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
+
+/// Annotation that sets the guest's memory in MiB.
+pub(super) const MEMORY_ANNOTATION: &str = "dev.isopod.memory_mib";
+
+/// Annotation that gives the guest's processors virtualisation extensions.
+pub(super) const NESTED_ANNOTATION: &str = "dev.isopod.nested";
+
+/// Annotation that sets the number of interfaces that a namespace may get between create and start.
+pub const NICS_ANNOTATION: &str = "dev.isopod.nics";
+
+/// Memory beyond the container's limit, in MiB. The guest's kernel and agent use it, and the kernel
+/// keeps some of it back for itself.
+const OVERHEAD_MIB: u64 = 64;
+
+/// Divisor of the limit for a further part beyond it. The kernel describes each page of 4096 bytes
+/// in 64 bytes: one part in 64 of all memory. It divides the rest into zones, and keeps some of
+/// them back.
+const OVERHEAD_DIVISOR: u64 = 48;
+
+/// Guest memory without a limit, in MiB. The host allocates memory when the guest touches it.
+const DEFAULT_MEMORY_MIB: u64 = 2048;
+
+/// Largest number of vCPUs without a limit.
+const DEFAULT_VCPUS: u64 = 4;
+
+/// vCPUs and memory of a microVM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSize {
+    /// Number of vCPUs, from 1 to [`MAX_VCPUS`].
+    pub vcpus: u8,
+    /// Memory in MiB, from [`MIN_MEMORY_MIB`] to [`MAX_MEMORY_MIB`].
+    pub memory_mib: u64,
+}
+
+impl VmSize {
+    /// The largest limit in MiB that a container can use up in a microVM of this size.
+    pub(super) fn largest_limit_mib(self) -> u64 {
+        // A close estimate from below. The loop adds the last step or two.
+        let rest = self.memory_mib.saturating_sub(OVERHEAD_MIB);
+        let mut limit = rest - rest.div_ceil(OVERHEAD_DIVISOR);
+        while with_overhead(limit + 1) <= self.memory_mib {
+            limit += 1;
+        }
+        limit
+    }
+
+    /// The size by the limits and annotations of config.json and by the size of this host. The
+    /// error names a limit or annotation that cannot be read or is out of range.
+    pub(super) fn of(spec: &Spec) -> Result<Self> {
+        Self::on_host(spec, host::online_cpus(), host::memory_mib())
+    }
+
+    fn on_host(spec: &Spec, host_cpus: u64, host_memory_mib: u64) -> Result<Self> {
+        let vcpus = match annotation(spec, VCPUS_ANNOTATION, 1, MAX_VCPUS.into())? {
+            Some(vcpus) => vcpus,
+            None => vcpus(spec, host_cpus)?.clamp(1, MAX_VCPUS.into()),
+        };
+        let memory_mib = match annotation(spec, MEMORY_ANNOTATION, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?
+        {
+            Some(memory_mib) if memory_mib > host_memory_mib => {
+                return Err(Error::new(format!(
+                    "annotation {MEMORY_ANNOTATION} asks for {memory_mib} MiB of memory; this \
+                     host has {host_memory_mib} MiB, so ask for less"
+                )));
+            }
+            Some(memory_mib) => memory_mib,
+            None => memory_mib(spec).min(host_memory_mib).clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB),
+        };
+        Ok(Self { vcpus: u8::try_from(vcpus).unwrap_or(MAX_VCPUS), memory_mib })
+    }
+}
+
+fn vcpus(spec: &Spec, host_cpus: u64) -> Result<u64> {
+    let default = host_cpus.min(DEFAULT_VCPUS);
+    if let Some(list) = unified(spec, "cpuset.cpus").and_then(cpu_list_len) {
+        return Ok(list);
+    }
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let Some(cpu) = resources.and_then(|resources| resources.cpu().as_ref()) else {
+        return Ok(default);
+    };
+    if let Some(quota) = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).filter(|q| *q > 0)
+    {
+        // Without a period the kernel's default counts.
+        let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+        return Ok(quota.div_ceil(period));
+    }
+    match cpu.cpus().as_deref().map(str::trim).filter(|cpus| !cpus.is_empty()) {
+        Some(list) => cpu_list_len(list).ok_or_else(|| {
+            Error::new(format!("linux.resources.cpu.cpus is {list:?}, which is not a list of CPUs"))
+        }),
+        None => Ok(default),
+    }
+}
+
+/// The value of an interface file in `linux.resources.unified`. It has precedence, because it is
+/// written last.
+fn unified<'a>(spec: &'a Spec, file: &str) -> Option<&'a str> {
+    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+    resources.unified().as_ref()?.get(file).map(|value| value.trim())
+}
+
+fn memory_mib(spec: &Spec) -> u64 {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources
+        .and_then(memory_limit)
+        .map_or(DEFAULT_MEMORY_MIB, |limit| with_overhead(limit.div_ceil(1 << 20)))
+}
+
+/// The container's memory limit in bytes, if it has one.
+pub(super) fn memory_limit(resources: &LinuxResources) -> Option<u64> {
+    let limit = resources.memory().as_ref().and_then(|memory| memory.limit());
+    let limit = limit.and_then(|limit| u64::try_from(limit).ok());
+    let unified = resources.unified().as_ref().and_then(|files| files.get("memory.max"));
+    unified.map_or(limit, |text| text.trim().parse().ok()).filter(|limit| *limit > 0)
+}
+
+/// Guest memory in MiB with which a container can use `limit_mib`.
+pub(super) fn with_overhead(limit_mib: u64) -> u64 {
+    limit_mib.saturating_add(OVERHEAD_MIB).saturating_add(limit_mib.div_ceil(OVERHEAD_DIVISOR))
+}
+
+/// Number of network interfaces that the container may get after create, if an annotation sets it.
+pub(super) fn nics(spec: &Spec) -> Result<Option<u8>> {
+    let nics = annotation(spec, NICS_ANNOTATION, 0, MAX_NET_DEVICES.into())?;
+    Ok(nics.and_then(|nics| u8::try_from(nics).ok()))
+}
+
+/// Tells whether the guest's processors get virtualisation extensions.
+pub(super) fn nested(spec: &Spec) -> Result<bool> {
+    match text(spec, NESTED_ANNOTATION) {
+        None | Some("false") => Ok(false),
+        Some("true") => Ok(true),
+        Some(text) => Err(Error::new(format!(
+            "annotation {NESTED_ANNOTATION} is {text:?}; it has to be true or false"
+        ))),
+    }
+}
+
+fn text<'a>(spec: &'a Spec, key: &str) -> Option<&'a str> {
+    spec.annotations().as_ref()?.get(key).map(String::as_str)
+}
+
+fn annotation(spec: &Spec, key: &str, min: u64, max: u64) -> Result<Option<u64>> {
+    let Some(text) = text(spec, key) else { return Ok(None) };
+    match text.parse::<u64>() {
+        Ok(value) if (min..=max).contains(&value) => Ok(Some(value)),
+        _ => Err(Error::new(format!(
+            "annotation {key} is {text:?}; it has to be a whole number from {min} to {max}"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size(json: &str) -> Result<VmSize> {
+        let spec: Spec = serde_json::from_str(json).unwrap();
+        VmSize::on_host(&spec, 8, 16_000)
+    }
+
+    fn limits(cpu: &str, memory: &str) -> VmSize {
+        size(&format!(
+            r#"{{"ociVersion":"1.0.2","linux":{{"resources":{{"cpu":{cpu},"memory":{memory}}}}}}}"#
+        ))
+        .unwrap()
+    }
+
+    #[test]
+    fn limits_decide_the_size() {
+        let none = limits("{}", "{}");
+        assert_eq!(none, VmSize { vcpus: 4, memory_mib: 2048 });
+        assert_eq!(limits(r#"{"quota":150000,"period":100000}"#, "{}").vcpus, 2);
+        assert_eq!(limits(r#"{"quota":50000}"#, "{}").vcpus, 1);
+        assert_eq!(limits(r#"{"quota":-1,"cpus":"0-2,5"}"#, "{}").vcpus, 4);
+        assert_eq!(limits(r#"{"quota":999999999}"#, "{}").vcpus, MAX_VCPUS);
+        assert_eq!(limits(r#"{"cpus":"3"}"#, "{}").vcpus, 1);
+        assert_eq!(limits("{}", r#"{"limit":104857600}"#).memory_mib, 167);
+        assert_eq!(limits("{}", r#"{"limit":104857601}"#).memory_mib, 168);
+        assert_eq!(limits("{}", r#"{"limit":-1}"#).memory_mib, 2048);
+        assert_eq!(limits("{}", r#"{"limit":9223372036854775807}"#).memory_mib, 16_000);
+    }
+
+    #[test]
+    fn unified_limits_decide_too() {
+        let unified = |files: &str| {
+            size(&format!(
+                r#"{{"ociVersion":"1.0.2","linux":{{"resources":{{
+                    "memory":{{"limit":104857600}},"unified":{files}}}}}}}"#
+            ))
+            .unwrap()
+        };
+        assert_eq!(unified(r#"{"memory.max":"209715200"}"#).memory_mib, 269);
+        assert_eq!(unified(r#"{"memory.max":"max"}"#).memory_mib, 2048);
+        assert_eq!(unified(r#"{"memory.high":"1","cpuset.cpus":"3,4,9"}"#).vcpus, 3);
+    }
+
+    #[test]
+    fn a_limit_can_be_reached() {
+        for limit in [1, 100, 750, 1024, 4096, 65_536, MAX_MEMORY_MIB] {
+            let memory = with_overhead(limit);
+            let pages = memory.div_ceil(64);
+            assert!(memory - pages >= limit + 56, "{limit} of {memory}");
+        }
+    }
+
+    #[test]
+    fn annotations_win_and_are_checked() {
+        let annotated = |vcpus: &str, memory: &str| {
+            size(&format!(
+                r#"{{"ociVersion":"1.0.2","annotations":
+                    {{"dev.isopod.vcpus":"{vcpus}","dev.isopod.memory_mib":"{memory}"}}}}"#
+            ))
+        };
+        assert_eq!(annotated("3", "512").unwrap(), VmSize { vcpus: 3, memory_mib: 512 });
+        for (vcpus, memory) in [("0", "512"), ("33", "512"), ("x", "512"), ("1", "63")] {
+            let error = annotated(vcpus, memory).unwrap_err();
+            assert!(error.message.starts_with("annotation dev.isopod."), "{error}");
+        }
+    }
+
+    #[test]
+    fn virtualisation_is_asked_for_in_so_many_words() {
+        let with = |annotations: &str| {
+            let json = format!(r#"{{"ociVersion":"1.0.2","annotations":{{{annotations}}}}}"#);
+            nested(&serde_json::from_str(&json).unwrap())
+        };
+        assert!(!with("").unwrap());
+        assert!(!with(r#""dev.isopod.nested":"false""#).unwrap());
+        assert!(with(r#""dev.isopod.nested":"true""#).unwrap());
+        for wrong in ["", "1", "True", "yes"] {
+            let error = with(&format!(r#""dev.isopod.nested":"{wrong}""#)).unwrap_err();
+            assert!(error.message.contains("has to be true or false"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,276 @@
+//! `state.json`: the record of a container.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use oci_spec::runtime::{Hooks, LinuxResources};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    bundle::{VmSize, is_first_of_pod},
+    cgroup::Cgroup,
+    container_id::ContainerId,
+    control::versions::{Protocols, Versions},
+    error::{Error, Explain, Result},
+    network::RedirectRecord,
+    process_id::ProcessId,
+    state::{Exit, RECORD_FILE, StateDir, Status},
+};
+
+/// The readable part of a record that cannot be read as a whole, such as the record of another
+/// version of isopod.
+#[derive(Debug, Default)]
+pub struct Remains {
+    /// The sandbox process.
+    pub sandbox: Option<ProcessId>,
+    /// The VMM.
+    pub vmm: Option<ProcessId>,
+    /// The container's cgroup on the host.
+    pub cgroup: Option<Cgroup>,
+    /// The container's redirects in a network namespace that outlives it.
+    pub network: Option<RedirectRecord>,
+}
+
+impl Remains {
+    /// Reads the known fields of the record in `dir`, whatever its version.
+    pub fn read(dir: &StateDir) -> Self {
+        dir.read(RECORD_FILE).ok().flatten().map(|json| Self::of(&json)).unwrap_or_default()
+    }
+
+    fn of(json: &[u8]) -> Self {
+        fn field<T: serde::de::DeserializeOwned>(record: &mut Value, name: &str) -> Option<T> {
+            serde_json::from_value(record.get_mut(name)?.take()).ok()
+        }
+        let mut record: Value = serde_json::from_slice(json).unwrap_or_default();
+        Self {
+            sandbox: field(&mut record, "sandbox"),
+            vmm: field(&mut record, "vmm"),
+            cgroup: field(&mut record, "cgroup"),
+            network: field(&mut record, "network"),
+        }
+    }
+}
+
+/// The microVM that a container of a pod lives in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pod {
+    /// The container that the microVM was made for.
+    pub sandbox: ContainerId,
+    /// State directory of that container.
+    pub dir: PathBuf,
+    /// The sandbox process of that container, which owns the VMM and the share.
+    pub process: ProcessId,
+}
+
+/// All that is known of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`STATE_VERSION`](crate::control::versions::STATE_VERSION) of the isopod that created the
+    /// container.
+    pub version: u32,
+    /// Versions of the sandbox's protocols.
+    pub protocols: Protocols,
+    /// Id of the container.
+    pub id: ContainerId,
+    /// `ociVersion` of config.json.
+    pub oci_version: String,
+    /// Directory of the bundle.
+    pub bundle: PathBuf,
+    /// Directory of the root file system on the host.
+    pub rootfs: PathBuf,
+    /// The sandbox process.
+    pub sandbox: ProcessId,
+    /// The VMM, once it runs.
+    pub vmm: Option<ProcessId>,
+    /// Size of the microVM.
+    pub vm: VmSize,
+    /// The pod's microVM, if the container has none of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<Pod>,
+    /// The limits that hold now, without rules for devices. Processors are the host's.
+    pub resources: LinuxResources,
+    /// The status as last written by the sandbox process.
+    pub status: Status,
+    /// Time of the creation, RFC 3339.
+    pub created: String,
+    /// Uid of the user who created the container.
+    pub owner_uid: u32,
+    /// `annotations` of config.json.
+    pub annotations: BTreeMap<String, String>,
+    /// The container's cgroup on the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cgroup: Option<Cgroup>,
+    /// The hooks of config.json.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hooks: Option<Hooks>,
+    /// The exit, if it is known.
+    pub exit: Option<Exit>,
+    /// Reason for an end without an exit status.
+    pub error: Option<String>,
+    /// True if the microVM was gone before the process had ended.
+    pub lost: bool,
+    /// The container's redirects in a network namespace that outlives it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<RedirectRecord>,
+}
+
+/// The object that `state` and `list` print, with its members in runc's order.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OciState<'a> {
+    oci_version: &'a str,
+    id: &'a ContainerId,
+    pid: i32,
+    status: Status,
+    bundle: &'a Path,
+    rootfs: &'a Path,
+    created: &'a str,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    annotations: BTreeMap<String, String>,
+    owner: String,
+}
+
+impl Record {
+    /// Reads the record in `dir`; `None` while there is no record.
+    ///
+    /// # Errors
+    ///
+    /// If the record cannot be read, is not valid, or was written by another version of isopod.
+    pub fn read(dir: &StateDir) -> Result<Option<Self>> {
+        let Some(json) = dir.read(RECORD_FILE)? else { return Ok(None) };
+        let what = || dir.path().join(RECORD_FILE).display().to_string();
+        // Checked first: the record of another version may have another form.
+        let versions: Versions = serde_json::from_slice(&json).explain(what)?;
+        versions.check_state(&dir.container_name())?;
+        serde_json::from_slice(&json).map(Some).explain(what)
+    }
+
+    /// Writes the record. A reader sees the old or the new record, whole.
+    pub fn write(&self, dir: &StateDir) -> Result<()> {
+        let json = serde_json::to_vec(self).explain(|| "cannot write the state".into())?;
+        dir.write(RECORD_FILE, &json)
+    }
+
+    /// The status now. A container whose sandbox process is gone is stopped, whatever the record
+    /// says.
+    pub fn current_status(&self) -> Status {
+        if self.sandbox.is_alive() { self.status } else { Status::Stopped }
+    }
+
+    /// The OCI state object as `state` prints it, with the fields that runc adds: rootfs, created,
+    /// owner. Annotations of our own tell how a stopped container ended.
+    pub fn to_oci(&self) -> OciState<'_> {
+        let status = self.current_status();
+        let mut annotations = self.annotations.clone();
+        if let Some(exit) = self.exit.filter(|_| status == Status::Stopped) {
+            annotations.insert("dev.isopod.exit_status".into(), exit.status.to_string());
+            if exit.oom_killed {
+                annotations.insert("dev.isopod.oom_killed".into(), "true".into());
+            }
+        }
+        if let Some(error) = self.ending() {
+            annotations.insert("dev.isopod.error".into(), error);
+        }
+        OciState {
+            oci_version: &self.oci_version,
+            id: &self.id,
+            pid: self.current_pid(),
+            status,
+            bundle: &self.bundle,
+            rootfs: &self.rootfs,
+            created: &self.created,
+            annotations,
+            owner: self.owner(),
+        }
+    }
+
+    /// The specification's state object and no more, for hooks. `status` is known where hooks run.
+    pub fn state_at(&self, status: Status) -> Value {
+        let pid = if status == Status::Stopped { 0 } else { self.sandbox.pid };
+        json!({
+            "ociVersion": self.oci_version,
+            "id": self.id,
+            "status": status,
+            "pid": pid,
+            "bundle": self.bundle,
+            "annotations": self.annotations,
+        })
+    }
+
+    /// Like [`Self::write`]; a failure goes to the log.
+    pub(crate) fn save(&self, dir: &StateDir) {
+        if let Err(error) = self.write(dir) {
+            log::error!("container {}: {error}", self.id);
+        }
+    }
+
+    /// The error for a verb that the container's status does not permit.
+    pub(crate) fn wrong_state(&self, verb: &str, exit: Option<Exit>) -> Error {
+        let id = &self.id;
+        match (exit, self.status) {
+            (Some(_), _) => {
+                Error::new(format!("cannot {verb} container {id}: container not running"))
+            }
+            (None, Status::Created) => {
+                Error::new(format!("cannot {verb} container {id}: it is being started or changed"))
+            }
+            (None, status) => Error::new(format!("cannot {verb} container {id}: it is {status}")),
+        }
+    }
+
+    /// Returns true if the container's limits are those of a whole microVM on the host.
+    ///
+    /// In a pod they are not. The first container is the engine's own, and the cgroups of the
+    /// others hold no VMM. The cgroup that the engine makes for the pod bounds the pod's microVM.
+    pub(crate) fn bounds_microvm(&self) -> bool {
+        self.pod.is_none() && !is_first_of_pod(&self.annotations)
+    }
+
+    /// The pid that callers know; 0 once the container has stopped.
+    pub fn current_pid(&self) -> i32 {
+        match self.current_status() {
+            Status::Stopped => 0,
+            _ => self.sandbox.pid,
+        }
+    }
+
+    /// Name of the user who created the container, or the uid if there is no name.
+    pub fn owner(&self) -> String {
+        let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+        let uid = self.owner_uid.to_string();
+        passwd
+            .lines()
+            .map(|line| line.split(':').collect::<Vec<_>>())
+            .find(|fields| fields.get(2) == Some(&uid.as_str()))
+            .and_then(|fields| fields.first().map(|name| (*name).to_owned()))
+            .unwrap_or(uid)
+    }
+
+    /// Returns true if the container stopped because its microVM or its sandbox process is gone.
+    pub fn is_lost(&self) -> bool {
+        let unsaid = self.exit.is_none() && self.error.is_none();
+        self.current_status() == Status::Stopped && (self.lost || unsaid)
+    }
+
+    /// Reason why a stopped container has no exit status, if it has none.
+    fn ending(&self) -> Option<String> {
+        if self.current_status() != Status::Stopped {
+            return None;
+        }
+        match (&self.error, self.exit) {
+            (Some(error), _) => Some(error.clone()),
+            (None, None) => Some(
+                "the sandbox process ended unexpectedly; the exit status of the container is \
+                 unknown"
+                    .into(),
+            ),
+            (None, Some(_)) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,156 @@
+//! Running relays, and the wait for their end.
+
+use std::{
+    net::Shutdown,
+    sync::{Weak, atomic::Ordering},
+    thread,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{oneshot, watch},
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    engine::stdio::{copy::Flow, loss_notice::LossNotice},
+    error::{Explain, Result},
+};
+
+/// Further time for a guest to send the output of a process that has ended. The agent has all of
+/// the output by then, and ends the stream behind it.
+const PATIENCE: Patience = Patience { interval: Duration::from_secs(1), intervals: 30 };
+
+/// Longest wait, measured in looks: one for each interval.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    pub(crate) interval: Duration,
+    pub(crate) intervals: u32,
+}
+
+/// An output that is relayed.
+#[derive(Debug)]
+pub(crate) struct Output {
+    /// The output's bytes on their way. The thread owns them, and closes the connection at its end.
+    pub(crate) flow: Weak<Flow>,
+    pub(crate) finished: oneshot::Receiver<()>,
+    /// Bytes that have been written to the local descriptor.
+    pub(crate) written: watch::Receiver<u64>,
+    /// Bytes received by the time that the process was known to have ended.
+    pub(crate) ended_at: Option<u64>,
+    /// Number of looks since then at which the thread was waiting for the guest.
+    pub(crate) waited: u32,
+}
+
+impl Output {
+    /// Ends the stream if the guest takes too long, or sends more than it can have had. Time
+    /// without a local reader does not count against the guest.
+    fn look(&mut self, most: u64, patience: Patience) {
+        let Some(flow) = self.flow.upgrade() else { return };
+        let received = flow.received.load(Ordering::Relaxed);
+        let ended_at = *self.ended_at.get_or_insert(received);
+        self.waited += u32::from(flow.waiting.load(Ordering::Relaxed));
+        if self.waited > patience.intervals || received - ended_at > most {
+            log::warn!("the guest does not end the output of a process that has ended: cut off");
+            // Bytes that have been received already can still be read.
+            let _ = flow.remote.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// Running relays.
+#[derive(Debug, Default)]
+pub struct Relay {
+    pub(crate) inputs: Vec<oneshot::Receiver<()>>,
+    pub(crate) outputs: Vec<Output>,
+    pub(crate) last_words: Option<LossNotice>,
+    pub(crate) next_look: Option<Instant>,
+}
+
+impl Relay {
+    /// Notes that the process has ended: then there is no loss notice.
+    pub fn process_ended(&mut self) {
+        self.last_words = None;
+    }
+
+    /// Sends the loss notice, to be written after all output that has arrived.
+    pub fn say(&mut self, text: String) {
+        if let Some(words) = self.last_words.take() {
+            words.say(text);
+        }
+    }
+
+    /// Waits until all output of a process that has ended has been written. Readers may take as
+    /// long as they like, the guest half a minute at most.
+    ///
+    /// The guest cannot have kept more than `most` bytes, the size of its memory. A cancelled wait
+    /// can be repeated.
+    pub async fn finished(&mut self, most: u64) {
+        self.finished_within(most, PATIENCE).await;
+    }
+
+    /// Waits until all output has ended, however long this takes. A cancelled wait can be repeated.
+    pub async fn outputs_ended(&mut self) {
+        while let Some(output) = self.outputs.last_mut() {
+            let _ = (&mut output.finished).await;
+            self.outputs.pop();
+        }
+    }
+
+    /// Like [`Self::outputs_ended`], for all input as well.
+    pub(crate) async fn all_ended(&mut self) {
+        self.outputs_ended().await;
+        while let Some(input) = self.inputs.last_mut() {
+            let _ = input.await;
+            self.inputs.pop();
+        }
+    }
+
+    /// Waits until each output has been written up to its mark, or has ended. The guest and the
+    /// readers have as long as in [`Self::finished`]. An output without a mark has to end.
+    pub(crate) async fn written(&mut self, marks: &[u64], most: u64) {
+        self.written_within(marks, most, PATIENCE).await;
+    }
+
+    pub(crate) async fn written_within(&mut self, marks: &[u64], most: u64, patience: Patience) {
+        let mut marks = marks.iter().copied();
+        for output in &mut self.outputs {
+            let mark = marks.next().unwrap_or(u64::MAX);
+            loop {
+                let limit = Instant::now() + patience.interval;
+                // An error means that the output has ended.
+                if timeout_at(limit, output.written.wait_for(|written| *written >= mark))
+                    .await
+                    .is_ok()
+                {
+                    break;
+                }
+                output.look(most, patience);
+            }
+        }
+    }
+
+    pub(crate) async fn finished_within(&mut self, most: u64, patience: Patience) {
+        while let Some(output) = self.outputs.last_mut() {
+            let look = *self.next_look.get_or_insert_with(|| Instant::now() + patience.interval);
+            // An error means that the thread is gone, so the output is finished too.
+            if timeout_at(look, &mut output.finished).await.is_ok() {
+                self.outputs.pop();
+                continue;
+            }
+            self.next_look = None;
+            for output in &mut self.outputs {
+                output.look(most, patience);
+            }
+        }
+    }
+}
+
+pub(crate) fn start(name: &str, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(64 * 1024)
+        .spawn(body)
+        .map(drop)
+        .explain(|| format!("cannot start the thread for {name}"))
+}

@@ -1,0 +1,118 @@
+//! Connected streams: relayed by threads of this process.
+
+use std::{
+    net::Shutdown,
+    os::{
+        fd::{AsRawFd, OwnedFd, RawFd},
+        unix::net::UnixStream,
+    },
+    sync::Arc,
+};
+
+use tokio::sync::oneshot;
+
+use crate::{
+    engine::stdio::{
+        copy::{Flow, InputEnd, is_wanted, relay_input, relay_output},
+        loss_notice::{Listener, LossNotice},
+        relay::{Output, Relay, start},
+    },
+    error::Result,
+};
+
+/// A local descriptor and its connection to the guest.
+#[derive(Debug)]
+pub(super) struct Stream {
+    pub(super) local: OwnedFd,
+    pub(super) remote: UnixStream,
+    pub(super) token: u64,
+    /// True if `local` is a socket, whose other end is to hear of the end of the output.
+    pub(super) socket: bool,
+    /// True if nothing is read from `local` before the guest's process waits for input.
+    pub(super) on_demand: bool,
+    /// Waits for a loss notice at the end of the output.
+    pub(super) listener: Option<Listener>,
+}
+
+/// Connected streams that are not relayed yet.
+#[derive(Debug)]
+pub struct Streams {
+    pub(super) inputs: Vec<Stream>,
+    /// Outputs: descriptors from 3 on, then standard output and standard error.
+    pub(super) outputs: Vec<Stream>,
+    /// True if the last input and the last output are a terminal's, as far as they are connected.
+    pub(super) terminal: bool,
+    /// True if the last output is standard error, or the terminal.
+    pub(super) last_is_for_messages: bool,
+    pub(super) last_words: Option<LossNotice>,
+}
+
+impl Streams {
+    /// Has standard error, or the terminal, wait at its end for the notice of [`Relay::say`].
+    pub fn with_last_words(mut self) -> Self {
+        if let Some(stream) = self.outputs.last_mut().filter(|_| self.last_is_for_messages) {
+            let (words, listener) = LossNotice::new();
+            (self.last_words, stream.listener) = (Some(words), Some(listener));
+        }
+        self
+    }
+
+    /// Returns true if there are outputs, whose bytes may outlive the process.
+    pub fn have_output(&self) -> bool {
+        !self.outputs.is_empty()
+    }
+
+    /// All descriptors of the streams.
+    pub(super) fn descriptors(&self) -> Vec<RawFd> {
+        let streams = self.inputs.iter().chain(&self.outputs);
+        streams.flat_map(|stream| [stream.local.as_raw_fd(), stream.remote.as_raw_fd()]).collect()
+    }
+
+    /// Starts to relay, with a thread for each stream.
+    pub fn relay(self) -> Result<Relay> {
+        let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+        for stream in self.outputs {
+            let (done, finished) = oneshot::channel();
+            let Stream { local, remote, socket, listener, .. } = stream;
+            let (flow, written) = Flow::new(remote);
+            let flow = Arc::new(flow);
+            let looked_at = Arc::downgrade(&flow);
+            start("output", move || {
+                relay_output(&flow, &local);
+                if let Some(listener) = listener {
+                    listener.write(&local);
+                }
+                if socket {
+                    let _ = rustix::net::shutdown(&local, rustix::net::Shutdown::Write);
+                }
+                // Closed before anybody hears of the end.
+                drop((flow, local));
+                // Fails if nobody waits any more.
+                let _ = done.send(());
+            })?;
+            outputs.push(Output { flow: looked_at, finished, written, ended_at: None, waited: 0 });
+        }
+        let mut terminal =
+            self.terminal.then(|| outputs.last().map(|last| last.flow.clone())).flatten();
+        for Stream { local, remote, on_demand, .. } in self.inputs.into_iter().rev() {
+            let (done, finished) = oneshot::channel();
+            let shown = terminal.take().filter(|_| rustix::termios::isatty(&local));
+            // As a rule nobody waits for this thread. It may be blocked in a read that never
+            // returns, and ends with the process.
+            start("input", move || {
+                let wanted = !on_demand || is_wanted(&remote);
+                if wanted
+                    && relay_input(&local, &remote) == InputEnd::HungUp
+                    && let Some(flow) = shown.and_then(|shown| shown.upgrade())
+                {
+                    // The guest hangs up its terminal in turn.
+                    let _ = flow.remote.shutdown(Shutdown::Both);
+                }
+                drop((local, remote));
+                let _ = done.send(());
+            })?;
+            inputs.push(finished);
+        }
+        Ok(Relay { inputs, outputs, last_words: self.last_words, next_look: None })
+    }
+}
