@@ -1,4 +1,4 @@
-//! A bundle: a busybox root file system and a config.json as `runc spec` writes it.
+//! A bundle: a busybox root file system and a config.json like that of `runc spec`.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::runtime::runtime;
 
-/// Where the probe lies in a bundle's root file system.
+/// The path of the probe in a bundle's root file system.
 pub const PROBE_PATH: &str = "/bin/probe";
 
 /// A bundle on disk, and the configuration that [`Bundle::write`] puts there.
@@ -17,7 +17,7 @@ pub const PROBE_PATH: &str = "/bin/probe";
 pub struct Bundle {
     /// The bundle's directory.
     pub dir: PathBuf,
-    /// Its config.json.
+    /// The content of config.json.
     pub config: Value,
 }
 
@@ -40,7 +40,7 @@ impl Bundle {
         Self { dir, config: runc_spec() }
     }
 
-    /// The root file system as the host sees it; `path` begins with a slash.
+    /// The path on the host of `path` in the root file system. `path` begins with a slash.
     pub fn rootfs(&self, path: &str) -> PathBuf {
         self.dir.join("rootfs").join(path.trim_start_matches('/'))
     }
@@ -74,7 +74,7 @@ fn applets() -> &'static [String] {
     })
 }
 
-/// What `runc spec` writes, without a terminal and with a writable root.
+/// The output of `runc spec`, without a terminal and with a writable root.
 fn runc_spec() -> Value {
     let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
     json!({

@@ -1,11 +1,11 @@
-//! Counting what a runtime could leave behind.
+//! Counts of items that a runtime could leave behind.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Which part of the machine to count.
+/// The part of the machine to count.
 #[derive(Debug)]
 pub(crate) struct View<'a> {
     /// Part of the name of every container in the scope.
@@ -14,15 +14,15 @@ pub(crate) struct View<'a> {
     pub(crate) dir: &'a Path,
     /// The runtime's `--root`.
     pub(crate) root: &'a Path,
-    /// The scope's keeper: its descendants are the scope's processes.
-    pub(crate) keeper: i32,
-    /// Count what does not bear the scope's name as well.
+    /// The scope's subreaper, whose descendants are the scope's processes.
+    pub(crate) subreaper: i32,
+    /// Counts items without the scope's name as well.
     pub(crate) all: bool,
 }
 
 impl View<'_> {
     fn has(&self, text: &str) -> bool {
-        // Where systemd runs, cgroups and mounts of others come and go all the time.
+        // Under systemd, foreign cgroups and mounts come and go all the time.
         let quiet = || !Path::new("/run/systemd/system").exists();
         text.contains(self.name) || (self.all && (text.contains("isopod") || quiet()))
     }
@@ -43,7 +43,7 @@ impl Census {
         tree("state", view.root, false, view, &mut found);
         tree("state", Path::new("/run/isopod"), false, view, &mut found);
         tree("shared memory", Path::new("/dev/shm"), false, view, &mut found);
-        found.extend(crate::netns::list(|name| view.has(name)));
+        network_namespaces(view, &mut found);
         if view.all {
             found.extend(disciplines());
             tree("interface", Path::new("/sys/class/net"), false, view, &mut found);
@@ -51,14 +51,14 @@ impl Census {
         Self(found)
     }
 
-    /// What is here and was not in `before`, and the other way round, a line each.
+    /// The difference from `before`, a line each: `+` for a new item, `-` for a gone one.
     pub fn since(&self, before: &Self) -> Vec<String> {
         let come = self.0.difference(&before.0).map(|item| format!("+ {item}"));
         let gone = before.0.difference(&self.0).map(|item| format!("- {item}"));
         come.chain(gone).collect()
     }
 
-    /// Lines that begin with `kind`.
+    /// The number of lines that begin with `kind`.
     pub fn count(&self, kind: &str) -> usize {
         self.0.iter().filter(|item| item.starts_with(kind)).count()
     }
@@ -74,13 +74,13 @@ struct Process {
 fn processes(view: &View<'_>, found: &mut BTreeSet<String>) {
     let all = all_processes();
     for (pid, process) in &all {
-        if *pid == view.keeper {
+        if *pid == view.subreaper {
             continue;
         }
-        // What has ended and waits for the keeper, which is about to notice, is no more.
-        let ended = process.state == 'Z' && process.parent == view.keeper;
+        // A zombie child of the subreaper is about to be collected.
+        let ended = process.state == 'Z' && process.parent == view.subreaper;
         let known = ["isopod", "isopod-vmm", "isopod-agent", "runc"].contains(&&*process.name);
-        let counted = descends(&all, *pid, view.keeper) || (view.all && known);
+        let counted = descends(&all, *pid, view.subreaper) || (view.all && known);
         if counted && !ended {
             found.insert(line(*pid, process));
         }
@@ -98,7 +98,7 @@ fn all_processes() -> BTreeMap<i32, Process> {
     let mut all = BTreeMap::new();
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else { continue };
-        // It may end while we look.
+        // The process may end meanwhile.
         let Ok(stat) = fs::read(format!("/proc/{pid}/stat")) else { continue };
         let stat = String::from_utf8_lossy(&stat);
         let Some((head, tail)) = stat.rsplit_once(')') else { continue };
@@ -130,7 +130,7 @@ fn line(pid: i32, process: &Process) -> String {
 }
 
 fn descends(all: &BTreeMap<i32, Process>, mut pid: i32, from: i32) -> bool {
-    // Bounded: the table was not read in one moment, so it may even have a loop.
+    // Bounded: the table was not read in one moment, so it may have a loop.
     for _ in 0..all.len() {
         let Some(process) = all.get(&pid) else { return false };
         if process.parent == from {
@@ -141,7 +141,7 @@ fn descends(all: &BTreeMap<i32, Process>, mut pid: i32, from: i32) -> bool {
     false
 }
 
-/// Queueing disciplines for what comes in, in the first network namespace.
+/// Ingress and clsact queueing disciplines of the first network namespace.
 fn disciplines() -> Vec<String> {
     let out = std::process::Command::new("tc").args(["qdisc", "show"]).output().expect("tc");
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -149,7 +149,7 @@ fn disciplines() -> Vec<String> {
     found.map(str::to_owned).collect()
 }
 
-/// Descriptors in any process that hold a file of the scope.
+/// Descriptors of a process that hold a file of the scope.
 fn descriptors(pid: i32, view: &View<'_>, found: &mut BTreeSet<String>) {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
     for entry in entries.flatten() {
@@ -179,13 +179,21 @@ fn mounts(view: &View<'_>, found: &mut BTreeSet<String>) {
 fn sockets(view: &View<'_>, found: &mut BTreeSet<String>) {
     let table = fs::read("/proc/net/unix").expect("/proc/net/unix");
     for line in String::from_utf8_lossy(&table).lines().skip(1) {
-        // Num RefCount Protocol Flags Type St Inode Path
+        // Columns: Num RefCount Protocol Flags Type St Inode Path.
         let mut fields = line.split_whitespace().skip(6);
         let (Some(inode), Some(path)) = (fields.next(), fields.next()) else { continue };
         if view.has(path) {
             found.insert(format!("socket {inode} {path}"));
         }
     }
+}
+
+/// Network namespaces by name.
+fn network_namespaces(view: &View<'_>, found: &mut BTreeSet<String>) {
+    let Ok(entries) = fs::read_dir("/run/netns") else { return };
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let counted = names.filter(|name| view.has(name));
+    found.extend(counted.map(|name| format!("network namespace {name}")));
 }
 
 fn tree(kind: &str, at: &Path, only_dirs: bool, view: &View<'_>, found: &mut BTreeSet<String>) {
@@ -221,9 +229,9 @@ mod tests {
         let mut child = std::process::Command::new("sleep").arg("100").spawn().unwrap();
         let own = i32::try_from(std::process::id()).unwrap();
         let dir = std::env::temp_dir().join("isopod-no-such-scope");
-        let count = |keeper| {
-            let view =
-                View { name: "isopod-no-such-scope", dir: &dir, root: &dir, keeper, all: false };
+        let count = |subreaper| {
+            let name = "isopod-no-such-scope";
+            let view = View { name, dir: &dir, root: &dir, subreaper, all: false };
             Census::take(&view).0.iter().filter(|i| i.contains("sleep 100")).count()
         };
         let (mine, others) = (count(own), count(own + 1));

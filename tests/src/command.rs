@@ -1,4 +1,4 @@
-//! Running a program in a scope.
+//! Programs that run in a scope.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,19 +6,15 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use crate::keeper::{End, Keeper, Spawn};
+use crate::deadline::DEADLINE;
 use crate::reader::Reader;
-
-/// How long any single wait may last. Far above what a healthy run needs on an emulated machine;
-/// a test that gets here says what it waited for.
-pub const DEADLINE: Duration = Duration::from_secs(240);
+use crate::subreaper::{End, Spawn, Subreaper};
 
 /// A program to run, its arguments, environment and input.
 #[derive(Debug)]
 pub struct Command<'a> {
-    keeper: &'a Keeper,
+    subreaper: &'a Subreaper,
     argv: Vec<String>,
     env: BTreeMap<String, String>,
     input: Input,
@@ -26,25 +22,25 @@ pub struct Command<'a> {
 
 #[derive(Debug)]
 enum Input {
-    /// /dev/null
+    /// /dev/null.
     Empty,
     Bytes(Vec<u8>),
-    /// The caller writes it by [`Job::take_stdin`].
+    /// A pipe that the caller writes to: see [`RunningCommand::take_stdin`].
     Piped,
-    /// Standard input, output and error are this terminal.
+    /// A terminal as standard input, output and error.
     Terminal(OwnedFd),
 }
 
 /// A finished program.
 #[derive(Debug)]
 pub struct Output {
-    /// Its arguments.
+    /// The program and its arguments.
     pub argv: Vec<String>,
-    /// Its exit status, 128+n when killed by signal n.
+    /// The exit status, 128+n when killed by signal n.
     pub status: i32,
-    /// What it wrote to its standard output.
+    /// The program's standard output.
     pub stdout: String,
-    /// What it wrote to its standard error.
+    /// The program's standard error.
     pub stderr: String,
 }
 
@@ -66,8 +62,8 @@ impl Output {
         self
     }
 
-    /// Fails the test unless the program failed with one line on its standard error that has all of
-    /// `words` in it (regardless of case), and returns that line.
+    /// Fails the test unless the program failed with one line of standard error that has all of
+    /// `words` in it (regardless of case). Returns that line.
     #[track_caller]
     pub fn one_line_error(&self, words: &[&str]) -> &str {
         assert_ne!(self.status, 0, "should have failed: {self}");
@@ -85,8 +81,8 @@ impl Output {
 }
 
 impl<'a> Command<'a> {
-    pub(crate) fn new(keeper: &'a Keeper, argv: Vec<String>) -> Self {
-        Self { keeper, argv, env: BTreeMap::new(), input: Input::Empty }
+    pub(crate) fn new(subreaper: &'a Subreaper, argv: Vec<String>) -> Self {
+        Self { subreaper, argv, env: BTreeMap::new(), input: Input::Empty }
     }
 
     /// Adds arguments.
@@ -110,21 +106,21 @@ impl<'a> Command<'a> {
         self
     }
 
-    /// Runs the program in a mount namespace of its own, after a shell script in it.
+    /// Runs the program in a mount namespace of its own, after a shell script in that namespace.
     #[must_use]
     pub fn after_mounting(self, script: &str) -> Self {
         let script = format!("set -e\n{script}\nexec \"$@\"");
         self.through(&["unshare", "--mount", "--propagation=private", "sh", "-c", &script, "sh"])
     }
 
-    /// Gives the program this standard input.
+    /// Gives the program these bytes as standard input.
     #[must_use]
     pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Input::Bytes(bytes.into());
         self
     }
 
-    /// Gives the program a pipe as its standard input: see [`Job::take_stdin`].
+    /// Gives the program a pipe as standard input: see [`RunningCommand::take_stdin`].
     #[must_use]
     pub fn stdin_piped(mut self) -> Self {
         self.input = Input::Piped;
@@ -140,7 +136,7 @@ impl<'a> Command<'a> {
 
     /// Starts the program.
     #[track_caller]
-    pub fn spawn(self) -> Job<'a> {
+    pub fn spawn(self) -> RunningCommand<'a> {
         let (stdout, out_end) = Reader::pipe();
         let (stderr, err_end) = Reader::pipe();
         let mut stdin = None;
@@ -154,7 +150,7 @@ impl<'a> Command<'a> {
             }
             Input::Bytes(bytes) => {
                 let (read, mut write) = std::io::pipe().expect("a pipe");
-                // A program may well end without reading it all.
+                // A program may end without reading all of its input.
                 feeder = Some(std::thread::spawn(move || drop(write.write_all(&bytes))));
                 [read.into(), out_end, err_end]
             }
@@ -164,48 +160,56 @@ impl<'a> Command<'a> {
             }
         };
         let program = Spawn { argv: self.argv.clone(), env: self.env };
-        let pid = self.keeper.spawn(program, &streams).unwrap_or_else(|e| panic!("{e}"));
+        let pid = self.subreaper.spawn(program, &streams).unwrap_or_else(|e| panic!("{e}"));
         drop(streams);
-        Job { keeper: self.keeper, argv: self.argv, pid, stdin, stdout, stderr, feeder }
+        RunningCommand {
+            subreaper: self.subreaper,
+            argv: self.argv,
+            pid,
+            stdin,
+            stdout,
+            stderr,
+            feeder,
+        }
     }
 
-    /// Runs the program to its end and the end of its output.
+    /// Runs the program until both the process and its output have ended.
     #[track_caller]
     pub fn output(self) -> Output {
         self.spawn().output()
     }
 }
 
-/// A program that runs.
+/// A running program.
 #[derive(Debug)]
-pub struct Job<'a> {
-    keeper: &'a Keeper,
+pub struct RunningCommand<'a> {
+    subreaper: &'a Subreaper,
     argv: Vec<String>,
-    /// Its process.
+    /// The program's pid.
     pub pid: i32,
     stdin: Option<File>,
-    /// Its standard output.
+    /// The program's standard output.
     pub stdout: Reader,
-    /// Its standard error.
+    /// The program's standard error.
     pub stderr: Reader,
     feeder: Option<JoinHandle<()>>,
 }
 
-impl Job<'_> {
+impl RunningCommand<'_> {
     /// The pipe asked for by [`Command::stdin_piped`].
     pub fn take_stdin(&mut self) -> File {
         self.stdin.take().expect("a piped standard input, taken once")
     }
 
-    /// Kills the process, if it has not ended.
+    /// Kills the process, unless it has ended.
     pub fn kill(&self) {
-        // Whether it was too late, the way in which it ended tells.
-        let _ = self.keeper.signal(self.pid, libc::SIGKILL);
+        // The process may end before the signal; its exit status then shows that.
+        let _ = self.subreaper.signal(self.pid, libc::SIGKILL);
     }
 
-    /// How the process has ended, if it has.
+    /// The end of the process; `None` while it runs.
     pub fn ended(&self) -> Option<End> {
-        self.keeper.ended(self.pid)
+        self.subreaper.ended(self.pid)
     }
 
     /// Closes the reading end of the program's standard output.
@@ -213,10 +217,10 @@ impl Job<'_> {
         self.stdout = Reader::new(File::open("/dev/null").expect("/dev/null").into());
     }
 
-    /// Waits for the end of the process, whatever becomes of its output.
+    /// Waits for the end of the process. Its output may stay open.
     #[track_caller]
     pub fn wait(&mut self) -> End {
-        let end = self.keeper.wait(self.pid, DEADLINE);
+        let end = self.subreaper.wait(self.pid, DEADLINE);
         end.unwrap_or_else(|| {
             let (out, err) = (self.stdout.so_far(), self.stderr.so_far());
             panic!("{} still runs after {DEADLINE:?}: {out:?} {err:?}", self.argv.join(" "))
@@ -227,14 +231,15 @@ impl Job<'_> {
     #[track_caller]
     pub fn output(mut self) -> Output {
         drop(self.stdin.take());
-        // Both at once: a program that fills one pipe must not wait for the reader of the other.
+        // Both are read at once: a program that fills one pipe would wait for the reader of the
+        // other.
         let mut stderr = self.stderr;
         let (stdout, stderr) = std::thread::scope(|s| {
             let err = s.spawn(|| stderr.rest());
             let out = self.stdout.rest();
             (out, err.join().expect("standard error did not end"))
         });
-        let end = self.keeper.wait(self.pid, DEADLINE);
+        let end = self.subreaper.wait(self.pid, DEADLINE);
         let end = end.unwrap_or_else(|| panic!("{} does not end", self.argv.join(" ")));
         if let Some(feeder) = self.feeder.take() {
             feeder.join().expect("the thread that writes standard input");

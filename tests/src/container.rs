@@ -6,22 +6,27 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use crate::bundle::{Bundle, PROBE_PATH, mount};
-use crate::command::{Command, DEADLINE, Output};
-use crate::keeper::End;
+use crate::command::{Command, Output};
+use crate::deadline::DEADLINE;
 use crate::reader::Reader;
-use crate::scope::Scope;
+use crate::scope::{PodAddress, Scope};
+use crate::subreaper::End;
 
-/// A container that may or may not exist yet: its id and its bundle.
+/// The annotation by which engines mark a pod's first container (`sandbox`) and its members
+/// (`container`).
+pub(crate) const CONTAINER_TYPE: &str = "io.kubernetes.cri-o.ContainerType";
+
+/// The id and the bundle of a container, which may not exist yet.
 #[derive(Debug)]
 pub struct Container<'a> {
     scope: &'a Scope,
-    /// Its id.
+    /// The container's id.
     pub id: String,
-    /// Its bundle.
+    /// The container's bundle.
     pub bundle: Bundle,
 }
 
-/// A container that `create` or `run --detach` has made.
+/// A container made by `create` or `run --detach`.
 #[derive(Debug)]
 pub struct Created<'a> {
     scope: &'a Scope,
@@ -43,17 +48,27 @@ impl Created<'_> {
             .unwrap_or_else(|| panic!("process {} still runs after {DEADLINE:?}", self.pid))
     }
 
-    /// How the process in the pid file has ended, if it has.
+    /// The end of the process in the pid file; `None` while it runs.
     pub fn ended(&self) -> Option<End> {
         self.scope.keeper().ended(self.pid)
     }
 }
 
-impl<'a> Container<'a> {
-    pub(crate) fn new(scope: &'a Scope, id: String, bundle: Bundle) -> Self {
-        Self { scope, id, bundle }
+impl Scope {
+    /// A new container with the default bundle; each call gives another id.
+    pub fn container(&self) -> Container<'_> {
+        let number = self.next_container();
+        let id = format!("{}{number}", self.name());
+        let bundle = Bundle::new(self.dir().join(format!("bundle-{number}")));
+        let container = Container { scope: self, id, bundle };
+        match self.pod() {
+            Some(pod) => container.in_pod(pod),
+            None => container,
+        }
     }
+}
 
+impl<'a> Container<'a> {
     /// Sets the program to run.
     #[must_use]
     pub fn args<S: AsRef<str>>(self, args: impl IntoIterator<Item = S>) -> Self {
@@ -94,7 +109,8 @@ impl<'a> Container<'a> {
         self.edit(|c| c["mounts"].as_array_mut().expect("mounts").push(entry))
     }
 
-    /// Shares namespaces of the container whose process this is: each as config.json and as /proc name it.
+    /// Shares namespaces of the container whose process is `pid`. Each namespace has its name in
+    /// config.json and its file in /proc/PID/ns.
     #[must_use]
     pub fn sharing(self, pid: i32, shared: &[(&str, &str)]) -> Self {
         self.edit(|c| {
@@ -107,13 +123,18 @@ impl<'a> Container<'a> {
         })
     }
 
+    /// Makes the container a member of a pod.
+    fn in_pod(self, pod: &PodAddress) -> Self {
+        self.annotation(CONTAINER_TYPE, "container").sharing(pod.pid, &[("ipc", "ipc")])
+    }
+
     /// Adds an annotation.
     #[must_use]
     pub fn annotation(self, name: &str, value: &str) -> Self {
         self.edit(|c| c["annotations"][name] = json!(value))
     }
 
-    /// Where `create` is told to write the pid.
+    /// The path for `--pid-file`.
     pub fn pid_file(&self) -> PathBuf {
         self.bundle.dir.join("pid")
     }
@@ -123,7 +144,7 @@ impl<'a> Container<'a> {
         self.scope.runtime().args([verb]).args(options).args([&self.id])
     }
 
-    /// The runtime with `run` or `create`, the bundle written.
+    /// The runtime with `run` or `create`. Writes the bundle first.
     pub fn command_with_bundle(&self, verb: &str, options: &[&str]) -> Command<'a> {
         self.bundle.write();
         let bundle = self.bundle.dir.to_string_lossy();
@@ -136,7 +157,7 @@ impl<'a> Container<'a> {
         self.command_with_bundle("run", &[]).output()
     }
 
-    /// Runs the probe to its end and reads the JSON that it prints.
+    /// Runs the probe to its end and parses its JSON.
     #[track_caller]
     pub fn run_json(&self) -> Value {
         let out = self.run().ok();
@@ -160,7 +181,7 @@ impl<'a> Container<'a> {
         created
     }
 
-    /// A verb that leaves a container behind: `create` or `run --detach`.
+    /// Makes a container that stays: by `create` or `run --detach`.
     #[track_caller]
     pub fn detach(&self, verb: &str, options: &[&str]) -> Created<'a> {
         let pid_file = self.pid_file();
@@ -178,19 +199,19 @@ impl<'a> Container<'a> {
         Created { scope: self.scope, pid, stdout: job.stdout, stderr: job.stderr }
     }
 
-    /// Lets the process of a created container run.
+    /// Starts the process of a created container.
     pub fn start(&self) -> Output {
         self.command("start", &[]).output()
     }
 
-    /// What `state` prints.
+    /// The output of `state`.
     #[track_caller]
     pub fn state(&self) -> Value {
         let out = self.command("state", &[]).output().ok();
         serde_json::from_str(&out.stdout).unwrap_or_else(|e| panic!("{e}: {out}"))
     }
 
-    /// The status that `state` prints.
+    /// The status in the output of `state`.
     #[track_caller]
     pub fn status(&self) -> String {
         self.state()["status"].as_str().expect("a status").to_owned()
@@ -206,7 +227,7 @@ impl<'a> Container<'a> {
         self.command("delete", &[]).output()
     }
 
-    /// Deletes the container whatever it does.
+    /// Deletes the container in any state.
     pub fn delete_force(&self) -> Output {
         self.command("delete", &["--force"]).output()
     }
@@ -216,7 +237,7 @@ impl<'a> Container<'a> {
         self.command("exec", &[]).args(args).output()
     }
 
-    /// Runs a sub-command of the probe in the container and reads the JSON that it prints.
+    /// Runs a sub-command of the probe in the container and parses its JSON.
     #[track_caller]
     pub fn exec_json(&self, options: &[&str], probe_args: &[&str]) -> Value {
         let probe = [&[PROBE_PATH], probe_args].concat();

@@ -1,7 +1,8 @@
 //! The harness of the end-to-end tests.
 //!
 //! Every test drives the built binaries as a user or a container engine would. A test makes a
-//! [`Scope`], gets containers from it, and asserts on what the commands print and return:
+//! [`Scope`], gets containers from the scope, and asserts on the output and exit status of
+//! commands:
 //!
 //! ```no_run
 //! let scope = isopod_tests::Scope::new();
@@ -9,13 +10,13 @@
 //! assert_eq!(out.status, 7, "{out}");
 //! ```
 //!
-//! When the scope ends it deletes what is left and then takes a [`Census`]: a process, mount, socket,
-//! cgroup, directory or descriptor that was not there before fails the test. So each test is a leak
+//! When the scope ends, it deletes the containers that are left and takes a [`Census`]. A new
+//! process, mount, socket, cgroup, directory or descriptor fails the test, so each test is a leak
 //! test as well.
 //!
-//! `ISOPOD_BIN_DIR` names the directory with `isopod` and `isopod-probe`; `cargo xtask test` sets it.
-//! `ISOPOD_TEST_RUNTIME` names another OCI runtime to run the same tests against (to prove the tests
-//! with runc), and `ISOPOD_PROBE` another place of the probe.
+//! `ISOPOD_BIN_DIR` names the directory with `isopod` and `isopod-probe`; `cargo xtask test` sets
+//! it. `ISOPOD_TEST_RUNTIME` names another OCI runtime for the same tests: runc proves them.
+//! `ISOPOD_PROBE` names another place of the probe.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -27,41 +28,31 @@ mod bundle;
 mod census;
 mod command;
 mod container;
+mod deadline;
 pub mod engine;
-pub mod keeper;
 mod netns;
 pub mod pattern;
 mod pod;
 mod reader;
 mod runtime;
 mod scope;
+pub mod subreaper;
 pub mod terminal;
 mod turn;
 
 pub use bundle::{Bundle, PROBE_PATH};
 pub use census::Census;
-pub use command::{Command, DEADLINE, Job, Output};
+pub use command::{Command, Output, RunningCommand};
 pub use container::{Container, Created};
+pub use deadline::{DEADLINE, bounded};
 pub use netns::Netns;
 pub use reader::Reader;
 pub use runtime::{Runtime, host_memory_mib, meminfo_kib, runtime};
 pub use scope::Scope;
 
-/// Whether something comes to hold within [`DEADLINE`]: asked again and again, for what nothing tells of, such as
-/// the moment at which a guest has let go of a file.
-pub fn bounded(mut holds: impl FnMut() -> bool) -> bool {
-    let until = std::time::Instant::now() + DEADLINE;
-    while std::time::Instant::now() < until {
-        if holds() {
-            return true;
-        }
-    }
-    false
-}
-
-/// Says on standard error itself that a test was skipped: the test runner keeps back what a test that
-/// passes has printed. For what this machine cannot have, or a runtime that the tests are proved with
-/// cannot do; what Isopod lacks is a failure.
+/// Reports a skipped test on standard error, by write(2): the test runner captures the output of
+/// passed tests. A skip is for features that this machine or the proving runtime lacks. A feature
+/// missing in Isopod is a failure.
 pub fn say_skipped(test: &str, why: &str) {
     let line = format!("skipped: {test}: {why}\n");
     let mut rest = line.as_bytes();
@@ -70,7 +61,7 @@ pub fn say_skipped(test: &str, why: &str) {
     }
 }
 
-/// Ends the test that it stands in, saying which one and why: see [`say_skipped`].
+/// Ends the enclosing test as skipped, with a reason: see [`say_skipped`].
 #[macro_export]
 macro_rules! skip {
     ($($why:tt)+) => {{
@@ -81,7 +72,7 @@ macro_rules! skip {
     }};
 }
 
-/// Ends a test that only a microVM can pass when another runtime is under test, saying so.
+/// Skips a test that only a microVM can pass when another runtime is under test.
 #[macro_export]
 macro_rules! microvm_only {
     () => {

@@ -1,6 +1,5 @@
 //! Network namespaces that a test makes, as an engine would.
 
-use std::fs;
 use std::path::Path;
 
 use serde_json::json;
@@ -9,8 +8,8 @@ use crate::command::{Command, Output};
 use crate::container::Container;
 use crate::scope::Scope;
 
-/// A network namespace with a name. Goes when it is dropped, and must not have anything of a runtime
-/// left in it then.
+/// A named network namespace. Dropping it deletes the namespace, and fails the test if the runtime
+/// has left anything in it.
 #[derive(Debug)]
 pub struct Netns<'a> {
     scope: &'a Scope,
@@ -18,7 +17,7 @@ pub struct Netns<'a> {
 }
 
 impl<'a> Netns<'a> {
-    /// An empty namespace, whose loopback interface is up.
+    /// Makes an empty namespace with its loopback interface up.
     pub fn new(scope: &'a Scope, suffix: &str) -> Self {
         let netns = Self { scope, name: format!("{}{suffix}", scope.name()) };
         scope.program(&["ip", "netns", "add", &netns.name]).output().ok();
@@ -26,8 +25,8 @@ impl<'a> Netns<'a> {
         netns
     }
 
-    /// Two namespaces with a cable between them: `eth0` in both, with the addresses .1 and .2 (of the
-    /// one returned first) of 10.77.0.0/24 and `fd77::/64`.
+    /// Makes two namespaces with a veth pair between them: `eth0` in both. In 10.77.0.0/24 and
+    /// `fd77::/64` the first one returned has address 2, the second one address 1.
     pub fn pair(scope: &'a Scope, mtu: u32) -> (Self, Self) {
         let (inner, outer) = (Self::new(scope, "in"), Self::new(scope, "out"));
         inner.cable(&outer, "eth0", "eth0", mtu);
@@ -40,7 +39,7 @@ impl<'a> Netns<'a> {
         (inner, outer)
     }
 
-    /// A cable between an interface here and one there, both up.
+    /// Adds a veth pair between an interface here and one in `other`, both up.
     pub fn cable(&self, other: &Self, here: &str, there: &str, mtu: u32) {
         let other_name = &other.name;
         self.ip(&format!(
@@ -50,30 +49,30 @@ impl<'a> Netns<'a> {
         other.ip(&format!("link set {there} up"));
     }
 
-    /// Gives an interface an address that can be used at once.
+    /// Gives an interface an address, usable at once.
     pub fn address(&self, interface: &str, address: &str) {
         let nodad = if address.contains(':') { "nodad" } else { "" };
         self.ip(&format!("address add {address} dev {interface} {nodad}"));
     }
 
-    /// Runs `ip` with these arguments here.
+    /// Runs `ip` with these arguments in the namespace.
     #[track_caller]
     pub fn ip(&self, args: &str) -> Output {
         self.program(&["ip"]).args(args.split_whitespace()).output().ok()
     }
 
-    /// Any program, here.
+    /// Any program, in the namespace.
     pub fn program(&self, argv: &[&str]) -> Command<'a> {
         let net = format!("--net={}", self.path());
         self.scope.program(&[&["nsenter", &*net], argv].concat())
     }
 
-    /// Where it is.
+    /// The namespace's path.
     pub fn path(&self) -> String {
         format!("/run/netns/{}", self.name)
     }
 
-    /// Fails the test if an interface or a redirect of a runtime is here.
+    /// Fails the test if the namespace has an interface or a redirect of a runtime.
     #[track_caller]
     pub fn assert_untouched(&self) {
         let links = self.program(&["ip", "-oneline", "link"]).output().ok();
@@ -88,7 +87,7 @@ impl Drop for Netns<'_> {
     fn drop(&mut self) {
         let delete = ["ip", "netns", "delete", &*self.name];
         if std::thread::panicking() {
-            // Let nothing of that hide the test's failure.
+            // The test has failed already; no panic may hide that.
             let drop = || drop(self.scope.program(&delete).output());
             let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(drop));
             return;
@@ -116,11 +115,4 @@ impl Container<'_> {
             network.expect("a network namespace")["path"] = json!(path);
         })
     }
-}
-
-/// Network namespaces by name with what is in them, for those that `has` is true of.
-pub(crate) fn list(has: impl Fn(&str) -> bool) -> Vec<String> {
-    let Ok(entries) = fs::read_dir("/run/netns") else { return Vec::new() };
-    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    names.filter(|name| has(name)).map(|name| format!("network namespace {name}")).collect()
 }

@@ -1,5 +1,4 @@
-//! Bytes that both ends of a stream can make and check, so that nothing lost, doubled or swapped
-//! goes unnoticed.
+//! Bytes that both ends of a stream can make and check. A lost, doubled or swapped byte is noticed.
 
 use std::io::{self, Read};
 
@@ -46,7 +45,7 @@ impl Read for Pattern {
 ///
 /// # Errors
 ///
-/// Where and how they differ, or the error of `source`.
+/// The offset and kind of the first difference, or the error of `source`.
 pub fn compare(mut pattern: Pattern, mut source: impl Read) -> Result<(), String> {
     let mut got = vec![0; 64 * 1024];
     let mut want = vec![0; 64 * 1024];

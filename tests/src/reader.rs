@@ -1,4 +1,4 @@
-//! The reading end of a pipe, with waits that end.
+//! The reading end of a pipe, with bounded waits.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -8,13 +8,13 @@ use std::time::Instant;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::command::DEADLINE;
+use crate::deadline::DEADLINE;
 
-/// What a process writes, as it comes.
+/// The output of a process, read as it comes.
 #[derive(Debug)]
 pub struct Reader {
     file: File,
-    /// Read, and not yet handed out by [`Reader::line`].
+    /// Bytes read from the stream and not yet returned by [`Reader::line`].
     pending: Vec<u8>,
     ended: bool,
 }
@@ -47,7 +47,7 @@ impl Reader {
         }
     }
 
-    /// Reads lines up to one that contains `text`, and returns that one.
+    /// Reads up to a line that contains `text`, and returns that line.
     pub fn line_with(&mut self, text: &str) -> String {
         let mut seen = Vec::new();
         while let Some(line) = self.line() {
@@ -59,8 +59,8 @@ impl Reader {
         panic!("the stream ended without {text:?} after {seen:#?}");
     }
 
-    /// Everything up to the end of the stream. Fails the test when that does not come: something
-    /// holds the other end open.
+    /// Everything up to the end of the stream. Fails the test when the end does not come, because a
+    /// process holds the other end open.
     pub fn rest(&mut self) -> String {
         let until = Instant::now() + DEADLINE;
         while !self.ended {
@@ -69,7 +69,7 @@ impl Reader {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
 
-    /// What has been written up to now, without waiting for more.
+    /// The bytes written up to now. Does not wait for more.
     pub fn so_far(&mut self) -> String {
         while !self.ended && self.readable(PollTimeout::ZERO) {
             self.take();
@@ -77,7 +77,7 @@ impl Reader {
         String::from_utf8_lossy(&std::mem::take(&mut self.pending)).into_owned()
     }
 
-    /// Waits until there is more, or the end; not longer than the deadline.
+    /// Waits for more bytes or the end of the stream, at most until the deadline.
     fn fill(&mut self, until: Instant, what: &str) {
         let left = until.saturating_duration_since(Instant::now());
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
@@ -106,7 +106,7 @@ impl Reader {
     }
 }
 
-/// For streams too long to keep. What [`Reader::line`] has left comes first.
+/// For streams too long to keep. Bytes that [`Reader::line`] has left come first.
 impl Read for Reader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         if self.pending.is_empty() && !self.ended {

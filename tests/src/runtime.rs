@@ -1,4 +1,4 @@
-//! Which binaries are under test.
+//! The binaries under test.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -6,14 +6,14 @@ use std::sync::OnceLock;
 /// The OCI runtime under test.
 #[derive(Debug)]
 pub struct Runtime {
-    /// Its command.
+    /// The path of its program.
     pub path: PathBuf,
-    /// The probe program.
+    /// The path of the probe program.
     pub probe: PathBuf,
 }
 
 impl Runtime {
-    /// Whether this is Isopod, and not a runtime that the tests are proved with.
+    /// Returns true for Isopod, false for a runtime that proves the tests.
     pub fn is_isopod(&self) -> bool {
         self.path.file_name().is_some_and(|n| n == "isopod")
     }

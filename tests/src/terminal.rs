@@ -1,4 +1,4 @@
-//! Pseudo-terminals: the one that a person would sit at, and the one that comes over a console socket.
+//! Pseudo-terminals: a person's, and the container's, which comes over a console socket.
 
 use std::io::{self, IoSliceMut, Write};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
-use crate::command::DEADLINE;
+use crate::deadline::DEADLINE;
 use crate::reader::Reader;
 
 mod ioctl {
@@ -26,12 +26,12 @@ mod ioctl {
 #[derive(Debug)]
 pub struct Terminal {
     master: std::fs::File,
-    /// What appears on it.
+    /// The terminal's output.
     pub screen: Reader,
 }
 
 impl Terminal {
-    /// Takes a master.
+    /// Wraps a master.
     pub fn new(master: OwnedFd) -> Self {
         let copy = master.try_clone().expect("a descriptor");
         Self { master: master.into(), screen: Reader::new(copy) }
@@ -44,7 +44,7 @@ impl Terminal {
         (Self::new(master), slave)
     }
 
-    /// Changes the size, as a window's border that is dragged.
+    /// Changes the size, as dragging a window's border does.
     pub fn resize(&self, columns: u16, rows: u16) {
         let size = window(columns, rows);
         // SAFETY: TIOCSWINSZ reads one `winsize`, and `size` is one that lives across the call.
@@ -52,7 +52,7 @@ impl Terminal {
             .expect("cannot resize the terminal");
     }
 
-    /// Types this.
+    /// Types `text`.
     pub fn keys(&mut self, text: &str) {
         self.master.write_all(text.as_bytes()).expect("cannot write to the terminal");
     }
@@ -77,12 +77,12 @@ impl ConsoleSocket {
         Self { listener, path }
     }
 
-    /// For `--console-socket`.
+    /// The path for `--console-socket`.
     pub fn path(&self) -> &str {
         self.path.to_str().expect("a path of text")
     }
 
-    /// The terminal that the runtime has sent.
+    /// Receives a terminal from the runtime.
     #[track_caller]
     pub fn terminal(&self) -> Terminal {
         readable(&self.listener, "a connection to the console socket");
@@ -92,7 +92,7 @@ impl ConsoleSocket {
         Terminal::new(fd)
     }
 
-    /// A descriptor of any kind that the runtime has sent, and the text with it.
+    /// Receives a descriptor of any kind from the runtime, and the text with it.
     #[track_caller]
     pub fn descriptor(&self) -> (OwnedFd, String) {
         readable(&self.listener, "a connection to the socket");

@@ -1,5 +1,7 @@
-//! The turns of a test program's scopes: a scope that counts on the whole machine has no other beside it.
-//! A lock for many or for one, which another thread than its owner may release.
+//! The turns of a test program's scopes: a scope that counts on the whole machine has no other
+//! scope beside it.
+//!
+//! A turn is a lock for many or for one. Any thread may release it, not only its owner's.
 
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -11,26 +13,26 @@ struct Scopes {
     beside_others: u32,
 }
 
-/// The right to be there, until it is dropped.
+/// The right of a scope to exist, until the turn is dropped.
 #[derive(Debug)]
 pub(crate) struct Turn {
     alone: bool,
 }
 
 impl Turn {
-    /// Waits until no other scope is there.
+    /// Waits until no other scope exists.
     pub(crate) fn alone() -> Self {
         change(|scopes| scopes.alone || scopes.beside_others > 0, |scopes| scopes.alone = true);
         Self { alone: true }
     }
 
-    /// Waits until no scope is there that has to be alone.
+    /// Waits until no scope exists that has to be alone.
     pub(crate) fn beside_others() -> Self {
         change(|scopes| scopes.alone, |scopes| scopes.beside_others += 1);
         Self { alone: false }
     }
 
-    /// Whether no other scope is there.
+    /// Returns whether this scope has to be alone.
     pub(crate) fn is_alone(&self) -> bool {
         self.alone
     }
@@ -47,7 +49,7 @@ impl Drop for Turn {
     }
 }
 
-/// Makes a change when what is in its way has gone.
+/// Waits until nothing is in the way, then makes a change.
 fn change(in_the_way: impl Fn(&Scopes) -> bool, make: impl FnOnce(&mut Scopes)) {
     let (scopes, changed) = &SCOPES;
     let scopes = scopes.lock().unwrap_or_else(PoisonError::into_inner);

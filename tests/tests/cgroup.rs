@@ -1,11 +1,11 @@
-//! The cgroup of a sandbox on the host: where it is, what can be read there, and that it goes.
+//! The cgroup of a sandbox on the host: its path, its accounting and its removal.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use isopod_tests::keeper::End;
+use isopod_tests::subreaper::End;
 use isopod_tests::{Container, DEADLINE, Netns, Scope, microvm_only, runtime, skip};
 use serde_json::json;
 
@@ -39,7 +39,7 @@ fn cgroup_of(pid: i32) -> PathBuf {
     Path::new(ROOT).join(path)
 }
 
-/// The cgroup of what the scope runs, which is that of this process.
+/// The cgroup of the scope's commands, the same as this process's.
 fn callers() -> PathBuf {
     cgroup_of(std::process::id().try_into().unwrap())
 }
@@ -49,7 +49,7 @@ fn read(dir: &Path, file: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// What engines show of a container by its cgroup is there.
+/// Checks the accounting files that engines show of a container's cgroup.
 #[track_caller]
 fn assert_accounted(dir: &Path) {
     let number = |file: &str| read(dir, file).trim().parse::<u64>().unwrap();
@@ -76,7 +76,7 @@ fn a_sandbox_has_a_cgroup_beside_its_callers() {
     scope.assert_nothing_left();
 }
 
-/// All that a microVM uses is used there.
+/// Everything that a microVM uses is charged to the sandbox's cgroup.
 #[test]
 fn the_vmm_is_in_it_and_its_memory_is_charged_there() {
     microvm_only!();
@@ -87,9 +87,9 @@ fn the_vmm_is_in_it_and_its_memory_is_charged_there() {
     let dir = cgroup_of(created.pid);
     assert_eq!(cgroup_of(scope.child(created.pid, "isopod-vmm")), dir);
     let charged: u64 = read(&dir, "memory.current").trim().parse().unwrap();
-    // Less than a guest can boot in would be charged elsewhere.
+    // A guest needs more than this to boot, so less would mean a charge elsewhere.
     assert!(charged > 8 << 20, "{charged}");
-    // No limit of the container's: those hold in the guest.
+    // No limit of the container: its limits hold in the guest.
     assert_eq!(read(&dir, "memory.max").trim(), "max");
     assert_eq!(read(&dir, "pids.max").trim(), "max");
 }
@@ -132,7 +132,7 @@ fn a_parent_that_was_there_stays() {
     let path = format!("/{}/one", scope.name());
     at(scope.container(), &path).run().ok();
     assert!(parent.exists() && !parent.join("one").exists());
-    // As does a neighbour, whose parent the first one has made.
+    // So does the parent of a neighbour, even when the first container has made it.
     let two = at(sleeper(&scope), &format!("/{}/x/two", scope.name()));
     let three = at(sleeper(&scope), &format!("/{}/x/three", scope.name()));
     let _two = two.start_new();
@@ -201,13 +201,13 @@ fn a_cgroup_that_is_in_use_is_refused_and_left_alone() {
     }
     assert_eq!(cgroup_of(created.pid), Path::new(ROOT).join(scope.name()));
     first.delete_force().ok();
-    // An empty one that was there may be used, and goes as with runc.
+    // An empty cgroup that existed may be used. It is removed, as with runc.
     fs::create_dir(Path::new(ROOT).join(scope.name())).unwrap();
     at(scope.container(), &path).run().ok();
     scope.assert_nothing_left();
 }
 
-/// Of several that find none there, one makes it.
+/// Of several concurrent creations that find no cgroup, one makes it.
 #[test]
 fn of_several_at_the_same_time_one_has_it() {
     microvm_only!();
@@ -225,7 +225,7 @@ fn of_several_at_the_same_time_one_has_it() {
             let said = create.stderr.so_far();
             assert!(said.contains(&path) && said.contains("linux.cgroupsPath"), "{said}");
         }
-        // Beside them there are threads of the kernel's for the VMM.
+        // cgroup.procs lists the kernel threads of the VMM too.
         let inside = read(&Path::new(ROOT).join(scope.name()).join("new"), "cgroup.procs");
         let is_sandbox = |pid: &&str| {
             let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -238,7 +238,7 @@ fn of_several_at_the_same_time_one_has_it() {
     }
 }
 
-/// The one that made it may go before another that found it there.
+/// The container that made the parent may go before one that found it.
 #[test]
 fn a_parent_goes_with_the_last_of_those_below() {
     microvm_only!();
@@ -254,14 +254,15 @@ fn a_parent_goes_with_the_last_of_those_below() {
     drop(made);
     assert!(!parent.exists());
     scope.assert_nothing_left();
-    // A parent that somebody else has made stays.
+    // A parent made by others stays.
     fs::create_dir(&parent).unwrap();
     at(scope.container(), &format!("/{}/c/d", scope.name())).run().ok();
     assert!(parent.exists() && !parent.join("c").exists());
     fs::remove_dir(&parent).unwrap();
 }
 
-/// As the end of a systemd scope sends it: the container ends by itself, and nothing of it before.
+/// The end of a systemd scope signals every process in it. The container ends by itself, and no
+/// process of the sandbox ends before it.
 #[test]
 fn a_signal_to_all_of_it_is_the_containers() {
     needs_cgroups_v2!();
@@ -273,7 +274,7 @@ fn a_signal_to_all_of_it_is_the_containers() {
         let mut created = container.start_new();
         created.stdout.line_with("up");
         let inside = read(&cgroup_of(created.pid), "cgroup.procs");
-        // Threads of the kernel's for the VMM cannot be signalled.
+        // The kernel threads of the VMM cannot be signalled.
         for pid in inside.lines() {
             scope.program(&["kill", &format!("-{signal}"), pid]).output();
         }
@@ -285,7 +286,7 @@ fn a_signal_to_all_of_it_is_the_containers() {
     }
 }
 
-/// What cannot be removed does not keep the rest, and can be removed later.
+/// A namespace that cannot be cleaned does not keep the rest, and can be cleaned later.
 #[test]
 fn a_delete_that_fails_in_part_removes_the_rest() {
     microvm_only!();
@@ -298,7 +299,7 @@ fn a_delete_that_fails_in_part_removes_the_rest() {
     scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
     created.wait();
     scope.wait_for_processes();
-    // Which may not enter the namespace.
+    // Without CAP_SYS_ADMIN `delete` may not enter the network namespace.
     let delete = container.command("delete", &["--force"]);
     let out = delete.through(&["setpriv", "--bounding-set=-sys_admin"]).output();
     out.one_line_error(&[&inner.path(), "no permission"]);
@@ -318,7 +319,7 @@ fn the_form_of_systemd_names_a_scope_in_a_slice() {
         skip!("systemd runs here, and has slices of its own");
     }
     let scope = Scope::alone();
-    // The name ends with what a slice's must not.
+    // Without the trailing `_`, which does not belong at the end of a slice's name.
     let name = scope.name().trim_end_matches('_');
     let container = at(sleeper(&scope), &format!("{name}-a_.slice:libpod:{}", scope.name()));
     let created = container.detach("create", &["--systemd-cgroup"]);
@@ -348,7 +349,8 @@ fn what_cannot_be_a_cgroup_is_refused() {
     }
 }
 
-/// A guest whose kernel is not to be trusted gets no more of the host's processors than its container.
+/// The host limits the microVM's processor time to the container's, because the guest's kernel is
+/// not trusted.
 #[test]
 fn processor_time_is_limited_on_the_host() {
     needs_cgroups_v2!();
@@ -368,7 +370,7 @@ fn processor_time_is_limited_on_the_host() {
     assert_eq!(read(&dir, "cpu.max").trim(), format!("{} 100000", allowed(20_000)));
     assert_eq!(read(&dir, "cpu.weight").trim(), "39");
     if runtime().is_isopod() {
-        // What the guest refuses changes nothing here either.
+        // A value that the guest refuses leaves the host's limit unchanged.
         let failed = update(&["--cpu-quota", "500"]);
         assert_ne!(failed.status, 0, "{failed}");
         assert_eq!(read(&dir, "cpu.max").trim(), format!("{} 100000", allowed(20_000)));
@@ -377,7 +379,7 @@ fn processor_time_is_limited_on_the_host() {
     assert_eq!(read(&dir, "cpu.max").trim(), "max 100000");
 }
 
-/// As if the container had taken over the guest's kernel: its limit is gone inside, and holds outside.
+/// A container that has taken over the guest's kernel: its limit is gone inside, and holds outside.
 #[test]
 fn a_guest_that_lifts_its_own_limit_is_held_by_the_hosts() {
     microvm_only!();
@@ -390,7 +392,7 @@ fn a_guest_that_lifts_its_own_limit_is_held_by_the_hosts() {
         let mounts = c["mounts"].as_array_mut().unwrap();
         let cgroup = mounts.iter_mut().find(|m| m["destination"] == "/sys/fs/cgroup").unwrap();
         cgroup["options"].as_array_mut().unwrap().retain(|option| option != "ro");
-        // In one of its own the guest's kernel keeps the limit from being written.
+        // In a cgroup namespace of its own, the guest's kernel would refuse the write to the limit.
         c["linux"]["namespaces"].as_array_mut().unwrap().retain(|n| n["type"] != "cgroup");
     });
     let mut created = container.start_new();

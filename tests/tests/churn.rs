@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use isopod_tests::{DEADLINE, Scope, meminfo_kib};
 
-/// The whole life of a container, and its bundle's end.
+/// The whole life of a container, and the removal of its bundle.
 fn live_and_die(scope: &Scope, number: u32) {
     let container = scope.container().shell(&format!("echo {number}; exit 3"));
     let mut created = container.start_new();
@@ -22,7 +22,7 @@ fn live_and_die(scope: &Scope, number: u32) {
     fs::remove_dir_all(&container.bundle.dir).unwrap();
 }
 
-/// `count` of them, four at a time.
+/// Runs `count` containers, four at a time.
 fn four_at_a_time(scope: &Scope, count: u32) {
     let next = AtomicU32::new(0);
     let work = || {
@@ -37,7 +37,7 @@ fn four_at_a_time(scope: &Scope, count: u32) {
     std::thread::scope(|s| (0..4).for_each(|_| drop(s.spawn(work))));
 }
 
-/// What the kernel itself counts.
+/// Counters of the kernel itself.
 #[derive(Debug)]
 struct Kernel {
     files: u64,
@@ -47,14 +47,14 @@ struct Kernel {
     slab_kib: u64,
 }
 
-/// Sandboxes in each half.
+/// The number of sandboxes in each half.
 const HALF: u32 = 25;
 
-/// What a half may cost in memory, so 200 KiB for each sandbox: less than the least that one could
-/// leave, the VMM without its guest memory. The kernel's own counters are no finer by much.
+/// The memory that a half may cost: 200 KiB for each sandbox. The least that a sandbox could leave
+/// is the VMM without its guest memory, and takes more. The kernel's own counters are hardly finer.
 const SLACK_KIB: u64 = HALF as u64 * 200;
 
-/// Open files of the rest of the machine; one for each sandbox would be [`HALF`].
+/// Files that the rest of the machine may open. One for each sandbox would be [`HALF`].
 const SLACK_FILES: u64 = 5;
 
 impl Kernel {
@@ -79,7 +79,7 @@ impl Kernel {
         }
     }
 
-    /// Next to nothing has been added since `before`.
+    /// Returns whether next to nothing has been added since `before`.
     fn is_as(&self, before: &Self) -> bool {
         (self.processes, self.mounts) == (before.processes, before.mounts)
             && self.files <= before.files + SLACK_FILES
@@ -87,8 +87,8 @@ impl Kernel {
             && self.slab_kib <= before.slab_kib + SLACK_KIB
     }
 
-    /// The count when it is as `before`, or the last one if it never is: nothing tells when the kernel
-    /// has freed all that it puts off.
+    /// The count when it is as `before`, or the last count if it never is. The kernel does not
+    /// report when it has freed everything that it puts off.
     fn settled(before: &Self) -> Self {
         let until = Instant::now() + DEADLINE;
         loop {
@@ -101,7 +101,7 @@ impl Kernel {
     }
 }
 
-/// Waits for a grace period of RCU, after which the kernel frees much of what it was given back.
+/// Waits for a grace period of RCU, after which the kernel frees much of what was given back.
 fn grace_period() {
     const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
     // SAFETY: the call takes three numbers and touches no memory.
@@ -112,8 +112,8 @@ fn grace_period() {
 #[test]
 fn fifty_sandboxes_leave_nothing() {
     let scope = Scope::alone();
-    // What is made once and kept, such as slabs and caches, is made now, and what grows with the
-    // number of sandboxes up to some bound in the first half.
+    // Makes the items that are made once and kept, such as slabs and caches. Items that grow with
+    // the number of sandboxes up to some bound are made in the first half.
     four_at_a_time(&scope, 8);
     scope.assert_nothing_left();
     let before = Kernel::count();

@@ -5,11 +5,11 @@ use std::fs::{self, File};
 use std::io::Write as _;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use isopod_tests::{DEADLINE, Job, Scope, skip};
+use isopod_tests::{DEADLINE, RunningCommand, Scope, skip};
 use nix::sys::time::TimeSpec;
 use nix::time::ClockId;
 
-/// How far the clocks may be apart.
+/// The greatest difference allowed between the clocks.
 const APART: Duration = Duration::from_millis(50);
 
 /// The host's clock, put right when the test ends.
@@ -40,8 +40,8 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
 }
 
-/// Whether the clock inside is the host's, as far as can be told from out here.
-fn is_right(run: &mut Job<'_>, stdin: &mut File) -> bool {
+/// Returns whether the clock inside is the host's, as far as the host can tell.
+fn is_right(run: &mut RunningCommand<'_>, stdin: &mut File) -> bool {
     let before = now();
     writeln!(stdin).unwrap();
     let line = run.stdout.line().unwrap();

@@ -1,4 +1,4 @@
-//! The process that stands for a container: what it holds of others, and that it can always be ended.
+//! The sandbox process: its use of others' resources, and its end in every state.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -22,14 +22,15 @@ fn limit_descriptors(scope: &Scope, pid: i32, limit: &str) {
     scope.program(&["prlimit", "--pid", &pid.to_string(), &limit]).output().ok();
 }
 
-/// Somebody has connected to a socket at such a path, and has not been accepted.
+/// Returns whether a client of a socket with such a path waits to be accepted.
 fn is_waited_for(path: &str) -> bool {
     let table = fs::read_to_string("/proc/net/unix").unwrap();
-    // Num RefCount Protocol Flags Type St Inode Path, and 02 is SS_CONNECTING.
+    // Columns: Num RefCount Protocol Flags Type St Inode Path. St 02 is SS_CONNECTING.
     table.lines().any(|line| line.ends_with(path) && line.split_whitespace().nth(5) == Some("02"))
 }
 
-/// Every client has gone, those that wait for the end of the container included.
+/// The sandbox process keeps no descriptor of a client that has gone, not even of one that waited
+/// for the container's end.
 #[test]
 fn no_client_leaves_anything_behind() {
     let scope = Scope::alone();
@@ -45,7 +46,7 @@ fn no_client_leaves_anything_behind() {
         container.command("resume", &[]).output().ok();
     }
     let until = Instant::now() + DEADLINE;
-    // Each of the eight would leave one.
+    // Each of the eight rounds would leave one.
     while descriptors(created.pid) > before + 2 {
         assert!(
             Instant::now() < until,
@@ -56,8 +57,7 @@ fn no_client_leaves_anything_behind() {
     }
 }
 
-/// A container ends whatever has become of the process that stands for it, and has the status of one
-/// that was killed.
+/// A container ends in whatever state its sandbox process is, and has the status of a killed one.
 #[test]
 fn kill_needs_no_answer() {
     let scope = Scope::alone();
@@ -89,7 +89,7 @@ fn delete_force_needs_no_descriptors() {
     scope.assert_nothing_left();
 }
 
-/// A process that had no descriptor for a connection takes it as soon as it has one.
+/// A sandbox process without a descriptor for a connection accepts it as soon as it has one.
 #[test]
 fn a_verb_waits_for_descriptors() {
     let scope = Scope::alone();
@@ -106,8 +106,8 @@ fn a_verb_waits_for_descriptors() {
     assert_eq!(container.status(), "paused");
 }
 
-/// What goes to a terminal elsewhere keeps nothing of the caller's: the caller's pipes end with the
-/// command.
+/// A detached container with its terminal elsewhere keeps no stream of the caller. So the caller's
+/// pipes end with the command.
 #[test]
 fn a_detached_container_with_a_terminal_holds_nothing() {
     let scope = Scope::alone();
@@ -131,7 +131,8 @@ fn a_detached_container_with_a_terminal_holds_nothing() {
     }
 }
 
-/// One isopod does not talk to what another one runs, and says so. It can be ended all the same.
+/// A container of another version's isopod: verbs do not talk to it, and name the version. It can
+/// be ended all the same.
 #[test]
 fn another_version_is_named() {
     microvm_only!();

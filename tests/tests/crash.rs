@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use isopod_tests::keeper::End;
+use isopod_tests::subreaper::End;
 use isopod_tests::terminal::ConsoleSocket;
 use isopod_tests::{Container, Created, DEADLINE, Scope, microvm_only};
 use serde_json::{Value, json};
@@ -21,8 +21,8 @@ fn kill_9(scope: &Scope, pid: i32) {
     scope.program(&["kill", "-9", &pid.to_string()]).output().ok();
 }
 
-/// `state` and `list` show the container stopped, for a reason and without an exit status: `list` in a
-/// word, for a table has no room for more.
+/// Checks that `state` and `list` show the container as stopped, with a reason and without an exit
+/// status. In its table `list` has room for one word only.
 #[track_caller]
 fn assert_lost(scope: &Scope, container: &Container<'_>, created: &Created<'_>) {
     created.wait();
@@ -52,7 +52,7 @@ fn the_vmm_of_a_running_container() {
     let mut created = container.start_new();
     kill_9(&scope, scope.child(created.pid, VMM));
     let end = created.wait();
-    // Neither success nor what looks like a status or signal of the program.
+    // Neither success nor a status or signal that the program could have.
     assert_eq!(end, End::Exited(255));
     let said = created.stderr.so_far();
     assert!(said.contains("VMM") && said.contains("signal 9"), "{said:?}");
@@ -70,7 +70,8 @@ fn the_vmm_of_a_created_container() {
     assert_lost(&scope, &container, &created);
 }
 
-/// With a log file, as engines start it: that is gone with the container, so its output tells.
+/// With `--log`, as engines start it. The log goes with the container, so its standard error gets
+/// the reason.
 #[test]
 fn the_reason_is_the_end_of_standard_error() {
     microvm_only!();
@@ -88,7 +89,7 @@ fn the_reason_is_the_end_of_standard_error() {
     assert_eq!(created.stdout.rest(), "");
     assert_lost(&scope, &container, &created);
 
-    // One that closes it and goes on is not taken for one.
+    // A container that closes its standard error and runs on is not reported as lost.
     let container = scope.container().shell("exec 2>/dev/null; exec sleep 1000");
     let mut created = container.detach("run", &options);
     assert_eq!(created.stderr.rest(), "");
@@ -124,7 +125,7 @@ fn the_sandbox_process_of_a_running_container() {
     let vmm = scope.child(created.pid, VMM);
     kill_9(&scope, created.pid);
     assert_eq!(created.wait(), End::Killed(9));
-    // Without the process that owns it the microVM must not go on.
+    // Without the sandbox process that owns it, the microVM must not go on.
     assert!(scope.keeper().wait(vmm, DEADLINE).is_some(), "the VMM lives on");
     assert_lost(&scope, &container, &created);
 }
@@ -146,7 +147,7 @@ fn both_at_once() {
     let container = sleeper(&scope);
     let created = container.start_new();
     let vmm = scope.child(created.pid, VMM);
-    // The sandbox process is stopped first, so that it notices nothing of the end of the VMM.
+    // Stopped first, so that the sandbox process does not notice the end of the VMM.
     scope.keeper().signal(created.pid, libc::SIGSTOP).unwrap();
     kill_9(&scope, vmm);
     kill_9(&scope, created.pid);
@@ -154,7 +155,7 @@ fn both_at_once() {
     assert_lost(&scope, &container, &created);
 }
 
-/// `delete --force` of a sandbox whose processes do not answer: stopped ones.
+/// `delete --force` of a sandbox whose processes are stopped and do not answer.
 #[test]
 fn delete_force_needs_nobodys_help() {
     microvm_only!();
@@ -228,7 +229,7 @@ fn the_run_command_itself() {
     scope.assert_nothing_left();
 }
 
-/// Whatever point the creation has come to, what is half made can be cleared, and ends by itself.
+/// At every point of the creation, a half-made container can be cleared, and ends by itself.
 #[test]
 fn the_create_command_at_any_moment() {
     microvm_only!();
@@ -246,7 +247,7 @@ fn the_create_command_at_any_moment() {
         let container = sleeper(&scope);
         let state = scope.root().join(&container.id);
         let mut create = container.command_with_bundle("create", &[]).spawn();
-        // One that comes too late for the last of them is as good.
+        // A kill after the end of `create` is as good.
         while create.ended().is_none() && !reached(&state) {
             std::thread::yield_now();
         }
@@ -255,7 +256,7 @@ fn the_create_command_at_any_moment() {
         assert!([End::Killed(9), End::Exited(0)].contains(&end), "{moment}: {end}");
         let deleted = container.delete_force();
         scope.wait_for_processes();
-        // Refused while what was half made was on its way to its own end.
+        // `delete` is refused while the half-made container is ending by itself.
         if deleted.status != 0 {
             container.delete_force().ok();
         }
@@ -263,7 +264,7 @@ fn the_create_command_at_any_moment() {
     }
 }
 
-/// What is written of a container up to now.
+/// The record of a container up to now.
 fn record(state: &Path) -> Value {
     let text = fs::read(state.join("state.json")).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()

@@ -1,5 +1,5 @@
-//! The Docker of a newer Debian, in a tree of its own: what it does otherwise than the one that `docker`
-//! tests with all cases.
+//! The Docker of a newer Debian, in a tree of its own: its differences from the Docker that
+//! `docker` tests with all cases.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -9,10 +9,11 @@ use isopod_tests::engine::cases::{build, exec, files, life, limits, network, pro
 use isopod_tests::engine::cases::{page, watch};
 use isopod_tests::engine::{Case, Engine, main as suite, tree};
 
-/// Cases whose way through engine, shim or runtime differs from the older version's (26 beside 20.10, with
-/// containerd 1.7 beside 1.6). What the others ask is passed to the runtime as before.
+/// Cases whose way through engine, shim or runtime differs from the older version's: Docker 26
+/// beside 20.10, containerd 1.7 beside 1.6. The other cases reach the runtime as before.
 const CASES: &[Case] = &[
-    // The network is connected between `create` and `start`, at each start, and no longer by a hook.
+    // The network is connected between `create` and `start`, at each start, and no longer by a
+    // hook.
     case!(network::bridge),
     case!(network::publish),
     case!(network::names_on_a_network),
@@ -23,8 +24,8 @@ const CASES: &[Case] = &[
     case!(life::created_and_started),
     case!(life::restart),
     case!(life::restart_policy),
-    // The newer shim reports exits, executions and terminals in another order, and counts otherwise what a
-    // cgroup tells of memory.
+    // The newer shim reports exits, executions and terminals in another order. It counts a cgroup's
+    // memory in another way.
     case!(process::terminal),
     case!(exec::exec),
     case!(exec::exec_detached),
@@ -32,8 +33,8 @@ const CASES: &[Case] = &[
     case!(life::attach),
     case!(limits::out_of_memory),
     case!(watch::stats),
-    // The configuration differs: mounts that are read-only down to their last submount, another seccomp
-    // profile, no inheritable capabilities, more masked paths, another init.
+    // The configuration differs: mounts that are read-only down to their last submount, another
+    // seccomp profile, no inheritable capabilities, more masked paths, another init.
     case!(files::volumes),
     case!(files::memory_file_systems),
     case!(security::capabilities),

@@ -1,5 +1,5 @@
-//! Each way to fail: one line that names the cause and the way out, and nothing left behind. The way
-//! out of a config.json that cannot be used is the name of the field that is to be changed.
+//! Every way to fail: one line that names the cause and the remedy, and nothing left behind. For an
+//! unusable config.json the remedy is the name of the field to change.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -7,12 +7,12 @@ use std::fs;
 use isopod_tests::{Command, Container, Output, Scope, microvm_only, runtime, skip};
 use serde_json::{Value, json};
 
-/// The command fails in one line with these words, and leaves nothing.
+/// Checks that the command fails in one line with these words, and leaves nothing.
 #[track_caller]
 fn refused(scope: &Scope, command: Command<'_>, words: &[&str]) -> Output {
     let out = command.output();
     assert_ne!(out.status, 0, "{out}");
-    // The words are Isopod's; that there is an error, and nothing left, holds for any runtime.
+    // The words are Isopod's. Any runtime has to fail and to leave nothing.
     if runtime().is_isopod() {
         out.one_line_error(words);
     }
@@ -21,7 +21,7 @@ fn refused(scope: &Scope, command: Command<'_>, words: &[&str]) -> Output {
     out
 }
 
-/// `run` and `create` both refuse this config.json.
+/// Checks that `run` and `create` both refuse this config.json.
 #[track_caller]
 fn config_refused(change: impl Fn(&mut Value), words: &[&str]) {
     let scope = Scope::alone();
@@ -91,8 +91,8 @@ fn unknown_namespace_type() {
     );
 }
 
-/// Engines can ask for the host's namespaces or another container's: a microVM has neither. Of networks
-/// network.rs has more to say.
+/// Engines can ask for namespaces of the host or of another container. A microVM has neither.
+/// Networks are in network.rs.
 #[test]
 fn a_namespace_of_the_host() {
     microvm_only!();
@@ -287,7 +287,7 @@ fn options_that_do_not_exist_are_named() {
     scope.assert_nothing_left();
 }
 
-/// Callers read the log and people their terminal: an error is in both, in one line of the log.
+/// Programs read the log and people their terminal, so an error is in both: in the log as one line.
 #[test]
 fn an_error_is_in_the_log_and_on_standard_error() {
     let scope = Scope::alone();
@@ -314,7 +314,7 @@ fn an_error_is_in_the_log_and_on_standard_error() {
 
 #[test]
 fn a_list_of_a_root_that_does_not_exist_is_an_error() {
-    // runc means to, but looks for the option in the wrong place.
+    // runc means to fail, but looks for the option in the wrong place.
     microvm_only!();
     let scope = Scope::alone();
     let path = runtime().path.to_string_lossy();
@@ -333,7 +333,7 @@ fn what_the_guest_leaves_out_is_in_the_log() {
     let bundle = container.bundle.dir.to_str().unwrap();
     let command = scope.runtime().args(["--log", log.to_str().unwrap()]);
     let out = command.args(["run", "--bundle", bundle, &container.id]).output().ok();
-    // Most specifications have such ones: not for a person, unless asked for.
+    // Most specifications have such capabilities, so the warning is in the log only.
     assert_eq!(out.stderr, "");
     let text = fs::read_to_string(&log).unwrap();
     let line = text.lines().find(|line| line.contains("process.capabilities.ambient")).unwrap();

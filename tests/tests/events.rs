@@ -5,10 +5,10 @@ use isopod_tests::{Container, Scope, microvm_only, runtime};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// The part of runc's `types.Event` and `types.Stats` that its callers read. Numbers that are 0 may be
-/// left out where runc leaves them out.
+/// The fields of runc's `types.Event` and `types.Stats` that callers read. A number of 0 may be
+/// left out where runc leaves it out.
 #[derive(Debug, Deserialize)]
-struct Event {
+struct RuntimeEvent {
     #[serde(rename = "type")]
     kind: String,
     id: String,
@@ -63,7 +63,7 @@ struct Pids {
 }
 
 #[track_caller]
-fn event(line: &str) -> Event {
+fn event(line: &str) -> RuntimeEvent {
     serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))
 }
 
@@ -146,7 +146,7 @@ fn an_oom_kill_is_an_event() {
     let mut created = container.start_new();
     created.stdout.line_with("up");
     let mut events = container.command("events", &["--interval", "1s"]).spawn();
-    // It watches when it has told something.
+    // The first event shows that `events` watches.
     assert_eq!(event(&events.stdout.line().unwrap()).kind, "stats");
     container.exec(["sh", "-c", "echo >/go"]).ok();
     created.stdout.line_with("eaten 137");

@@ -1,4 +1,4 @@
-//! `exec` where its container, its streams or its files get in its way.
+//! `exec` with trouble from its container, its streams or its files.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -44,7 +44,7 @@ fn a_pid_file_that_cannot_be_written_leaves_no_process() {
     }
 }
 
-/// What engines do on a timeout.
+/// Engines kill this pid on a timeout.
 #[test]
 fn a_process_whose_pid_on_the_host_is_killed_ends() {
     let scope = Scope::in_pod();
@@ -60,7 +60,7 @@ fn a_process_whose_pid_on_the_host_is_killed_ends() {
     let pid_file = scope.dir().join("exec.pid");
     let detached = ["--detach", "--pid-file", pid_file.to_str().unwrap()];
     for options in [&detached[..], &[]] {
-        // That of runc's own process is not its process's.
+        // The pid of runc's own process is not that of the process in the container.
         if options.is_empty() && !runtime().is_isopod() {
             continue;
         }
@@ -114,7 +114,8 @@ fn a_process_can_be_in_a_cgroup_below_the_containers() {
     refused("none", &["none", "no such cgroup"]);
     refused("../..", &["../..", "leads out"]);
     refused("cpu:a", &["cpu:a", "cgroup v2"]);
-    // One with controllers for those below takes no processes: then the first process's is another.
+    // A cgroup with controllers for its children takes no processes. Without `--cgroup`, `exec`
+    // then uses the first process's cgroup.
     let move_down = "echo 1 > /sys/fs/cgroup/a/b/cgroup.procs && echo $$ > /sys/fs/cgroup/a/b/cgroup.procs && echo +pids > /sys/fs/cgroup/cgroup.subtree_control";
     container.exec(["sh", "-c", move_down]).ok();
     assert_eq!(container.exec(["cat", "/proc/self/cgroup"]).ok().stdout, "0::/a/b\n");
@@ -156,7 +157,7 @@ fn a_process_document_may_leave_out_what_has_a_default() {
     nulls["user"] = json!({ "uid": null, "gid": 7, "additionalGids": null, "umask": null });
     nulls["capabilities"] = json!({ "bounding": null, "effective": [], "ambient": null });
     assert!(exec(nulls).ok().stdout.starts_with("/tmp\n0\n7\n"));
-    // What is wrong is exec's own failure, which no process of the container had.
+    // These errors are exec's own, so the status is none of a process in the container.
     let mut without = least;
     without.as_object_mut().unwrap().remove("cwd");
     for failed in [
@@ -188,7 +189,7 @@ fn the_last_of_equal_options_counts() {
     assert_eq!(out.stdout, format!("{}\n", container.id));
 }
 
-/// As from runc 1.2 on; Debian's is older.
+/// As runc from 1.2 on; Debian's is older.
 #[test]
 fn a_pidfd_of_the_process_comes_over_a_socket() {
     microvm_only!();

@@ -1,4 +1,4 @@
-//! What `isopod run` and `isopod exec` print and return.
+//! The output and exit status of `isopod run` and `isopod exec`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 
 use isopod_tests::{Scope, microvm_only};
 
-/// In seconds: no wait of the harness lasts as long.
+/// A time in seconds, longer than any wait of the harness.
 const LONGER_THAN_ANY_WAIT: &str = "3600";
 
 #[test]
@@ -23,7 +23,7 @@ fn output_and_status_are_the_programs_own() {
 #[test]
 fn a_signal_ends_with_128_and_its_number() {
     let scope = Scope::in_pod();
-    // The first process of a pid namespace takes no signal from inside that it does not handle.
+    // The first process of a PID namespace gets no signal from inside that it does not handle.
     let container = scope.container().args(["sleep", "1000"]);
     let created = container.start_new();
     container.kill("KILL").ok();
@@ -43,7 +43,7 @@ fn a_clean_up_that_fails_leaves_the_status_as_it_is() {
     let container = scope.container().shell("echo up; read line; exit 9");
     let mut run = container.command_with_bundle("run", &[]).stdin_piped().spawn();
     run.stdout.line_with("up");
-    // What is in a directory of the state is never removed with it.
+    // A directory with entries in the state directory is never removed with it.
     let kept = scope.root().join(&container.id).join("kept");
     fs::create_dir_all(kept.join("by-somebody")).unwrap();
     drop(run.take_stdin());
@@ -93,8 +93,8 @@ fn exec_of_a_missing_or_unfit_program_leaves_the_container_alone() {
     container.exec(["true"]).ok();
 }
 
-/// The error comes when the container is created: before any start, while the input is still open,
-/// and not because a time has run out, for the times that are set here are longer than this test waits.
+/// The error comes at creation: before any start, and while the input is still open. It is no
+/// timeout, because the times set here are longer than the test waits.
 #[test]
 fn a_missing_program_is_noticed_when_the_container_is_created() {
     microvm_only!();
@@ -108,7 +108,7 @@ fn a_missing_program_is_noticed_when_the_container_is_created() {
         let end = job.wait();
         drop(stdin);
         let out = job.output();
-        // In one line: a container that was created would have its steps up to its end below.
+        // One line: after a creation, the steps up to the container's end would follow.
         out.one_line_error(&["no-such-program"]);
         assert_eq!(end.status(), 1, "{out}");
         scope.assert_nothing_left();

@@ -1,11 +1,11 @@
-//! `features`, read as its callers do, and held against what the runtime then does.
+//! `features`, read as its callers read it, and compared with the runtime's behaviour.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use isopod_tests::{Scope, microvm_only};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// The features structure of the specification, as far as engines read it.
+/// The features structure of the specification: the fields that engines read.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Features {
@@ -94,7 +94,7 @@ fn what_it_promises_is_kept() {
     let scope = Scope::new();
     let seen = features(&scope);
     let container = scope.container().args(["true"]).edit(|c| {
-        // No group for network or user, which need set-up of their own.
+        // All but the user namespace, which needs set-up of its own.
         let kinds = seen.linux.namespaces.iter().filter(|kind| *kind != "user");
         c["linux"]["namespaces"] = kinds.map(|kind| json!({ "type": kind })).collect();
         let all = json!(seen.linux.capabilities);
@@ -116,7 +116,7 @@ fn what_it_promises_is_kept() {
         });
     });
     container.run().ok();
-    // Those of a bind mount, but for what makes it shared with the host.
+    // The options of a bind mount, except those that share it with the host.
     let data = scope.dir().join("data");
     std::fs::create_dir(&data).unwrap();
     for option in &seen.mount_options {
@@ -132,7 +132,8 @@ fn what_it_promises_is_kept() {
                 (mount["uidMappings"], mount["gidMappings"]) = (all.clone(), all);
             }
         });
-        // It is refused before anything is made, or else for the missing file behind it.
+        // An unknown option is refused before anything is made. A known one fails for the missing
+        // file.
         let check = check.mount("/etc", "bind", "/no/such/file", &["bind"]);
         let out = check.run();
         assert!(out.stderr.contains("/no/such/file"), "{option}: {out}");

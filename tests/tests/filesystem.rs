@@ -47,7 +47,7 @@ fn a_writable_root_can_be_written() {
 fn masked_paths_show_nothing() {
     let scope = Scope::in_pod();
     let masked = ["/etc/passwd", "/home", "/proc/uptime", "/does/not/exist"];
-    // Twice, by other names too, is as good as once.
+    // A path given twice, also by another name, is masked once.
     let masked = [&masked[..], &["/etc/passwd", "/home/", "/proc/self/../uptime"]].concat();
     let script = "cat /etc/passwd /proc/uptime; ls -A /home; echo end; \
                   cut -d ' ' -f 5 /proc/self/mountinfo | grep -E '^/(etc|home|proc/up)' >&2";
@@ -99,7 +99,7 @@ fn the_default_mounts_are_as_asked() {
     check("/dev/shm", "tmpfs", &["nosuid", "nodev", "noexec"], &["size=65536k"]);
     check("/dev/mqueue", "mqueue", &["nosuid", "nodev", "noexec"], &[]);
     check("/sys", "sysfs", &["ro", "nosuid", "nodev", "noexec"], &[]);
-    // What else lies there, the machine's cgroup version decides.
+    // With runc the type depends on the machine's cgroup version.
     if runtime().is_isopod() {
         check("/sys/fs/cgroup", "cgroup2", &["ro", "nosuid", "nodev", "noexec"], &[]);
     }
@@ -145,7 +145,7 @@ fn a_read_only_bind_mount_cannot_be_written() {
     assert_eq!(seen["/data/file"], json!("EROFS"));
     let container =
         scope.container().mount("/data", "bind", dir.to_str().unwrap(), &["bind", "ro"]);
-    // Not even by one who may mount: the host holds it read-only as well.
+    // Not even a process that may mount can write: the mount on the host is read-only too.
     let remount = "mount -o remount,bind,rw /data; echo changed > /data/file; cat /data/file";
     let out = container.capabilities(&["CAP_SYS_ADMIN"]).shell(remount).run();
     if runtime().is_isopod() {
@@ -181,7 +181,7 @@ fn options_of_bind_mounts_are_kept() {
     assert!(["nosuid", "nodev", "noexec"].iter().all(|o| has.contains(o)), "{has:?}");
 }
 
-/// On the host the directory has a file system of its own mounted below.
+/// The directory has another file system of the host mounted below.
 #[test]
 fn recursive_options_hold_below() {
     let scope = Scope::in_pod();
@@ -199,7 +199,7 @@ fn recursive_options_hold_below() {
     assert_eq!(run(&["rbind"], script), "written\nrun\nx\n");
     assert_eq!(run(&["rbind", "rnoexec"], script), "written\nx\n");
     assert_eq!(run(&["rbind", "rro"], script), "x\n");
-    // Without `rbind` it is not there.
+    // Without `rbind` the mount below is missing.
     assert_eq!(run(&["bind"], "ls /data/below"), "");
 }
 
@@ -227,7 +227,7 @@ fn a_missing_bind_source_is_an_error_that_names_it() {
     scope.assert_nothing_left();
 }
 
-/// A root file system may hold links that lead out of it; mounts on them must not.
+/// A root file system may hold links that lead out of it. A mount on such a link must not.
 #[test]
 fn a_mount_behind_a_link_that_points_outside_lands_inside() {
     let scope = Scope::in_pod();
@@ -269,7 +269,7 @@ fn propagation_of_the_root_is_as_asked() {
 fn propagation_of_a_mount_is_as_asked() {
     let scope = Scope::in_pod();
     let mut container = scope.container().probe(&["mounts"]);
-    // A slave without a master is as private as can be.
+    // A slave mount without a master has no tag, like a private one.
     let asked =
         [("private", ""), ("slave", ""), ("unbindable", "unbindable"), ("shared", "shared:")];
     for (option, _) in asked {
@@ -294,8 +294,8 @@ fn the_root_directory_itself_keeps_its_owner_and_mode() {
     assert_eq!((after.mode() & 0o7777, after.gid()), (0o751, 1000));
 }
 
-/// Podman's `cp` enters the mount namespace of the container's pid, and takes its root for the
-/// container's. The host's must not be there.
+/// Podman's `cp` joins the mount namespace of the container's pid, and takes the root directory
+/// there for the container's. It must not be the host's.
 #[test]
 fn who_enters_the_mount_namespace_finds_the_container() {
     let scope = Scope::in_pod();
@@ -306,7 +306,8 @@ fn who_enters_the_mount_namespace_finds_the_container() {
         mounts.push(json!({
             "destination": "/data", "source": volume, "options": ["bind", "ro"]
         }));
-        // In a file system of the guest's own, and through a link that leads out of the root.
+        // One in a file system of the guest's own, and one through a link that leads out of the
+        // root.
         mounts.push(json!({
             "destination": "/dev/deep", "source": volume, "options": ["bind"]
         }));
@@ -331,7 +332,7 @@ fn who_enters_the_mount_namespace_finds_the_container() {
     names.sort();
     assert!(seen.stdout.starts_with(&names.join(" ")), "{seen} {names:?}");
     assert_eq!(seen.stdout.matches("from the host").count(), 2, "{seen}");
-    // Others take a short cut, and go by the root of that pid.
+    // Other programs go by /proc/PID/root of that pid instead.
     let root = format!("/proc/{pid}/root");
     let found = scope.program(&["sh", "-c", "cd $0 && cat sent data/file", &root]).output().ok();
     assert!(
@@ -346,8 +347,9 @@ fn who_enters_the_mount_namespace_finds_the_container() {
     container.delete_force();
 }
 
-/// Podman's `top` looks for processes there. Of the host's there are those that stand for the
-/// container, and nothing that leads away from them: a link of the container's may name it.
+/// Podman's `top` looks for processes in the joined mount namespace. Of the host's processes, only
+/// those of the sandbox are there. Nothing leads away from them, even if a link of the container
+/// names such a way.
 #[test]
 fn who_enters_the_mount_namespace_finds_no_other_process_and_no_way_out() {
     microvm_only!();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use isopod_tests::{Output, Scope, microvm_only, runtime};
 
-/// An ELF kernel of nothing but this code, entered in 64-bit mode (Documentation/arch/x86/boot.rst).
+/// An ELF kernel with only this code, entered in 64-bit mode (Documentation/arch/x86/boot.rst).
 fn kernel(code: &[u8]) -> Vec<u8> {
     const ADDRESS: u64 = 0x0100_0000;
     const HEADERS: u64 = 0x1000;
@@ -31,14 +31,14 @@ fn kernel(code: &[u8]) -> Vec<u8> {
     elf
 }
 
-/// How long a guest may take that will never be ready, in seconds.
+/// The boot timeout of a guest that will never be ready, in seconds.
 const SHORT: &str = "10";
 
-/// What comes before the guest's last lines in a report.
+/// The line above the guest's last lines in a report.
 const CONSOLE: &str = "last lines of the guest's console:";
 
-/// Runs a good bundle with these environment variables, which has to fail with these words in the
-/// first line, and leave nothing.
+/// Runs a good bundle with these environment variables. It has to fail with these words in the
+/// first line, and to leave nothing.
 #[track_caller]
 fn reported(scope: &Scope, variables: &[(&str, &str)], words: &[&str]) -> Output {
     let container = scope.container();
@@ -63,7 +63,7 @@ fn console(out: &Output) -> Vec<&str> {
     lines
 }
 
-/// Writes this text to the first serial port.
+/// Code that writes this text to the first serial port.
 fn say(text: &str) -> Vec<u8> {
     // mov dx, 0x3f8; and for each byte: mov al, byte; out dx, al
     let mut code = vec![0x66, 0xba, 0xf8, 0x03];
@@ -71,7 +71,8 @@ fn say(text: &str) -> Vec<u8> {
     code
 }
 
-/// A kernel that says two lines and does this. Both are in the report, below one with these words.
+/// Runs a kernel that prints two lines and then executes `code`. The report has both lines, below a
+/// line with these words.
 #[track_caller]
 fn with_kernel(code: &[u8], variables: &[(&str, &str)], words: &[&str]) {
     let scope = Scope::alone();
@@ -85,7 +86,7 @@ fn with_kernel(code: &[u8], variables: &[(&str, &str)], words: &[&str]) {
 #[test]
 fn a_triple_fault() {
     microvm_only!();
-    // ud2, without anything to handle it
+    // ud2, without a handler
     with_kernel(&[0x0f, 0x0b], &[], &["triple fault"]);
 }
 
@@ -123,7 +124,7 @@ fn image(scope: &Scope, init: Option<&str>) -> PathBuf {
     scope.dir().join("initramfs")
 }
 
-/// The report of a guest kernel's panic; these words are in a line of its console.
+/// Checks the report of a guest kernel's panic. These words are in a line of its console.
 #[track_caller]
 fn panics(scope: &Scope, image: &Path, words: &str) {
     let image = [("ISOPOD_INITRAMFS", image.to_str().unwrap())];
@@ -149,7 +150,7 @@ fn an_init_that_ends_is_a_panic() {
     panics(&scope, &image(&scope, Some(init)), "Attempted to kill init");
 }
 
-/// Nothing is in its log, for a kernel without a fault is quiet.
+/// The guest's console is empty, because a kernel without a fault is quiet.
 #[test]
 fn an_init_that_never_reports() {
     microvm_only!();

@@ -3,11 +3,11 @@
 
 use std::fs;
 
-use isopod_tests::keeper::End;
+use isopod_tests::subreaper::End;
 use isopod_tests::{Container, Scope, microvm_only, runtime};
 use serde_json::{Value, json};
 
-/// Where a createContainer hook finds the container's root.
+/// The path of the container's root for a createContainer hook.
 fn root(container: &Container<'_>) -> String {
     if runtime().is_isopod() {
         return format!("/run/isopod/shared/{}/rootfs", container.id);
@@ -15,14 +15,14 @@ fn root(container: &Container<'_>) -> String {
     container.bundle.dir.join("rootfs").to_string_lossy().into_owned()
 }
 
-/// A createContainer hook that runs a shell script with the container's root as `$R`: a static program
-/// that comes alone, so the script has only what is built into the shell.
+/// A createContainer hook that runs a shell script with the container's root as `$R`. Its static
+/// program comes alone, so the script has only the commands built into the shell.
 fn before_pivot(container: &Container<'_>, script: &str) -> Value {
     let script = script.replace("$R", &root(container));
     json!({ "path": "/bin/busybox", "args": ["sh", "-c", script] })
 }
 
-/// A startContainer hook that runs a shell script of the container.
+/// A startContainer hook that runs a shell script in the container.
 fn inside(script: &str) -> Value {
     json!({ "path": "/bin/sh", "args": ["sh", "-c", script], "env": ["PATH=/bin"] })
 }
@@ -91,7 +91,7 @@ fn the_state_is_on_their_standard_input() {
         assert_eq!(state["status"], json!(status));
         assert_eq!(state["bundle"], json!(container.bundle.dir));
         assert_eq!(state["annotations"]["org.example"], json!("x"));
-        // As the container sees it.
+        // The pid in the container's PID namespace.
         assert_eq!(state["pid"], json!(1));
     }
 }
@@ -135,7 +135,7 @@ fn arguments_and_environment_are_as_given() {
     let container = with_hooks(scope.container(), |container| {
         let root = root(container);
         let hook = |args: &[&str]| json!({ "path": "/bin/busybox", "args": args, "env": ["B=2", "A=1 1"] });
-        // Without an environment of its own it has that of the container's process.
+        // A hook without an environment of its own has that of the container's process.
         let bare =
             |to: &str| json!({ "path": "/bin/busybox", "args": ["cp", "/proc/self/environ", to] });
         let start = json!({
@@ -240,7 +240,7 @@ fn one_that_takes_too_long_is_killed() {
     }
 }
 
-/// The guest has none of the host's libraries and no shell, and the error says so.
+/// The guest has neither the host's libraries nor a shell, and the error says so.
 #[test]
 fn what_cannot_run_in_the_guest_is_explained() {
     microvm_only!();

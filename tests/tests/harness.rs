@@ -5,12 +5,12 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use isopod_tests::keeper::{End, Keeper, Spawn};
+use isopod_tests::subreaper::{End, Spawn, Subreaper};
 use isopod_tests::{Census, Reader, Scope, runtime};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getsid};
 
-/// What is there now and was not in `before`.
+/// The difference from `before`, as text.
 fn left(scope: &Scope, before: &Census) -> String {
     scope.census().since(before).join("\n")
 }
@@ -19,7 +19,7 @@ fn left(scope: &Scope, before: &Census) -> String {
 fn an_orphan_is_counted_and_dies_with_its_scope() {
     let scope = Scope::alone();
     let before = scope.census();
-    // Neither the parent, nor the session, nor the environment ties it to the scope.
+    // The orphan shares no parent, session or environment with the scope.
     let script = "setsid env -i sleep 4321 >/dev/null 2>&1 </dev/null & echo $!";
     let out = scope.program(&["sh", "-c", script]).output().ok();
     let pid = out.stdout.trim();
@@ -30,18 +30,18 @@ fn an_orphan_is_counted_and_dies_with_its_scope() {
     assert_eq!(left(&scope, &before), "");
 }
 
-/// As from a terminal with Control-C, or from whoever ends the whole test run.
+/// Control-C on a terminal sends such a signal, and so does the end of a whole test run.
 #[test]
 fn the_keeper_takes_no_signal_that_asks_it_to_end() {
     let scope = Scope::alone();
-    // It has answered, so it is set up.
+    // An answer shows that the subreaper is set up.
     scope.program(&["true"]).output().ok();
-    let keeper = scope.keeper().pid();
-    assert_eq!(getsid(Some(Pid::from_raw(keeper))).unwrap().as_raw(), keeper);
+    let pid = scope.keeper().pid();
+    assert_eq!(getsid(Some(Pid::from_raw(pid))).unwrap().as_raw(), pid);
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT] {
-        kill(Pid::from_raw(keeper), signal).unwrap();
+        kill(Pid::from_raw(pid), signal).unwrap();
     }
-    // What it runs takes signals as from a shell.
+    // Programs of the subreaper take signals as from a shell.
     let mut job = scope.program(&["sleep", "1000"]).spawn();
     scope.keeper().signal(job.pid, Signal::SIGINT as i32).unwrap();
     assert_eq!(job.wait(), End::Killed(Signal::SIGINT as i32));
@@ -53,16 +53,17 @@ fn a_keeper_whose_test_program_is_gone_ends_and_removes_all_of_it() {
     let scope = Scope::alone();
     let dir = scope.dir().join("of-another-program");
     fs::create_dir_all(dir.join("state/container")).unwrap();
-    let keeper = Keeper::new(&runtime().probe, &dir);
+    let subreaper = Subreaper::new(&runtime().probe, &dir);
     let script = "setsid sleep 4321 >/dev/null 2>&1 </dev/null & echo $!";
     let argv = ["sh", "-c", script].map(str::to_owned).to_vec();
     let (mut stdout, out_end) = Reader::pipe();
     let null = || fs::File::open("/dev/null").unwrap().into();
-    keeper.spawn(Spawn { argv, env: Default::default() }, &[null(), out_end, null()]).unwrap();
+    let program = Spawn { argv, env: Default::default() };
+    subreaper.spawn(program, &[null(), out_end, null()]).unwrap();
     let process = format!("/proc/{}", stdout.rest().trim());
     assert!(Path::new(&process).join("cmdline").exists());
-    // What is left of a program that was killed: the closed end of its socket.
-    drop(keeper);
+    // A killed test program leaves only this: the closed end of its socket.
+    drop(subreaper);
     assert!(!Path::new(&process).exists() && !dir.exists());
 }
 

@@ -1,14 +1,14 @@
-//! Hooks: when they run, where, with what, and what becomes of a container whose hooks fail.
+//! Hooks: their time, place and input, and the fate of a container whose hooks fail.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
 use std::path::PathBuf;
 
-use isopod_tests::keeper::End;
+use isopod_tests::subreaper::End;
 use isopod_tests::{Container, Scope, microvm_only, runtime};
 use serde_json::{Value, json};
 
-/// The hooks that run on the host, in the order in which they come.
+/// The hooks that run on the host, in their order.
 const ON_HOST: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
 
 /// A hook that runs a shell script on the host.
@@ -25,7 +25,7 @@ fn with_hooks<'a>(container: Container<'a>, hooks: &Value) -> Container<'a> {
     container.edit(|c| c["hooks"] = hooks)
 }
 
-/// The scope's own notebook.
+/// The file in which the scope's hooks note their names.
 fn log(scope: &Scope) -> PathBuf {
     scope.dir().join("log")
 }
@@ -132,7 +132,7 @@ fn they_run_where_the_runtime_was_called() {
     }
 }
 
-/// What Docker up to 25 fills the network by.
+/// Docker up to 25 sets up the network in this hook.
 #[test]
 fn the_network_namespace_is_there_for_prestart() {
     let scope = Scope::in_pod();
@@ -161,7 +161,7 @@ fn arguments_and_environment_are_as_given() {
     fs::write(&script, text).unwrap();
     scope.program(&["chmod", "755", script.to_str().unwrap()]).output().ok();
     let hook = json!({ "path": script, "args": ["name", "one", "two words", ""], "env": ["B=2", "A=1 1"] });
-    // One without an environment of its own has the command's.
+    // A hook without an environment of its own has the command's.
     let bare = json!({ "path": "/bin/sh", "args": ["sh", "-c", format!("echo $MINE >> {}", out.display())] });
     let container = with_hooks(scope.container(), &json!({ "createRuntime": [hook, bare] }));
     container.command_with_bundle("run", &[]).env("MINE", "caller's").output().ok();
@@ -169,7 +169,7 @@ fn arguments_and_environment_are_as_given() {
     assert_eq!(seen, "B=2\nA=1 1\n[one]\n[two words]\n[]\ncaller's\n");
 }
 
-/// Each point before the process runs: its failure is one of creation or start, and leaves nothing.
+/// A hook that fails before the process runs fails the creation, and leaves nothing.
 #[test]
 fn a_hook_that_fails_at_creation_undoes_it() {
     for point in ["prestart", "createRuntime"] {
@@ -212,7 +212,7 @@ fn a_hook_that_takes_too_long_is_killed_with_what_it_started() {
     let scope = Scope::alone();
     let mut hook = shell("sleep 1000 & sleep 1000; true");
     hook["timeout"] = json!(1);
-    // runc kills the hook alone, and then waits for what that has started.
+    // runc kills only the hook, and then waits for the hook's children.
     if !runtime().is_isopod() {
         hook = json!({ "path": "/bin/sleep", "args": ["sleep", "1000"], "timeout": 1 });
     }
@@ -253,7 +253,7 @@ fn a_poststart_hook_that_fails_ends_the_container() {
     assert_eq!(logged(&scope), both(&["prestart", "createRuntime", "poststop"]));
 }
 
-/// The specification has it so; runc stops at the first that fails.
+/// As the specification demands; runc stops at the first hook that fails.
 #[test]
 fn a_poststop_hook_that_fails_is_no_obstacle() {
     microvm_only!();
@@ -275,7 +275,7 @@ fn poststop_hooks_run_for_a_sandbox_that_was_killed() {
     scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
     created.wait();
     assert!(logged(&scope).is_empty());
-    // They can do without the bundle as well, which is its owner's to remove.
+    // Poststop hooks do without the bundle as well, because its owner may remove it.
     fs::remove_dir_all(&container.bundle.dir).unwrap();
     container.delete_force().ok();
     container.delete_force().ok();
@@ -283,8 +283,8 @@ fn poststop_hooks_run_for_a_sandbox_that_was_killed() {
     scope.assert_nothing_left();
 }
 
-/// The hook never ends; whoever gives up takes it along. After kill -9 that is the hook's own process,
-/// by the kernel.
+/// The hook never ends. A process that gives the creation up takes the hook along. After kill -9
+/// the kernel ends the hook's own process.
 #[test]
 fn creation_can_be_given_up_while_a_hook_runs() {
     microvm_only!();

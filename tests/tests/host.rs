@@ -1,9 +1,9 @@
-//! Hosts that cannot run a sandbox, and what `isopod check` says of them.
+//! Hosts that cannot run a sandbox, and the output of `isopod check` there.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use isopod_tests::{Scope, microvm_only, runtime};
 
-/// A /dev of our own, with what any program may expect and without /dev/kvm.
+/// A script for a /dev with the nodes that any program may expect, but without /dev/kvm.
 const NO_KVM: &str = "mount -t tmpfs -o mode=755 none /dev
     mkdir /dev/shm /dev/net
     for node in null,3 zero,5 full,7 random,8 urandom,9; do
@@ -13,10 +13,10 @@ const NO_KVM: &str = "mount -t tmpfs -o mode=755 none /dev
 /// The same with a /dev/kvm that its owner may not open.
 const FORBIDDEN_KVM: &str = "mknod -m 000 /dev/kvm c 10 232";
 
-/// As a root that has to obey the mode of files.
+/// Runs a program as a root that has to obey the mode of files.
 const OBEDIENT: [&str; 2] = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"];
 
-/// The processor as a machine without hardware virtualisation shows it.
+/// A script that hides the processor's hardware virtualisation.
 const NO_HARDWARE: &str = "grep -qwE 'svm|vmx' /proc/cpuinfo || exit 0
     table=$(mktemp); sed -E 's/\\b(svm|vmx)\\b//' /proc/cpuinfo > $table
     mount --bind $table /proc/cpuinfo; rm $table";
@@ -26,7 +26,8 @@ fn check(scope: &Scope, script: &str, wrapper: &[&str]) -> isopod_tests::Output 
     scope.runtime().args(["check"]).through(wrapper).after_mounting(script).output()
 }
 
-/// `run` likewise: has to fail in one line with these words, and to leave nothing.
+/// Checks the same for `run` and `create`: each fails in one line with these words, and leaves
+/// nothing.
 #[track_caller]
 fn run_refused(scope: &Scope, script: &str, wrapper: &[&str], words: &[&str]) {
     for verb in ["run", "create"] {
@@ -114,7 +115,7 @@ fn check_names_what_is_missing() {
     }
 }
 
-/// A network takes tun: a host that lacks it cannot run what engines ask for.
+/// A network needs tun: without it a host cannot run the containers that engines ask for.
 #[test]
 fn without_tun_and_with_few_descriptors() {
     microvm_only!();

@@ -1,5 +1,4 @@
-//! `bundle`: images that skopeo and umoci have made, unpacked beside what umoci makes of them, and
-//! run.
+//! `bundle`: images made by skopeo and umoci are unpacked, compared with umoci's result, and run.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::collections::BTreeMap;
@@ -16,7 +15,7 @@ use serde_json::{Value, json};
 /// A value of `security.capability`: CAP_NET_RAW, effective (version 2).
 const CAPABILITY: &[u8] = b"\x01\0\0\x02\0\x20\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
-/// A layout and a tree that umoci makes layers of, in a scope's directory.
+/// An image layout in a scope's directory, with layers that umoci makes of a tree.
 struct Image<'a> {
     scope: &'a Scope,
     layout: PathBuf,
@@ -76,7 +75,7 @@ impl<'a> Image<'a> {
         self.scope.program(&["skopeo", "copy", "--quiet"]).args(args).output().ok()
     }
 
-    /// Adds a layer with what `change` does to the image's tree.
+    /// Adds a layer with the changes that `change` makes to the image's tree.
     fn layer(&self, tag: &str, change: impl FnOnce(&Path)) {
         let work = self.path("work");
         let (tagged, dir) = (self.tagged(tag), work.to_str().unwrap());
@@ -86,8 +85,8 @@ impl<'a> Image<'a> {
         fs::remove_dir_all(&work).unwrap();
     }
 
-    /// Adds a layer with whiteouts of its own, one that is opaque and one of another order than
-    /// umoci's, as GNU tar packs it.
+    /// Adds a layer as GNU tar packs it: with an opaque whiteout, and in another order than
+    /// umoci's.
     fn tar_layer(&self, tag: &str) {
         let tree = self.path("tree");
         fs::create_dir_all(tree.join("opaque")).unwrap();
@@ -112,7 +111,7 @@ impl<'a> Image<'a> {
         self.scope.runtime().args(["bundle", &image, to.to_str().unwrap()]).output()
     }
 
-    /// Unpacks with both, compares, and leaves what isopod has made.
+    /// Unpacks with both programs and compares. Leaves isopod's result.
     #[track_caller]
     fn compare(&self, image: &str, to: &Path) {
         let theirs = self.path("theirs");
@@ -123,7 +122,7 @@ impl<'a> Image<'a> {
     }
 }
 
-/// All there is to know of a tree's files, by path.
+/// Every attribute of a tree's files, by path.
 fn tree(root: &Path) -> BTreeMap<PathBuf, String> {
     let mut names: BTreeMap<u64, PathBuf> = BTreeMap::new();
     let mut found = BTreeMap::new();
@@ -149,7 +148,7 @@ fn tree(root: &Path) -> BTreeMap<PathBuf, String> {
         } else if kind.is_dir() {
             let mut inside: Vec<PathBuf> =
                 fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()).collect();
-            // So that the same names of one file come first in both trees.
+            // Sorted, so that the same name of a hard-linked file comes first in both trees.
             inside.sort_by(|one, other| other.cmp(one));
             todo.extend(inside);
         }
@@ -221,7 +220,7 @@ fn a_layered_image_becomes_what_umoci_makes_of_it() {
     assert_eq!(fs::metadata(&bundle).unwrap().mode() & 0o7777, 0o700);
     fs::remove_dir_all(&bundle).unwrap();
 
-    // The same image with other compressions, the same tree.
+    // The same image with other compressions has the same tree.
     let (zstd, plain) = (image.path("zstd"), image.path("plain"));
     let tag = |layout: &Path| format!("{}:again", layout.display());
     let base = format!("oci:{}", image.tagged("base"));
@@ -301,7 +300,7 @@ fn an_image_runs_as_its_configuration_says() {
     ] {
         assert!(out.stdout.lines().any(|found| found == line), "no {line:?}: {out}");
     }
-    // What was written to the volume is not in the root file system.
+    // Files written to the volume are not in the root file system.
     assert!(!bundle.join("rootfs/data/x").exists());
 }
 
@@ -377,7 +376,7 @@ fn a_damaged_layer_leaves_nothing() {
     let bundle = image.path("bundle");
     let out = image.bundle(&image.tagged("base"), &bundle);
     assert_ne!(out.status, 0, "{out}");
-    // What was damaged may be warned of before it is known to be damage.
+    // Damaged data may cause warnings before the damage is known.
     let last = out.stderr.lines().last().unwrap_or_default();
     for word in ["layer 1 of 1", digest, "damaged"] {
         assert!(last.contains(word), "{word}: {out}");
@@ -398,7 +397,7 @@ fn a_full_file_system_is_said_to_be_full_and_left_empty() {
         let script = format!("mount -t tmpfs -o {size} none {small}");
         let bundle = format!("{small}/bundle");
         let runtime = scope.runtime().args(["bundle", &image, &bundle]);
-        // What is left is in the mount namespace only, so that is where to look.
+        // Remains are in the mount namespace only, so `ls` runs there.
         let look = ["sh", "-c", "\"$@\"; status=$?; ls -A \"$0\"; exit $status", small];
         let out = runtime.through(&look).after_mounting(&script).output();
         out.one_line_error(&["layer 1 of 1", "no space left on device", "more", word]);
@@ -406,7 +405,7 @@ fn a_full_file_system_is_said_to_be_full_and_left_empty() {
     }
 }
 
-/// A layout whose layer has an end that is reached after hours only: a file with a hole.
+/// A layout whose layer would take hours to read: a sparse file of 4 TiB.
 fn endless(scope: &Scope) -> PathBuf {
     let layout = scope.dir().join("endless");
     let blobs = layout.join("blobs/sha256");
@@ -452,7 +451,7 @@ fn a_signal_ends_it_and_leaves_nothing() {
         let bundle = place.join("bundle");
         let command = scope.runtime().args(["bundle", &layout, bundle.to_str().unwrap()]);
         let mut job = command.spawn();
-        // Blocks until it has made its directory.
+        // Blocks until the command has made its directory.
         let mut buffer = [MaybeUninit::uninit(); 512];
         let mut events = inotify::Reader::new(&changes, &mut buffer);
         assert_eq!(events.next().unwrap().file_name(), Some(c".bundle.unpacking"));
@@ -462,7 +461,7 @@ fn a_signal_ends_it_and_leaves_nothing() {
     }
 }
 
-/// What is in `dir` and has `part` in its name.
+/// The names in `dir` that contain `part`.
 fn names(dir: &Path, part: &str) -> Vec<String> {
     let names = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
     let names = names.map(|name| name.to_string_lossy().into_owned());

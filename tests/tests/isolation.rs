@@ -1,4 +1,4 @@
-//! What is inside stays inside: kernel, namespaces, limits, devices.
+//! Isolation: kernel, namespaces, limits and devices inside are the container's own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -30,7 +30,7 @@ fn the_kernel_is_not_the_hosts() {
     assert_ne!(seen["boot_id"], json!(host.trim()));
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     println!("host {}, guest {}", release.trim(), seen["kernel"]);
-    // Two boots, two kernels.
+    // Each microVM boots a kernel of its own.
     assert_ne!(report(&scope, |_| {})["boot_id"], seen["boot_id"]);
 }
 
@@ -52,7 +52,7 @@ fn every_namespace_asked_for_is_the_containers_own() {
 }
 
 /// The first network namespace has no fixed inode number, and in a guest no more interfaces than
-/// another one has. But some settings exist in it alone (net/core/sysctl_net_core.c).
+/// any other. But some settings exist in it alone (net/core/sysctl_net_core.c).
 #[test]
 fn the_network_namespace_is_not_the_kernels_first() {
     let scope = Scope::in_pod();
@@ -61,15 +61,15 @@ fn the_network_namespace_is_not_the_kernels_first() {
     let container = scope.container().shell(&format!("ls {directory}; ls /sys/class/net"));
     let out = container.run().ok();
     let names: Vec<&str> = out.stdout.lines().collect();
-    // What every network namespace has is there, so the directory was seen.
+    // Every network namespace has this setting, so the directory was seen.
     assert!(names.contains(&"somaxconn"), "{out}");
     assert!(!names.contains(&"netdev_max_backlog"), "{out}");
     assert_eq!(names.last(), Some(&"lo"), "{out}");
 }
 
-/// The kernel's first mount namespace cannot be told from another by what it shows below the root,
-/// but by where a process comes to that leaves its root by chroot(2): in a mount namespace with a
-/// root of its own, nowhere else.
+/// The kernel's first mount namespace cannot be recognised by the mounts below its root. But a
+/// process that leaves its root by chroot(2) ends at the root of its mount namespace. Only a mount
+/// namespace with a root of its own ends at the container's root.
 #[test]
 fn the_mount_namespace_ends_at_the_containers_root() {
     let scope = Scope::in_pod();
@@ -80,7 +80,7 @@ fn the_mount_namespace_ends_at_the_containers_root() {
     assert!(names.contains(&"mark-of-this-root"), "{names:?}");
 }
 
-/// Only these two can be left out: errors.rs has the others.
+/// The uts and cgroup namespaces, the only ones that can be left out; errors.rs has the others.
 #[test]
 fn a_namespace_not_asked_for_is_the_guests() {
     microvm_only!();
@@ -88,7 +88,7 @@ fn a_namespace_not_asked_for_is_the_guests() {
     let seen = report(&scope, |c| {
         let all = c["linux"]["namespaces"].as_array_mut().unwrap();
         all.retain(|n| n["type"] != "uts" && n["type"] != "cgroup");
-        // It belongs to the uts namespace, so it may not be set without one.
+        // The host name belongs to the uts namespace, so it may not be set without one.
         c.as_object_mut().unwrap().remove("hostname");
     });
     for (name, first) in FIRST.iter().filter(|(name, _)| ["uts", "cgroup"].contains(name)) {
@@ -104,7 +104,7 @@ fn the_containers_cgroup_is_the_root_of_its_cgroup_namespace() {
     assert!(lines.lines().all(|l| l.ends_with(":/")), "{lines}");
 }
 
-/// The guest's own world is not to be seen: neither its mounts nor its agent.
+/// The guest's own mounts and its agent are hidden from the container.
 #[test]
 fn the_mount_table_is_the_containers_own() {
     let scope = Scope::in_pod();
@@ -154,7 +154,7 @@ fn memory_over_the_limit_in_exec_spares_the_container() {
     let container = scope.container().args(["sleep", "1000"]);
     let container = container.edit(|c| {
         c["linux"]["resources"]["memory"] = limit;
-        // The kernel shall choose the eater, not the first process.
+        // So that the kernel kills the eater, not the first process.
         c["process"]["oomScoreAdj"] = json!(-1000);
     });
     let _created = container.start_new();
@@ -184,7 +184,8 @@ fn the_pids_limit_holds_against_a_fork_bomb() {
     other.exec(["true"]).ok();
 }
 
-/// `CAP_MKNOD` so that the device node is no obstacle, only the device access rules are.
+/// A container that makes a device node and opens it. With `CAP_MKNOD` only the device rules can
+/// stop it.
 fn device_test<'a>(scope: &'a Scope, rules: Value) -> Container<'a> {
     scope
         .container()
@@ -265,7 +266,7 @@ fn sysctls_are_as_asked() {
     assert_eq!(seen[paths[1]]["text"], json!("0\n"));
 }
 
-/// A process of the host's, ended with the test.
+/// A process of the host, ended with the test.
 struct Stranger(Child);
 
 impl Stranger {
@@ -281,8 +282,9 @@ impl Drop for Stranger {
     }
 }
 
-/// Not even root's, and not through a bind mount that shows them. To a process with the same user id the
-/// host shows the memory of an equal; the user of a guest is not that user.
+/// Not even root in the container can read that memory, not even through a bind mount of /proc. On
+/// the host a process may read the memory of its own user's processes. The user of a guest is not
+/// the host's user with the same id.
 #[test]
 fn the_memory_of_the_hosts_processes_is_not_to_be_had() {
     let scope = Scope::in_pod();
@@ -294,7 +296,8 @@ fn the_memory_of_the_hosts_processes_is_not_to_be_had() {
         let container = scope.container().mount("/host", "bind", "/proc", &options);
         let seen = container.probe(&[&["open", "r"], &paths[..]].concat()).run_json();
         for path in &paths {
-            // The kernel refuses the one for want of a capability, the file server for its name.
+            // Either the kernel refuses for want of a capability, or the file server by the file's
+            // name.
             let refused = [json!("EACCES"), json!("EPERM")].contains(&seen[path]);
             assert!(refused, "{path}, {options:?}: {}", seen[path]);
         }

@@ -11,8 +11,8 @@ fn sleeper(scope: &Scope) -> Container<'_> {
     scope.container().args(["sleep", "1000"])
 }
 
-/// A verb that does not fit the state fails in one line that names the container, and leaves the
-/// state as it is.
+/// Checks that a verb that does not fit the state fails in one line with the container's id, and
+/// leaves the state unchanged.
 #[track_caller]
 fn refused(container: &Container<'_>, verb: &str, args: &[&str]) {
     let before = container.state();
@@ -33,7 +33,7 @@ fn a_container_goes_from_created_to_running_to_stopped() {
     assert_eq!(created.stdout.so_far(), "", "it ran before `start`");
     container.start().ok();
     assert_eq!(created.stdout.line().unwrap(), "ran");
-    // Its standard input is /dev/null, so it ends by itself.
+    // Its standard input is /dev/null, so the process ends by itself.
     assert_eq!(created.wait().status(), 4);
     assert_eq!(container.status(), "stopped");
     container.delete().ok();
@@ -90,7 +90,7 @@ fn a_created_container_refuses_what_does_not_fit() {
     assert_eq!(container.status(), "created");
 }
 
-/// The specification would have it refused, but runc does it, and its callers rely on that.
+/// The specification refuses this, but runc allows it, and its callers rely on that.
 #[test]
 fn a_created_container_can_be_deleted() {
     let scope = Scope::new();
@@ -187,7 +187,7 @@ fn kill_sends_term_unless_told() {
 #[test]
 fn kill_all_reaches_every_process() {
     let scope = Scope::new();
-    // The first process lives on: with it all others would be killed.
+    // The first process lives on, because its end would kill all others.
     let loop_with = |trap: &str| format!("trap '{trap}' TERM; echo up; while :; do sleep 1; done");
     let container = scope.container().shell(&loop_with("echo heard"));
     let mut created = container.start_new();
@@ -213,7 +213,7 @@ fn options_may_follow_the_id() {
     let mut job = scope.runtime().args(["create", &container.id]).args(options).spawn();
     assert_eq!(job.wait().status(), 0, "{}", job.stderr.so_far());
     container.start().ok();
-    // What belongs to the program inside stays with it.
+    // Options after the program belong to the program.
     let out =
         scope.runtime().args(["exec", &container.id, "--cwd", "/tmp", "ls", "-d", "--", "../tmp"]);
     assert_eq!(out.output().ok().stdout, "../tmp\n");
@@ -235,7 +235,7 @@ fn list_shows_every_container() {
     }
     assert!(line(&second.id).contains("stopped"), "{table}");
     let json = scope.runtime().args(["list", "--format", "json"]).output().ok().stdout;
-    // Members are in runc's order, which some callers show as it is.
+    // Members are in runc's order, which some callers show unchanged.
     assert!(json.starts_with(r#"[{"ociVersion":"#), "{json}");
     let all: Vec<Value> = serde_json::from_str(&json).unwrap();
     let status = |id: &str| all.iter().find(|c| c["id"] == id).unwrap()["status"].clone();
@@ -308,7 +308,7 @@ fn delete_force_needs_no_readable_state() {
     container.delete().one_line_error(&["state.json"]);
     let said = container.delete_force().ok().stderr;
     assert!(said.contains("state.json") && said.contains("cgroup"), "{said}");
-    // What only the state could tell.
+    // The cgroup stays, because only the state has its path.
     if let Some(path) = cgroup.strip_prefix("0::/") {
         fs::remove_dir(Path::new("/sys/fs/cgroup").join(path.trim_end())).unwrap();
     }

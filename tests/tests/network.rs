@@ -1,4 +1,4 @@
-//! The network of a container: what its namespace on the host has is what it has, and nothing more.
+//! The network of a container: that of its namespace on the host, and nothing more.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::{
@@ -9,13 +9,13 @@ use std::{
 use isopod_tests::{Container, Netns, PROBE_PATH, Scope, microvm_only, runtime};
 use serde_json::json;
 
-/// How a container looks at its network. Interfaces have a peer on the host only, and a queueing
-/// discipline of the machine's.
+/// Commands that show a container's network. On the host only, an interface has a peer and the
+/// machine's queueing discipline.
 const LOOK: &str =
     "ip -4 address; ip -6 address; ip route; ip -6 route; ip rule; ip -6 rule; ip neigh";
 
-/// What a shell says to [`LOOK`], but for what is the machine's own: a device's queue and its peer,
-/// how an address came to be, and the order in which routes were made.
+/// The output of [`LOOK`] without the machine's own details: a device's queue and peer, the origin
+/// of an address, and the order of routes.
 fn looks(text: &str) -> Vec<String> {
     let line = |line: &str| {
         let line = line.split(" qdisc").next().unwrap_or_default();
@@ -23,7 +23,7 @@ fn looks(text: &str) -> Vec<String> {
         let line = line.split(" flags").next().unwrap_or_default();
         let words =
             line.split_whitespace().filter(|word| !matches!(*word, "noprefixroute" | "tentative"));
-        // `eth0@if3:` is `eth0:`.
+        // `eth0@if3:` becomes `eth0:`.
         let words = words.map(|word| match word.split_once('@') {
             Some((name, _)) => format!("{name}:"),
             None => word.to_owned(),
@@ -39,7 +39,7 @@ fn look(container: Container<'_>) -> Container<'_> {
     container.shell(LOOK)
 }
 
-/// What the namespace itself looks like from the host.
+/// The view of the namespace from the host.
 fn look_from_host(netns: &Netns<'_>) -> Vec<String> {
     let script = LOOK.replace("ip ", "busybox ip ");
     looks(&netns.program(&["sh", "-c", &script]).output().ok().stdout)
@@ -210,8 +210,8 @@ fn settings_of_an_interface_find_it() {
     assert_eq!(out.stdout, "1\n");
 }
 
-/// Moves one end of a new cable into the namespace of a created container and sets it up, as Docker
-/// does from version 26 on.
+/// Moves one end of a new veth pair into the namespace of a created container and sets it up.
+/// Docker does so from version 26 on.
 fn attach(scope: &Scope, outer: &Netns<'_>, pid: i32, name: &str, net: u32) {
     let target = format!("--target={pid}");
     let script = format!(
@@ -241,8 +241,8 @@ fn a_network_that_comes_between_create_and_start() {
     scope.assert_nothing_left_but(&["network namespace"]);
 }
 
-/// How many threads of the host's kernel move packets for a process: its own from Linux 6.4 on, and
-/// kernel threads before. Each is named after the thread that asked for it.
+/// The number of host threads that move packets for a process. From Linux 6.4 on these are threads
+/// of the process, before that kernel threads. Each is named after the thread that asked for it.
 fn vhost_threads(pid: i32) -> usize {
     let paths = |dir: &str| {
         fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>()
@@ -306,7 +306,7 @@ fn what_a_microvm_cannot_share_is_refused() {
     let path = format!("/proc/{pid}/ns/net");
     let other = scope.container().network(&path);
     other.run().one_line_error(&[&path, "--network container:", "cannot share"]);
-    // It is still the holder's.
+    // The interface is still the holder's.
     assert_eq!(holder.status(), "running");
     holder.exec(["ping", "-c", "1", "10.77.0.1"]);
     holder.delete_force().ok();
@@ -361,7 +361,7 @@ fn somebody_elses_traffic_control_is_left_alone() {
     }
 }
 
-/// What is left when a sandbox process is killed between the two halves of a redirect.
+/// The remains of a sandbox process that was killed between the two halves of a redirect.
 #[test]
 fn half_a_redirect_of_a_killed_sandbox_is_no_obstacle() {
     microvm_only!();
@@ -408,7 +408,8 @@ fn a_killed_sandbox_gives_the_interfaces_back() {
     assert!(left.stdout.contains("ingress"), "{left}");
     container.delete_force().ok();
     inner.assert_untouched();
-    // What nobody has cleaned up yet does not stand in the way, and is then not the other's to take.
+    // Remains that nobody has cleaned up are no obstacle. The first container's `delete` then
+    // leaves the second one's redirects alone.
     let first = scope.container().join(&inner).args(["sleep", "1000"]);
     kill(&first);
     let second = scope.container().join(&inner).args(["sleep", "1000"]);
@@ -418,7 +419,8 @@ fn a_killed_sandbox_gives_the_interfaces_back() {
     second.delete_force().ok();
 }
 
-/// Docker writes it again when the container's network is there: in place, for the mount is of a file.
+/// Docker rewrites resolv.conf when the container's network is there. It writes in place, because
+/// the mount is of a file.
 #[test]
 fn resolv_conf_follows_the_host() {
     let scope = Scope::new();
@@ -457,7 +459,7 @@ fn the_engines_name_server_is_reached_and_reaches_others() {
     datagrams.stdout.line_with("listening");
     streams.stdout.line_with("listening");
     container.start().ok();
-    // The name server's own question, from the namespace on the host.
+    // A question of the name server itself, from the namespace on the host.
     let mut others = outer.program(&[&probe, "udp-server", "10.77.0.1:53"]).spawn();
     others.stdout.line_with("listening");
     inner.program(&[&probe, "udp-client", "10.77.0.1:53", "20", "500"]).output().ok();

@@ -1,4 +1,4 @@
-//! `pause` and `resume`, and what the other verbs make of a paused container.
+//! `pause` and `resume`, and other verbs on a paused container.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -8,7 +8,7 @@ use std::time::Instant;
 use isopod_tests::{Container, Created, DEADLINE, Scope, microvm_only, runtime, skip};
 use serde_json::json;
 
-/// Pauses of the host's processes need a freezer that the machine may not have.
+/// Skips the test without a freezer: runc needs one to pause the host's processes.
 macro_rules! needs_freezer {
     () => {
         let v2 = Path::new("/sys/fs/cgroup/cgroup.controllers");
@@ -35,7 +35,7 @@ fn verb(container: &Container<'_>, verb: &str) {
     container.command(verb, &[]).output().ok();
 }
 
-/// Waits until the container writes on: asked of the file's time, for a count may be read half
+/// Waits until the container writes on. Watches the file's time, because a count may be read half
 /// written.
 #[track_caller]
 fn assert_counts(container: &Container<'_>) {
@@ -65,7 +65,7 @@ fn a_paused_container_stands_still_until_it_is_resumed() {
     assert_eq!(container.status(), "paused");
     let list = scope.runtime().args(["list", "--format", "json"]).output().ok().stdout;
     assert_eq!(serde_json::from_str::<serde_json::Value>(&list).unwrap()[0]["status"], "paused");
-    // By the time that a whole other microVM has come and gone, a running one would have written.
+    // A running container would write while another microVM boots and ends.
     let file = container.bundle.rootfs("/count");
     let before = fs::metadata(&file).unwrap().modified().unwrap();
     scope.container().args(["true"]).run().ok();
@@ -114,7 +114,7 @@ fn a_paused_container_refuses_what_does_not_fit() {
     refused("exec", &["true"]);
     refused("start", &[]);
     refused("delete", &[]);
-    // runc takes it for a success.
+    // runc calls this a success.
     if runtime().is_isopod() {
         refused("pause", &[]);
     }
@@ -131,7 +131,7 @@ fn exec_can_be_told_to_wait_for_resume() {
     let _created = started(&container);
     verb(&container, "pause");
     let mut exec = container.command("exec", &["--ignore-paused"]).args(["echo", "hello"]).spawn();
-    // It is not started: another look at the container comes back before.
+    // The process is not started: a later look at the container returns first.
     assert_eq!(container.status(), "paused");
     assert_eq!(exec.stdout.so_far(), "");
     verb(&container, "resume");

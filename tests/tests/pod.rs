@@ -4,11 +4,11 @@
 use std::fs;
 use std::time::Instant;
 
-use isopod_tests::keeper::End;
-use isopod_tests::{Container, Created, DEADLINE, Job, PROBE_PATH, Scope, microvm_only};
+use isopod_tests::subreaper::End;
+use isopod_tests::{Container, Created, DEADLINE, PROBE_PATH, RunningCommand, Scope, microvm_only};
 use serde_json::{Value, json};
 
-/// What Podman shares by default, as config.json and /proc name it.
+/// The namespaces that Podman shares by default, by their names in config.json and in /proc.
 const SHARED: [(&str, &str); 3] = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")];
 
 /// The first container of a pod.
@@ -23,7 +23,7 @@ fn first(scope: &Scope) -> (Container<'_>, Created<'_>) {
     (container, created)
 }
 
-/// A further container of the pod whose first one has this pid.
+/// A further container of the pod whose first container has this pid.
 fn member<'a>(scope: &'a Scope, pid: i32) -> Container<'a> {
     sharing(scope.container(), pid, &SHARED)
         .annotation("io.kubernetes.cri-o.ContainerType", "container")
@@ -42,7 +42,7 @@ fn up<'a>(container: &Container<'a>) -> Created<'a> {
     created
 }
 
-/// The namespace of a container's processes.
+/// A namespace of a container's processes.
 fn namespace(container: &Container<'_>, file: &str) -> String {
     container.exec(["readlink", &format!("/proc/self/ns/{file}")]).ok().stdout
 }
@@ -64,7 +64,7 @@ fn a_container_shares_namespaces_with_the_first() {
         assert_ne!(namespace(&first, file), namespace(&one, file), "{file}");
     }
     assert_eq!(shell(&one, "hostname"), "the-pod\n");
-    // What one listens on is heard by the other, on the loopback of both.
+    // A server of one container is reachable from the other, on their common loopback.
     shell(&one, "echo hello >/page; httpd -p 127.0.0.1:8080 -h /");
     assert_eq!(shell(&first, "wget -q -O - http://127.0.0.1:8080/page"), "hello\n");
     // Files and processes are not shared.
@@ -91,7 +91,7 @@ fn it_has_no_microvm_of_its_own() {
     let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", first_one.pid));
     assert_eq!(children.unwrap(), "");
     let held = held(&scope, created.pid);
-    // It ends, is deleted and made again, and the others do not notice.
+    // The member ends, is deleted and made again, and the others do not notice.
     one.kill("TERM").ok();
     assert_eq!(one.kill("KILL").status, 0);
     assert_eq!(first_one.wait(), End::Exited(137));
@@ -104,7 +104,7 @@ fn it_has_no_microvm_of_its_own() {
     first_one.wait();
     one.delete().ok();
     assert_eq!(scope.census().since(&before), Vec::<String>::new());
-    // Neither does the microVM hold anything of it.
+    // The microVM holds nothing of the deleted member either.
     let [mounts, seen, files] = self::held(&scope, created.pid);
     let of_one = one.bundle.dir.to_string_lossy().into_owned();
     for list in [&mounts, &seen, &files] {
@@ -115,7 +115,7 @@ fn it_has_no_microvm_of_its_own() {
     scope.assert_nothing_left();
 }
 
-/// The mounts of the sandbox process of a pod's first container and of its VMM, and the VMM's open files.
+/// The mounts of a pod's sandbox process and of its VMM, and the VMM's open files.
 fn held(scope: &Scope, pid: i32) -> [String; 3] {
     let vmm = scope.child(pid, "isopod-vmm");
     let mounts = |pid| fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
@@ -142,7 +142,7 @@ fn mounts_of_the_host_stay_when_it_goes() {
         .shell("cat /volume/below/file");
     let out = one.run();
     let still = fs::read_to_string(below.join("file"));
-    // What is mounted while it runs comes and goes with it as well.
+    // Mounts that the host makes while a member runs come and go with it as well.
     let two = member(&scope, created.pid).mount("/volume", "bind", &source, &["rbind", "rw"]);
     let _two = up(&two);
     let over = format!("mount -t tmpfs none {source}/below && mount -t tmpfs none {source}");
@@ -170,13 +170,13 @@ fn with_shm<'a>(container: Container<'a>, source: &str) -> Container<'a> {
     without.mount("/dev/shm", "bind", source, &options)
 }
 
-/// Leaves a mark in a page of shared memory, and waits for that of another container.
-fn meet<'a>(container: &Container<'a>, own: &str, other: &str) -> Job<'a> {
+/// Sets a mark in a page of shared memory, and waits for the mark of another container.
+fn meet<'a>(container: &Container<'a>, own: &str, other: &str) -> RunningCommand<'a> {
     let probe = [PROBE_PATH, "meet", "/dev/shm/page", own, other];
     container.command("exec", &[]).args(probe).spawn()
 }
 
-/// What engines make for the containers of a pod: a tmpfs of the host, bound at /dev/shm by each.
+/// Engines make this for the containers of a pod: a tmpfs of the host, bound at /dev/shm by each.
 #[test]
 fn shared_memory_is_one_for_all_containers() {
     let scope = Scope::new();
@@ -200,7 +200,7 @@ fn shared_memory_is_one_for_all_containers() {
     assert_eq!(shell(&one, "cat /dev/shm/file"), "text\n");
     let (a, b) = (meet(&first, "0", "1"), meet(&one, "1", "0"));
     assert_eq!((a.output().ok().stdout, b.output().ok().stdout), ("met\n".into(), "met\n".into()));
-    // It ends with the last of them.
+    // The shared memory outlives a member.
     one.delete_force().ok();
     let again = with_shm(member(&scope, created.pid), &source);
     let _again = up(&again);
@@ -217,7 +217,7 @@ fn a_creation_that_is_given_up_leaves_nothing_in_the_guest() {
     let scope = Scope::new();
     let (first, created) = first(&scope);
     let before = scope.census();
-    // A hook of the guest that does not end by itself.
+    // A hook in the guest that does not end by itself.
     let one = member(&scope, created.pid);
     let root = format!("/run/isopod/shared/{}/rootfs", one.id);
     let script = format!(": >{root}/begun; kill -STOP $$");
@@ -258,7 +258,7 @@ fn its_exit_status_output_and_volumes_are_its_own() {
     assert_eq!((out.status, out.stdout.as_str()), (7, "from the host\n"), "{out}");
     assert!(out.stderr.starts_with("err\n") && out.stderr.contains("Read-only"), "{out}");
     assert_eq!(fs::read_to_string(volume.join("out")).unwrap(), "back\n");
-    // Again, with the same name: nothing of the other is left there.
+    // Again, with the same name: nothing of the first run is left there.
     let out = one.run();
     assert_eq!(out.status, 7, "{out}");
     first.delete_force().ok();
@@ -353,7 +353,7 @@ fn a_killed_sandbox_process_leaves_nothing_after_delete() {
     assert_eq!(one.status(), "stopped");
     one.delete().ok();
     assert_eq!(scope.census().since(&before), Vec::<String>::new());
-    // In the guest neither: the name is free again.
+    // Nothing is left in the guest either: the name is free again.
     let _again = up(&one);
     one.delete_force().ok();
     first.delete_force().ok();
@@ -386,13 +386,13 @@ fn what_a_running_microvm_cannot_give_is_refused() {
         }),
         &["user namespace", "cannot be shared"],
     );
-    // A process of the host, and a container that says nothing of a pod.
+    // A process of the host, and a container without an annotation of its pod.
     refused(sharing(one(), 1, &SHARED), &["process 1 is no container's"]);
     refused(
         sharing(scope.container(), created.pid, &SHARED[..1]).args(["true"]),
         &["--network container:"],
     );
-    // A program that is not there, when everything else has been made.
+    // A missing program, noticed when everything else has been made.
     let missing = one().args(["no-such-program"]).run();
     assert_eq!(missing.status, 1, "{missing}");
     assert_eq!(scope.census().since(&before), Vec::<String>::new());

@@ -6,7 +6,7 @@ use isopod_tests::case;
 use isopod_tests::engine::cases::{OF_DOCKER, pods, watch};
 use isopod_tests::engine::{Case, Engine, main as suite};
 
-/// What Docker has not.
+/// Cases of features that Docker lacks.
 const OWN: &[Case] = &[
     case!(watch::top_by_ps),
     case!(pods::rootfs),

@@ -1,4 +1,4 @@
-//! `--preserve-fds`: what goes through descriptors beyond the standard streams.
+//! `--preserve-fds`: streams through descriptors beyond the standard ones.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -7,10 +7,11 @@ use isopod_tests::terminal::Terminal;
 use isopod_tests::{Command, Container, DEADLINE, Scope, microvm_only};
 use serde_json::json;
 
-/// Runs a command with 3 as the end of what this script's standard input has, and 4 as its output.
+/// Runs a command with a pipe to read as descriptor 3, and this script's output as descriptor 4.
 const PIPES: &str = r#"printf 'to the guest' | "$@" 3<&0 </dev/null 4>&1 1>&2 | cat"#;
 
-/// The same with a socket as 3, at whose other end is a question and who reads all of the answer.
+/// Runs a command with a socket as descriptor 3. The other end sends a question and reads the whole
+/// answer.
 const SOCKET: &str = r#"
     use Socket; use POSIX;
     socketpair(my $here, my $there, AF_UNIX, SOCK_STREAM, 0) or die;
@@ -39,7 +40,7 @@ fn pipes_are_the_processs_own_descriptors() {
     let out = through_pipes(command, PIPES).output().ok();
     assert_eq!(out.stdout, "to the guest", "{out}");
     assert!(out.stderr.contains("pipe:[") && out.stderr.contains("done"), "{out}");
-    // No others are there, and without the option none.
+    // No other descriptors are open, and without the option none.
     let script =
         "for n in 3 4 5 6; do (eval \"exec 9<&$n\") 2>/dev/null && echo $n; done; echo end";
     for (options, open) in [(&["--preserve-fds", "1"][..], "3\nend\n"), (&[], "end\n")] {
@@ -123,7 +124,7 @@ fn a_service_managers_descriptors_come_first() {
         through_pipes(command, manager).output()
     };
     assert_eq!(run(manager).ok().stdout, "1 1\nfirst\nsecond\n");
-    // Meant for another process.
+    // Descriptors meant for another process.
     let out = run(&manager.replace("$$", "1"));
     assert!(out.stdout.starts_with("\nfirst\n"), "{out}");
 }

@@ -1,11 +1,12 @@
-//! What engines write for a privileged container: everything is allowed, inside the microVM. And
-//! devices that others ask for.
+//! Privileged containers as engines write them: everything is allowed, inside the microVM. Also
+//! devices that other containers ask for.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use isopod_tests::{Container, Scope, microvm_only};
 use serde_json::{Value, json};
 
-/// Every capability, all devices and a node for some of the host's, nothing hidden, nothing read-only.
+/// Every capability, all devices, nodes for some devices of the host, nothing hidden, nothing
+/// read-only.
 fn privileged(scope: &Scope) -> Container<'_> {
     let all: Vec<String> = CAPABILITIES.iter().map(|name| format!("CAP_{name}")).collect();
     let names: Vec<&str> = all.iter().map(String::as_str).collect();
@@ -90,7 +91,7 @@ fn a_device_of_the_host_is_refused_by_name() {
     }
 }
 
-/// In the order of their numbers (linux/capability.h).
+/// All capabilities in the order of their numbers (linux/capability.h).
 const CAPABILITIES: [&str; 41] = [
     "CHOWN",
     "DAC_OVERRIDE",

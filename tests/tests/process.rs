@@ -7,7 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use isopod_tests::{Container, PROBE_PATH, Scope, runtime, skip};
 use serde_json::{Value, json};
 
-/// What the probe sees when config.json is changed like this.
+/// The probe's report after a change of config.json.
 fn report(scope: &Scope, change: impl FnOnce(&mut Value)) -> Value {
     scope.container().probe(&["report"]).edit(change).run_json()
 }
@@ -51,13 +51,13 @@ fn every_capability_set_is_as_asked() {
             "effective": ["CAP_CHOWN", "CAP_SYS_CHROOT"],
             "ambient": ["CAP_CHOWN"],
         });
-        // As another user, for root gets the whole bounding set by execve.
+        // As another user, because execve(2) gives root the whole bounding set.
         c["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
     });
     let sets = &seen["capabilities"];
     assert_eq!(sets["bounding"], mask(&[CHOWN, KILL, SYS_CHROOT, NET_BIND_SERVICE]));
     assert_eq!(sets["inheritable"], mask(&[CHOWN, KILL]));
-    // execve keeps of these what is ambient (capabilities(7)).
+    // Of these sets execve(2) keeps the ambient capabilities (capabilities(7)).
     for set in ["permitted", "effective", "ambient"] {
         assert_eq!(sets[set], mask(&[CHOWN]), "{set}");
     }
@@ -86,12 +86,12 @@ fn user_groups_and_umask_are_as_asked() {
     groups.sort_unstable();
     assert_eq!(groups, [5, 1002, 70000]);
     assert_eq!(seen["umask"], json!("0027"));
-    // No ambient set was asked for a user who is not root beyond the default one.
+    // A user other than root has the default bounding set.
     let default = mask(&[AUDIT_WRITE, KILL, NET_BIND_SERVICE]);
     assert_eq!(seen["capabilities"]["bounding"], default);
 }
 
-/// To the kernel the largest number means "as it was", which is root.
+/// To the kernel the id 4294967295 means "unchanged", and unchanged is root.
 #[test]
 fn nobody_is_root_by_a_number_out_of_range() {
     const WORDS: &str = "uids and gids must be in range 0-2147483647";
@@ -213,7 +213,7 @@ fn hostname_and_domainname_are_as_asked() {
 #[test]
 fn no_descriptor_is_inherited_but_the_three_streams() {
     let scope = Scope::in_pod();
-    // The probe's own look at /proc/self/fd is the fourth.
+    // The fourth is the probe's own, of /proc/self/fd.
     assert_eq!(report(&scope, |_| {})["descriptors"], json!([0, 1, 2, 3]));
 }
 
@@ -275,7 +275,7 @@ fn exec_takes_a_whole_process() {
     assert_eq!((&seen["cwd"], &seen["env"]["FROM"]), (&json!("/etc"), &json!("process")));
     assert_eq!(seen["capabilities"]["bounding"], mask(&[CHOWN]));
     assert_eq!(seen["rlimits"]["RLIMIT_NOFILE"], json!([64, 64]));
-    // The container's own has it, and what the file leaves out is false.
+    // The container's own process has it, but a field missing in the file is false.
     assert_eq!(seen["no_new_privs"], json!("0"));
 }
 
@@ -314,14 +314,14 @@ fn exec_detached_leaves_a_pid_that_ends_with_the_programs_status() {
     let pid: i32 = fs::read_to_string(&pid_file).unwrap().parse().unwrap();
     let inside = job.stdout.line().unwrap();
     assert_eq!(scope.keeper().ended(pid), None);
-    // From inside, for `kill` reaches the container's first process.
+    // From inside, because the verb `kill` signals the container's first process.
     container.exec(["kill", "-TERM", &inside]).ok();
     let end = scope.keeper().wait(pid, isopod_tests::DEADLINE).expect("it has not ended");
     assert_eq!(end.status(), 12);
     assert_eq!(container.status(), "running");
 }
 
-/// The host's kernel chooses by it too when the memory of the host runs out.
+/// The host's kernel chooses by this score too, when the host's memory runs out.
 #[test]
 fn oom_score_adj_holds_on_the_host() {
     let scope = Scope::new();
@@ -334,7 +334,7 @@ fn oom_score_adj_holds_on_the_host() {
         return;
     }
     assert_eq!(of(scope.child(created.pid, "isopod-vmm")), "321\n");
-    // Engines protect themselves, and not what they run.
+    // An engine protects itself, but not its containers.
     let protected = ["sh", "-c", "echo -500 > /proc/self/oom_score_adj; exec \"$@\"", "sh"];
     let pid_file = scope.dir().join("exec.pid");
     let options = ["--detach", "--pid-file", pid_file.to_str().unwrap()];

@@ -5,7 +5,7 @@ use std::fs;
 
 use isopod_tests::{Scope, microvm_only, runtime};
 
-/// The rows of the table, its heading first. The last cell is all that is left of a line.
+/// The rows of the table, its heading first. The last cell is the rest of a line.
 fn table(text: &str) -> Vec<Vec<String>> {
     let cells = |line: &str| {
         let mut cells: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
@@ -25,7 +25,7 @@ fn users_have_the_names_of_the_containers_own_passwd() {
     microvm_only!();
     let scope = Scope::in_pod();
     let volume = scope.dir().join("passwd");
-    // Its volumes count, and users without a name there have their numbers.
+    // The container's volumes count. A user without a name there is shown by its number.
     fs::write(&volume, "bob:x:1000:1000::/:\ne vil:x:7:7::/:\n").unwrap();
     let volume = volume.to_str().unwrap();
     let container = scope.container().args(["sleep", "1234"]);
@@ -130,7 +130,7 @@ fn options_that_ask_for_something_else_are_refused() {
 fn a_container_with_very_many_processes_is_listed_whole() {
     microvm_only!();
     let scope = Scope::in_pod();
-    // Each has the arguments of the first, which together are more than an answer may have.
+    // Each has the arguments of the first; together they are longer than an answer may be.
     let script = "mkfifo /tmp/wait; for i in $(seq 300); do (read line </tmp/wait) & done; \
                   echo up; wait";
     let container = scope.container().args(["sh", "-c", script, "sh", &"x".repeat(50_000)]);

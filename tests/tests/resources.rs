@@ -53,14 +53,14 @@ fn limits_are_in_the_containers_cgroup() {
     // Shares of 2048 are twice the default: 79 by the older conversion, about 170 by the newer.
     let weight: u32 = seen[name("cpu.weight")]["text"].as_str().unwrap().trim().parse().unwrap();
     assert!((79..=200).contains(&weight), "cpu.weight is {weight}");
-    // A host's kernel without swap has no such file; the guest's has swap.
+    // A host's kernel without swap has no such file; the guest's kernel has swap.
     let swap = &seen[name("memory.swap.max")];
     if runtime().is_isopod() || swap["error"] != "ENOENT" {
         assert_eq!(swap["text"], json!("67108864\n"));
     }
 }
 
-/// Limits that only newer kernels and runtimes have, or only some file systems of groups.
+/// Limits that only newer kernels and runtimes have, or only one version of cgroups.
 #[test]
 fn further_limits_are_in_the_containers_cgroup() {
     microvm_only!();
@@ -153,7 +153,8 @@ fn memory_that_the_guest_frees_goes_back_to_the_host() {
     let full = resident_mib();
     assert!(full > MIB, "{full} MiB");
     writeln!(stdin).unwrap();
-    // The guest reports free pages in rounds, some seconds apart: by its own clock, which `tick`s.
+    // The guest reports free pages in rounds, some seconds apart by its own clock. The container
+    // `tick`s by that clock.
     let given_back = (0..60).any(|_| {
         run.stdout.line_with("tick");
         resident_mib() + MIB * 3 / 4 < full
@@ -214,7 +215,7 @@ fn four_gib_of_memory_work_across_the_32_bit_hole() {
     assert!(number("total_kib") > 3800 << 10, "{seen}");
     assert!(number("pages_below_4g") >= 16384, "{seen}");
     assert!(number("pages_above_4g") >= 16384, "{seen}");
-    // There is a hole below 4 GiB, so 4 GiB of memory end above them.
+    // The device hole is below 4 GiB, so 4 GiB of memory end above that address.
     assert!(number("highest_address") > 4 << 30, "{seen}");
     assert_eq!(number("wrong_marks"), 0, "{seen}");
 }

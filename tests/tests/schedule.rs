@@ -1,11 +1,11 @@
-//! `process.scheduler`, `ioPriority`, `execCPUAffinity`, and what decides time for a process: read
-//! back from inside.
+//! `process.scheduler`, `ioPriority`, `execCPUAffinity` and other settings of a process's processor
+//! time, read back from inside.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use isopod_tests::{Scope, microvm_only};
 use serde_json::{Value, json};
 
-/// What the probe sees when config.json is changed like this.
+/// The probe's view of scheduling after a change of config.json.
 fn schedule(scope: &Scope, change: impl FnOnce(&mut Value)) -> Value {
     scope.container().probe(&["report"]).edit(change).run_json()["schedule"].clone()
 }

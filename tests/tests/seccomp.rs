@@ -21,7 +21,7 @@ fn calls<'a>(scope: &'a Scope, profile: Value, abi: &str, calls: &[&str]) -> Con
     container.edit(|c| c["linux"]["seccomp"] = profile)
 }
 
-/// Everything is allowed but these.
+/// A profile that allows everything but these rules.
 fn all_but(rules: Value) -> Value {
     json!({
         "defaultAction": "SCMP_ACT_ALLOW",
@@ -63,7 +63,7 @@ fn what_kills_ends_with_sigsys() {
     for action in
         ["SCMP_ACT_KILL", "SCMP_ACT_KILL_THREAD", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"]
     {
-        // One that no runtime makes itself.
+        // A call that no runtime makes itself.
         let rules = json!([{ "names": ["acct"], "action": action }]);
         let out = calls(&scope, all_but(rules), "64", &[ACCT]).run();
         assert_eq!(out.status, 128 + libc::SIGSYS, "{action}: {out}");
@@ -99,7 +99,7 @@ fn arguments_decide() {
         { "names": ["personality"], "action": "SCMP_ACT_ERRNO", "errnoRet": 2,
           "args": [{ "index": 0, "value": 0xf0000, "valueTwo": 0x20000,
                      "op": "SCMP_CMP_MASKED_EQ" }] },
-        // Of two conditions on one argument either will do.
+        // Of two conditions on one argument, either will do.
         { "names": ["keyctl"], "action": "SCMP_ACT_ERRNO", "errnoRet": 3,
           "args": [{ "index": 0, "value": 100, "op": "SCMP_CMP_EQ" },
                    { "index": 0, "value": 200, "op": "SCMP_CMP_GE" }] },
@@ -119,7 +119,7 @@ fn calls_of_32_bit_programs_are_filtered_as_those_of_others() {
     let scope = Scope::in_pod();
     let seen = calls(&scope, refuse_getpid(), "32", &[GETPID_32, "64"]).run_json();
     assert_eq!(seen, json!({ GETPID_32: "EOPNOTSUPP", "64": 0 }));
-    // One that the profile does not list may not be used at all.
+    // An architecture that the profile does not list may not be used at all.
     let mut profile = refuse_getpid();
     profile["architectures"] = json!(["SCMP_ARCH_X86_64"]);
     let out = calls(&scope, profile, "32", &["64"]).run();
@@ -137,8 +137,8 @@ fn exec_has_the_containers_filter() {
     assert_eq!(container.exec_json(&["--user", "1000"], &["report"])["seccomp"], json!("2"));
 }
 
-/// Loading a filter takes CAP_SYS_ADMIN or noNewPrivileges. Whichever serves, the process has
-/// exactly the capabilities that were asked for.
+/// Loading a filter takes CAP_SYS_ADMIN or noNewPrivileges. With either, the process has exactly
+/// the capabilities that were asked for.
 #[test]
 fn a_filter_changes_no_capabilities() {
     let scope = Scope::in_pod();
@@ -163,7 +163,7 @@ fn a_filter_changes_no_capabilities() {
     }
 }
 
-/// A profile that allows what the program needs, and nothing of what starts it.
+/// A profile that allows the program's own calls, and none of those that start it.
 #[test]
 fn the_filter_is_loaded_last() {
     microvm_only!();
@@ -200,7 +200,7 @@ fn a_program_that_may_not_be_executed_is_an_error() {
     assert!(out.stderr.contains("operation not permitted"), "{out}");
 }
 
-/// As container engines write their default: a list of what is allowed, and an error for all else.
+/// A profile like the engines' default: a list of allowed calls, and an error for all others.
 fn allow_list() -> Value {
     let same = |value: u64| json!([{ "index": 0, "value": value, "op": "SCMP_CMP_EQ" }]);
     let mut rules = vec![json!({ "names": ALLOWED, "action": "SCMP_ACT_ALLOW" })];
@@ -233,7 +233,7 @@ fn an_allow_list_lets_programs_work_and_refuses_the_rest() {
     let script = "mkdir -p /tmp/d && echo text > /tmp/d/f && mv /tmp/d/f /tmp/d/g && \
         cat /tmp/d/g | tr a-z A-Z && (sleep 0; exit 3) || echo $? && ls /tmp/d && id -u";
     assert_eq!(under(scope.container().shell(script)), "TEXT\n3\ng\n0\n");
-    // Threads, which C libraries now make by clone3.
+    // Starts threads, which C libraries now make by clone3.
     under(scope.container().probe(&["parallel"]));
     let personalities = [8, 1].map(|n| format!("{PERSONALITY},{n}"));
     let asked =
@@ -244,7 +244,7 @@ fn an_allow_list_lets_programs_work_and_refuses_the_rest() {
         seen,
         json!({
             GETPID: 1, MOUNT: "EPERM", KEYCTL: "EPERM", UNSHARE_USER: "EPERM", CLONE3: "ENOSYS",
-            // Newer than the list: programs shall fall back to what is older.
+            // Newer than the list: programs shall fall back to an older call.
             MSEAL: "ENOSYS",
             &personalities[0]: 0, &personalities[1]: "EPERM",
         })
@@ -273,7 +273,7 @@ fn what_cannot_be_honoured_is_refused_by_name() {
     }
 }
 
-/// What ordinary programs need.
+/// The calls that ordinary programs need.
 const ALLOWED: &[&str] = &[
     "accept",
     "accept4",

@@ -1,7 +1,7 @@
-//! What shows only on a machine with two processors.
+//! Tests that need a machine with two processors.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
-use isopod_tests::{Job, Netns, Output, PROBE_PATH, Scope, microvm_only, runtime, skip};
+use isopod_tests::{Netns, Output, PROBE_PATH, RunningCommand, Scope, microvm_only, runtime, skip};
 use serde_json::json;
 
 #[test]
@@ -43,9 +43,9 @@ fn a_network_device_has_a_queue_for_each_vcpu() {
         outer.program(&[&probe, "tcp-client", &address, &len]).spawn()
     };
     let clients: Vec<_> = (1..5).map(client).collect();
-    let clients: Vec<Output> = clients.into_iter().map(Job::output).collect();
+    let clients: Vec<Output> = clients.into_iter().map(RunningCommand::output).collect();
     created.wait();
-    // What the servers say tells why a client failed.
+    // The servers' output tells why a client failed.
     let servers = format!("{}{}", created.stdout.rest(), created.stderr.rest());
     assert!(clients.iter().all(|client| client.status == 0), "{servers}{clients:?}");
 }

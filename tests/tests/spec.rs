@@ -1,4 +1,4 @@
-//! `spec`: the config.json that it writes is one that runs.
+//! `spec`: the config.json that it writes runs.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -12,7 +12,8 @@ fn spec(scope: &Scope, dir: &std::path::Path) -> Output {
     scope.runtime().args(["spec", "--bundle", dir.to_str().unwrap()]).output()
 }
 
-/// What this writes with these arguments, all of it but names and versions.
+/// The config.json that `program` writes with these arguments, without ambient capabilities, names
+/// and versions.
 fn written(scope: &Scope, program: &[&str]) -> Value {
     let dir = scope.dir().join("written");
     fs::create_dir(&dir).unwrap();
@@ -86,7 +87,7 @@ fn what_it_writes_is_as_runcs_and_nothing_is_overwritten() {
 fn it_runs_as_it_is() {
     microvm_only!();
     let scope = Scope::new();
-    // For its root file system, in the place that the specification names.
+    // Only for its root file system, at the path that the specification names.
     let container = scope.container();
     let dir = container.bundle.dir.to_str().unwrap();
     spec(&scope, &container.bundle.dir).ok();

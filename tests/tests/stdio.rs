@@ -8,7 +8,7 @@ use isopod_tests::{Command, DEADLINE, PROBE_PATH, Scope, microvm_only, runtime};
 
 const LEN: u64 = 64 << 20;
 
-/// Sends pattern 2 to the probe's `duplex` while it sends pattern 1.
+/// Sends pattern 2 to the probe's `duplex`, which sends pattern 1 meanwhile.
 fn both_ways(command: Command<'_>) {
     let mut job = command.stdin_piped().spawn();
     let mut stdin = job.take_stdin();
@@ -104,8 +104,8 @@ fn the_end_of_output_arrives_while_the_program_runs_on() {
     assert_eq!(job.wait().status(), 5);
 }
 
-/// A command that stays waits for all who hold its output. The pid of one that does not stay ends with
-/// the process, and what comes later arrives all the same.
+/// A foreground `exec` waits for all holders of its output. The pid of a detached one ends with the
+/// process, and later output arrives all the same.
 #[test]
 fn what_a_descendant_writes_after_the_end_arrives() {
     let scope = Scope::in_pod();
@@ -160,8 +160,8 @@ fn streams_of_several_processes_do_not_mix() {
     }
 }
 
-/// Input that the command shares with others, such as the loop that it is in, is theirs until its program
-/// reads. runc takes all of it at once.
+/// Others may share the command's input, such as the loop around it. The input is theirs until the
+/// command's program reads. runc takes all of it at once.
 #[test]
 fn input_is_left_alone_until_the_program_reads() {
     microvm_only!();
@@ -179,7 +179,7 @@ fn input_is_left_alone_until_the_program_reads() {
     let looped = "while read line; do echo $line; EXEC sh -c 'echo in; sleep 0.1'; done";
     assert_eq!(run(&format!("{looped} < LINES")), "a\nin\nb\nin\nc\nin\n");
     assert_eq!(run(&format!("cat LINES | {looped}")), "a\nin\nb\nin\nc\nin\n");
-    // Whoever reads in the end, and by whatever descriptor or call.
+    // Any process may be the reader, by any descriptor or call.
     for reader in ["cat", "sh -c 'sleep 0.1; cat'", "sh -c 'exec 5<&0 0</dev/null; cat <&5; true'"]
     {
         assert_eq!(run(&format!("read line < LINES; EXEC {reader} < LINES")), "a\nb\nc\n");

@@ -1,19 +1,21 @@
-//! A real systemd as the one who makes cgroups, in namespaces of its own.
+//! A real systemd as the maker of cgroups, in namespaces of its own.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use isopod_tests::{Command, Job, Scope, microvm_only, skip};
+use isopod_tests::{Command, RunningCommand, Scope, microvm_only, skip};
 use serde_json::json;
 
 const SYSTEMD: &str = "/lib/systemd/systemd";
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// Becomes the systemd of a user, which manages scopes as that of the system does, and takes the latter's
-/// place for those who ask for it. It cannot be that of the system in a namespace of processes: systemd does
-/// not stop a scope in order when it cannot see all of its processes, and KVM's kernel threads, which are in
-/// the cgroup of the VMM, are in no such namespace. Of the units of this machine it starts none.
+/// Becomes the systemd of a user, which manages scopes as that of the system does. Takes the place
+/// of the system's for clients, and starts no unit of this machine.
+///
+/// It cannot be that of the system in a PID namespace. systemd does not stop a scope in order when
+/// it cannot see all of its processes. KVM's kernel threads are in the VMM's cgroup, but in no such
+/// namespace.
 const BECOME: &str = r#"
     set -e
     mkdir "$1"; echo 0 > "$1/cgroup.procs"
@@ -28,7 +30,7 @@ const BECOME: &str = r#"
 /// A systemd with its own mounts and cgroups.
 struct Systemd<'a> {
     scope: &'a Scope,
-    job: Job<'a>,
+    job: RunningCommand<'a>,
     cgroup: PathBuf,
 }
 
@@ -48,7 +50,7 @@ impl<'a> Systemd<'a> {
         systemd
     }
 
-    /// A program that sees its mounts.
+    /// A program in its mount namespace.
     fn program(&self, argv: &[&str]) -> Command<'a> {
         let target = self.job.pid.to_string();
         self.scope.program(&[&["nsenter", "--target", &target, "--mount", "--"], argv].concat())
@@ -59,7 +61,7 @@ impl<'a> Systemd<'a> {
         self.program(&argv).env("XDG_RUNTIME_DIR", "/run/user/0")
     }
 
-    /// Ends it, with all that is in it.
+    /// Ends systemd and everything in its cgroup.
     fn end(mut self) {
         self.scope.keeper().signal(self.job.pid, libc::SIGKILL).unwrap();
         self.job.wait();
@@ -78,8 +80,8 @@ fn remove(dir: &Path) {
     fs::remove_dir(dir).unwrap();
 }
 
-/// The end of a scope is that of the container in it, which has the time to end by itself. The name of
-/// the scope is one that systemd has to escape.
+/// The end of a scope gives the container in it the time to end by itself. systemd has to escape
+/// the name of this scope.
 #[test]
 fn a_scope_that_is_stopped_ends_its_container_in_order() {
     microvm_only!();

@@ -17,7 +17,7 @@ fn assert_follows_resizing(terminal: &mut Terminal) {
         terminal.screen.line_with("size ");
         terminal.resize(columns, rows);
         terminal.screen.line_with(&format!("size {columns}x{rows}"));
-        // The next round waits for a line again.
+        // Gives the next round its first line.
         terminal.resize(columns + 1, rows);
     }
     terminal.keys("\n");
@@ -83,8 +83,8 @@ fn exec_sends_its_terminal_over_the_console_socket() {
     assert_follows_resizing(&mut terminal);
 }
 
-/// As the end of whoever holds it: a process that waits is told by a signal, and one that writes does
-/// not wait for ever.
+/// A terminal is hung up when its holder ends. A process that waits gets SIGHUP, and a process in a
+/// write does not wait for ever.
 #[test]
 fn a_terminal_whose_reader_is_gone_is_hung_up() {
     let scope = Scope::in_pod();
@@ -148,8 +148,8 @@ fn a_detached_terminal_needs_a_console_socket() {
     scope.assert_nothing_left();
 }
 
-/// A terminal is made also where the caller's streams are none, as in a pipeline of a script. What comes
-/// out of it has no carriage returns: those are for a terminal.
+/// A terminal is made even if the caller's streams are none, as in the pipeline of a script. Its
+/// output then has no carriage returns, which are for a terminal.
 #[test]
 fn the_callers_streams_need_not_be_a_terminal() {
     let scope = Scope::in_pod();

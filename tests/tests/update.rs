@@ -89,7 +89,7 @@ fn options_change_what_they_name_and_nothing_else() {
     assert_eq!(cgroup(&container, "pids.max"), "50");
     update(&container, &["--cpu-quota", "30000"]).ok();
     assert_eq!(cgroup(&container, "cpu.max"), "30000 100000");
-    // The quota of the update before counts on.
+    // The quota of the earlier update still counts.
     update(&container, &["--cpu-period", "60000", "--cpu-share", "1024"]).ok();
     assert_eq!(cgroup(&container, "cpu.max"), "30000 60000");
     update(&container, &["--pids-limit", "-1", "--cpu-quota", "-1"]).ok();
@@ -115,7 +115,7 @@ fn json_comes_from_a_file_or_from_standard_input() {
     let json = json!({ "memory": { "limit": 100 * MIB, "swap": 200 * MIB } }).to_string();
     container.command("update", &["-r", "-"]).stdin(json).output().ok();
     assert_eq!(cgroup(&container, "memory.max"), (100 * MIB).to_string());
-    // As Docker sends it: what is zero, empty or null is to stay.
+    // As Docker sends it: a field that is zero, empty or null leaves its limit unchanged.
     let neutral = json!({
         "devices": null, "hugepageLimits": null, "network": null, "rdma": {}, "unified": {},
         "memory": { "limit": 0, "swap": null, "kernel": 0 }, "blockIO": { "weight": 0 },
@@ -141,7 +141,7 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
         (&["--cpuset-mems", "1"], &["mems"]),
         (&["--l3-cache-schema", "L3:0=f"], &["--l3-cache-schema"]),
         (&["--resources", "/no/such/file"], &["/no/such/file"]),
-        // The kernel's least quota is 1 ms, and the limits before it are taken back.
+        // The kernel's least quota is 1 ms, and the limits set before the failure are taken back.
         (&["--pids-limit", "50", "--cpu-quota", "1"], &["cpu.max", &container.id]),
     ] {
         let out = update(&container, options);

@@ -1,4 +1,4 @@
-//! User namespaces: who the container's users are in the microVM and on the host.
+//! User namespaces: the ids of the container's users in the microVM and on the host.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt as _, chown};
 use isopod_tests::{Container, Scope, microvm_only};
 use serde_json::json;
 
-/// What root of the container is outside.
+/// The outer id of the container's root.
 const BASE: u32 = 100_000;
 
 /// A container with a user namespace, and a root file system that belongs to it.
@@ -52,7 +52,7 @@ fn files_belong_to_the_mapped_users_on_both_sides() {
         .capabilities(&["CAP_CHOWN", "CAP_DAC_OVERRIDE"])
         .mount("/data", "bind", volume.to_str().unwrap(), &["bind"]);
     let out = container.run().ok();
-    // What is not mapped belongs to nobody, whom no capability reaches.
+    // A file of an unmapped id belongs to nobody (65534), and no capability reaches it.
     assert_eq!(out.stdout, "5 6\n7 8\n65534 65534\nrefused\n");
     let own = fs::metadata(volume.join("own")).unwrap();
     assert_eq!((own.uid(), own.gid()), (BASE + 5, BASE + 6));
@@ -128,17 +128,17 @@ fn the_files_of_a_mount_can_belong_to_other_ids() {
         let container = container.shell(script);
         container.command_with_bundle("run", &[]).after_mounting(&mount).output()
     };
-    // As the container's user namespace has it; below the mount nothing is mapped.
+    // By the mapping of the container's user namespace. Below the mount nothing is mapped.
     let out = run(container(&["rbind", "idmap"]), look);
     assert_eq!(out.stdout, "0 0\n5 6\n65534 65534\nx\n", "{out}");
     let make = "echo new > /data/new && chown 7:8 /data/new";
     let out = run(container(&["rbind", "ridmap"]), &format!("{look}; {make}")).ok();
     assert_eq!(out.stdout, "0 0\n5 6\n0 0\nx\nx\n", "{out}");
-    // What the container makes belongs to the ids of the file system.
+    // Files that the container makes have the ids of the file system.
     let stat = format!("{mount}; stat -c '%u %g' {volume}/new");
     let new = scope.program(&["unshare", "--mount", "sh", "-c", &stat]).output().ok();
     assert_eq!(new.stdout, "7 8\n");
-    // As the mount says itself, with a user namespace and without.
+    // By the mount's own mapping, with a user namespace and without.
     let maps = |uid: u32, gid: u32| {
         move |c: &mut serde_json::Value| {
             let mount = c["mounts"].as_array_mut().unwrap().last_mut().unwrap();

@@ -1,4 +1,4 @@
-//! The share between host and guest: what one writes the other sees, as a file system should.
+//! The share between host and guest: each side sees the other's writes, as a file system should.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs::{self, Permissions};
@@ -10,7 +10,7 @@ use isopod_tests::{Container, PROBE_PATH, Scope, bounded, runtime};
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use serde_json::json;
 
-/// All that Docker gives by default, so that files can belong to anyone.
+/// Docker's default capabilities for files, so that files can belong to any user.
 const FILE_CAPABILITIES: [&str; 7] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -115,7 +115,7 @@ fn what_the_host_changes_meanwhile_is_seen_inside() {
     let host = |name: &str| container.bundle.rootfs("/home").join(name);
     let inside = |script: &str| container.exec(["sh", "-c", script]).ok().stdout;
     for round in 0..5 {
-        // A name that was looked up in vain, then made; a file that was read, then replaced.
+        // A name that was looked up in vain, then made.
         inside(&format!("test ! -e /home/new-{round}"));
         fs::write(host(&format!("new-{round}")), format!("{round}")).unwrap();
         let shown =
@@ -143,7 +143,8 @@ fn what_is_written_inside_is_on_the_host_at_once() {
     }
 }
 
-/// Whether this machine's file systems take attributes of users: tmpfs does since Linux 6.6.
+/// Returns whether this machine's file systems take attributes of users: tmpfs does since Linux
+/// 6.6.
 fn has_attributes(scope: &Scope) -> bool {
     let probe = runtime().probe.to_str().unwrap();
     let dir = scope.dir().join("xattr");
@@ -171,8 +172,8 @@ fn assert_holds(outcome: &serde_json::Value, attributes: bool) {
     assert!(broken.is_empty() && all.len() == 23, "{broken:#?}");
 }
 
-/// Makes a file system that takes attributes, with `content` in it. Returns the directory for it and
-/// the command that mounts it there.
+/// Makes a file system that takes attributes, with `content` in it. Returns its directory and the
+/// command that mounts it there.
 fn file_system_with_attributes(scope: &Scope, content: Option<&Path>) -> (String, String) {
     let volume = scope.dir().join("volume").to_string_lossy().into_owned();
     let mount = format!("modprobe loop || true; mount -o loop {volume}.image {volume}");
@@ -209,8 +210,8 @@ fn an_overlay_inside_remembers_what_was_removed() {
     let container = scope.container();
     let root = container.bundle.rootfs("");
     let (volume, mount) = file_system_with_attributes(&scope, Some(&root));
-    // On the root file system and on a volume: a directory that was removed and made again is empty,
-    // now and after the overlay has been mounted once more.
+    // On the root file system and on a volume, a directory that was removed and made again is
+    // empty. It still is after another mount of the overlay.
     let script = "set -e; for d in /over /data/over; do mkdir -p $d/lower/dir/sub $d/upper $d/work $d/m; \
          echo x > $d/lower/dir/sub/file; echo y > $d/lower/gone; \
          mnt() { mount -t overlay o -o lowerdir=$d/lower,upperdir=$d/upper,workdir=$d/work $d/m; }; \
@@ -224,7 +225,7 @@ fn an_overlay_inside_remembers_what_was_removed() {
         c["root"]["path"] = json!(volume);
     });
     let out = container.command_with_bundle("run", &[]).after_mounting(&mount).output().ok();
-    // Two names that `ls` puts before what it lists, and that of the directory.
+    // `ls` prints two names of directories before their entries, and the name of the one directory.
     let expected = ["/over", "/data/over"].map(|d| format!("{d} 3\n{d} 3\n{d} gone\n")).concat();
     assert_eq!(out.stdout, expected, "{out}");
 }
@@ -234,7 +235,7 @@ fn the_root_file_system_is_posix() {
     let scope = Scope::in_pod();
     let container = scope.container();
     assert_posix(&scope, container, "/home");
-    // What the probe's mapping wrote and its links, as the host sees them.
+    // The host's view of the probe's files: the mapping's writes and the names.
     let made = scope.dir().join("bundle-1/rootfs/home");
     let mapped = fs::read(made.join("mmap/file")).unwrap();
     assert_eq!((mapped.len(), mapped[5000], mapped[6000]), (8192, b'm', b'w'));
@@ -255,7 +256,7 @@ fn a_bind_mount_is_posix() {
     assert_eq!(owned, (0o750, 1000, 1001));
 }
 
-/// What readdir(3) gives, sorted, of a directory in which the probe runs; each name as often as it came.
+/// The names by readdir(3) in the probe's container, sorted, each as often as it came.
 fn listed(container: &Container<'_>, dir: &str) -> Vec<String> {
     let names = container.exec_json(&[], &["list", dir]);
     let mut names: Vec<String> = serde_json::from_value(names).unwrap();
@@ -281,8 +282,8 @@ fn a_directory_lists_itself_and_its_parent_once() {
     assert_eq!(root.iter().filter(|name| [".", ".."].contains(&&***name)).count(), 2, "{root:?}");
 }
 
-/// Every name that is there from the begin to the end of a listing is in it once, whatever comes and
-/// goes meanwhile (readdir(3p)).
+/// Checks that a listing has each name once that exists from its beginning to its end, whatever
+/// comes and goes meanwhile (readdir(3p)).
 #[track_caller]
 fn assert_stays_listed(container: &Container<'_>, stable: &[String]) {
     for _ in 0..10 {
@@ -293,7 +294,7 @@ fn assert_stays_listed(container: &Container<'_>, stable: &[String]) {
     }
 }
 
-/// A thousand files in /home, sorted, with what else a listing has.
+/// Makes a thousand files in /home. Returns the names of a whole listing, sorted.
 fn thousand(container: &Container<'_>) -> Vec<String> {
     let mut names: Vec<String> = (0..1000).map(|n| format!("a-name-that-stays-{n}")).collect();
     for name in &names {
@@ -304,7 +305,7 @@ fn thousand(container: &Container<'_>) -> Vec<String> {
     names
 }
 
-/// Names too many or too few, with how often they are there and how often they should be.
+/// The names listed too often or too rarely, with their count and the expected count.
 fn difference(names: &[String], stable: &[String]) -> Vec<(String, usize, usize)> {
     let count = |list: &[String], name: &String| list.iter().filter(|n| *n == name).count();
     let mut all = [names, stable].concat();
@@ -382,8 +383,8 @@ fn a_volume_is_coherent_with_the_host() {
     let _created = container.start_new();
     let inside = |script: &str| container.exec(["sh", "-c", script]).ok().stdout;
     for round in 0..5 {
-        // Known inside, then replaced or removed on the host: at once, what is written is in the file
-        // of that name.
+        // The guest knows a file, and the host replaces or removes it. A write goes at once to the
+        // file that has the name now.
         fs::write(host("file"), "old").unwrap();
         assert_eq!(inside("cat /data/file"), "old");
         if round % 2 == 0 {
@@ -402,7 +403,7 @@ fn a_volume_is_coherent_with_the_host() {
         let followed = bounded(|| inside("cat /root/followed").ends_with(&format!("{round}\n")));
         assert!(followed, "tail -f does not see what the host appends");
     }
-    // Processes that map a file have one memory, however often it is opened meanwhile.
+    // Processes that map a file have one memory, however often the file is opened meanwhile.
     let count = format!(
         "for n in 1 2 3 4; do {PROBE_PATH} count /data/shared 20 & done; wait; od -An -tu8 -N8 /data/shared"
     );
@@ -436,7 +437,7 @@ fn a_lock_holds_between_containers_and_for_the_host() {
     assert!(free, "a lock outlives its container");
 }
 
-/// Whoever holds the lock, and however long: here the host, to the end.
+/// The holder of the lock does not matter, nor for how long: here the host holds it to the end.
 #[test]
 fn a_process_that_waits_for_a_lock_ends_with_a_signal() {
     let scope = Scope::in_pod();

@@ -1,4 +1,4 @@
-//! Volumes: bind mounts of host directories and files, and what the host has mounted below them.
+//! Volumes: bind mounts of host directories and files, and the host's mounts below them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -14,7 +14,7 @@ struct Volume<'a> {
 }
 
 impl<'a> Volume<'a> {
-    /// A tmpfs that passes on what is mounted below it, as systemd makes all mounts.
+    /// Mounts a tmpfs that propagates the mounts below it, as systemd makes all mounts.
     fn new(scope: &'a Scope, name: &str) -> Self {
         let path = scope.dir().join(name);
         fs::create_dir(&path).unwrap();
@@ -25,21 +25,21 @@ impl<'a> Volume<'a> {
         volume
     }
 
-    /// Runs a script in it.
+    /// Runs a script in the directory.
     #[track_caller]
     fn shell(&self, script: &str) {
         let script = format!("cd '{}' && {{ {script}; }}", self.path.display());
         self.scope.program(&["sh", "-c", &script]).output().ok();
     }
 
-    /// Mounts a tmpfs on a new directory in it, with one file.
+    /// Mounts a tmpfs on a new directory in the volume, with one file.
     #[track_caller]
     fn mount(&self, name: &str) {
         let mount = "mount -t tmpfs -o mode=755 none";
         self.shell(&format!("mkdir -p {name}; {mount} {name}; echo {name} > {name}/file"));
     }
 
-    /// Unmounts what is on a directory in it, once nothing keeps it busy any more.
+    /// Unmounts a directory in the volume, once nothing keeps it busy any more.
     #[track_caller]
     fn unmount(&self, name: &str) {
         let path = self.path.join(name);
@@ -71,7 +71,7 @@ fn a_volume_follows_the_host_as_its_propagation_says() {
         ("private", &["rbind", "rprivate"], false),
         ("unbindable", &["rbind", "runbindable"], false),
         ("slave", &["rbind", "rslave"], true),
-        // As runc has it.
+        // As with runc.
         ("none", &["rbind"], true),
     ];
     let volumes = asked.map(|(name, ..)| Volume::new(&scope, name));
@@ -86,10 +86,10 @@ fn a_volume_follows_the_host_as_its_propagation_says() {
         volume.mount("new");
         let seen = shell(&container, &format!("cat /{name}/new/file || true"));
         assert_eq!(seen, if *follows { "new\n" } else { "" }, "{name}");
-        // A file below it is known inside, and none is open.
+        // The guest knows a file below the mount, but none is open.
         shell(&container, &format!("cat /{name}/old/file"));
         volume.unmount("old");
-        // What keeps the mount itself goes on to show it.
+        // A container with a mount of its own goes on to show it.
         let there = || container.exec(["test", "-e", &format!("/{name}/old/file")]).status == 0;
         if *follows {
             assert!(bounded(|| !there()), "{name}: what the host unmounts stays inside");
@@ -103,7 +103,7 @@ fn a_volume_follows_the_host_as_its_propagation_says() {
     scope.assert_nothing_left();
 }
 
-/// Two file systems of the host whose files have equal inode numbers, one of them with a third below it.
+/// Two file systems of the host whose files have equal inode numbers, one with a third below it.
 #[test]
 fn mounts_are_told_apart() {
     let scope = Scope::new();
@@ -139,7 +139,7 @@ fn mounts_are_told_apart() {
         .mount("/other", "bind", b.path.join("2").to_str().unwrap(), &options)
         .shell(script);
     let out = container.run().ok();
-    // A bound file has a device of its own inside, and with runc that of its file system.
+    // A bound file has a device of its own inside; with runc it has that of its file system.
     let linked = if runtime().is_isopod() { "" } else { "file a\nother b\n" };
     let expected = format!(
         "copied\n{linked}3072\n1024\n3072\n6\n0\n1\n1\n2\n3\nlink1\nlink2\nlink3\nsub\n0\nnew\n"
@@ -148,12 +148,13 @@ fn mounts_are_told_apart() {
     assert_eq!(fs::read(a.path.join("1")).unwrap(), fs::read(b.path.join("1")).unwrap());
 }
 
-/// A guest's kernel remembers the files of a root file system, which nobody else writes, for as long as it
-/// has memory. It is asked to forget some, long before there are as many as the host keeps for it.
+/// Only the guest writes to its root file system, so the guest's kernel remembers the files for as
+/// long as it has memory. The kernel is asked to forget some, long before they are as many as the
+/// host keeps.
 #[test]
 fn a_guest_forgets_the_files_of_a_large_tree() {
     let scope = Scope::new();
-    // A quarter of the files that the host keeps for 128 MiB, which have room for all of them.
+    // A quarter of the files that the host keeps for 128 MiB. The memory has room for all of them.
     let container = scope.container().annotation("dev.isopod.memory_mib", "128");
     let tree = container.bundle.rootfs("/tree");
     let script =
@@ -166,7 +167,7 @@ fn a_guest_forgets_the_files_of_a_large_tree() {
     };
     let walk = |dir| format!("find {dir} -type f | wc -l");
     let container = container.shell(&format!("{}; {forgotten} {}", walk("/tree"), walk("/tree/1")));
-    // With no more descriptors than this, files that the guest knows of are not all open.
+    // With no more descriptors than this, not all files that the guest knows are open.
     let limit = ["prlimit", "--nofile=1024:1024"];
     let out = container.command_with_bundle("run", &[]).through(&limit).output().ok();
     assert_eq!(out.stdout, "33000\n100\n", "{out}");

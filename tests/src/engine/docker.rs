@@ -1,4 +1,4 @@
-//! Docker: its daemon as a child of the engine's keeper, with a containerd of its own.
+//! Docker: its daemon as a child of the engine's subreaper, with a containerd of its own.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -8,23 +8,24 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::{Engine, IMAGE, Kind, With};
-use crate::command::{Command, DEADLINE};
+use crate::command::Command;
+use crate::deadline::DEADLINE;
 
-/// Not what else may be called docker in `PATH`.
+/// The client's full path: `PATH` may hold another program named docker.
 const CLIENT: &str = "/usr/bin/docker";
 const DAEMON: &str = "/usr/sbin/dockerd";
 const CONTAINERD: &str = "/usr/bin/containerd";
 
-/// How long to wait before looking again whether a thing of somebody else's has come.
+/// The pause between two looks at a state that the engine does not report.
 const LOOK: Duration = Duration::from_millis(100);
 
 impl Engine {
-    /// Debian's docker.io of this machine.
+    /// Starts this machine's docker.io, Debian's package.
     pub fn docker() -> Self {
         Self::start_docker(None)
     }
 
-    /// The docker.io of a Debian tree.
+    /// Starts the docker.io of a Debian tree.
     pub fn docker_of(tree: &Path) -> Self {
         Self::start_docker(Some(tree))
     }
@@ -32,7 +33,8 @@ impl Engine {
     fn start_docker(tree: Option<&Path>) -> Self {
         let mut engine = Self::build(Kind::Docker, tree);
         engine.configure(With::Runc);
-        // The daemon gives its containerd 15 s to answer, and a lab has its files from a shared directory.
+        // The daemon gives its containerd 15 s to answer, and a lab reads its files from a shared
+        // directory. So the programs are read into the page cache first.
         engine
             .inside(&["sh", "-c", &format!("cat {DAEMON} {CONTAINERD} >/dev/null")])
             .output()
@@ -43,7 +45,7 @@ impl Engine {
         let daemon = job.pid;
         engine.daemon = Some(daemon);
         engine.await_socket(daemon);
-        // Answered when the daemon is up.
+        // `version` returns when the daemon is up.
         let version = engine.client(With::Runc).args(["version"]).output();
         assert_eq!(version.status, 0, "{version}\ndockerd: {}", engine.daemon_log());
         engine.import();
@@ -67,7 +69,7 @@ impl Engine {
         fs::write(self.dir().join("daemon.json"), config.to_string()).expect("daemon.json");
     }
 
-    /// Has the daemon use another runtime for containers that name none.
+    /// Makes the daemon use another runtime for containers that name none.
     pub fn set_default_runtime(&self, default: With) {
         self.configure(default);
         let said = |log: &str| log.matches("Reloaded configuration").count();
@@ -81,12 +83,12 @@ impl Engine {
         }
     }
 
-    /// What the daemon has logged, or nothing.
+    /// The daemon's log, empty if there is none.
     pub fn daemon_log(&self) -> String {
         fs::read_to_string(self.dir().join("daemon.log")).unwrap_or_default()
     }
 
-    /// Until the daemon listens; it answers later.
+    /// Waits until the daemon listens. It answers later.
     fn await_socket(&self, daemon: i32) {
         let begun = Instant::now();
         while UnixStream::connect(self.dir().join("docker.sock")).is_err() {
@@ -99,7 +101,7 @@ impl Engine {
 
     pub(super) fn docker_client(&self) -> Command<'_> {
         let host = format!("unix://{}", self.path("docker.sock"));
-        // What a person has in a home directory is not for tests.
+        // A client's configuration in a home directory is not for tests.
         let config = self.path("client");
         self.inside(&[CLIENT, "--config", &config, "--host", &host]).env("DOCKER_BUILDKIT", "0")
     }

@@ -1,10 +1,10 @@
-//! Images, made here: no registry is asked for anything.
+//! Images, made here: no registry is asked.
 
 use super::Engine;
 use crate::bundle::Bundle;
 
 impl Engine {
-    /// An archive of a bundle's root file system, to import.
+    /// Archives a bundle's root file system, for an import.
     pub(super) fn image_archive(&self) -> String {
         let bundle = Bundle::new(self.dir().join("image"));
         let archive = self.path("image.tar");

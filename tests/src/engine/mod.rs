@@ -1,9 +1,10 @@
 //! Container engines under test: Docker and Podman, each with runc and with Isopod.
 //!
-//! An engine lives in namespaces of its own (`world.sh`), below a scope's keeper, so that it meets no
-//! engine of the machine and all that it and its runtimes make can be counted. It is started once for
-//! a test program, because that takes an emulated machine twenty seconds. The program is a table of
-//! [`Case`]s, each of which runs with runc first, which proves it, and then with Isopod.
+//! An engine lives in namespaces of its own (`world.sh`), below a scope's subreaper. So it meets no
+//! engine of the machine, and everything that the engine and its runtimes make can be counted. The
+//! start takes an emulated machine twenty seconds, so an engine is started once for a test program.
+//! The program is a table of [`Case`]s. Each runs with runc first, which proves the case, and then
+//! with Isopod.
 
 mod case;
 pub mod cases;
@@ -25,7 +26,7 @@ pub use case::Case;
 pub use run::{Container, Run};
 pub use suite::main;
 
-/// The image that cases run: busybox, and the probe as `/bin/probe`.
+/// The image of the cases: busybox, and the probe as `/bin/probe`.
 pub const IMAGE: &str = "isopod-test";
 
 const WORLD: &str = include_str!("world.sh");
@@ -33,14 +34,14 @@ const WORLD: &str = include_str!("world.sh");
 /// The OCI runtime that an engine is told to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum With {
-    /// runc: proves the case.
+    /// runc, which proves the case.
     Runc,
-    /// What is under test.
+    /// The runtime under test.
     Isopod,
 }
 
 impl With {
-    /// Its name, for people and for Docker.
+    /// The runtime's name, for people and for Docker.
     pub fn name(self) -> &'static str {
         match self {
             Self::Runc => "runc",
@@ -48,7 +49,7 @@ impl With {
         }
     }
 
-    /// Its program.
+    /// The path of the runtime's program.
     pub fn path(self) -> String {
         match self {
             Self::Runc => "/usr/sbin/runc".to_owned(),
@@ -57,7 +58,7 @@ impl With {
     }
 }
 
-/// The Debian tree that a variable names; `cargo xtask test` makes it.
+/// The Debian tree that a variable names; `cargo xtask test` makes the tree.
 pub fn tree(variable: &str) -> String {
     match std::env::var(variable) {
         Ok(tree) if Path::new(&tree).is_dir() => tree,
@@ -65,7 +66,7 @@ pub fn tree(variable: &str) -> String {
     }
 }
 
-/// What follows the last `::`.
+/// The part of a path after the last `::`.
 #[doc(hidden)]
 pub const fn last_of(path: &str) -> &str {
     let bytes = path.as_bytes();
@@ -76,7 +77,7 @@ pub const fn last_of(path: &str) -> &str {
     path.split_at(at).1
 }
 
-/// Which engine.
+/// The kind of an engine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// The machine's own Docker, or that of a tree.
@@ -85,10 +86,10 @@ pub enum Kind {
     Podman,
 }
 
-/// A container engine that runs.
+/// A running container engine.
 #[derive(Debug)]
 pub struct Engine {
-    /// Which it is.
+    /// The engine's kind.
     pub kind: Kind,
     scope: Scope,
     /// The process that keeps the engine's namespaces.
@@ -99,7 +100,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// The world of an engine, still without it.
+    /// Makes the world of an engine, without starting the engine.
     fn build(kind: Kind, tree: Option<&Path>) -> Self {
         let scope = Scope::new();
         let dir = scope.dir().to_string_lossy().into_owned();
@@ -123,14 +124,15 @@ impl Engine {
         self.scope.program(&["nsenter", "--target", &target, "--mount", "--net", "--"]).args(argv)
     }
 
-    /// A program of this machine, with the engine's network: its tree may not have such a one.
+    /// A program of this machine in the engine's network namespace. The engine's tree may lack the
+    /// program.
     pub fn on_network(&self, argv: &[&str]) -> Command<'_> {
         self.scope
             .program(&["nsenter", "--target", &self.world.to_string(), "--net", "--"])
             .args(argv)
     }
 
-    /// The engine's client, told to use a runtime where that has to be said before the verb.
+    /// The engine's client. Podman's is told the runtime before the verb.
     pub fn client(&self, with: With) -> Command<'_> {
         match self.kind {
             Kind::Docker => self.docker_client(),
@@ -138,7 +140,7 @@ impl Engine {
         }
     }
 
-    /// A shell script that calls the client as a person would, who has one engine only.
+    /// A shell script that calls the client as a person with only one engine would.
     pub fn client_script(&self) -> String {
         match self.kind {
             Kind::Docker => self.docker_script(),
@@ -146,22 +148,22 @@ impl Engine {
         }
     }
 
-    /// The engine's directory, seen in its world too.
+    /// The engine's directory, at the same path in its world.
     pub fn dir(&self) -> &Path {
         self.scope.dir()
     }
 
-    /// A path in the engine's directory, as text.
+    /// The path of a file in the engine's directory, as text.
     pub fn path(&self, name: &str) -> String {
         self.dir().join(name).to_string_lossy().into_owned()
     }
 
-    /// Below which all containers' cgroups are, from the root of the tree.
+    /// The parent of all containers' cgroups, from the root of the cgroup tree.
     pub fn cgroup(&self) -> String {
         format!("/isopod-{}", self.scope.name())
     }
 
-    /// Whether the engine keeps a container, going by their directories.
+    /// Returns whether the engine keeps a container, by the directories of containers.
     fn has_containers(&self) -> bool {
         let dir = match self.kind {
             Kind::Docker => "docker/containers",
@@ -176,13 +178,13 @@ impl Engine {
 
     fn make_cgroup(&mut self) {
         let path = format!("/sys/fs/cgroup{}", self.cgroup());
-        // Where the tree is not that of cgroup v2 alone, the engine makes its own ones.
+        // Without a tree of cgroup v2 alone, the engine makes the cgroups itself.
         if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
             std::fs::create_dir(&path).unwrap_or_else(|e| panic!("cannot make {path}: {e}"));
         }
     }
 
-    /// Ends the engine and fails if it, or a runtime, has left anything behind.
+    /// Ends the engine. Fails if the engine or a runtime has left anything behind.
     pub fn end(mut self) {
         if let Some(daemon) = self.daemon.take() {
             self.end_daemon(daemon);
@@ -191,6 +193,6 @@ impl Engine {
         remains::remove_empty_cgroups(Path::new(&path));
         self.scope.keeper().signal(self.world, libc::SIGKILL).expect("the world's keeper");
         self.scope.keeper().wait(self.world, crate::DEADLINE).expect("the world's end");
-        // The scope counts what is left of all.
+        // The scope counts all remains when it is dropped.
     }
 }

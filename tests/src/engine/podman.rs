@@ -1,4 +1,4 @@
-//! Podman: no daemon, so every client has to be told the same about this engine's place.
+//! Podman. There is no daemon, so every client is told the directories of this engine.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use crate::command::Command;
 const CLIENT: &str = "/usr/bin/podman";
 
 impl Engine {
-    /// Debian's Podman of this machine.
+    /// Sets up this machine's Podman, Debian's package.
     pub fn podman() -> Self {
         let engine = Self::build(Kind::Podman, None);
         engine.configure_podman();

@@ -1,4 +1,4 @@
-//! Counting what a case leaves of its containers, in the engine's world and outside it.
+//! Counts of a case's remains, in the engine's world and outside.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use super::Engine;
 use crate::census;
 
-/// How long an engine may take to tidy up after it has said that a container is gone.
+/// The time that an engine may take to tidy up after it has reported a container as gone.
 const TIDY: Duration = Duration::from_secs(60);
 
-/// Files below /run that engines make once and keep: locks, and what is there for the next time.
+/// Files below /run that engines make once and keep: locks, and files for the next time.
 const KEPT: [&str; 11] = [
     "/run/containers",
     "/run/crun",
@@ -26,11 +26,11 @@ const KEPT: [&str; 11] = [
     "/run/ebtables.lock",
 ];
 
-/// Docker removes the mount points of network namespaces once a minute, and mounts are counted; Podman
-/// keeps the files of its name server.
+/// Docker removes the mount points of network namespaces once a minute only; their mounts are
+/// counted. Podman keeps the files of its name server.
 const KEPT_BELOW: [&str; 2] = ["/run/docker/netns/", "/run/containers/networks/"];
 
-/// What can be counted of an engine, a line each.
+/// Everything countable of an engine, a line each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Remains(BTreeSet<String>);
 
@@ -40,7 +40,7 @@ impl Remains {
         census::descendants(engine.scope.keeper().pid(), &mut found);
         let world = format!("/proc/{}", engine.world);
         mounts(&format!("{world}/mountinfo"), "", &mut found);
-        // None of the engine's may show outside its world.
+        // No mount of the engine may show outside its world.
         for outside in ["/proc/1/mountinfo", "/proc/self/mountinfo"] {
             mounts(outside, engine.scope.name(), &mut found);
         }
@@ -50,7 +50,7 @@ impl Remains {
         Self(found)
     }
 
-    /// What has come since `before`, as soon as that is nothing, or when it stays.
+    /// Waits until nothing new since `before` is left, at most for [`TIDY`]. Returns the new items.
     pub(super) fn left_since(engine: &Engine, before: &Self) -> Vec<String> {
         let begun = Instant::now();
         loop {
@@ -67,10 +67,10 @@ impl Remains {
 fn mounts(table: &str, name: &str, found: &mut BTreeSet<String>) {
     let text = fs::read_to_string(table).unwrap_or_else(|e| panic!("{table}: {e}"));
     for line in text.lines().filter(|line| line.contains(name)) {
-        // Not the numbers in front, which are given again.
+        // Without the ids in front, which the kernel reuses.
         let what: Vec<&str> = line.split(' ').skip(3).collect();
-        // Docker keeps the namespace of `--network host`, its own, once it was asked for. Podman mounts the
-        // directory of its layers on itself, and leaves that when it has failed to run a container.
+        // After the first `--network host` Docker keeps that namespace, its own. Podman mounts the
+        // directory of its layers on itself, and leaves the mount after a failed `run`.
         let at = what.get(1).copied().unwrap_or_default();
         if at == "/run/docker/netns/default" || at.ends_with("/storage/overlay") {
             continue;
@@ -109,7 +109,7 @@ fn files(at: &Path, shown: &str, found: &mut BTreeSet<String>) {
     }
 }
 
-/// Removes a cgroup with those in it. One that has processes stays, and is counted.
+/// Removes a cgroup and those below. A cgroup with processes stays, and is counted.
 pub(super) fn remove_empty_cgroups(at: &Path) {
     for entry in fs::read_dir(at).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {

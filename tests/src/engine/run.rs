@@ -1,4 +1,4 @@
-//! One case with one runtime: the engine's verbs, and a record of what was said.
+//! One case with one runtime: the engine's verbs, and a record of their output.
 
 use std::cell::{Cell, RefCell};
 use std::fmt::Write as _;
@@ -14,18 +14,18 @@ use crate::command::{Command, Output};
 pub struct Run<'e> {
     /// The engine.
     pub engine: &'e Engine,
-    /// The runtime that its containers have.
+    /// The runtime of the case's containers.
     pub with: With,
     name: String,
     containers: Cell<u32>,
     said: RefCell<String>,
 }
 
-/// A container that was made and not removed: its name.
+/// The name of a container that was made and not removed.
 #[derive(Debug)]
 pub struct Container<'r, 'e> {
     run: &'r Run<'e>,
-    /// Its name.
+    /// The container's name.
     pub name: String,
 }
 
@@ -35,22 +35,22 @@ impl<'e> Run<'e> {
         Self { engine, with, name, containers: Cell::new(0), said: RefCell::default() }
     }
 
-    /// Whether the runtime is the one under test, for the few things in which a microVM differs.
+    /// Returns whether the runtime is Isopod, for the few differences of a microVM.
     pub fn isopod(&self) -> bool {
         self.with == With::Isopod
     }
 
-    /// Whether the engine is Podman, for the few things in which it differs.
+    /// Returns whether the engine is Podman, for its few differences.
     pub fn podman(&self) -> bool {
         self.engine.kind == Kind::Podman
     }
 
-    /// A name for a thing of this case, such as a network.
+    /// A name for an object of this case, such as a network.
     pub fn name(&self, of: &str) -> String {
         format!("{}-{of}", self.name)
     }
 
-    /// All that was called, and what came of it.
+    /// All commands with their output.
     pub(super) fn said(&self) -> String {
         self.said.borrow().clone()
     }
@@ -60,7 +60,7 @@ impl<'e> Run<'e> {
         self.engine.client(self.with).args(args)
     }
 
-    /// Runs a command to its end and keeps what it said.
+    /// Runs a command to its end and records its output.
     #[track_caller]
     pub fn end(&self, command: Command<'_>) -> Output {
         let output = command.output();
@@ -68,18 +68,18 @@ impl<'e> Run<'e> {
         output
     }
 
-    /// Keeps for the record what a command said.
+    /// Records the output of a command.
     pub fn note(&self, output: &Output) {
         let _ = writeln!(self.said.borrow_mut(), "{output}");
     }
 
-    /// A client's command to its end, whatever that is.
+    /// Runs a client's command to its end, with any exit status.
     #[track_caller]
     pub fn output(&self, args: &[&str]) -> Output {
         self.end(self.client(args))
     }
 
-    /// A client's command that has to succeed; what it printed, without the last line's end.
+    /// The output of a client's command that has to succeed, without the last line's end.
     #[track_caller]
     pub fn ok(&self, args: &[&str]) -> String {
         self.output(args).ok().stdout.trim_end().to_owned()
@@ -90,8 +90,8 @@ impl<'e> Run<'e> {
         self.command_of(IMAGE, verb, options, command)
     }
 
-    /// `run` or `create` with the case's runtime and another image. Without a network if no option asks for
-    /// one; `--network=bridge` is what engines give when they are told nothing.
+    /// `run` or `create` with the case's runtime and another image. The container has no network
+    /// unless an option asks for one; `--network=bridge` is the engines' default.
     pub fn command_of(
         &self,
         image: &str,
@@ -104,7 +104,7 @@ impl<'e> Run<'e> {
             Kind::Docker => client.args(["--runtime", self.with.name()]),
             Kind::Podman => client.args([format!("--cgroup-parent={}", self.engine.cgroup())]),
         };
-        // A network takes an emulated machine seconds, and is what its own cases are about.
+        // A network takes an emulated machine seconds, and has cases of its own.
         let alone = if options.iter().any(|option| brings_network(option)) {
             None
         } else {
@@ -113,25 +113,25 @@ impl<'e> Run<'e> {
         client.args(alone).args(options).args([image]).args(command)
     }
 
-    /// `run --rm` to its end, whatever that is.
+    /// `run --rm` to its end, with any exit status.
     #[track_caller]
     pub fn run(&self, options: &[&str], command: &[&str]) -> Output {
         self.end(self.command("run", &[&["--rm"], options].concat(), command))
     }
 
-    /// `run --rm` that has to succeed; what it printed.
+    /// The output of a `run --rm` that has to succeed.
     #[track_caller]
     pub fn stdout(&self, options: &[&str], command: &[&str]) -> String {
         self.run(options, command).ok().stdout.trim_end().to_owned()
     }
 
-    /// `run --rm` of a shell script that has to succeed; what it printed.
+    /// The output of a `run --rm` of a shell script that has to succeed.
     #[track_caller]
     pub fn shell(&self, options: &[&str], script: &str) -> String {
         self.stdout(options, &["sh", "-c", script])
     }
 
-    /// `run --rm` of the probe; the JSON that it prints.
+    /// The JSON of a `run --rm` of the probe.
     #[track_caller]
     pub fn probe(&self, options: &[&str], args: &[&str]) -> Value {
         parse(&self.run(options, &[&[PROBE_PATH], args].concat()).ok())
@@ -158,22 +158,22 @@ impl<'e> Run<'e> {
         container
     }
 
-    /// A name for a container that is not there yet.
+    /// A name for a container that does not exist yet.
     pub fn named(&self) -> Container<'_, 'e> {
         let number = self.containers.get() + 1;
         self.containers.set(number);
         Container { run: self, name: self.name(&number.to_string()) }
     }
 
-    /// The verb that takes containers in any state. Podman would ask them to end first, and give them
-    /// ten seconds.
+    /// The verb that removes containers in any state. `--time=0`: Podman would ask a container to
+    /// end first, and give it ten seconds.
     fn removal(&self) -> &'static [&'static str] {
         if self.podman() { &["rm", "--force", "--time=0"] } else { &["rm", "--force"] }
     }
 
-    /// Removes what containers the case has left.
+    /// Removes the containers that the case has left.
     pub(super) fn remove_containers(&self) {
-        // Asking the client takes an emulated machine a second, and most cases leave none.
+        // A client's call takes an emulated machine a second, and most cases leave no container.
         if !self.engine.has_containers() {
             return;
         }
@@ -182,7 +182,7 @@ impl<'e> Run<'e> {
         if !ids.is_empty() {
             let removed = self.output(&[self.removal(), &["--volumes"], &ids[..]].concat());
             if self.podman() && removed.status != 0 {
-                // The container of a pod goes with it only.
+                // The infra container of a pod is removed only with the pod.
                 self.ok(&["pod", "rm", "--all", "--force"]);
             } else {
                 removed.ok();
@@ -197,25 +197,25 @@ impl<'e> Container<'_, 'e> {
         self.run.client(verb).args([&self.name]).args(rest)
     }
 
-    /// A verb on this container that has to succeed; what it printed.
+    /// The output of a verb on this container that has to succeed.
     #[track_caller]
     pub fn ok(&self, verb: &[&str]) -> String {
         self.run.end(self.command(verb, &[])).ok().stdout.trim_end().to_owned()
     }
 
-    /// `exec`, whatever comes of it.
+    /// `exec`, with any exit status.
     #[track_caller]
     pub fn exec(&self, options: &[&str], command: &[&str]) -> Output {
         self.run.end(self.command(&[&["exec"], options].concat(), command))
     }
 
-    /// `exec` of a shell script that has to succeed; what it printed.
+    /// The output of an `exec` of a shell script that has to succeed.
     #[track_caller]
     pub fn shell(&self, script: &str) -> String {
         self.exec(&[], &["sh", "-c", script]).ok().stdout.trim_end().to_owned()
     }
 
-    /// `exec` of the probe; the JSON that it prints.
+    /// The JSON of an `exec` of the probe.
     #[track_caller]
     pub fn probe(&self, options: &[&str], args: &[&str]) -> Value {
         parse(&self.exec(options, &[&[PROBE_PATH], args].concat()).ok())
@@ -227,20 +227,20 @@ impl<'e> Container<'_, 'e> {
         self.ok(&["inspect", "--format", &format!("{{{{{field}}}}}")])
     }
 
-    /// Waits for its end: the exit status.
+    /// Waits for the container's end and returns its exit status.
     #[track_caller]
     pub fn wait(&self) -> i32 {
         let status = self.ok(&["wait"]);
         status.parse().unwrap_or_else(|_| panic!("`wait` prints {status:?}"))
     }
 
-    /// What it has written, both streams.
+    /// The container's output, both streams.
     #[track_caller]
     pub fn logs(&self) -> Output {
         self.run.end(self.command(&["logs"], &[])).ok()
     }
 
-    /// Follows what it writes up to a line with `text`.
+    /// Follows the container's output up to a line with `text`.
     #[track_caller]
     pub fn await_log(&self, text: &str) {
         let mut job = self.command(&["logs", "--follow"], &[]).spawn();
@@ -256,7 +256,7 @@ impl<'e> Container<'_, 'e> {
     }
 }
 
-/// Whether an option of `run` says something of networks.
+/// Returns whether an option of `run` is about networks.
 fn brings_network(option: &str) -> bool {
     ["--network", "--publish", "--pod"].iter().any(|word| option.starts_with(word))
 }

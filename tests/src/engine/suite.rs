@@ -1,8 +1,8 @@
 //! The test program around a table of cases: each with runc, then each with Isopod, in one engine.
 //!
-//! `cargo xtask test` keeps what runc has proven. It names the proven cases in a variable, and this program
-//! reports them as passed without running them again, marked as `[remembered]`. What runc has proven in
-//! this run is told when the engine has ended and left nothing.
+//! `cargo xtask test` keeps the proofs by runc. It names the proven cases in a variable. This
+//! program reports those as passed without running them again, marked as `[remembered]`. It prints
+//! the cases that runc has proven in this run when the engine has ended and left nothing.
 
 use std::collections::{BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +15,7 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use super::remains::Remains;
 use super::{Case, Engine, Run, With};
 
-/// Names the cases that runc has proven earlier, separated by blanks.
+/// The variable with the cases that runc has proven earlier, separated by blanks.
 const REMEMBERED: &str = "ISOPOD_TEST_PROVEN";
 
 /// Starts the engine.
@@ -24,9 +24,9 @@ type Start = fn() -> Engine;
 struct Suite {
     start: Start,
     state: State,
-    /// What is there when no container is, for each runtime: after its first container.
+    /// The items of an idle engine, for each runtime: counted after its first container.
     idle: HashMap<With, Remains>,
-    /// What was said with runc.
+    /// The output of each case with runc.
     said: HashMap<&'static str, String>,
     /// The cases that passed with runc.
     proven: BTreeSet<&'static str>,
@@ -38,14 +38,15 @@ enum State {
     Failed(String),
 }
 
-/// A case to run, and where its outcome goes.
+/// A case to run, and the channel for its outcome.
 type Job = (Case, With, Sender<Result<(), Failed>>);
 
-/// Runs the cases that the command line chooses, which is that of any Rust test program. The engine is
-/// started for the first of them and ended after the last; what it leaves then fails the program.
+/// Runs the cases that the command line chooses, by the arguments of any Rust test program. The
+/// engine is started for the first case and ended after the last. Remains of the engine then fail
+/// the program.
 pub fn main(start: Start, cases: &[Case]) -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // They share an engine, and are counted one by one.
+    // The cases share an engine, and their remains are counted one by one.
     arguments.test_threads = Some(1);
     let (jobs, queue) = channel::<Job>();
     // The engine belongs to one thread for as long as it lives.
@@ -95,10 +96,10 @@ impl Suite {
         }
     }
 
-    /// Runs what is asked for, until nobody can ask any more. Returns the cases that runc has proven.
+    /// Runs the jobs of the queue until no sender is left. Returns the cases that runc has proven.
     fn serve(mut self, queue: &Receiver<Job>) -> BTreeSet<&'static str> {
         while let Ok((case, with, outcome)) = queue.recv() {
-            // Whoever asked waits for it.
+            // The receiver waits for the outcome.
             let _ = outcome.send(self.test(&case, with));
         }
         if let State::Up(engine) = self.state {
@@ -111,7 +112,7 @@ impl Suite {
         self.start()?;
         let State::Up(engine) = &self.state else { return Err("no engine".into()) };
         let idle = self.idle.entry(with).or_insert_with(|| {
-            // What a runtime and an engine make once is no remainder of a case.
+            // Items that a runtime and an engine make once are no remains of a case.
             let first = Run::new(engine, with, "first");
             first.run(&["--network=bridge"], &["true"]);
             let _ = catch_unwind(AssertUnwindSafe(|| first.remove_containers()));
@@ -123,7 +124,7 @@ impl Suite {
         let tidied = catch_unwind(AssertUnwindSafe(|| run.remove_containers()));
         let left = Remains::left_since(engine, idle);
         if !left.is_empty() {
-            // Told once, not for each case that follows.
+            // Reported once, not for each later case.
             *idle = Remains::of(engine);
             let left = format!("left behind:\n{}", left.join("\n"));
             outcome = Err(outcome.err().map_or(left.clone(), |why| format!("{why}\n{left}")));
@@ -132,7 +133,7 @@ impl Suite {
             outcome = outcome.and(Err(words(&*panic)));
         }
         if let Err(why) = &outcome {
-            // What is printed at the end does not show what else happened at the time.
+            // The report at the program's end does not show the events around the failure.
             let log = engine.daemon_log();
             let lines: Vec<&str> = log.lines().collect();
             let last = lines[lines.len().saturating_sub(15)..].join("\n");
@@ -165,7 +166,7 @@ impl Suite {
         }
     }
 
-    /// A failure with all that was said, and beside it what was said with runc.
+    /// The text of a failure: the case's output, and beside it the output with runc.
     fn explain(&self, case: &Case, with: With, why: &str, said: &str) -> String {
         let mut text = format!("{why}\n=== with {}\n{said}", with.name());
         if with == With::Isopod {
@@ -177,7 +178,7 @@ impl Suite {
     }
 }
 
-/// What a panic says.
+/// The message of a panic.
 fn words(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a panic").to_owned()

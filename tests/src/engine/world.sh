@@ -1,11 +1,11 @@
-# A world for one engine: namespaces in which its mounts, network devices and files of /run are its
-# own. $1 is the engine's directory; $2, if given, a Debian tree to live in; $3 the directory of the
-# programs under test.
+# The world of one engine: in its namespaces the mounts, network devices and files of /run are the
+# engine's own. $1 is the engine's directory; $2 a Debian tree as the root directory, or empty;
+# $3 the directory of the programs under test.
 set -e
 mount -t tmpfs -o mode=0755 engine-run /run
 ip link set lo up
 
-# /sys shows the devices of the network namespace that it was mounted in.
+# A sysfs shows the devices of the network namespace in which it was mounted.
 mkdir "$1/sys"
 mount --rbind /sys "$1/sys"
 mount -t sysfs sysfs /sys

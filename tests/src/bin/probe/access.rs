@@ -1,4 +1,4 @@
-//! What may be read, opened and made here.
+//! Files and devices: reading, opening and making them.
 
 use std::fs;
 
@@ -15,8 +15,8 @@ pub(crate) fn files(paths: &[&str]) -> Value {
     paths.iter().map(|&path| (path.to_owned(), read(path))).collect::<Map<_, _>>().into()
 }
 
-/// Whether paths can be opened: `ok`, or the name of the error. `mode` is one of `r`, `w`, `rw`,
-/// `create` and `list`.
+/// The outcome of opening each path: `ok`, or the name of the error. `mode` is one of `r`, `w`,
+/// `rw`, `create` and `list`.
 pub(crate) fn open(mode: &str, paths: &[&str]) -> Value {
     let flags = match mode {
         "r" => OFlag::O_RDONLY,
@@ -37,7 +37,7 @@ pub(crate) fn open(mode: &str, paths: &[&str]) -> Value {
     paths.iter().map(|&path| (path.to_owned(), outcome(path).into())).collect::<Map<_, _>>().into()
 }
 
-/// Makes a character device and opens it: the outcome of either.
+/// Makes a character device and opens it. Returns both outcomes.
 pub(crate) fn mknod(path: &str, major: u64, minor: u64) -> Value {
     let made =
         sys_mknod(path, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(major, minor));
@@ -45,12 +45,12 @@ pub(crate) fn mknod(path: &str, major: u64, minor: u64) -> Value {
     json!({ "mknod": made, "open": open("r", &[path])[path] })
 }
 
-/// Leaves the root directory as a process with `CAP_SYS_CHROOT` can: by a root below the working
-/// directory, which then is nobody's root on the way up. The names in the directory it comes to.
+/// Leaves the root directory, as a process with `CAP_SYS_CHROOT` can. After a chroot(2) below the
+/// working directory no root stops the way up. Returns the names in the topmost directory.
 pub(crate) fn escape(below: &str) -> Value {
     std::env::set_current_dir("/").expect("chdir");
     std::os::unix::fs::chroot(below).expect("chroot");
-    // More than anything is deep; the topmost directory is its own parent.
+    // Deeper than any directory; the topmost one is its own parent.
     for _ in 0..64 {
         std::env::set_current_dir("..").expect("chdir");
     }
@@ -58,7 +58,7 @@ pub(crate) fn escape(below: &str) -> Value {
     entries.map(|entry| Value::from(entry.file_name().to_string_lossy())).collect()
 }
 
-/// `EPERM` for 1, and so on.
+/// The name of an error number: `EPERM` for 1.
 pub(crate) fn name(errno: i32) -> String {
     format!("{:?}", nix::errno::Errno::from_raw(errno))
 }

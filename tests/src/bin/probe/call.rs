@@ -4,8 +4,8 @@ use serde_json::{Map, Value, json};
 
 use crate::access::name;
 
-/// What each call returned: a number, or the name of the error. A call is its number and arguments,
-/// separated by commas. `abi` is `64`, `x32` or `32`, which is the one of 32-bit programs.
+/// The result of each call: a number, or the name of the error. A call is its number and arguments,
+/// separated by commas. `abi` is `64`, `x32` or `32` (the ABI of 32-bit programs).
 pub(crate) fn outcomes(abi: &str, calls: &[&str]) -> Value {
     let outcome = |text: &str| {
         let mut numbers = [0_u64; 7];
@@ -14,7 +14,7 @@ pub(crate) fn outcomes(abi: &str, calls: &[&str]) -> Value {
         }
         let result = match abi {
             "64" => native(numbers),
-            // The bit that tells these from the others (__X32_SYSCALL_BIT).
+            // __X32_SYSCALL_BIT marks the calls of this ABI.
             "x32" => native(
                 [&[numbers[0] | 0x4000_0000], &numbers[1..]]
                     .concat()
@@ -46,10 +46,12 @@ fn native([number, a, b, c, d, e, f]: [u64; 7]) -> i64 {
     result
 }
 
-/// By the interrupt of 32-bit programs, which any program can make. Three arguments will do.
+/// Makes a call by interrupt 0x80, the entry of 32-bit programs, open to any program. Passes three
+/// arguments, enough for the tests.
 fn in_32_bits([number, a, b, c, ..]: [u64; 7]) -> i64 {
     let result: u64;
-    // SAFETY: as above. `rbx` is the compiler's, so it is put back.
+    // SAFETY: the calls take numbers, or pointers that are null. `rbx` is reserved by the compiler,
+    // so it is restored.
     unsafe {
         std::arch::asm!(
             "xchg rbx, {a}",

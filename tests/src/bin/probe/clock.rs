@@ -3,7 +3,7 @@
 use std::io::{BufRead as _, Write as _};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// For each line of standard input, a line with the nanoseconds since the epoch.
+/// Prints, for each line of standard input, a line with the nanoseconds since the epoch.
 pub(crate) fn read() {
     for line in std::io::stdin().lock().lines() {
         line.expect("standard input");

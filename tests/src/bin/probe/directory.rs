@@ -18,8 +18,8 @@ pub(crate) fn list(dir: &str) -> Value {
     opened.into_iter().map(name).collect()
 }
 
-/// Makes files in a directory and removes them again, without an end, and says so after the first
-/// round. A hundred at a time, so that what is listed in one piece changes too.
+/// Makes files in a directory and removes them again, without an end. Prints `changing` after the
+/// first round. A round has a hundred files, so that entries within one listed piece change too.
 pub(crate) fn churn(dir: &str) {
     let path = |number| Path::new(dir).join(format!("passing-{number}"));
     for round in 0_u64.. {

@@ -1,14 +1,13 @@
-//! Looks at a container from inside, for the end-to-end tests.
+//! The end-to-end tests' view of a container from inside.
 //!
-//! Every sub-command that reports prints one JSON document on its standard output. What it looks at
-//! comes from system calls and /proc, never from the environment that the runtime describes itself by.
+//! Every sub-command that reports prints one JSON document on its standard output. The facts in it
+//! come from system calls and /proc, never from the runtime's own description in the environment.
 #![allow(clippy::expect_used, clippy::panic, reason = "a probe that cannot look has failed")]
 
 mod access;
 mod call;
 mod clock;
 mod directory;
-mod keeper;
 mod meet;
 mod memory;
 mod network;
@@ -18,6 +17,7 @@ mod report;
 mod schedule;
 mod shared;
 mod stream;
+mod subreaper;
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,7 +25,7 @@ use std::process::ExitCode;
 const USAGE: &str = "usage: isopod-probe report | mounts | files PATH... | open MODE PATH... \
     | mknod PATH MAJOR MINOR | escape DIR | list DIR | churn DIR | duplex BYTES | window | fork-bomb | clock | eat MIB | meet PATH OWN OTHER | count FILE BLOCKS | hole | parallel \
     | call ABI NUMBER[,ARG...]... | posix DIR XATTR | xattr DIR XATTR | tcp-server ADDRESS BYTES \
-    | tcp-client ADDRESS BYTES | udp-server ADDRESS | udp-client ADDRESS COUNT BYTES... | keeper DIR";
+    | tcp-client ADDRESS BYTES | udp-server ADDRESS | udp-client ADDRESS COUNT BYTES... | subreaper DIR";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -61,9 +61,9 @@ fn main() -> ExitCode {
         ["udp-client", address, count, ref lengths @ ..] => {
             network::udp_client(address, number(count), lengths);
         }
-        ["keeper", dir] => {
-            if let Err(e) = keeper::keep(Path::new(dir)) {
-                eprintln!("isopod-probe keeper: {e}");
+        ["subreaper", dir] => {
+            if let Err(e) = subreaper::run(Path::new(dir)) {
+                eprintln!("isopod-probe subreaper: {e}");
                 return ExitCode::FAILURE;
             }
         }

@@ -1,4 +1,4 @@
-//! Two processes that map a file see each other's marks in it.
+//! Two processes that map a file and see each other's marks in it.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -8,7 +8,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
 const PAGE: NonZeroUsize = NonZeroUsize::new(4096).expect("not 0");
 
-/// Maps a file, leaves a mark at `own` and waits for the one of somebody else at `other`.
+/// Maps a file, sets the mark at `own` and waits for another process's mark at `other`.
 pub(crate) fn meet(path: &str, own: u64, other: u64) {
     let mut options = File::options();
     let file = options.read(true).write(true).create(true).truncate(false).open(path);
@@ -18,7 +18,7 @@ pub(crate) fn meet(path: &str, own: u64, other: u64) {
     // SAFETY: a new mapping at a place of the kernel's choice, which is never unmapped.
     let page =
         unsafe { mmap(None, PAGE, protection, MapFlags::MAP_SHARED, &file, 0) }.expect("mmap");
-    // SAFETY: the whole mapping, which stays; other processes change it as atomically.
+    // SAFETY: the whole mapping, which stays. Other processes change it as atomically.
     let marks = unsafe { std::slice::from_raw_parts(page.as_ptr().cast::<AtomicU8>(), PAGE.get()) };
     let mark = |at: u64| {
         let at = usize::try_from(at).ok();

@@ -1,4 +1,4 @@
-//! Using more than there is, and using all there is.
+//! Use of all memory and processes that there are, and of more.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 const PAGE: usize = 4096;
 const MIB: usize = 1 << 20;
 
-/// Forks until it may no more, says how far it came, and stays with its children.
+/// Forks until fork(2) fails, prints the number of forks, and stays with its children.
 pub(crate) fn fork_bomb() {
-    // Bounded even where nothing bounds it.
+    // Bounded even without a limit on processes.
     for count in 1..=4096 {
         // SAFETY: this process has one thread, so the child may do anything after the fork.
         match unsafe { fork() } {
@@ -31,7 +31,7 @@ pub(crate) fn fork_bomb() {
     }
 }
 
-/// Touches that many MiB, saying so after each 16.
+/// Touches `mib` MiB, with a line of output after each 16.
 pub(crate) fn eat(mib: u64) {
     let mib = usize::try_from(mib).expect("a size");
     let mut held: Vec<Vec<u8>> = Vec::new();
@@ -48,8 +48,9 @@ pub(crate) fn eat(mib: u64) {
     println!("ate {mib}");
 }
 
-/// Takes memory until pages on both sides of the 32-bit device hole are held (physical addresses by
-/// /proc/self/pagemap, which needs CAP_SYS_ADMIN), with a different mark in each, and then checks all marks.
+/// Takes memory until pages on both sides of the 32-bit device hole are held, each with a mark of
+/// its own. Then checks all marks. The physical addresses come from /proc/self/pagemap, which needs
+/// CAP_SYS_ADMIN.
 pub(crate) fn across_the_hole() -> Value {
     const CHUNK: usize = 16 * MIB;
     const ENOUGH: usize = 64 * MIB / PAGE;
@@ -80,7 +81,7 @@ pub(crate) fn across_the_hole() -> Value {
     })
 }
 
-/// Anonymous memory with a mark at the begin and the end of each page.
+/// Anonymous memory with a mark at the beginning and the end of each page.
 struct Chunk {
     words: *mut u64,
     len: usize,
@@ -103,7 +104,7 @@ impl Chunk {
         chunk
     }
 
-    /// Offsets in words and what has to be there, different all over memory.
+    /// Offsets in words and the mark of each, different all over memory.
     fn marks(&self) -> impl Iterator<Item = (usize, u64)> + use<> {
         let number = self.number;
         let words = PAGE / 8;

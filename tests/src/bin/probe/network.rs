@@ -14,7 +14,7 @@ pub(crate) fn tcp_server(address: &str, len: u64) {
     println!("exchanged {len} with {}", peer.ip());
 }
 
-/// Connects to `address` and does what the server expects.
+/// Connects to `address` and exchanges `len` bytes each way with [`tcp_server`].
 pub(crate) fn tcp_client(address: &str, len: u64) {
     let stream = TcpStream::connect(address).unwrap_or_else(|e| panic!("{address}: {e}"));
     exchange(&stream, 2, 1, len);
@@ -32,7 +32,7 @@ fn exchange(stream: &TcpStream, sent: u64, expected: u64, len: u64) {
     });
 }
 
-/// Returns every datagram to its sender, until an empty one comes.
+/// Returns every datagram to its sender, up to an empty one.
 pub(crate) fn udp_server(address: &str) {
     let socket = UdpSocket::bind(address).unwrap_or_else(|e| panic!("{address}: {e}"));
     println!("listening");
@@ -47,7 +47,8 @@ pub(crate) fn udp_server(address: &str) {
     }
 }
 
-/// Sends `count` datagrams of each length, each when the one before has come back as it was sent.
+/// Sends `count` datagrams of each length. Each is sent when the one before has come back
+/// unchanged.
 pub(crate) fn udp_client(address: &str, count: u64, lengths: &[&str]) {
     let any = if address.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
     let socket = UdpSocket::bind(any).expect("bind");

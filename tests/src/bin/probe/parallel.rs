@@ -1,4 +1,4 @@
-//! Whether two CPUs make progress at the same time.
+//! A test of two CPUs making progress at the same time.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -7,18 +7,20 @@ use nix::sched::{CpuSet, sched_getcpu, sched_setaffinity};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 
-/// Two threads hand a number to each other by spinning on it.
+/// The number that two threads hand to each other by spinning on it.
 static TURN: AtomicU64 = AtomicU64::new(0);
 
-/// Handovers are counted in windows of this length: shorter than a time slice of any host.
+/// The time in which handovers are counted: shorter than a time slice of any host.
 const WINDOW: Duration = Duration::from_millis(1);
 
-/// Handovers in one window that no time slicing can explain. Neither thread makes a system call or
-/// executes `pause`, so a CPU that waits for the other is not seen to wait; if it had to be put off
-/// the host's CPU for the other to run, that happens at a timer tick, once or twice in a window.
+/// The number of handovers in one window that no time slicing can explain. Neither thread makes a
+/// system call or executes `pause`, so the host does not notice a CPU that waits for the other. If
+/// the host ran the CPUs in turns, it would change between them at a timer tick: once or twice in a
+/// window.
 const PARALLEL: u64 = 50;
 
-/// A busy host may keep one of the two CPUs from running for a while. One good window proves that both can.
+/// The time for one good window, which proves that both CPUs can run. A busy host may keep one of
+/// them from running for a while.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The number of CPUs, the CPUs that the threads ran on, and the most handovers in one window.
@@ -39,7 +41,7 @@ fn play() -> (u64, Vec<usize>) {
                 return cpu;
             }
             if turn % 2 == 1 {
-                // Lost if STOP has come in between, and then STOP has to stay.
+                // STOP may come in between. The exchange then fails, so that STOP stays.
                 let _ = TURN.compare_exchange(turn, turn + 1, Ordering::AcqRel, Ordering::Acquire);
             }
         }
@@ -54,7 +56,7 @@ fn play() -> (u64, Vec<usize>) {
     (best, vec![cpu, other.join().expect("the other thread")])
 }
 
-/// Handovers there and back within one window. The clock is read by the vDSO, without a system call.
+/// Handovers there and back within one window. The vDSO reads the clock without a system call.
 fn handovers() -> u64 {
     let start = Instant::now();
     let mut count = 0;

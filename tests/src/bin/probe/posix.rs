@@ -1,4 +1,4 @@
-//! What programs expect of a POSIX file system, one function an expectation.
+//! Expectations of a POSIX file system, one function each.
 
 mod content;
 mod names;
@@ -13,11 +13,11 @@ use std::process::{Child, Command, Stdio};
 use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
 use serde_json::{Map, Value, json};
 
-/// What went wrong, in words.
+/// The failure of an expectation, in words.
 type Outcome = Result<(), String>;
 
-/// Tries everything in sub-directories of `dir`: name to `ok` or what went wrong. `xattr` is the name of
-/// an extended attribute that the file system behind it takes.
+/// Tries every expectation in a sub-directory of `dir`. Maps its name to `ok` or the failure.
+/// `xattr` is the name of an extended attribute that the file system behind `dir` takes.
 pub(crate) fn report(dir: &str, xattr: &str) -> Value {
     type Expectation = fn(&Path) -> Outcome;
     let all: [(&str, Expectation); 22] = [
@@ -57,12 +57,12 @@ pub(crate) fn report(dir: &str, xattr: &str) -> Value {
     found.into()
 }
 
-/// Tries the extended attribute `name` in `dir` alone: `ok` or what went wrong.
+/// Tries only the extended attribute `name` in `dir`: `ok` or the failure.
 pub(crate) fn xattr(dir: &str, name: &str) -> Value {
     xattr::xattr(Path::new(dir), name).map_or_else(|e| json!(e), |()| json!("ok"))
 }
 
-/// Adds what was tried to an error.
+/// Adds the name of the attempt to an error.
 trait OrSay<T> {
     fn or_say(self, what: &str) -> Result<T, String>;
 }
@@ -80,7 +80,7 @@ fn same<T: PartialEq + Debug>(what: &str, is: T, should_be: T) -> Outcome {
     Err(format!("{what} is {is:?} and not {should_be:?}"))
 }
 
-/// The call has to fail with this error.
+/// Checks that the call failed with this error.
 fn fails<T>(what: &str, result: io::Result<T>, errno: i32) -> Outcome {
     match result {
         Ok(_) => Err(format!("{what} succeeded")),
@@ -89,7 +89,7 @@ fn fails<T>(what: &str, result: io::Result<T>, errno: i32) -> Outcome {
     }
 }
 
-/// This program again, as another process.
+/// Runs this program again, as another process.
 fn another(args: &[&str]) -> Result<Child, String> {
     Command::new("/proc/self/exe")
         .args(args)
@@ -129,7 +129,7 @@ fn fcntl_locks(dir: &Path) -> Outcome {
     same("released lock", locked_elsewhere("fcntl", &path)?, false)
 }
 
-/// The first ten bytes of a file.
+/// A lock of the first ten bytes of a file.
 fn record(kind: i32) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,
@@ -161,7 +161,7 @@ pub(crate) fn hold(kind: &str, path: &str, mark: &str) {
     stay(mark);
 }
 
-/// Waits for a lock, and says so once it is there.
+/// Waits for a lock, and reports that it has it.
 pub(crate) fn wait(kind: &str, path: &str) {
     let file = File::options().read(true).write(true).open(path).expect("the file");
     if kind == "fcntl" {
@@ -173,7 +173,7 @@ pub(crate) fn wait(kind: &str, path: &str) {
     println!("locked");
 }
 
-/// Whether another process holds a lock: `locked`, `free` or an error.
+/// The state of a lock: `locked` if another process holds it, `free`, or an error.
 pub(crate) fn try_lock(kind: &str, path: &str) -> Value {
     let file = match File::options().read(true).write(true).open(path) {
         Ok(file) => file,
@@ -191,7 +191,7 @@ pub(crate) fn try_lock(kind: &str, path: &str) -> Value {
     }
 }
 
-/// Appends 500 lines of 64 bytes that all consist of `mark`.
+/// Appends 500 lines of 64 bytes, each 63 times `mark`.
 pub(crate) fn append(path: &str, mark: &str) {
     let mut file = File::options().append(true).open(path).expect("open to append");
     let line = format!("{}\n", mark.repeat(63));

@@ -1,4 +1,4 @@
-//! What a process is and what surrounds it.
+//! A process and its surroundings.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,7 +8,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{getegid, geteuid, getgroups, getpid, getresgid, getresuid};
 use serde_json::{Value, json};
 
-/// Everything about this process that a config.json can ask for.
+/// Every property of this process that a config.json can set.
 pub(crate) fn report() -> Value {
     let status = fields(&read("/proc/self/status"));
     let field = |name: &str| status.get(name).cloned().unwrap_or_default();
@@ -57,7 +57,7 @@ pub(crate) fn mounts() -> Value {
     let table = read("/proc/self/mountinfo");
     let mut found = serde_json::Map::new();
     for line in table.lines() {
-        // 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
+        // Such as: 36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue
         let (head, tail) = line.split_once(" - ").expect("mountinfo");
         let head: Vec<&str> = head.split(' ').collect();
         let tail: Vec<&str> = tail.split(' ').collect();

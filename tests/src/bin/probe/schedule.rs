@@ -1,4 +1,4 @@
-//! How the kernel schedules this process.
+//! The kernel's scheduling of this process.
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
@@ -24,12 +24,13 @@ pub(crate) fn report() -> Value {
     const ASK: libc::c_ulong = 0xffff_ffff;
     let mut seen = Attributes::default();
     let size = size_of::<Attributes>();
-    // SAFETY: the kernel writes at most `size` bytes into the structure, which lives across the call.
+    // SAFETY: the kernel writes at most `size` bytes into the structure, which lives across the
+    // call.
     let result = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut seen, size, 0) };
     assert_eq!(result, 0, "sched_getattr: {}", std::io::Error::last_os_error());
-    // SAFETY: plain numbers are passed.
+    // SAFETY: only numbers are passed.
     let io = unsafe { libc::syscall(libc::SYS_ioprio_get, WHO_PROCESS, 0) };
-    // SAFETY: this value asks and changes nothing.
+    // SAFETY: 0xffffffff asks for the personality and changes nothing.
     let personality = unsafe { libc::personality(ASK) };
     let cpus = sched_getaffinity(Pid::from_raw(0)).expect("sched_getaffinity");
     let cpus: Vec<usize> =

@@ -8,8 +8,8 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 
 const LEN: u64 = 32 * 1024;
 
-/// Maps a file and counts up in it. Between two blocks the file is opened again, as the processes that
-/// share a database's index do, and another process may count at the same time.
+/// Maps a file and counts up in it. Opens the file again for each block, as the processes that
+/// share a database's index do. Another process may count at the same time.
 pub(crate) fn count(path: &str, blocks: u64) {
     for _ in 0..blocks {
         let file = OpenOptions::new()

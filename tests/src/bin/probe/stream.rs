@@ -9,8 +9,9 @@ use nix::sys::signalfd::SignalFd;
 
 nix::ioctl_read_bad!(get_window_size, libc::TIOCGWINSZ, Winsize);
 
-/// Writes `len` bytes of pattern 1 to standard output while it checks that standard input is as many of
-/// pattern 2; then says so on standard error. Both need to move at once when the other end does alike.
+/// Writes `len` bytes of pattern 1 to standard output, and checks that standard input is `len`
+/// bytes of pattern 2. Reports the outcome on standard error. Both streams are served at once,
+/// because the other end does the same.
 pub(crate) fn duplex(len: u64) {
     let writer = std::thread::spawn(move || {
         let mut stdout = io::stdout().lock();

@@ -4,8 +4,8 @@ use std::fs;
 
 use crate::engine::{IMAGE, Run, With};
 
-/// Docker's own builder runs each `RUN` in a container of the default runtime, Podman's in one of the
-/// runtime that the client is told.
+/// Docker's own builder runs each `RUN` in a container of the default runtime. Podman's builder
+/// uses the runtime that the client is told.
 pub fn build(run: &Run<'_>) {
     let dir = run.engine.dir().join(run.name("context"));
     fs::create_dir(&dir).expect("a directory");
@@ -20,7 +20,7 @@ pub fn build(run: &Run<'_>) {
     let image = run.name("image");
     let dir = dir.to_string_lossy();
     let said = if run.podman() {
-        // That of the containers themselves.
+        // Below the parent cgroup of the engine's containers.
         let parent = format!("--cgroup-parent={}/build", run.engine.cgroup());
         let build = run.client(&["build", "--isolation=oci", &parent, "--tag", &image, &dir]);
         run.end(build.env("TMPDIR", run.engine.path("")))

@@ -1,4 +1,4 @@
-//! More processes in a container that runs.
+//! More processes in a running container.
 
 use serde_json::json;
 
@@ -6,8 +6,8 @@ use super::process::drag;
 use crate::engine::Run;
 use crate::terminal::Terminal;
 
-/// `exec` takes user, directory and environment, passes streams and the exit status, and works with a
-/// terminal.
+/// `exec` takes user, directory and environment, passes streams and the exit status, and works with
+/// a terminal.
 pub fn exec(run: &Run<'_>) {
     let container = run.start(&["--env=ONE=1"], &["sleep", "1000"]);
     let options = ["--user=1000:1001", "--workdir=/tmp", "--env=TWO=2"];
@@ -28,7 +28,7 @@ pub fn exec(run: &Run<'_>) {
     let (mut terminal, slave) = Terminal::open(77, 22);
     let window = container.command(&["exec", "-i", "-t"], &["probe", "window"]);
     let mut job = window.terminal(slave).spawn();
-    // The first size may be that of before the client has told its own.
+    // The first size may be that of the time before the client has sent its own.
     terminal.screen.line_with("size 77x22");
     drag(&mut terminal, 99);
     terminal.keys("\n");
@@ -37,7 +37,7 @@ pub fn exec(run: &Run<'_>) {
     container.remove();
 }
 
-/// `exec --detach` leaves a process that goes on.
+/// `exec --detach` leaves a running process.
 pub fn exec_detached(run: &Run<'_>) {
     let container = run.start(&[], &["sleep", "1000"]);
     container.exec(&["--detach"], &["sh", "-c", "mkfifo /f; echo made; cat /f >/out"]).ok();

@@ -1,4 +1,4 @@
-//! What a container sees of files, and what it may do to them.
+//! Files in a container: their visibility, and the container's rights on them.
 
 use std::fs;
 
@@ -53,7 +53,7 @@ pub fn memory_file_systems(run: &Run<'_>) {
     assert!(has(&seen["/scratch"]["options"], "noexec"), "{seen}");
     assert!(has(&seen["/"]["options"], "ro"), "{seen}");
     assert!(said.contains("Read-only file system") && said.contains("\nyes\n"), "{said}");
-    // Podman mounts it on the host and binds it.
+    // Podman mounts /dev/shm on the host and binds it.
     assert!(said.ends_with("\n1280 of 4096"), "{said}");
 }
 
@@ -61,7 +61,7 @@ fn has(options: &Value, one: &str) -> bool {
     options.as_array().is_some_and(|all| all.contains(&json!(one)))
 }
 
-/// `cp` both ways, with a container that runs and one that does not.
+/// `cp` both ways, with a running container and a stopped one.
 pub fn copy(run: &Run<'_>) {
     let dir = directory(run, "copies");
     fs::create_dir(format!("{dir}/tree")).expect("a directory");
@@ -79,7 +79,7 @@ pub fn copy(run: &Run<'_>) {
     container.remove();
 }
 
-/// What a container writes to its own root shows in `diff` and stays for its next start.
+/// Changes of a container's own root show in `diff` and stay for its next start.
 pub fn own_root(run: &Run<'_>) {
     let container = run.make("run", &[], &["sh", "-c", "echo new >/new; rm /etc/group"]);
     let diff = container.ok(&["diff"]);

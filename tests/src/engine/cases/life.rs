@@ -5,7 +5,7 @@ use std::io::Write;
 use crate::engine::Run;
 use crate::terminal::Terminal;
 
-/// Counts the signals that ask it to end, and ends with 3 at the second one.
+/// A script that counts its SIGTERMs and survives them; on SIGUSR1 it says so.
 const COUNTING: &str = "n=0; trap 'n=$((n+1)); echo term $n' TERM; trap 'echo usr1' USR1; echo up; \
      while :; do sleep 1000 & wait; done";
 
@@ -31,8 +31,7 @@ pub fn created_and_started(run: &Run<'_>) {
     container.remove();
 }
 
-/// A microVM that is lost: the status is not one that a program would have, and `logs` says what became
-/// of it.
+/// A lost microVM: the exit status is none of a program's, and `logs` gives the reason.
 pub fn lost(run: &Run<'_>) {
     let container = run.start_shell(&[], "echo written; exec sleep 1000");
     container.await_log("written");
@@ -48,7 +47,7 @@ pub fn lost(run: &Run<'_>) {
     container.remove();
 }
 
-/// `stop` asks once by SIGTERM; only what does not end is killed.
+/// `stop` sends SIGTERM once, and kills only a container that does not end.
 pub fn stop(run: &Run<'_>) {
     let polite = run.start_shell(
         &[],
@@ -68,7 +67,7 @@ pub fn stop(run: &Run<'_>) {
     deaf.remove();
 }
 
-/// `kill` sends the signal that it is told, by default the one that kills.
+/// `kill` sends the given signal, by default SIGKILL.
 pub fn kill(run: &Run<'_>) {
     let container = run.start_shell(&[], COUNTING);
     container.await_log("up");
@@ -80,7 +79,7 @@ pub fn kill(run: &Run<'_>) {
     container.remove();
 }
 
-/// `restart` keeps the container's files; `rm --force` takes one that runs.
+/// `restart` keeps the container's files; `rm --force` removes a running container.
 pub fn restart(run: &Run<'_>) {
     let script = "echo up >>/count; echo up; exec sleep 1000";
     let container = run.start_shell(&["--network=bridge"], script);
@@ -93,10 +92,10 @@ pub fn restart(run: &Run<'_>) {
     container.remove();
 }
 
-/// A container is started again by the engine when it fails, as often as it is told.
+/// The engine starts a failed container again, as often as it is told.
 pub fn restart_policy(run: &Run<'_>) {
     let container = run.start_shell(&["--restart=on-failure:2"], "echo up; exit 1");
-    // `wait` ends with the first end already where the engine tells each.
+    // `wait` may return at the first end already, where the engine reports each end.
     while container.inspect(".RestartCount") != "2" || container.inspect(".State.Running") == "true"
     {
         container.wait();
@@ -105,9 +104,9 @@ pub fn restart_policy(run: &Run<'_>) {
     container.remove();
 }
 
-/// `attach` reaches the streams of a process that runs already.
+/// `attach` reaches the streams of a running process.
 pub fn attach(run: &Run<'_>) {
-    // Its input does not end with that of whoever is attached.
+    // The container's input does not end with that of the attached client.
     let script = "while read -r line && [ $line != end ]; do echo got $line; done; exit 4";
     let container = run.start_shell(&["-i"], script);
     let mut job = container.command(&["attach"], &[]).stdin_piped().spawn();
@@ -117,7 +116,7 @@ pub fn attach(run: &Run<'_>) {
     input.write_all(b"end\n").expect("attach reads");
     let status = job.wait().status();
     assert_eq!(container.wait(), 4);
-    // Podman 4 tells of the end of the streams only.
+    // Podman 4 reports only the end of the streams.
     assert!(run.podman() || status == 4, "{status}");
     container.remove();
 
@@ -130,7 +129,7 @@ pub fn attach(run: &Run<'_>) {
     container.remove();
 }
 
-/// `pause` holds all processes, `unpause` lets them go on where they were.
+/// `pause` stops all processes; `unpause` lets them go on from there.
 pub fn pause(run: &Run<'_>) {
     let container = run.named();
     let script = "while read -r line; do echo got $line; done; exit 4";
@@ -142,7 +141,7 @@ pub fn pause(run: &Run<'_>) {
     container.ok(&["pause"]);
     assert_eq!(container.inspect(".State.Status"), "paused");
     input.write_all(b"two\n").expect("the client reads");
-    // The engine has time meanwhile to bring an answer.
+    // This call gives the engine time to bring an answer.
     run.ok(&["ps"]);
     assert_eq!(job.stdout.so_far(), "");
     container.ok(&["unpause"]);

@@ -1,4 +1,4 @@
-//! Limits, read back from the cgroup that the container sees as its own, and from its processes.
+//! Limits, read back from the container's own cgroup and from its processes.
 
 use serde_json::{Value, json};
 
@@ -27,7 +27,7 @@ pub fn cgroup_limits(run: &Run<'_>) {
     container.remove();
 }
 
-/// A process that wants more than its memory limit is killed, and the container with it.
+/// A process above its memory limit is killed, and the container with it.
 pub fn out_of_memory(run: &Run<'_>) {
     let options = ["--memory=64m", "--memory-swap=64m"];
     let container =
@@ -36,13 +36,13 @@ pub fn out_of_memory(run: &Run<'_>) {
     container.remove();
 }
 
-/// `update` changes the limits of a container that runs.
+/// `update` changes the limits of a running container.
 pub fn update(run: &Run<'_>) {
     let container = run.start(&["--memory=200m", "--memory-swap=400m"], &["sleep", "1000"]);
     container.ok(&["update", "--memory=100m", "--memory-swap=300m", "--cpus=0.25"]);
     let now = cgroup(&container);
     assert_eq!(now[..3], ["104857600", "209715200", "25000 100000"]);
-    // Podman 4 cannot ask for this one.
+    // Podman 4 has no option for this limit.
     if !run.podman() {
         container.ok(&["update", "--pids-limit=33"]);
         assert_eq!(cgroup(&container)[3], "33");

@@ -1,4 +1,4 @@
-//! What is to hold for the containers of any engine, one function a case.
+//! Expectations of any engine's containers, one function a case.
 
 pub mod build;
 pub mod exec;
@@ -16,8 +16,7 @@ pub mod work;
 use super::Case;
 use crate::case;
 
-/// What is tested with Docker, and with Podman too: all that their command lines have to do with a
-/// runtime.
+/// The cases of Docker, and of Podman too: all parts of their command lines that involve a runtime.
 pub const OF_DOCKER: &[Case] = &[
     case!(process::exit_statuses),
     case!(process::streams),

@@ -9,12 +9,13 @@ fn server<'r, 'e>(run: &'r Run<'e>, options: &[&str], text: &str) -> Container<'
         format!("mkdir /www; echo {text} >/www/index.html; echo up; exec httpd -f -p 80 -h /www");
     let server = run.start_shell(options, &script);
     server.await_log("up");
-    // Listens when the connection is made.
+    // The server listens when the connection is made.
     server.shell("until wget -q -O /dev/null http://127.0.0.1/; do sleep 0.1; done");
     server
 }
 
-/// The default network: an address, a route, a neighbour that answers; outside it, the container.
+/// The default network: a container has an address and a route, and answers the engine's world and
+/// another container.
 pub fn bridge(run: &Run<'_>) {
     let server = server(run, &["--network=bridge"], "over-the-bridge");
     let address = server.inspect(".NetworkSettings.IPAddress");
@@ -29,8 +30,8 @@ pub fn bridge(run: &Run<'_>) {
     server.remove();
 }
 
-/// `--publish`, on the host's loopback and its other addresses, streams and datagrams, and no longer once
-/// it is gone.
+/// `--publish`, on the host's loopback and its other addresses, for streams and datagrams, and no
+/// longer once the container is gone.
 pub fn publish(run: &Run<'_>) {
     let ports = ["--publish=127.0.0.1:18080:80", "--publish=18081:80", "--publish=18082:5353/udp"];
     let server = server(run, &ports, "published");
@@ -46,7 +47,7 @@ pub fn publish(run: &Run<'_>) {
     let mut echo = server.command(&["exec"], &["probe", "udp-server", "0.0.0.0:5353"]).spawn();
     echo.stdout.line_with("listening");
     let probe = runtime().probe.to_string_lossy();
-    // Not the loopback: Docker's own proxy, which serves that, drops empty datagrams.
+    // Not the loopback: Docker's own proxy serves it, and drops empty datagrams.
     let address = format!("{other}:18082");
     let exchange = [&*probe, "udp-client", &address, "10", "1", "1400"];
     run.end(run.engine.on_network(&exchange)).ok();
@@ -78,7 +79,7 @@ pub fn none(run: &Run<'_>) {
     assert_eq!(run.shell(&["--network=none"], script), "lo\n1");
 }
 
-/// `--network host`: a microVM has no part in it, and says so.
+/// `--network host`: a microVM has no part in the host's network, and the error says so.
 pub fn host(run: &Run<'_>) {
     let output = run.run(&["--network=host"], &["ls", "/sys/class/net"]);
     if run.isopod() {
@@ -89,7 +90,7 @@ pub fn host(run: &Run<'_>) {
     }
 }
 
-/// `--network container:`: another microVM's network is not there to be joined, which is said.
+/// `--network container:`: a microVM cannot join another microVM's network, and the error says so.
 pub fn of_another_container(run: &Run<'_>) {
     let first = run.start(&["--network=bridge"], &["sleep", "1000"]);
     let joined = format!("--network=container:{}", first.name);

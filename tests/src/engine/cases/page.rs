@@ -1,4 +1,4 @@
-//! The pages of `docs/` about engines: their commands, as they are written there.
+//! The commands on the pages of `docs/` about engines, as they are written there.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -1,4 +1,4 @@
-//! What Podman has and Docker has not.
+//! Features of Podman that Docker lacks.
 
 use std::fs;
 
@@ -20,7 +20,7 @@ pub fn rootfs(run: &Run<'_>) {
     assert_eq!(fs::read_to_string(bundle.rootfs("/new")).unwrap_or_default(), "hi\n");
 }
 
-/// A pod without an infra container: containers that only share a name and a life.
+/// A pod without an infra container: its containers share only a name and a life.
 pub fn pod_without_infra(run: &Run<'_>) {
     let pod = run.name("pod");
     run.ok(&["pod", "create", "--infra=false", "--share=", "--name", &pod]);
@@ -32,11 +32,11 @@ pub fn pod_without_infra(run: &Run<'_>) {
     run.ok(&["pod", "rm", "--force", "--time", "0", &pod]);
 }
 
-/// A pod with an infra container: its members share that one's namespaces, and so its microVM.
+/// A pod with an infra container: the members share its namespaces, and so its microVM.
 pub fn pod_with_infra(run: &Run<'_>) {
     let pod = run.name("pod");
     let infra = format!("--infra-image={IMAGE}");
-    // With a cgroup of the pod above theirs, containers of runc cannot open their devices.
+    // With a cgroup of the pod as their parent, containers of runc cannot open their devices.
     let parent = "--share-parent=false";
     run.ok(&["pod", "create", &infra, "--infra-command=sleep 1000", parent, "--name", &pod]);
     let members = ["a", "b"].map(|_| run.start(&["--pod", &pod], &["sleep", "1000"]));
@@ -68,7 +68,7 @@ pub fn healthcheck(run: &Run<'_>) {
     container.remove();
 }
 
-/// The unit of `generate systemd`: what systemd would run to start, stop and start again.
+/// The unit of `generate systemd`: its start and stop commands work, twice each.
 pub fn generated_unit(run: &Run<'_>) {
     let container = run.make("create", &[], &["sh", "-c", "echo up; exec sleep 1000"]);
     let unit = container.ok(&["generate", "systemd", "--name", "--time", "1"]);
@@ -76,7 +76,7 @@ pub fn generated_unit(run: &Run<'_>) {
     let command = |key: &str| -> Vec<String> {
         let line = unit.lines().find_map(|line| line.strip_prefix(key));
         let line = line.unwrap_or_else(|| panic!("no {key} in {unit}"));
-        // The client's own options are those of the engine's.
+        // The client's options in the unit are skipped: this engine's client has its own.
         let verb = line.split_whitespace().skip_while(|word| !["start", "stop"].contains(word));
         verb.map(str::to_owned).collect()
     };

@@ -1,4 +1,4 @@
-//! A container's first process: its status, streams, terminal, and what it is told.
+//! A container's first process: its status, streams, terminal and surroundings.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use crate::DEADLINE;
 use crate::engine::Run;
 use crate::terminal::Terminal;
 
-/// The program's exit status is the client's, and that of a program that cannot run is the engine's.
+/// The client exits with the program's status, or with the engine's for a program that cannot run.
 pub fn exit_statuses(run: &Run<'_>) {
     assert_eq!(run.run(&[], &["sh", "-c", "exit 7"]).status, 7);
     assert_eq!(run.ok(&["ps", "--all", "--quiet"]), "", "--rm");
@@ -41,8 +41,8 @@ pub fn terminal(run: &Run<'_>) {
     assert_eq!(job.wait().status(), 0);
 }
 
-/// Changes a terminal's size, as the border of a window that is dragged, until the program in the
-/// container sees that. One change may come before the engine's client looks for any.
+/// Changes a terminal's size, as dragging a window's border does, until the program in the
+/// container sees the change. A single change may come before the engine's client looks for any.
 pub(super) fn drag(terminal: &mut Terminal, columns: u16) {
     let begun = Instant::now();
     let mut seen = String::new();
@@ -57,7 +57,7 @@ pub(super) fn drag(terminal: &mut Terminal, columns: u16) {
     }
 }
 
-/// What the process is: user, directory, environment, names, and what resolves names.
+/// The process's user, directory, environment, host name and name resolution.
 pub fn identity(run: &Run<'_>) {
     let options = [
         "--user=1000:1001",

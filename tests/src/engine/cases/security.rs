@@ -1,4 +1,4 @@
-//! What a container may not do, and what it may when it is told so.
+//! A container's rights, by default and with options.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::engine::Run;
 
-/// Whether a set of the probe's report has a capability (numbers of `capabilities(7)`).
+/// Returns whether a set of the probe's report has a capability (numbers of `capabilities(7)`).
 fn has(report: &Value, set: &str, number: u32) -> bool {
     let mask = report["capabilities"][set].as_str().unwrap_or_default();
     u64::from_str_radix(mask, 16).unwrap_or_else(|_| panic!("{report}")) >> number & 1 == 1
@@ -36,7 +36,7 @@ pub fn no_new_privileges(run: &Run<'_>) {
     assert_eq!(run.probe(&[], &["report"])["no_new_privs"], json!("0"));
 }
 
-/// The engine's seccomp profile holds, a given one holds in its place, and none does when told so.
+/// The engine's seccomp profile holds. A given profile replaces it, and `unconfined` removes it.
 pub fn seccomp(run: &Run<'_>) {
     let profile = run.engine.path(&run.name("seccomp.json"));
     let json = json!({
@@ -50,13 +50,13 @@ pub fn seccomp(run: &Run<'_>) {
     assert!(own.contains("Seccomp:\t2") && own.contains("not supported"), "{own}");
     let default = run.shell(&[], "grep ^Seccomp: /proc/self/status; unshare -U true 2>&1; true");
     assert!(default.contains("Seccomp:\t2"), "{default}");
-    // Podman's own profile lets a container have user namespaces.
+    // Podman's own profile allows user namespaces.
     assert!(run.podman() || default.contains("Operation not permitted"), "{default}");
     let none = run.shell(&["--security-opt=seccomp=unconfined"], script);
     assert!(none.contains("Seccomp:\t0"), "{none}");
 }
 
-/// `--device`: the node is there and opens; others cannot be made.
+/// `--device`: the node exists and opens; other nodes cannot be made.
 pub fn device(run: &Run<'_>) {
     let script = "ls -l /dev/fuse /dev/renamed; probe open rw /dev/renamed; \
                   probe mknod /tmp/kmsg 1 11";

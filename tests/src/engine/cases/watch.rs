@@ -1,4 +1,4 @@
-//! Looking at containers from outside.
+//! Containers seen from outside.
 
 use crate::engine::Run;
 
@@ -7,7 +7,8 @@ pub fn top(run: &Run<'_>) {
     let container = run.start_shell(&[], "sleep 1111 & sleep 2222");
     container.shell("until [ $(ps -o args | grep -c '^sleep') = 2 ]; do :; done");
     let table = container.ok(&["top"]);
-    // Of the host, those that the runtime names, or that whoever enters its namespace finds.
+    // Of the host's processes, those that the runtime names, or those visible in the namespace that
+    // Podman joins.
     let expected = match run.isopod() {
         true => ["isopod", "isopod-vmm"],
         false => ["sleep 1111", "sleep 2222"],
@@ -17,10 +18,11 @@ pub fn top(run: &Run<'_>) {
     container.remove();
 }
 
-/// `top` with options of ps: Podman then runs that one in the container.
+/// `top` with options of ps: Podman then runs ps in the container.
 ///
-/// Podman before 4.7 may print what ps said before it has read all of it (its pull request 19595), with
-/// any runtime. So a table that lacks lines is asked for again; one with other lines fails at once.
+/// Podman before 4.7 may print the output of ps before reading all of it (its pull request 19595),
+/// with any runtime. So a table that lacks lines is asked for again. A table with other lines fails
+/// at once.
 pub fn top_by_ps(run: &Run<'_>) {
     let container = run.start_shell(&[], "sleep 1111 & sleep 2222");
     container.shell("until [ $(ps -o args | grep -c '^sleep') = 2 ]; do :; done");
@@ -44,16 +46,16 @@ pub fn stats(run: &Run<'_>) {
     let (memory, pids) = line.split_once(';').unwrap_or_else(|| panic!("{line}"));
     let (used, limit) = memory.split_once(" / ").unwrap_or_else(|| panic!("{line}"));
     assert!(!used.starts_with("0B") && used.ends_with('B'), "{line}");
-    // Docker reads it from the host's cgroup, and a microVM's own limit is inside.
+    // Docker reads the limit from the host's cgroup, but a microVM's own limit is inside.
     let inside = run.isopod() && !run.podman();
     assert!(inside || ["300MiB", "314.6MB"].contains(&limit), "{line}");
-    // Of a microVM, the threads that stand for it are counted.
+    // Of a microVM, the host's threads are counted.
     let count: u32 = pids.parse().unwrap_or_default();
     assert!(if run.isopod() { count > 1 } else { count == 1 }, "{line}");
     container.remove();
 }
 
-/// `inspect` and `ps` tell of a process of the host's that is the container.
+/// `inspect` and `ps` name a process of the host for the container.
 pub fn inspect(run: &Run<'_>) {
     let container = run.start(&[], &["sleep", "1000"]);
     let pid = container.inspect(".State.Pid");
@@ -65,7 +67,7 @@ pub fn inspect(run: &Run<'_>) {
     container.remove();
 }
 
-/// `events` tells of a container's life in order.
+/// `events` reports a container's life in order.
 pub fn events(run: &Run<'_>) {
     let container = run.named();
     let command = run.command("run", &["--name", &container.name], &["sh", "-c", "exit 6"]);
@@ -73,8 +75,8 @@ pub fn events(run: &Run<'_>) {
     container.remove();
     let filter = format!("container={}", container.name);
     let format = if run.podman() { "{{.Status}}" } else { "{{.Action}}" };
-    // Docker counts that time in whole seconds, so this is the end of the one that is running. Podman
-    // stops reading at such a time, even if it has only begun.
+    // Docker counts `--until` in whole seconds, so `-1s` is the end of the current second. Podman
+    // stops reading at that time, even if it has only begun.
     let end = if run.podman() { "--stream=false" } else { "--until=-1s" };
     let said = run.ok(&["events", "--since=10m", end, "--filter", &filter, "--format", format]);
     let expected: &[&str] = if run.podman() {

@@ -1,5 +1,5 @@
-//! Real programs, in a Debian tree: Podman lays an overlay over it. To import it as an image would take
-//! minutes in a lab.
+//! Real programs, in a Debian tree. Podman lays an overlay over the tree: importing it as an image
+//! would take minutes in a lab.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -7,8 +7,8 @@ use std::fs;
 use crate::command::Command;
 use crate::engine::{Container, Run, tree};
 
-/// For a minute: clients that set, get and count; then what was counted is there, and so is every
-/// one of five thousand values.
+/// Clients that set, get and count for a minute. Then the count is right, and each of a thousand
+/// values is there.
 const LOAD: &str = "\
 set -e
 end=$(($(date +%s) + 60))
@@ -77,7 +77,7 @@ fn directory(run: &Run<'_>, name: &str) -> String {
     path.to_string_lossy().into_owned()
 }
 
-/// `run` of a program in the tree, whose changes are forgotten with the container.
+/// `run` of a program in the tree. Its changes are lost with the container.
 fn program<'e>(run: &Run<'e>, options: &[&str], command: &[&str]) -> Command<'e> {
     let tree = format!("{}:O", tree("ISOPOD_TEST_WORKLOAD_TREE"));
     run.command_of(&tree, "run", &[options, &["--rootfs"]].concat(), command)
@@ -115,7 +115,7 @@ pub fn nginx_serves_files(run: &Run<'_>) {
     let site = directory(run, "site");
     let client = directory(run, "client");
     for number in 0..20_usize {
-        // From a few bytes to more than fifty thousand, not the same twice.
+        // From a few bytes to more than fifty thousand, each file with another size.
         let line = format!("line of file {number}\n");
         fs::write(format!("{site}/{number}"), line.repeat(1 + number * number * 10))
             .expect("a file");
@@ -129,7 +129,7 @@ pub fn nginx_serves_files(run: &Run<'_>) {
     let site = format!("--volume={site}:/var/www/html:ro");
     let server = serve(run, "web", &[&on, &site], &["nginx", "-g", "daemon off;"]);
     let client = format!("--volume={client}:/client:ro");
-    // nginx listens a while after its start, and says nothing of it.
+    // nginx listens a while after its start, and reports nothing then.
     let script = "until : </dev/tcp/web/80; do sleep 0.2; done; exec python3 /client/fetch.py";
     let fetched = program(run, &["--rm", &on, &client], &["bash", "-c", script]);
     assert_eq!(run.end(fetched).ok().stdout, "1000 answers as they should be\n");
@@ -146,7 +146,7 @@ pub fn python_processes(run: &Run<'_>) {
     assert_eq!(run.end(command).ok().stdout, "processes agree\n");
 }
 
-/// `make -j2` builds a program in a volume; its result works, and a second call has nothing to do.
+/// `make -j2` builds a program in a volume. The program works, and a second call has nothing to do.
 pub fn parallel_build(run: &Run<'_>) {
     const PARTS: usize = 8;
     let dir = directory(run, "source");

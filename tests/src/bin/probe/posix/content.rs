@@ -34,7 +34,7 @@ pub(super) fn append(dir: &Path) -> Outcome {
     same("whole lines", (text.len(), count("a"), count("b")), (64_000, 500, 500))
 }
 
-/// A mapping and the file are one.
+/// A mapping and its file have the same content.
 pub(super) fn mmap_shared(dir: &Path) -> Outcome {
     let path = dir.join("file");
     let file = create(&path)?;
@@ -71,7 +71,7 @@ pub(super) fn fsync(dir: &Path) -> Outcome {
     file.or_say("syncfs")
 }
 
-/// A hole takes no room, reads as zeros, and can be asked for.
+/// A hole takes no room, reads as zeros, and is found by lseek(2).
 pub(super) fn sparse(dir: &Path) -> Outcome {
     let file = create(&dir.join("file"))?;
     file.write_all_at(b"end", 1024 * MIB).or_say("write")?;

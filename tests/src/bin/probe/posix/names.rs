@@ -172,7 +172,7 @@ pub(super) fn mode_and_owner(dir: &Path) -> Outcome {
     fs::set_permissions(&path, Permissions::from_mode(0o4750)).or_say("chmod")?;
     same("mode and owner", stat()?, (0o4750, 0, 0))?;
     chown(&path, Some(1000), Some(1001)).or_say("chown")?;
-    // chown takes the set-user-id bit away (inode(7)).
+    // chown(2) clears the set-user-ID bit (inode(7)).
     same("mode and owner after chown", stat()?, (0o750, 1000, 1001))?;
     let sub = dir.join("sub");
     fs::create_dir(&sub).or_say("mkdir")?;

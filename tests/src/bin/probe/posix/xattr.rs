@@ -36,7 +36,8 @@ fn set(path: &CStr, name: &CStr, value: &[u8], flags: i32) -> io::Result<()> {
 fn get(path: &CStr, name: &CStr) -> io::Result<Vec<u8>> {
     let mut value = vec![0_u8; 4096];
     let (bytes, len) = (value.as_mut_ptr().cast(), value.len());
-    // SAFETY: both strings end in NUL, and `bytes` has room for `len` bytes; all live across the call.
+    // SAFETY: both strings end in NUL, and `bytes` has room for `len` bytes; all live across the
+    // call.
     let got = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), bytes, len) };
     value.truncate(checked(got)?);
     Ok(value)

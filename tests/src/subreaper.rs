@@ -1,14 +1,14 @@
 //! The parent of all processes of a scope.
 //!
-//! `isopod-probe keeper` is a subreaper (`PR_SET_CHILD_SUBREAPER`), as conmon and containerd's shims
-//! are: whatever the runtime leaves behind becomes its child. So the processes of a scope are exactly
-//! the keeper's descendants, whichever sessions, cgroups or environments they moved to, tests that run
-//! at the same time do not see each other's, and the exit status of an orphan is known.
+//! `isopod-probe subreaper` sets `PR_SET_CHILD_SUBREAPER`, as conmon and containerd's shims do. The
+//! kernel makes it the parent of every orphan of the runtime. So the processes of a scope are
+//! exactly the subreaper's descendants, in whatever session, cgroup or environment they are.
+//! Concurrent tests do not see each other's processes, and the exit status of an orphan is known.
 //!
-//! Requests and events are `SOCK_SEQPACKET` packets of JSON on the keeper's descriptor 0. When the
-//! test's end closes, the keeper kills all its descendants, removes the scope's directory, and exits.
-//! So that it can do this when a test program is ended from its terminal or by a signal, it is in a
-//! session of its own and takes no signal that asks it to end.
+//! Requests and events are `SOCK_SEQPACKET` packets of JSON on the subreaper's descriptor 0. When
+//! the test's end closes, the subreaper kills all its descendants, removes the scope's directory,
+//! and exits. The subreaper has to survive the test program, which a terminal or a signal may end.
+//! So it has a session of its own and blocks the signals that ask a process to end.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -28,14 +28,14 @@ use serde::{Deserialize, Serialize};
 /// Longest packet in either direction, in bytes.
 pub const MAX_PACKET_LEN: usize = 64 * 1024;
 
-/// What the keeper is asked for.
+/// A request to the subreaper.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    /// To run a program.
+    /// Runs a program.
     Spawn(Spawn),
-    /// To send a signal to a child, unless that has ended.
+    /// Sends a signal to a child that has not ended.
     Signal {
-        /// Which child.
+        /// The child's pid.
         pid: i32,
         /// The signal's number.
         signal: i32,
@@ -47,11 +47,11 @@ pub enum Request {
 pub struct Spawn {
     /// The program, searched in `PATH`, and its arguments.
     pub argv: Vec<String>,
-    /// Added to the keeper's own environment.
+    /// Variables added to the subreaper's own environment.
     pub env: BTreeMap<String, String>,
 }
 
-/// What the keeper reports.
+/// An answer or a report of the subreaper.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
     /// The answer to [`Request::Spawn`].
@@ -61,34 +61,34 @@ pub enum Event {
     },
     /// The answer to [`Request::Signal`].
     Signalled {
-        /// The child had not ended before.
+        /// The child, which had not ended before.
         pid: i32,
     },
-    /// The other answer to either.
+    /// The answer to a request that failed.
     Failed {
-        /// Why.
+        /// The reason.
         message: String,
     },
-    /// A child has ended: one that was asked for, or an orphan.
+    /// The end of a child: of a requested program or of an orphan.
     Ended {
-        /// Which.
+        /// The child's pid.
         pid: i32,
-        /// How.
+        /// The child's exit status or signal.
         end: End,
     },
 }
 
-/// How a process ended.
+/// The end of a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum End {
-    /// By `exit` with this status.
+    /// Exited with this status.
     Exited(i32),
-    /// By this signal.
+    /// Killed by this signal.
     Killed(i32),
 }
 
 impl End {
-    /// The status as a shell shows it.
+    /// The status as a shell shows it: 128+n for signal n.
     pub fn status(self) -> i32 {
         match self {
             Self::Exited(status) => status,
@@ -108,7 +108,7 @@ impl fmt::Display for End {
 
 #[derive(Debug, Default)]
 struct Reports {
-    /// The answer to the request on its way.
+    /// The answer to the pending request.
     answer: Option<Result<i32, String>>,
     ended: HashMap<i32, End>,
     closed: bool,
@@ -116,9 +116,9 @@ struct Reports {
 
 type Shared = Arc<(Mutex<Reports>, Condvar)>;
 
-/// The test's side of one keeper process.
+/// The test's side of one subreaper process.
 #[derive(Debug)]
-pub struct Keeper {
+pub struct Subreaper {
     process: Child,
     socket: Arc<OwnedFd>,
     reports: Shared,
@@ -127,14 +127,14 @@ pub struct Keeper {
     requesting: Mutex<()>,
 }
 
-impl Keeper {
-    /// Starts a keeper of what happens in `dir`.
+impl Subreaper {
+    /// Starts a subreaper for the scope with the directory `dir`.
     pub fn new(probe: &Path, dir: &Path) -> Self {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .expect("cannot make a socket pair");
         let process = std::process::Command::new(probe)
-            .arg("keeper")
+            .arg("subreaper")
             .arg(dir)
             .stdin(Stdio::from(theirs))
             .spawn()
@@ -148,27 +148,23 @@ impl Keeper {
         Self { process, socket, reports, listener: Some(listener), requesting: Mutex::new(()) }
     }
 
-    /// The keeper's own process.
+    /// The pid of the subreaper itself.
     pub fn pid(&self) -> i32 {
         i32::try_from(self.process.id()).expect("a pid")
     }
 
-    /// Runs a program; `streams` become its standard input, output and error.
-    ///
-    /// # Errors
-    ///
-    /// Why it could not be run.
+    /// Runs a program with `streams` as its standard input, output and error.
     pub fn spawn(&self, program: Spawn, streams: &[OwnedFd; 3]) -> Result<i32, String> {
         let fds = streams.each_ref().map(AsRawFd::as_raw_fd);
         self.ask(&Request::Spawn(program), &[ControlMessage::ScmRights(&fds)])
     }
 
-    /// Sends a signal to a child. Nothing else is hit when the child has ended, for its number is not
-    /// given to another process before the keeper has collected it.
+    /// Sends a signal to a child. No other process is hit, because the kernel reuses a pid only
+    /// after the subreaper has collected the child.
     ///
     /// # Errors
     ///
-    /// Why not: the child has ended, or is none.
+    /// The pid is no child, or the child has ended.
     pub fn signal(&self, pid: i32, signal: i32) -> Result<(), String> {
         self.ask(&Request::Signal { pid, signal }, &[]).map(drop)
     }
@@ -179,16 +175,16 @@ impl Keeper {
         let data = [std::io::IoSlice::new(&json)];
         let socket = self.socket.as_raw_fd();
         sendmsg::<()>(socket, &data, control, MsgFlags::MSG_NOSIGNAL, None)
-            .map_err(|e| format!("the keeper is gone: {e}"))?;
+            .map_err(|e| format!("the subreaper is gone: {e}"))?;
         self.wait_for(Duration::MAX, |r| match r.answer.take() {
-            None if r.closed => Some(Err("the keeper is gone".to_owned())),
+            None if r.closed => Some(Err("the subreaper is gone".to_owned())),
             answer => answer,
         })
         .expect("an answer")
     }
 
-    /// Waits until `holds`, at most `timeout`. Asks at first, and whenever a child has ended. `holds`
-    /// must not use the keeper.
+    /// Waits until `holds` returns true, at most `timeout`. Calls `holds` at first and at each
+    /// report. `holds` must not use the subreaper.
     pub fn wait_until(&self, timeout: Duration, mut holds: impl FnMut() -> bool) -> bool {
         self.wait_for(timeout, |_| holds().then_some(())).is_some()
     }
@@ -198,7 +194,7 @@ impl Keeper {
         self.wait_for(timeout, |r| r.ended.get(&pid).copied())
     }
 
-    /// How a child ended, if it has.
+    /// The end of a child; `None` while it runs.
     pub fn ended(&self, pid: i32) -> Option<End> {
         self.reports.0.lock().unwrap_or_else(|e| e.into_inner()).ended.get(&pid).copied()
     }
@@ -220,14 +216,14 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
+impl Drop for Subreaper {
     fn drop(&mut self) {
-        // The keeper reads the end of the stream, kills its descendants and exits; that ends the
-        // listener.
+        // The subreaper reads the end of the stream, kills its descendants and exits. Its exit ends
+        // the listener.
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Write);
         let gone = self.wait_for(Duration::from_secs(60), |r| r.closed.then_some(()));
         if gone.is_none() {
-            eprintln!("keeper {}: its descendants do not die of SIGKILL", self.process.id());
+            eprintln!("subreaper {}: its descendants do not die of SIGKILL", self.process.id());
             let _ = self.process.kill();
         }
         if let Some(listener) = self.listener.take() {
@@ -248,7 +244,7 @@ fn listen(socket: &OwnedFd, reports: &Shared) {
         let mut state = reports.0.lock().unwrap_or_else(|e| e.into_inner());
         match serde_json::from_slice(&packet[..len]) {
             Ok(Event::Started { pid }) => {
-                // A pid that is used again.
+                // The kernel may reuse a pid.
                 state.ended.remove(&pid);
                 state.answer = Some(Ok(pid));
             }

@@ -1,4 +1,4 @@
-//! The parent of all processes of a test: see `isopod_tests::keeper`.
+//! The parent of all processes of a test: see `isopod_tests::subreaper`.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use isopod_tests::keeper::{End, Event, MAX_PACKET_LEN, Request, Spawn};
+use isopod_tests::subreaper::{End, Event, MAX_PACKET_LEN, Request, Spawn};
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -17,11 +17,11 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, send};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, setsid};
 
-/// Serves requests on descriptor 0 until its other end closes, then ends all descendants and removes
-/// `dir`.
-pub(crate) fn keep(dir: &Path) -> io::Result<()> {
-    // What ends the test program must not end its keeper, which is to clean up. Blocked, and not
-    // ignored, because children would inherit that.
+/// Serves requests on descriptor 0 until its other end closes. Then ends all descendants and
+/// removes `dir`.
+pub(crate) fn run(dir: &Path) -> io::Result<()> {
+    // A signal that ends the test program must not end its subreaper, which cleans up. The signals
+    // are blocked and not ignored, because children would inherit ignored ones.
     for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM] {
         SigSet::from(signal).thread_block()?;
     }
@@ -51,8 +51,8 @@ pub(crate) fn keep(dir: &Path) -> io::Result<()> {
     remove(dir)
 }
 
-/// Removes the directory, which is there only if the test could not do so. Not through mounts: what
-/// is behind them may be somebody else's.
+/// Removes the scope's directory, which exists only if the test could not remove it. Does not go
+/// through mounts: the files behind them may belong to others.
 fn remove(dir: &Path) -> io::Result<()> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
     if mounts.contains(&*dir.to_string_lossy()) {
@@ -64,7 +64,7 @@ fn remove(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// One request. `false` at the end of the stream.
+/// Serves one request. Returns `false` at the end of the stream.
 fn serve() -> io::Result<bool> {
     let mut packet = vec![0; MAX_PACKET_LEN];
     let mut space = cmsg_space!([i32; 3]);
@@ -98,7 +98,7 @@ fn serve() -> io::Result<bool> {
     Ok(true)
 }
 
-/// Sends a signal to a child. One that has been collected is none any more.
+/// Sends a signal to a child. A collected child is no child any more, so its pid is an error.
 fn send_signal(pid: i32, signal: i32) -> io::Result<()> {
     if !children()?.contains(&pid) {
         return Err(Errno::ESRCH.into());
@@ -119,17 +119,17 @@ fn spawn(request: &Spawn, streams: Vec<OwnedFd>) -> io::Result<i32> {
     i32::try_from(child.id()).map_err(io::Error::other)
 }
 
-/// The child begins with no signal blocked, as from a shell.
+/// Makes the child begin with no signal blocked, as from a shell.
 fn unblock_in_child(command: &mut Command) {
     use std::os::unix::process::CommandExt;
-    // SAFETY: the closure makes one system call and touches no memory of the parent's, so it may run
-    // between fork and exec.
+    // SAFETY: the closure makes one system call and touches no memory of the parent's, so it may
+    // run between fork and exec.
     unsafe {
         command.pre_exec(|| Ok(SigSet::all().thread_unblock()?));
     }
 }
 
-/// Collects one ended child and reports it. `false` when none is there.
+/// Collects one ended child and reports it. Returns `false` when there is none.
 fn reap(flags: Option<WaitPidFlag>) -> io::Result<bool> {
     let (pid, end) = match waitpid(None, flags) {
         Ok(WaitStatus::Exited(pid, status)) => (pid, End::Exited(status)),
@@ -145,13 +145,14 @@ fn reap(flags: Option<WaitPidFlag>) -> io::Result<bool> {
 fn report(event: &Event) -> io::Result<()> {
     let json = serde_json::to_vec(event)?;
     match send(io::stdin().as_raw_fd(), &json, MsgFlags::MSG_NOSIGNAL) {
-        // The test has gone; the end of the stream says so next.
+        // The test has gone; the next read sees the end of the stream.
         Ok(_) | Err(Errno::EPIPE) => Ok(()),
         Err(e) => Err(e.into()),
     }
 }
 
-/// Kills children until there are none: their own children become ours as they die.
+/// Kills children until none is left. The children of a killed child become children of this
+/// process.
 fn end_descendants() -> io::Result<()> {
     loop {
         for pid in children()? {
@@ -171,7 +172,7 @@ fn children() -> io::Result<Vec<i32>> {
         let Ok(stat) = File::open(format!("/proc/{pid}/stat")).and_then(io::read_to_string) else {
             continue;
         };
-        // After the command's name, which may hold anything: state, parent.
+        // The fields after the command's name, which may hold any character: state, parent.
         let parent = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1));
         if parent == Some(own.as_str()) {
             found.push(pid);
