@@ -1,4 +1,4 @@
-//! The cycle benchmark: what a container engine calls for a container that does nothing, beside
+//! The cycle benchmark: the calls of a container engine for a container that does nothing, beside
 //! runtimes without a microVM.
 
 use std::path::Path;
@@ -10,19 +10,16 @@ use crate::figure::Figure;
 use crate::runtime::Runtime;
 use crate::vmm;
 
-/// Measures each runtime `runs` times, taking turns so that a change of the host between them falls
-/// on all.
+/// Measures each runtime `runs` times.
 ///
-/// # Errors
-///
-/// If a runtime is missing or a call to one fails.
+/// The runtimes take turns, so a change of the host affects all of them.
 pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec<Figure>> {
     nix::sys::prctl::set_child_subreaper(true).context("cannot become a subreaper")?;
     let isopod = Runtime::new("isopod", programs.join("isopod"))?;
     let peers = [Runtime::new("runc", "runc")?, Runtime::new("crun", "crun")?];
     let all: Vec<&Runtime> = [&isopod].into_iter().chain(&peers).collect();
     let (mut boots, mut cycles) = (Vec::new(), vec![Vec::new(); all.len()]);
-    // The first of each warms the page cache and does not count.
+    // The first run of each warms the page cache and does not count.
     for run in 0..=runs {
         let boot = vmm::boot(programs)?.units;
         let round: Vec<f64> = all.iter().map(|r| r.cycle(bundle)).collect::<Result<_>>()?;

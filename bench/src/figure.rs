@@ -1,31 +1,31 @@
-//! A measured figure, and how figures are shown.
+//! Measured figures, and their table.
 
 use std::fmt::Write as _;
 
 use serde::Serialize;
 
-/// One line of a benchmark's result.
+/// A measured figure: one line of the table.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Figure {
-    /// What was measured, such as `boot-to-ready`.
+    /// Name of the figure, such as `boot-to-ready`.
     pub(crate) figure: String,
-    /// Its unit: `units` (million instructions), `KiB`, `exits`.
+    /// Unit: `units` (millions of instructions), `KiB`, `exits`.
     pub(crate) unit: &'static str,
-    /// Isopod's.
+    /// Isopod's value.
     pub(crate) value: f64,
-    /// Which program stands beside it.
+    /// Name of the peer.
     pub(crate) peer: Option<&'static str>,
-    /// The peer's.
+    /// The peer's value.
     pub(crate) peer_value: Option<f64>,
 }
 
 impl Figure {
-    /// A figure of Isopod alone.
+    /// A figure without a peer.
     pub(crate) fn alone(figure: impl Into<String>, unit: &'static str, value: f64) -> Self {
         Self { figure: figure.into(), unit, value, peer: None, peer_value: None }
     }
 
-    /// A figure beside `peer`'s.
+    /// A figure with a peer.
     pub(crate) fn beside(
         figure: &str,
         unit: &'static str,
@@ -37,7 +37,7 @@ impl Figure {
     }
 }
 
-/// The figures as a table for a person.
+/// The figures as a text table.
 pub(crate) fn table(figures: &[Figure]) -> String {
     let heading = ["figure", "unit", "isopod", "peer", "ratio"].map(str::to_owned);
     let mut rows = vec![heading];
@@ -55,7 +55,8 @@ pub(crate) fn table(figures: &[Figure]) -> String {
     columns(&rows)
 }
 
-/// Rows of cells, the first to the left and the others to the right of a column as wide as its widest.
+/// Rows as text, with columns of equal width. The first column is left-aligned, others
+/// right-aligned.
 fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
     let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();

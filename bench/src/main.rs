@@ -1,14 +1,16 @@
-//! `isopod-bench`: measures the built programs, beside a peer of the same run where there is one.
+//! `isopod-bench`: measures the built programs, beside a peer in the same run where there is one.
 //!
-//! Meant for a machine whose clock counts instructions (`cargo xtask bench` boots one): there a
-//! millisecond is a million instructions, called a unit. Elsewhere the same numbers are wall times,
-//! good only for their ratios.
+//! The clock of the machine should count instructions, as in the lab of `cargo xtask bench`. Then a
+//! millisecond is a million instructions, called a unit. On other machines a unit is a millisecond
+//! of wall time, and only ratios mean something.
 
 mod boot;
+mod child_guard;
 mod clock;
 mod cycle;
 mod figure;
 mod files;
+mod guest;
 mod net;
 mod qemu;
 mod runtime;
@@ -31,14 +33,14 @@ Usage: isopod-bench boot|cycle|files|net --programs DIR --bundle DIR [--runs N] 
   files            what a guest does with the host's files, beside QEMU with virtiofsd
   net              traffic between a container and the host, beside runc and QEMU
 
-  --programs DIR   where isopod, isopod-vmm, vmlinux and isopod.initramfs are
+  --programs DIR   folder of isopod, isopod-vmm, vmlinux and isopod.initramfs
   --bundle DIR     an OCI bundle whose process is /bin/true
   --tree DIR       for `files`: a Debian tree with gcc and tar
   --virtiofsd FILE for `files`: Debian's virtiofsd
-  --runs N         runs of each, the least counts [5]
-  --json FILE      also write the figures there";
+  --runs N         runs of each measurement; the smallest value counts [5]
+  --json FILE      also write the figures to FILE";
 
-/// What the command line asks for.
+/// Options of the command line.
 struct Arguments {
     programs: PathBuf,
     bundle: PathBuf,
@@ -70,10 +72,10 @@ fn run() -> Result<()> {
             files.measure(a.runs)
         },
         Some("net") => |a| net::measure(&a.programs, &a.bundle, a.runs),
-        // What `files` runs in guests.
-        Some("work") => return files::work(words.next().context("work where?")?.as_ref()),
-        // What `net` runs in containers.
-        Some("peer") => return net::peer(&words.next().context("peer of whom?")?),
+        // The program of `files` in guests.
+        Some("work") => return files::work(words.next().context("`work` needs a path")?.as_ref()),
+        // The program of `net` in containers.
+        Some("peer") => return net::peer(&words.next().context("`peer` needs an address")?),
         Some("--help" | "-h") => {
             println!("{HELP}");
             return Ok(());

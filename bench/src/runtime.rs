@@ -1,4 +1,4 @@
-//! An OCI runtime's command line: a container's cycle, and a process in a running container.
+//! Calls of an OCI runtime's command line: the cycle of a container, and `exec`.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,51 +13,39 @@ use tempfile::TempDir;
 
 use crate::clock;
 
-/// The id of every container: there is one at a time.
+/// Id of every container. There is one container at a time.
 const ID: &str = "bench";
 
-/// A runtime and room for its state.
+/// A runtime, with a directory for its state.
 pub(crate) struct Runtime {
-    /// What it is called in figures.
+    /// Name in figures.
     pub(crate) name: &'static str,
     program: PathBuf,
     dir: TempDir,
-    /// Of its guests' kernel. A runtime without any does not look at them.
+    /// Parameters of the guest kernel. A runtime without guests ignores them.
     kernel_params: &'static str,
 }
 
 impl Runtime {
-    /// The runtime `program`.
-    ///
-    /// # Errors
-    ///
-    /// If no directory can be made for its state.
+    /// The runtime `program`, called `name` in figures.
     pub(crate) fn new(name: &'static str, program: impl Into<PathBuf>) -> Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
         Ok(Self { name, program: program.into(), dir, kernel_params: "" })
     }
 
-    /// The same with parameters for its guests' kernel.
+    /// The same runtime with parameters for the guest kernel.
     pub(crate) fn kernel_params(self, kernel_params: &'static str) -> Self {
         Self { kernel_params, ..self }
     }
 
     /// Units of `create`, `start`, the wait for the end of the container, and `delete`.
-    ///
-    /// # Errors
-    ///
-    /// If any of them fails, or the container's process does.
     pub(crate) fn cycle(&self, bundle: &Path) -> Result<f64> {
         let start = clock::now()?;
         self.start(bundle)?.wait()?;
         Ok(clock::now()? - start)
     }
 
-    /// A container as `bundle` says, but for `change`.
-    ///
-    /// # Errors
-    ///
-    /// If a call fails.
+    /// Starts a container of `bundle`, with its configuration changed by `change`.
     pub(crate) fn start_changed(
         &self,
         bundle: &Path,
@@ -66,17 +54,14 @@ impl Runtime {
         self.start(&self.changed(bundle, change)?)
     }
 
+    /// Creates and starts a container.
     fn start(&self, bundle: &Path) -> Result<Running<'_>> {
         let pid = self.create(bundle)?;
         self.call(["start", ID])?;
         Ok(Running { runtime: self, pid })
     }
 
-    /// Units of `exec` of /bin/true, each of `runs` times, in a container that does nothing.
-    ///
-    /// # Errors
-    ///
-    /// If a call fails.
+    /// Units of `exec` of /bin/true in a container that does nothing: one value for each of `runs`.
     pub(crate) fn execs(&self, bundle: &Path, runs: usize) -> Result<Vec<f64>> {
         let sleep = json!(["/bin/sleep", "1000000"]);
         let running = self.start_changed(bundle, |config| config["process"]["args"] = sleep)?;
@@ -87,11 +72,11 @@ impl Runtime {
             took.push(clock::now()? - start);
         }
         running.kill()?;
-        // The first warms the page cache.
+        // The first run warms the page cache and does not count.
         Ok(took.split_off(1))
     }
 
-    /// A bundle with the root file system of `bundle` and a changed config.json.
+    /// Writes a bundle with the root file system of `bundle` and a changed config.json.
     fn changed(&self, bundle: &Path, change: impl FnOnce(&mut Value)) -> Result<PathBuf> {
         let bundle = std::path::absolute(bundle)?;
         let path = bundle.join("config.json");
@@ -105,8 +90,9 @@ impl Runtime {
         Ok(dir)
     }
 
-    /// Creates the container and returns the process that ends with it: a child of this one by
-    /// then, which is a subreaper.
+    /// Creates the container. Returns the process of its pid file.
+    ///
+    /// The process is a child of this process, a subreaper, as soon as `create` has ended.
     fn create(&self, bundle: &Path) -> Result<Pid> {
         let file = self.dir.path().join("pid");
         self.call([
@@ -121,14 +107,15 @@ impl Runtime {
         Ok(Pid::from_raw(text.trim().parse().context("the pid file")?))
     }
 
+    /// Calls the runtime and waits for its end.
     fn call<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<()> {
-        // A file, not a pipe: the container has it as well, and outlives the call.
+        // A file, not a pipe: the container inherits it and outlives the call.
         let errors = self.dir.path().join("stderr");
         let file = fs::File::create(&errors).with_context(|| errors.display().to_string())?;
         let mut command = Command::new(&self.program);
         command.arg("--root").arg(self.dir.path().join("state")).args(args);
         let status = command
-            // As far away as can be: the clock may jump while files are read (see `clock`).
+            // A limit of an hour, because the clock may jump during file reads (see `clock`).
             .env("ISOPOD_BOOT_TIMEOUT", "3600")
             .env("ISOPOD_KERNEL_PARAMS", self.kernel_params)
             .stdin(Stdio::null())
@@ -144,18 +131,14 @@ impl Runtime {
     }
 }
 
-/// A container that runs.
+/// A running container.
 pub(crate) struct Running<'a> {
     runtime: &'a Runtime,
     pid: Pid,
 }
 
 impl Running<'_> {
-    /// Waits for its end and deletes it.
-    ///
-    /// # Errors
-    ///
-    /// If its process did not succeed, or it cannot be deleted.
+    /// Waits for the end of the container and deletes it. An exit status other than 0 is an error.
     pub(crate) fn wait(self) -> Result<()> {
         match self.delete()? {
             WaitStatus::Exited(_, 0) => Ok(()),
@@ -163,11 +146,13 @@ impl Running<'_> {
         }
     }
 
+    /// Kills the container and deletes it.
     fn kill(self) -> Result<()> {
         self.runtime.call(["kill", ID, "KILL"])?;
         self.delete().map(drop)
     }
 
+    /// Waits for the end of the container and deletes it.
     fn delete(&self) -> Result<WaitStatus> {
         let ended = waitpid(self.pid, None).context("cannot wait for the container")?;
         self.runtime.call(["delete", ID])?;

@@ -1,4 +1,4 @@
-//! Sizes of what is installed.
+//! Sizes of the installed files.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 
 use crate::figure::Figure;
 
+/// Figures and their files.
 const FILES: [(&str, &str); 5] = [
     ("size-kernel", "vmlinux"),
     ("size-image", "isopod.initramfs"),
@@ -16,7 +17,7 @@ const FILES: [(&str, &str); 5] = [
     ("size-isopod-agent", "isopod-agent"),
 ];
 
-/// What each file takes on disk; the kernel has holes.
+/// Size of each file on disk, at most its length. The kernel image has holes.
 pub(crate) fn measure(programs: &Path) -> Result<Vec<Figure>> {
     FILES
         .iter()

@@ -1,4 +1,4 @@
-//! One boot of `isopod-vmm`, given what the sandbox process would give it.
+//! A boot of `isopod-vmm`, with configuration and descriptors like those of the sandbox process.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, IoSliceMut, Seek as _, Write as _};
@@ -20,25 +20,25 @@ use tempfile::TempDir;
 
 use crate::clock;
 
-/// Guest memory in MiB, the same for the peer.
+/// Memory of Isopod's and of QEMU's guest in MiB.
 pub(crate) const MEMORY_MIB: u64 = 256;
 
-/// What one boot cost.
-pub(crate) struct Boot {
-    /// From exec of the VMM to the agent's ready message.
+/// Figures of a boot.
+pub(crate) struct VmmBoot {
+    /// Units from the exec of the VMM to the agent's ready message.
     pub(crate) units: f64,
-    /// The agent's message.
+    /// The agent's ready message.
     pub(crate) hello: Hello,
-    /// Exits until then, by kind.
+    /// Number of exits until the ready message, by kind.
     pub(crate) exits: Vec<(String, u64)>,
-    /// Resident memory of the VMM without guest memory.
+    /// Resident memory of the VMM in KiB, without guest memory.
     pub(crate) overhead_kib: u64,
-    /// Resident guest memory.
+    /// Resident guest memory in KiB.
     pub(crate) guest_resident_kib: u64,
 }
 
 /// Boots once and ends the microVM.
-pub(crate) fn boot(programs: &Path) -> Result<Boot> {
+pub(crate) fn boot(programs: &Path) -> Result<VmmBoot> {
     let share = Share::new()?;
     let (control, vmm_control) = seqpacket_pair()?;
     let (connect, vmm_connect) = seqpacket_pair()?;
@@ -94,7 +94,8 @@ pub(crate) fn boot(programs: &Path) -> Result<Boot> {
     boot
 }
 
-fn finish(control: &UnixDatagram, connect: &UnixDatagram, start: f64) -> Result<Boot> {
+/// Waits for the ready message and asks the VMM for its status.
+fn finish(control: &UnixDatagram, connect: &UnixDatagram, start: f64) -> Result<VmmBoot> {
     let hello = receive_hello(connect).map_err(|e| match end_of(control) {
         Some(why) => anyhow::anyhow!("the microVM ended: {why}"),
         None => e,
@@ -107,7 +108,7 @@ fn finish(control: &UnixDatagram, connect: &UnixDatagram, start: f64) -> Result<
                 exits, overhead_kib, guest_resident_kib, ..
             }) => {
                 let exits = exits.into_iter().collect();
-                return Ok(Boot { units, hello, exits, overhead_kib, guest_resident_kib });
+                return Ok(VmmBoot { units, hello, exits, overhead_kib, guest_resident_kib });
             }
             VmmMessage::Event(VmmEvent::Started { .. } | VmmEvent::FilesHigh) => {}
             other => bail!("the VMM said {other:?}"),
@@ -115,14 +116,15 @@ fn finish(control: &UnixDatagram, connect: &UnixDatagram, start: f64) -> Result<
     }
 }
 
-/// Ends the microVM, however its boot went.
+/// Ends the microVM, even after a failed boot.
 fn stop(control: &UnixDatagram, child: &mut Child) -> Result<()> {
-    // It may have ended by itself.
+    // Fails if the microVM has ended by itself.
     let _ = control.send(&serde_json::to_vec(&VmmAction::Stop)?);
     child.wait().context("waiting for isopod-vmm")?;
     Ok(())
 }
 
+/// The VMM's message about its end, if it has ended.
 fn end_of(control: &UnixDatagram) -> Option<String> {
     while let Ok(Some(message)) = receive(control) {
         if !matches!(message, VmmMessage::Event(VmmEvent::Started { .. })) {
@@ -132,13 +134,14 @@ fn end_of(control: &UnixDatagram) -> Option<String> {
     None
 }
 
+/// Receives a message of the VMM; none if the VMM has closed the socket.
 fn receive(control: &UnixDatagram) -> Result<Option<VmmMessage>> {
     let mut packet = vec![0; MAX_MESSAGE_LEN];
     let len = control.recv(&mut packet)?;
     Ok((len > 0).then(|| serde_json::from_slice(&packet[..len])).transpose()?)
 }
 
-/// Takes the agent's connection to the host, and reads its line.
+/// Receives the agent's connection, and reads the ready message from it.
 fn receive_hello(connect: &UnixDatagram) -> Result<Hello> {
     let mut port = [0u8; 4];
     let mut space = nix::cmsg_space!(RawFd);
@@ -164,7 +167,7 @@ fn receive_hello(connect: &UnixDatagram) -> Result<Hello> {
     serde_json::from_str(&line).with_context(|| format!("the agent said {line:?}"))
 }
 
-/// An empty directory that is a shared mount, as the jail wants it.
+/// An empty directory that is a mount with shared propagation, as the jail needs it.
 struct Share(TempDir);
 
 impl Share {
@@ -191,6 +194,7 @@ fn seqpacket_pair() -> Result<(UnixDatagram, OwnedFd)> {
     Ok((ours.into(), theirs))
 }
 
+/// Writes the configuration to a temporary file that the VMM inherits.
 fn config_file(config: &VmConfig) -> Result<File> {
     let mut file = tempfile::tempfile()?;
     file.write_all(&serde_json::to_vec(config)?)?;
@@ -199,7 +203,7 @@ fn config_file(config: &VmConfig) -> Result<File> {
     Ok(file)
 }
 
-/// Lets the next child have this descriptor under the same number.
+/// Clears close-on-exec: the next child inherits the descriptor under the same number.
 fn inherit(fd: RawFd) -> Result<()> {
     // SAFETY: the caller owns the descriptor and keeps it open.
     let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };

@@ -1,4 +1,4 @@
-//! `isopod run` of a bundle, from its exec to its exit.
+//! `isopod run` of a bundle, measured from its exec to its exit.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -7,15 +7,15 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::clock;
 
-/// Exit status of a `run` that fails itself.
+/// Exit status of `isopod run` if it fails itself.
 const FAILED: i32 = 1;
 
-/// Runs the bundle's process once. Returns the units it took.
+/// Runs the bundle once. Returns the units.
 pub(crate) fn run(programs: &Path, bundle: &Path) -> Result<f64> {
     run_command(programs, bundle, &[], 0)
 }
 
-/// Runs the bundle once with a program that it does not have. Returns the units until that was said.
+/// Runs the bundle once with a program that it lacks. Returns the units until `run` has failed.
 pub(crate) fn run_missing(programs: &Path, bundle: &Path) -> Result<f64> {
     run_command(programs, bundle, &["--", "no-such-program"], FAILED)
 }
@@ -28,7 +28,7 @@ fn run_command(programs: &Path, bundle: &Path, command: &[&str], status: i32) ->
         .arg("run")
         .arg(bundle)
         .args(command)
-        // As far away as can be: the clock may jump while files are read (see `clock`).
+        // A limit of an hour, because the clock may jump during file reads (see `clock`).
         .env("ISOPOD_BOOT_TIMEOUT", "3600")
         .stdin(Stdio::null())
         .output()

@@ -1,33 +1,35 @@
-//! Is a program file fit to be `/init` of a guest? There is no library in the guest, so what the
-//! build did wrong would otherwise show only as a kernel panic at boot.
+//! Checks that a program file can be `/init` of a guest.
+//!
+//! The guest has no libraries. Without the check, a wrong build would show only as a kernel panic
+//! at boot.
 
-/// `e_type` of programs: at a fixed address, or position-independent.
+/// `e_type` of a program at a fixed address.
 const ET_EXEC: u16 = 2;
+
+/// `e_type` of a position-independent program.
 const ET_DYN: u16 = 3;
+
 /// `e_machine` of x86-64.
 const EM_X86_64: u16 = 62;
-/// `p_type` of the segment that names the dynamic linker.
+
+/// `p_type` of the segment with the path of the dynamic linker.
 const PT_INTERP: u32 = 3;
 
-/// What is wrong with a program file.
+/// Reason that a program file cannot be `/init`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AgentError {
-    /// No ELF header, or one that points outside the file.
+    /// No ELF header, or a header that points outside the file.
     #[error("it is not a whole ELF program")]
     NotElf,
-    /// For another processor.
+    /// Program for another processor.
     #[error("it is not an x86-64 program")]
     Machine,
-    /// It needs libraries that the guest does not have.
+    /// Dynamically linked program: it needs libraries that the guest does not have.
     #[error("it is linked dynamically; build it with -C target-feature=+crt-static")]
     Dynamic,
 }
 
-/// Checks that `program` is a static x86-64 ELF program.
-///
-/// # Errors
-///
-/// The first [`AgentError`] found.
+/// Checks that `program` is a static x86-64 ELF program. Returns the first fault found.
 pub fn check(program: &[u8]) -> Result<(), AgentError> {
     // ELF64, little endian, current version.
     if program.get(..7) != Some(b"\x7fELF\x02\x01\x01") {

@@ -1,8 +1,8 @@
-//! Builds the guest image: the initramfs that a microVM boots from, with the agent as `/init`.
+//! Builds the guest image: the initramfs of a microVM, with the agent as `/init`.
 //!
-//! The same agent always gives the same image, byte for byte, so an image can be cached and shared
-//! by its content. It is not compressed: the host keeps one copy of it for all guests, and a guest
-//! would pay for decompression at every boot.
+//! The same agent always gives the same image, byte for byte, so an image can be cached by its
+//! content. The image is not compressed. The host's page cache has one copy for all guests, and
+//! decompression would cost time in every boot.
 
 pub mod agent;
 pub mod cpio;
@@ -14,8 +14,9 @@ use std::path::{Path, PathBuf};
 use agent::AgentError;
 use cpio::{CpioError, Device, Writer};
 
-/// Directories that the agent finds when it starts. It mounts over most of them and makes the rest
-/// of its tree itself.
+/// Directories of the image, with their permission bits.
+///
+/// The agent mounts file systems on most of them, and makes the other directories itself.
 const DIRECTORIES: [(&str, u32); 6] = [
     ("dev", 0o755),
     ("etc", 0o755),
@@ -25,46 +26,49 @@ const DIRECTORIES: [(&str, u32); 6] = [
     ("tmp", 0o1777),
 ];
 
-/// `/dev/null` and `/dev/console` (the kernel's `Documentation/admin-guide/devices.txt`).
+/// `/dev/null` (the kernel's `Documentation/admin-guide/devices.txt`).
 const NULL: Device = Device { major: 1, minor: 3 };
+
+/// `/dev/console`, from the same list.
 const CONSOLE: Device = Device { major: 5, minor: 1 };
 
-/// Why no guest image could be built.
+/// Error of building a guest image.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The agent could not be read.
     #[error("cannot read the agent {path}: {source}")]
     ReadAgent {
-        /// Where it should be.
+        /// Path of the agent.
         path: PathBuf,
-        /// Why.
+        /// Error of the read.
         source: io::Error,
     },
     /// The agent is not a program that the guest kernel can start.
     #[error("{path} cannot be the guest's /init: {source}")]
     Agent {
-        /// Where it is.
+        /// Path of the agent.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Reason.
         source: AgentError,
     },
     /// The image could not be written.
     #[error("cannot write the guest image {path}: {source}")]
     Write {
-        /// Where it should be.
+        /// Path of the image.
         path: PathBuf,
-        /// Why.
+        /// Error of the write.
         source: CpioError,
     },
 }
 
-/// Builds the image `image` from the agent's program file `agent`, replacing an older one in one
-/// step, and returns its size in bytes.
+/// Builds the image `image` from the agent's program file `agent`. Returns its size in bytes.
+///
+/// An older image is replaced atomically.
 ///
 /// # Errors
 ///
-/// An agent that is missing or not a static x86-64 program, or an image that cannot be written;
-/// whatever was at `image` before is then still there.
+/// The agent must be a static x86-64 program, and `image` must be writable. After an error an older
+/// image is unchanged.
 pub fn build(agent: &Path, image: &Path) -> Result<u64, ImageError> {
     let program = fs::read(agent)
         .map_err(|source| ImageError::ReadAgent { path: agent.to_owned(), source })?;
@@ -79,24 +83,24 @@ pub fn build(agent: &Path, image: &Path) -> Result<u64, ImageError> {
     written.map_err(|source| ImageError::Write { path: image.to_owned(), source })
 }
 
-/// Writes the image with `agent` as `/init` to `out` and returns its size in bytes.
+/// Writes the image with `agent` as `/init` to `out`. Returns its size in bytes.
 ///
 /// # Errors
 ///
-/// Those of `out`, or an agent of 4 GiB and more.
+/// The agent must be smaller than 4 GiB. Errors of `out` are returned too.
 pub fn write(agent: &[u8], out: impl Write) -> Result<u64, CpioError> {
     let mut archive = Writer::new(out);
     for (name, mode) in DIRECTORIES {
         archive.directory(name, mode)?;
     }
     archive.character_device("dev/null", 0o666, NULL)?;
-    // The kernel opens it as the standard streams of /init.
+    // The kernel opens /dev/console as the standard streams of /init.
     archive.character_device("dev/console", 0o600, CONSOLE)?;
     archive.file("init", 0o755, agent)?;
     archive.finish()
 }
 
-/// Fills a new file beside `path` and then gives it that name.
+/// Fills a new file beside `path` and renames it to `path`.
 fn replace(
     path: &Path,
     fill: impl FnOnce(&File) -> Result<u64, CpioError>,
@@ -109,7 +113,7 @@ fn replace(
         .and_then(|file| fill(&file))
         .and_then(|size| Ok(fs::rename(&new, path).map(|()| size)?));
     if result.is_err() {
-        // The first error is the one to report.
+        // A second error is not reported.
         let _ = fs::remove_file(&new);
     }
     result

@@ -3,7 +3,7 @@ use std::process::{Command, Stdio};
 
 use super::*;
 
-/// One entry of an archive as read back.
+/// An entry of an archive, as read back.
 #[derive(Debug, PartialEq, Eq)]
 struct Entry {
     name: String,
@@ -43,7 +43,7 @@ fn entries(mut archive: &[u8]) -> Vec<Entry> {
     entries
 }
 
-/// The smallest file that passes for a static x86-64 program.
+/// The smallest file that the check accepts as a static x86-64 program.
 fn program(segment: u32) -> Vec<u8> {
     let mut program = vec![0; 64 + 56];
     program[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
@@ -168,7 +168,7 @@ fn only_static_programs_for_this_processor_pass() {
     }
 }
 
-/// A directory of one test, removed at its end.
+/// A temporary directory, removed when dropped.
 struct Dir(PathBuf);
 
 impl Dir {

@@ -1,5 +1,6 @@
-//! Debian packages: those that have to be installed, and those that are only unpacked into the
-//! cache. The machine's apt configuration is used as it is and never changed.
+//! Debian packages, installed on the machine or unpacked into the cache.
+//!
+//! The machine's apt configuration is used and never changed.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;
@@ -12,26 +13,24 @@ use crate::process::{capture, command, run_logged};
 use crate::progress::{say, step};
 use crate::{cache, repository};
 
-/// A Debian package and what it is needed for.
+/// A Debian package and its purpose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Need {
     /// Name of the package.
     pub(crate) package: &'static str,
-    /// What for, in two or three words.
+    /// Purpose, in two or three words.
     pub(crate) purpose: &'static str,
 }
 
-/// Installs those of `needs` that are missing, all in one go, and says which and what for.
+/// Installs the missing packages of `needs` in one apt call, and prints their names and purposes.
 ///
-/// # Errors
-///
-/// Not root while something is missing, or apt's own errors.
+/// Fails for users other than root if a package is missing.
 pub(crate) fn ensure(needs: impl IntoIterator<Item = Need>) -> Result<()> {
     let missing = missing(needs)?;
     if missing.is_empty() {
         return Ok(());
     }
-    say("Debian packages that are missing and will be installed:");
+    say("installing missing Debian packages:");
     for need in &missing {
         say(format!("    {:<20} {}", need.package, need.purpose));
     }
@@ -39,11 +38,9 @@ pub(crate) fn ensure(needs: impl IntoIterator<Item = Need>) -> Result<()> {
     step(&format!("install {} Debian packages", names.len()), || install(&names))
 }
 
-/// Those of `needs` that [`ensure`] would install, by their names.
+/// The packages of `needs` that [`ensure`] would install, sorted by name.
 ///
-/// # Errors
-///
-/// Not root while something is missing.
+/// Fails for users other than root if a package is missing, and names all missing packages.
 pub(crate) fn missing(needs: impl IntoIterator<Item = Need>) -> Result<Vec<Need>> {
     let needs: Vec<Need> = needs.into_iter().collect();
     let installed = installed(&needs)?;
@@ -63,7 +60,7 @@ pub(crate) fn missing(needs: impl IntoIterator<Item = Need>) -> Result<Vec<Need>
     Ok(missing)
 }
 
-/// The packages of `needs` that the machine has, installed or unpacked.
+/// The packages of `needs` that are installed or unpacked.
 fn installed(needs: &[Need]) -> Result<Vec<String>> {
     let names: Vec<&str> = needs.iter().map(|need| need.package).collect();
     let known = versions(&names)?;
@@ -73,13 +70,14 @@ fn installed(needs: &[Need]) -> Result<Vec<String>> {
     Ok(installed.chain(unpacked).map(str::to_owned).collect())
 }
 
-/// Installs packages beside those that the machine has. Those that would put one of its own out are
-/// unpacked into the cache instead.
+/// Installs packages without removing any package of the machine.
+///
+/// A package that conflicts with an installed one is unpacked into the cache instead.
 fn install(names: &[&str]) -> Result<()> {
     let plan = match Plan::of(names) {
         Ok(plan) => plan,
         Err(_) => {
-            // Lists that were never fetched, or that name versions gone by now.
+            // The package lists are missing, or name versions that the archive no longer has.
             update(&[])?;
             Plan::of(names)?
         }
@@ -87,7 +85,7 @@ fn install(names: &[&str]) -> Result<()> {
     if plan.removed.is_empty() {
         return install_beside(names);
     }
-    // Of all that would come, dependencies included, those that do not go with what is there.
+    // Sorts all new packages, dependencies included, by a conflict with an installed package.
     let mut beside: Vec<&str> = Vec::new();
     let mut apart: Vec<&str> = Vec::new();
     for name in plan.new.iter().map(String::as_str) {
@@ -96,13 +94,13 @@ fn install(names: &[&str]) -> Result<()> {
     let refused = apart.iter().find(|name| !CAN_BE_UNPACKED.contains(name));
     if let Some(refused) = refused {
         bail!(
-            "{refused} cannot be installed here without removing {}, and nothing was changed; install \
-             a version of it that fits, or remove that by hand",
+            "{refused} cannot be installed here without removing {}; nothing was changed; install \
+             a version of {refused} that fits, or remove these packages by hand",
             plan.removed.join(" ")
         );
     }
     say(format!(
-        "    {} would put {} out, and will be unpacked into the cache instead",
+        "    {} would remove {}; unpacking into the cache instead",
         apart.join(" and "),
         plan.removed.join(" and ")
     ));
@@ -112,6 +110,7 @@ fn install(names: &[&str]) -> Result<()> {
     unpack(&apart)
 }
 
+/// Installs packages that conflict with no installed one.
 fn install_beside(names: &[&str]) -> Result<()> {
     if run_install(names).is_err() {
         update(&[])?;
@@ -120,14 +119,14 @@ fn install_beside(names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Packages that work from another place, where [`unpacked`] says.
+/// Packages that also work from the directory that [`unpacked`] returns.
 const CAN_BE_UNPACKED: [&str; 2] = ["qemu-system-common", "qemu-system-x86"];
 
-/// Versions and states of packages, a line for each that dpkg has ever heard of.
+/// Names, versions and states of packages: a line for each package that dpkg knows, sorted.
 pub(crate) fn versions(packages: &[&str]) -> Result<String> {
     let mut query = Command::new("dpkg-query");
     query.args(["--show", "--showformat", "${Package} ${Version} ${db:Status-Status}\n"]);
-    // It exits with 1 when it knows nothing of a package, which is an answer too.
+    // dpkg-query exits with 1 if it does not know a package. That is no failure here.
     let output = query
         .args(packages)
         .output()
@@ -138,13 +137,13 @@ pub(crate) fn versions(packages: &[&str]) -> Result<String> {
     Ok(lines.join("\n"))
 }
 
-/// Where a package's files are below, if it was unpacked into the cache.
+/// Root directory of a package that was unpacked into the cache.
 pub(crate) fn unpacked(package: &str) -> Option<PathBuf> {
     let dir = cache::root().ok()?.join("unpacked").join(package);
     dir.is_dir().then_some(dir)
 }
 
-/// Unpacks packages that belong together, in the versions that apt has of them now.
+/// Unpacks packages that depend on each other, in apt's current versions.
 fn unpack(names: &[&str]) -> Result<()> {
     let shelf = cache::root()?.join("unpacked");
     for name in names {
@@ -163,9 +162,12 @@ fn unpack(names: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Folders of packages that are installed beside, which programs look for relative to themselves.
+/// Data folders of installed packages, linked into each unpacked package.
+///
+/// The unpacked programs look for these folders relative to themselves.
 const SHARED_DATA: [&str; 3] = ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe"];
 
+/// Links the folder `data` of an unpacked package to the installed one, unless `dir` has it.
 fn link_to_installed(dir: &Path, data: &str) -> Result<()> {
     let (link, to) = (dir.join(data), Path::new("/").join(data));
     if link.exists() {
@@ -177,11 +179,11 @@ fn link_to_installed(dir: &Path, data: &str) -> Result<()> {
         .with_context(|| format!("cannot link {} to {}", link.display(), to.display()))
 }
 
-/// What apt would do to install packages.
+/// Changes that apt would make to install packages.
 struct Plan {
-    /// Packages that would come.
+    /// Packages that would be installed.
     new: Vec<String>,
-    /// Packages that would go.
+    /// Packages that would be removed.
     removed: Vec<String>,
 }
 
@@ -190,7 +192,7 @@ impl Plan {
         Ok(Self::read(&simulate(names)?))
     }
 
-    /// Reads what `apt-get --simulate` says: `Inst NAME ...` and `Remv NAME ...`.
+    /// Reads the output of `apt-get --simulate`: lines `Inst NAME ...` and `Remv NAME ...`.
     fn read(text: &str) -> Self {
         let of = |mark: &str| {
             let names = text.lines().filter_map(|line| line.strip_prefix(mark));
@@ -206,11 +208,12 @@ fn simulate(names: &[&str]) -> Result<String> {
 }
 
 fn run_install(names: &[&str]) -> Result<()> {
-    // Interrupting dpkg would leave packages half installed: neither Ctrl-C nor our own end does.
+    // A process group of its own and no parent-death signal: an interrupted dpkg leaves packages
+    // half installed.
     let mut apt = Command::new("apt-get");
     apt.process_group(0);
     set_up(&mut apt, &[]);
-    // Whatever has changed since it was simulated: nothing of the machine's goes.
+    // --no-remove holds even if the archive has changed since the simulation.
     apt.args(["--yes", "--no-remove", "--no-install-recommends"]);
     apt.args(["-o", "DPkg::Lock::Timeout=300", "install"]);
     run_logged(apt.args(names), &repository::target().join("apt.log"))
@@ -230,32 +233,30 @@ fn apt_get(options: &[String]) -> Command {
 
 fn set_up(apt: &mut Command, options: &[String]) {
     apt.env("DEBIAN_FRONTEND", "noninteractive").env("LC_ALL", "C");
-    // Its unprivileged downloader could not write below root's home.
+    // apt's unprivileged user `_apt` cannot write below root's home.
     apt.args(["--quiet", "-o", "APT::Sandbox::User=root"]).args(options);
 }
 
-/// Whether apt's lists, as they are, have a package called `package`.
+/// Tells if apt's present package lists have the package `package`.
 pub(crate) fn knows(package: &str) -> bool {
     capture(command("apt-cache").args(["show", "--no-all-versions", package])).is_ok()
 }
 
-/// A version of a package that can be downloaded.
+/// A downloadable version of a package.
 #[derive(Debug, Clone)]
 pub(crate) struct Offer {
     /// Name of the package.
     pub(crate) package: String,
     /// Its full Debian version.
     pub(crate) version: String,
-    /// Options by which apt finds it; empty with the machine's own configuration.
+    /// apt options with which apt finds this version; none for the machine's own configuration.
     options: Vec<String>,
 }
 
-/// The newest version of `package` that `wanted` accepts, from the machine's own package sources
-/// or, when those have none, from the backports of the same archive.
+/// The newest version of `package` that `wanted` accepts.
 ///
-/// # Errors
-///
-/// No such version anywhere, or apt's own errors.
+/// The machine's package sources come first, before and after an update of the package lists. The
+/// backports of the same archive come last.
 pub(crate) fn find(package: &str, wanted: impl Fn(&str) -> bool) -> Result<Offer> {
     let search = |options: &[String]| -> Result<Option<Offer>> {
         let mut madison = command("apt-cache");
@@ -286,7 +287,7 @@ pub(crate) fn find(package: &str, wanted: impl Fn(&str) -> bool) -> Result<Offer
 }
 
 impl Offer {
-    /// Downloads the package into the folder `dir` and returns where it is.
+    /// Downloads the package into the folder `dir`. Returns the package file.
     pub(crate) fn download(&self, dir: &Path) -> Result<PathBuf> {
         let mut apt = apt_get(&self.options);
         apt.current_dir(dir).arg("download").arg(format!("{}={}", self.package, self.version));
@@ -302,14 +303,14 @@ impl Offer {
         found.with_context(|| format!("apt-get download left no {}_*.deb", self.package))
     }
 
-    /// Downloads the package and unpacks its files below `dir`; nothing is installed.
+    /// Downloads the package and unpacks its files below `dir`, without installing it.
     pub(crate) fn unpack(&self, dir: &Path) -> Result<()> {
         let archive = self.download(dir)?;
         capture(command("dpkg-deb").arg("--extract").arg(&archive).arg(dir))?;
         fs::remove_file(&archive).with_context(|| format!("cannot remove {}", archive.display()))
     }
 
-    /// Names of the packages that this one depends on, without versions and alternatives.
+    /// Names of the dependencies, without versions and alternatives.
     pub(crate) fn depends(&self) -> Result<Vec<String>> {
         let mut show = command("apt-cache");
         show.args(&self.options).arg("show").arg(format!("{}={}", self.package, self.version));
@@ -320,16 +321,12 @@ impl Offer {
     }
 }
 
-/// The address of the Debian archive that the machine itself uses.
-///
-/// # Errors
-///
-/// The machine is no Debian, or apt has no package source for its release.
+/// URL of the Debian archive in the machine's own package sources.
 pub(crate) fn archive() -> Result<String> {
     release_and_archive().map(|(_, archive)| archive)
 }
 
-/// The machine's release, and the archive that it has its packages from.
+/// Codename of the machine's Debian release, and the URL of its archive.
 fn release_and_archive() -> Result<(String, String)> {
     let release = fs::read_to_string("/etc/os-release").context("cannot read /etc/os-release")?;
     let codename = release
@@ -352,8 +349,9 @@ fn release_and_archive() -> Result<(String, String)> {
     Ok((codename.to_owned(), archive.to_owned()))
 }
 
-/// A private apt configuration, in the cache, that knows the backports of the archive that the
-/// machine itself uses, as options for apt.
+/// Writes an apt configuration for the backports into the cache. Returns apt options for it.
+///
+/// The backports come from the archive that the machine itself uses.
 fn backports() -> Result<Vec<String>> {
     let (codename, archive) = release_and_archive()?;
     let dir = cache::root()?.join("apt");

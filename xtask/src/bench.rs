@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: the figures, in the lab's counting mode.
+//! `cargo xtask bench`: runs the benchmarks in a lab that counts instructions.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,9 +7,9 @@ use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
 use crate::apt::Need;
-use crate::lab::{Ended, Input, Options, Run, Show, qemu};
-use crate::place::{self, Place};
+use crate::lab::{Ended, Input, LabOptions, Run, Show, qemu};
 use crate::progress::step;
+use crate::target::{self, Target};
 use crate::{apt, build, bundle, repository, test};
 
 const HELP: &str = "\
@@ -20,21 +20,21 @@ Usage: cargo xtask bench boot|cycle|files|net [--runs N] [--json FILE]
   files         what a guest does with the host's files, beside QEMU with virtiofsd
   net           traffic between a container and the host, beside runc and QEMU
 
-  --runs N      runs of each measurement, the least counts [3]
+  --runs N      runs of each measurement; the smallest value counts [3]
   --json FILE   also write the figures to FILE";
 
 const BENCHMARKS: [&str; 4] = ["boot", "cycle", FILES, "net"];
 
-/// The benchmark whose guests work in a Debian tree, that of the tests of workloads.
+/// The file benchmark. Its guests work in the Debian tree of the workload tests.
 const FILES: &str = "files";
 
-/// The runtimes beside which a cycle is measured.
+/// The runtimes that the cycle benchmark measures beside Isopod.
 const PEERS: [Need; 2] = [
     Need { package: "crun", purpose: "peer of a benchmark" },
     Need { package: "runc", purpose: "peer of a benchmark" },
 ];
 
-/// Runs a benchmark and returns its exit status.
+/// Runs a benchmark. Returns its exit status.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let mut benchmark: Option<String> = None;
     let mut json: Option<PathBuf> = None;
@@ -57,15 +57,15 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if !BENCHMARKS.contains(&benchmark.as_str()) {
         bail!("there is no benchmark `{benchmark}`\n{HELP}");
     }
-    apt::ensure(build::needs().chain(place::needs(true)?).chain(PEERS))?;
-    // Before a lab looks at this machine's files.
+    apt::ensure(build::needs().chain(target::needs(true)?).chain(PEERS))?;
+    // Before the lab boots: changes on this machine may not be seen in a running lab.
     let tree = if benchmark == FILES { Some(test::workload_tree()?) } else { None };
     let product = build::build()?;
     let compiled = step("compile the benchmarks", || build::compile(&["isopod-bench"]))?;
     build::place(&compiled.join("isopod-bench"), &product.join("isopod-bench"))?;
-    let place = Place::open(&Options { count: true, ..Options::default() })?;
-    let programs = place.bring(&product)?;
-    let bundle = place.bring(&bundle::make("true", &["/bin/true".to_owned()])?)?;
+    let target = Target::open(&LabOptions { count: true, ..LabOptions::default() })?;
+    let programs = target.bring(&product)?;
+    let bundle = target.bring(&bundle::make("true", &["/bin/true".to_owned()])?)?;
     let figures = repository::target().join("figures.json");
     let mut argv = vec![
         programs.join("isopod-bench").display().to_string(),
@@ -80,7 +80,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         figures.display().to_string(),
     ];
     if let Some(tree) = tree {
-        place.expose(std::slice::from_ref(&tree))?;
+        target.expose(std::slice::from_ref(&tree))?;
         argv.extend(["--tree".to_owned(), tree.display().to_string()]);
         argv.extend(["--virtiofsd".to_owned(), qemu::virtiofsd()?.display().to_string()]);
     }
@@ -90,7 +90,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         run.env.push((name, value));
     }
     let ended = step(&format!("measure: {benchmark}"), || {
-        place.run(&run, Input::Nothing, &mut Show::Through)
+        target.run(&run, Input::Nothing, &mut Show::Through)
     })?;
     if let Ended::Refused(why) = &ended {
         bail!("{why}");

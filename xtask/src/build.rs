@@ -1,4 +1,4 @@
-//! The product: static binaries, guest kernel and guest image, together in one folder.
+//! The product: static binaries, guest kernel and guest image in one folder.
 
 use std::ffi::OsString;
 use std::fs;
@@ -17,46 +17,48 @@ use crate::{image, kernel, process, repository};
 /// The target triple of the product.
 pub(crate) const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// Cargo's target directory of the product, relative to the checkout's: apart from cargo's other builds,
-/// which have other flags.
+/// Cargo's target directory of the product, relative to the checkout's target directory.
+///
+/// The product is compiled with other flags than cargo's other builds, so it needs its own.
 pub(crate) const STATIC: &str = "static";
 
-/// Where the product's binaries are in that.
+/// Folder of the product's binaries, relative to [`STATIC`].
 pub(crate) const RELEASE: &str = "x86_64-unknown-linux-gnu/release";
 
-/// What compiling the binaries needs from Debian.
+/// Debian packages for compiling the binaries.
 const NEEDS: [Need; 2] = [
     Need { package: "libc6-dev", purpose: "static binaries" },
     Need { package: "libseccomp-dev", purpose: "system call filters" },
 ];
 
-/// Everything that a build needs from Debian.
+/// Debian packages for a build.
 pub(crate) fn needs() -> impl Iterator<Item = Need> {
     kernel::NEEDS.into_iter().chain(NEEDS)
 }
 
-/// What `cargo xtask build --help` prints.
+/// Help text of `cargo xtask build`.
 pub(crate) const BUILD_HELP: &str = "\
 Usage: cargo xtask build
 
 Builds isopod, isopod-vmm and isopod-agent (static), the guest kernel `vmlinux` and the guest image
-`isopod.initramfs`, puts all of them into the folder isopod of cargo's target directory and prints it.
+`isopod.initramfs`. Puts them into the folder isopod of cargo's target directory. Prints its path.
 Needs root if Debian packages are missing.";
 
-/// What `cargo xtask kernel --help` prints.
+/// Help text of `cargo xtask kernel`.
 pub(crate) const KERNEL_HELP: &str = "\
 Usage: cargo xtask kernel
 
-Builds the guest kernel from Debian's source with the options in guest-kernel/config, or takes it from
-the cache (~/.cache/isopod), and prints where the image is. See guest-kernel/README.md.";
+Builds the guest kernel from Debian's source with the options in guest-kernel/config, or takes it
+from the cache (~/.cache/isopod). Prints the path of the image. See guest-kernel/README.md.";
 
-/// What `cargo xtask image --help` prints.
+/// Help text of `cargo xtask image`.
 pub(crate) const IMAGE_HELP: &str = "\
 Usage: cargo xtask image
 
-Compiles the agent, builds the guest image (an initramfs with the agent as /init) and prints where it is.";
+Compiles the agent and builds the guest image, an initramfs with the agent as /init. Prints the
+path of the image.";
 
-/// A command that takes no options but `--help`, builds something and says where it is.
+/// Runs a build command: its only option is `--help`, and it prints the path of its result.
 pub(crate) fn main(
     mut args: lexopt::Parser,
     help: &str,
@@ -74,11 +76,11 @@ pub(crate) fn main(
     Ok(0)
 }
 
-/// Builds all five files of the product and returns their folder.
+/// Builds all five files of the product. Returns their folder.
 pub(crate) fn build() -> Result<PathBuf> {
     let began = std::time::Instant::now();
     apt::ensure(needs())?;
-    // Optimizing the binaries keeps one processor busy at last, and the kernel any number of them.
+    // In parallel: the last step of the binaries (LTO) uses one processor, the kernel all of them.
     let (kernel, binaries) = thread::scope(|scope| {
         let kernel = scope.spawn(kernel);
         let binaries = binaries(&["isopod-agent", "isopod-vmm", "isopod-shim"]);
@@ -95,7 +97,7 @@ pub(crate) fn build() -> Result<PathBuf> {
     Ok(product)
 }
 
-/// Builds the guest kernel and returns its image.
+/// Builds the guest kernel. Returns its image.
 pub(crate) fn kernel() -> Result<PathBuf> {
     apt::ensure(needs())?;
     let vmlinux = folder()?.join("vmlinux");
@@ -103,7 +105,7 @@ pub(crate) fn kernel() -> Result<PathBuf> {
     Ok(vmlinux)
 }
 
-/// Builds the guest image with the agent in it and returns it.
+/// Builds the guest image with the agent in it. Returns its path.
 pub(crate) fn image() -> Result<PathBuf> {
     apt::ensure(NEEDS)?;
     place_image(&binaries(&["isopod-agent"])?)
@@ -128,7 +130,7 @@ fn folder() -> Result<PathBuf> {
     Ok(product)
 }
 
-/// Compiles the static release binaries of `packages` and returns their folder.
+/// Compiles the static release binaries of `packages`. Returns their folder.
 pub(crate) fn compile(packages: &[&str]) -> Result<PathBuf> {
     let target = repository::target().join(STATIC);
     let mut cargo = cargo();
@@ -139,14 +141,14 @@ pub(crate) fn compile(packages: &[&str]) -> Result<PathBuf> {
     Ok(target.join(RELEASE))
 }
 
-/// Cargo, at the root of the checkout.
+/// Cargo in the root of the checkout.
 pub(crate) fn cargo() -> Command {
     let mut cargo = process::command(cargo_program());
     cargo.current_dir(repository::root());
     cargo
 }
 
-/// As [`cargo`], for what lets others go first.
+/// Cargo with a lower priority (nice 10), for builds that other work should overtake.
 pub(crate) fn patient_cargo() -> Command {
     let mut nice = process::command("nice");
     nice.args(["-n", "10"]).arg(cargo_program()).current_dir(repository::root());
@@ -157,7 +159,7 @@ fn cargo_program() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
-/// Copies a file such that `to` is at any time the old one or the new one.
+/// Copies `from` to `to`, replacing `to` atomically.
 pub(crate) fn place(from: &Path, to: &Path) -> Result<()> {
     let name = to.file_name().unwrap_or_default().to_string_lossy();
     let new = to.with_file_name(format!(".{name}.new"));

@@ -1,5 +1,4 @@
-//! A bundle to try things with: busybox as its root file system, and the configuration that
-//! `runc spec` would write.
+//! Bundles: those made here, with busybox and the configuration of `runc spec`, and those of users.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -11,7 +10,7 @@ use serde_json::{Value, json};
 use crate::process::capture;
 use crate::repository;
 
-/// Makes a bundle called `name` whose process is `args`, and returns its directory.
+/// Makes a bundle called `name` with the process `args`. Returns its directory.
 pub(crate) fn make(name: &str, args: &[String]) -> Result<PathBuf> {
     let dir = fresh(name)?;
     let rootfs = dir.join("rootfs");
@@ -33,7 +32,7 @@ pub(crate) fn make(name: &str, args: &[String]) -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// What the bundle in `dir`, as a user gave it, consists of.
+/// A bundle of the user.
 #[derive(Debug)]
 pub(crate) struct Given {
     dir: PathBuf,
@@ -50,7 +49,7 @@ impl Given {
         Ok(Self { dir, config })
     }
 
-    /// The bundle, its root file system and what it mounts from elsewhere, as far as they exist.
+    /// Existing paths of the bundle: its directory, its root file system and its bind sources.
     pub(crate) fn paths(&self) -> Vec<PathBuf> {
         let mounts = self.config["mounts"].as_array().map(Vec::as_slice).unwrap_or_default();
         let binds = mounts.iter().filter(|mount| is_bind(mount)).map(|mount| &mount["source"]);
@@ -61,8 +60,9 @@ impl Given {
         [self.dir.clone()].into_iter().chain(found).collect()
     }
 
-    /// A `config.json` elsewhere that differs from the bundle's by having no terminal; none if the
-    /// bundle's has no terminal either.
+    /// Writes a copy of `config.json` with `terminal` false to another directory. Returns its path.
+    ///
+    /// Returns none if the bundle asks for no terminal.
     pub(crate) fn without_terminal(mut self) -> Result<Option<PathBuf>> {
         let terminal = &mut self.config["process"]["terminal"];
         if *terminal != true {
@@ -80,6 +80,7 @@ fn is_bind(mount: &Value) -> bool {
     mount["type"] == "bind" || options.iter().any(|option| option == "bind" || option == "rbind")
 }
 
+/// Makes an empty directory for the bundle `name`.
 fn fresh(name: &str) -> Result<PathBuf> {
     let dir = repository::target().join("bundle").join(name);
     match fs::remove_dir_all(&dir) {
@@ -98,7 +99,7 @@ fn write_config(dir: &Path, config: &Value) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// The configuration that `runc spec` writes, for `args` and without a terminal.
+/// The configuration of `runc spec`, with the process `args` and without a terminal.
 fn config(args: &[String]) -> Value {
     let capabilities = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"];
     let namespaces = ["pid", "network", "ipc", "uts", "mount", "cgroup"];

@@ -1,7 +1,8 @@
-//! Results that are costly to make, kept outside the checkout and found again by their content.
+//! The cache: costly results, kept outside the checkout under a hash of their inputs.
 //!
-//! An entry is a directory `<cache>/<kind>/<key>`, complete or absent: it is made under another name
-//! and renamed. One maker at a time works on a key; others wait for it and then use its result.
+//! An entry is a directory `<cache>/<kind>/<key>`. It is made under another name and then renamed,
+//! so it is complete or absent. A lock allows one maker per key; other processes wait for the lock
+//! and use the result.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -22,15 +23,15 @@ pub(crate) fn root() -> Result<PathBuf> {
     }
     match absolute("HOME") {
         Some(home) => Ok(home.join(".cache/isopod")),
-        None => bail!("neither XDG_CACHE_HOME nor HOME says where the cache is; set one of them"),
+        None => bail!("neither XDG_CACHE_HOME nor HOME is an absolute path; set one of them"),
     }
 }
 
-/// A key over everything that decides what an entry contains: each part with its name.
+/// Key of an entry: a hash over the named inputs that decide its content.
 pub(crate) fn key<'a>(parts: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> String {
     let mut hash = Sha256::new();
     for (name, content) in parts {
-        // With lengths, so that no two lists of parts read the same.
+        // The lengths keep apart lists whose concatenation is the same.
         hash.update((name.len() as u64).to_le_bytes());
         hash.update(name);
         hash.update((content.len() as u64).to_le_bytes());
@@ -39,16 +40,14 @@ pub(crate) fn key<'a>(parts: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> S
     hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// A file's content, to be part of a key.
+/// Content of a file, as an input of [`key`].
 pub(crate) fn part(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The directory of entry `key` of `kind`; `make` fills it when it is not there yet.
+/// The directory of entry `key` of `kind`. A missing entry is filled by `make`.
 ///
-/// # Errors
-///
-/// Those of `make`, after which nothing of the entry is left, and of the file system.
+/// If `make` fails, nothing of the entry is left.
 pub(crate) fn entry(
     kind: &str,
     key: &str,
@@ -64,7 +63,7 @@ pub(crate) fn entry(
     if path.is_dir() {
         return Ok(path);
     }
-    // Whatever has this name was left by a maker that died: the lock is ours.
+    // This process has the lock, so an existing directory is from a maker that died.
     let unfinished = shelf.join(format!(".{key}.unfinished"));
     remove(&unfinished)?;
     sweep(&shelf);
@@ -81,11 +80,11 @@ pub(crate) fn entry(
     made.map(|()| path)
 }
 
-/// Writes a file of the cache such that it is at any time the old one or the new one, whole.
+/// Replaces a file of the cache atomically.
 pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
     let dir = path.parent().unwrap_or(path);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // No other process, and no other thread of this one, writes a file of this name.
+    // The thread id makes the name unique among all writers.
     let new = dir.join(format!(".{name}.{}.new", nix::unistd::gettid()));
     fs::create_dir_all(dir)
         .and_then(|()| fs::write(&new, content))
@@ -93,19 +92,19 @@ pub(crate) fn write(path: &Path, content: &[u8]) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Notes in the time of an entry, or of a file of the cache, that it was of use. Without, it is forgotten
-/// sooner.
+/// Sets the modification time of an entry or a file of the cache to now.
+///
+/// [`forget_unused`] goes by that time.
 pub(crate) fn used(path: &Path) {
     let _ = File::open(path).and_then(|file| file.set_modified(SystemTime::now()));
 }
 
-/// Removes entries of `shelf` that have been of no use for longer than `kept`. One that cannot be removed
-/// does no harm.
+/// Removes entries of `shelf` whose modification time is older than `kept`. Failures are ignored.
 pub(crate) fn forget_unused(shelf: &Path, kept: Duration) {
     for entry in fs::read_dir(shelf).into_iter().flatten().flatten() {
         let used = entry.metadata().and_then(|metadata| metadata.modified());
         let age = used.ok().and_then(|used| used.elapsed().ok()).unwrap_or_default();
-        // Locks stay: somebody may wait for one.
+        // Names with a dot in front are locks; another process may wait for one.
         if age > kept && !entry.file_name().as_encoded_bytes().starts_with(b".") {
             let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
             let _ = if is_dir {
@@ -117,8 +116,9 @@ pub(crate) fn forget_unused(shelf: &Path, kept: Duration) {
     }
 }
 
-/// Removes what makers of other entries left when they died: nobody has the lock of its key. One
-/// that cannot be removed is in nobody's way.
+/// Removes unfinished entries of makers that died: the lock of their key is free.
+///
+/// Failures are ignored: an unfinished entry never counts as an entry.
 fn sweep(shelf: &Path) {
     let Ok(entries) = fs::read_dir(shelf) else { return };
     for entry in entries.filter_map(Result::ok) {
@@ -132,7 +132,7 @@ fn sweep(shelf: &Path) {
     }
 }
 
-/// Takes the exclusive lock that `path` stands for, after the process that has it.
+/// Takes the exclusive lock on the file `path`, and waits for its present holder.
 pub(crate) fn lock(path: &Path) -> Result<Flock<File>> {
     let file = File::options()
         .create(true)
@@ -154,7 +154,7 @@ pub(crate) fn lock(path: &Path) -> Result<Flock<File>> {
     })
 }
 
-/// Removes a directory with all in it, if it is there.
+/// Removes a directory and its contents, if it exists.
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: everything from a bare machine to an OCI bundle in its own microVM.
+//! `cargo xtask demo`: builds everything and runs an OCI bundle in a microVM.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,23 +8,24 @@ use lexopt::prelude::*;
 
 use crate::apt::{self, Need};
 use crate::bundle::Given;
-use crate::lab::{self, Ended, Input, Options, Run, Show};
-use crate::place::{self, Place};
+use crate::lab::{self, Ended, Input, LabOptions, Run, Show};
 use crate::progress::{say, step};
+use crate::target::{self, Target};
 use crate::{build, bundle};
 
 const HELP: &str = "\
 Usage: cargo xtask demo [-- BUNDLE [COMMAND...]]
 
-Installs what is missing, builds everything, and runs an OCI bundle in a microVM of its own: BUNDLE, or
-a busybox made for it. COMMAND takes the place of the bundle's process.
+Installs missing Debian packages, builds everything, and runs an OCI bundle in its own microVM. The
+default bundle is made for the demo and contains busybox. COMMAND replaces the bundle's process.
 
-Without hardware KVM it runs in the lab, where the bundle gets no terminal, and what it writes is lost.";
+Without hardware KVM the demo runs in the lab. There the bundle gets no terminal, and the files that
+it writes are lost.";
 
 const NEEDS: [Need; 1] =
     [Need { package: "busybox-static", purpose: "the demo's root file system" }];
 
-/// What the bundle made here runs.
+/// Shell script of the default bundle.
 const SCRIPT: &str = "\
 echo \"Hello from process $$ on $(hostname), Linux $(uname -r).\"
 echo 'Processes here:'
@@ -33,7 +34,7 @@ echo 'Mounted as /:'
 grep ' / ' /proc/mounts
 ";
 
-/// Runs the demo and returns the bundle's exit status.
+/// Runs the demo. Returns the exit status of the bundle.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let mut words: Vec<String> = Vec::new();
     while let Some(arg) = args.next()? {
@@ -45,7 +46,8 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             Value(word) => {
                 words.push(word.string()?);
                 if words.len() == 2 {
-                    // The rest belongs to the command.
+                    // The words from here on are arguments of COMMAND, even if they look like
+                    // options.
                     for rest in args.raw_args()? {
                         words.push(rest.string()?);
                     }
@@ -54,16 +56,16 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             _ => return Err(arg.unexpected().into()),
         }
     }
-    let lab = place::needs(false)?;
+    let lab = target::needs(false)?;
     apt::ensure(build::needs().chain(NEEDS).chain(lab))?;
     let (dir, command) = choose(&words)?;
     let product = build::build()?;
     let uname = bundle::make("uname", &["uname".to_owned(), "-r".to_owned()])?;
 
-    let place = Place::open(&Options::default())?;
-    let isopod = place.bring(&product)?.join("isopod");
+    let target = Target::open(&LabOptions::default())?;
+    let isopod = target.bring(&product)?.join("isopod");
     if !words.is_empty() {
-        prepare(&place, &dir)?;
+        prepare(&target, &dir)?;
     }
     let mut argv = vec!["--timeline".to_owned(), dir.display().to_string()];
     if !command.is_empty() {
@@ -71,25 +73,25 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         argv.extend_from_slice(command);
     }
     say(format!("isopod run {}", argv.join(" ")));
-    let status = run(&place, &isopod, &argv, place.input(), &mut Show::Through)?;
+    let status = run(&target, &isopod, &argv, target.input(), &mut Show::Through)?;
 
     let mut guest = Vec::new();
     let asked = step("ask a microVM for its kernel", || {
         let args = [uname.display().to_string()];
-        run(&place, &isopod, &args, Input::Nothing, &mut Show::Only(&mut guest))
+        run(&target, &isopod, &args, Input::Nothing, &mut Show::Only(&mut guest))
     })?;
     if asked != 0 {
         bail!("`uname -r` in a microVM ended with status {asked}");
     }
     let mut host = Vec::new();
     let uname = Run::here(vec!["uname".to_owned(), "-r".to_owned()])?;
-    place.run(&uname, Input::Nothing, &mut Show::Only(&mut host))?;
+    target.run(&uname, Input::Nothing, &mut Show::Only(&mut host))?;
     let guest = String::from_utf8_lossy(&guest);
     let host = String::from_utf8_lossy(&host);
     println!();
     println!("kernel in the microVM    {}", guest.trim());
-    println!("kernel {:<17} {}", place.name(), host.trim());
-    if let Place::Lab(_) = place {
+    println!("kernel {:<17} {}", target.name(), host.trim());
+    if let Target::Lab(_) = target {
         let own = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         println!("kernel on this machine   {}", own.trim());
     }
@@ -98,15 +100,13 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         bail!("the microVM has the kernel of its host");
     }
     if words.is_empty() {
-        println!(
-            "\nThat ran in a microVM with a kernel of its own. Next: `cargo xtask demo -- BUNDLE` runs"
-        );
-        println!("yours, `cargo xtask install` makes a runtime of it for this machine.");
+        println!("\nThat ran in a microVM with its own kernel. `cargo xtask demo -- BUNDLE` runs");
+        println!("your bundle, and `cargo xtask install` installs the runtime on this machine.");
     }
     Ok(status)
 }
 
-/// The bundle to run, and what it is to run in place of its process.
+/// The bundle to run, and the command that replaces its process (empty: none).
 fn choose(words: &[String]) -> Result<(PathBuf, &[String])> {
     match words {
         [] => {
@@ -127,22 +127,22 @@ fn choose(words: &[String]) -> Result<(PathBuf, &[String])> {
     }
 }
 
-/// Makes a given bundle fit for the lab, where it gets no terminal, and says so.
-fn prepare(place: &Place, dir: &Path) -> Result<()> {
-    let Place::Lab(_) = place else { return Ok(()) };
+/// Shows a bundle of the user to the lab, with `terminal` false: the lab has no terminal.
+fn prepare(target: &Target, dir: &Path) -> Result<()> {
+    let Target::Lab(_) = target else { return Ok(()) };
     let given = Given::read(dir.to_owned())?;
-    place.expose(&given.paths())?;
+    target.expose(&given.paths())?;
     say("what the bundle writes to its files in the lab is lost when the lab ends");
     let Some(config) = given.without_terminal()? else { return Ok(()) };
     say("the bundle asks for a terminal and the lab has none: it runs there with `terminal` false");
-    // The lab's view of the bundle, not the user's file.
+    // Replaces the file in the lab's overlay. The user's file stays as it is.
     let to = dir.join("config.json");
-    place.must(&["cp", "--remove-destination", "--", lab::text(&config)?, lab::text(&to)?])
+    target.must(&["cp", "--remove-destination", "--", lab::text(&config)?, lab::text(&to)?])
 }
 
-/// Runs `isopod run` with `args`.
+/// Runs `isopod run` with `args`. Returns its exit status.
 fn run(
-    place: &Place,
+    target: &Target,
     isopod: &Path,
     args: &[String],
     input: Input,
@@ -150,7 +150,7 @@ fn run(
 ) -> Result<i32> {
     let mut argv = vec![isopod.display().to_string(), "run".to_owned()];
     argv.extend_from_slice(args);
-    match place.run(&Run::here(argv)?, input, show)? {
+    match target.run(&Run::here(argv)?, input, show)? {
         Ended::Status(status) => Ok(status),
         Ended::Refused(why) => bail!("{why}"),
     }

@@ -1,7 +1,8 @@
-//! Compiled crates of others, kept in the cache: a fresh checkout need not compile them again.
+//! Compiled dependencies in the cache, so that a new checkout does not compile them again.
 //!
-//! Kept is what cargo left in its target directories, without the crates of this workspace. A checkout that
-//! has compiled nothing yet gets a copy. Cargo decides itself, as ever, what of it fits.
+//! The cache has copies of cargo's target directories without the crates of this workspace. A
+//! checkout that has compiled nothing gets such a copy. Cargo then decides which files are up to
+//! date, as in any build.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,35 +16,36 @@ use crate::process::{self, capture};
 use crate::progress::step;
 use crate::{apt, cache, repository};
 
-/// Its entries' shelf in the cache.
+/// Kind of these entries in the cache.
 const SHELF: &str = "dependencies";
 
-/// Entries that nobody has asked for in this time are forgotten: each is as large as all that cargo compiles.
+/// Time after which an unused entry is removed. An entry is as large as a whole target directory.
 const KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
-/// Debian's static libraries that get into compiled crates, beside what [`inputs`] reads.
+/// Debian packages whose static libraries become part of compiled crates.
 const PACKAGES: [&str; 2] = ["libc6-dev", "libseccomp-dev"];
 
-/// One of cargo's target directories, relative to the checkout's.
-struct Target {
+/// One of cargo's target directories.
+struct TargetDir {
+    /// Path relative to the checkout's target directory.
     dir: &'static str,
-    /// Where cargo put what it compiled, relative to `dir`: for the host, and for the product.
+    /// Folders of compiled files, relative to `dir`: for the host, and for the product.
     profiles: &'static [&'static str],
-    /// Cargo's options for the profile.
+    /// Cargo's options that select the profile.
     options: &'static [&'static str],
 }
 
-/// Those of the tests and of the product.
-const TARGETS: [Target; 2] = [
-    Target { dir: ".", profiles: &["debug"], options: &[] },
-    Target {
+/// The target directories of the tests and of the product.
+const TARGET_DIRS: [TargetDir; 2] = [
+    TargetDir { dir: ".", profiles: &["debug"], options: &[] },
+    TargetDir {
         dir: build::STATIC,
         profiles: &["release", build::RELEASE],
         options: &["--release", "--target", TARGET],
     },
 ];
 
-/// The crates of others, by a key over their sources and their compiler.
+/// The dependencies of a checkout, under a key over their sources and their compiler.
 pub(crate) struct Dependencies {
     key: String,
     /// The names of this workspace's packages.
@@ -51,11 +53,7 @@ pub(crate) struct Dependencies {
 }
 
 impl Dependencies {
-    /// Those of this checkout.
-    ///
-    /// # Errors
-    ///
-    /// If cargo, rustc or dpkg do not answer, or a manifest cannot be read.
+    /// The dependencies of this checkout.
     pub(crate) fn of_checkout() -> Result<Self> {
         let metadata =
             capture(build::cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
@@ -73,11 +71,9 @@ impl Dependencies {
         Ok(Self { key, own: texts("name") })
     }
 
-    /// Gives the checkout a copy, if it has compiled no product yet and the cache has one.
+    /// Copies the cache's entry to the checkout, if there is one and no product has been compiled.
     ///
-    /// # Errors
-    ///
-    /// If files cannot be copied. What is there then does no harm.
+    /// A copy that fails halfway does no harm: cargo checks each file.
     pub(crate) fn take(&self) -> Result<()> {
         let target = repository::target();
         let entry = cache::root()?.join(SHELF).join(&self.key);
@@ -88,23 +84,20 @@ impl Dependencies {
         step("copy compiled crates from the cache", || copy(&entry, &target))
     }
 
-    /// Keeps what the checkout has compiled, if the cache does not have it.
-    ///
-    /// # Errors
-    ///
-    /// If files cannot be copied, or cargo does not remove this workspace's crates from the copy.
+    /// Copies the compiled dependencies of the checkout to the cache, unless the cache has them.
     pub(crate) fn keep(&self) -> Result<()> {
         cache::entry(SHELF, &self.key, |dir| {
             step("copy compiled crates to the cache", || {
                 copy(&repository::target(), dir)?;
-                TARGETS.iter().try_for_each(|target| self.without_own(target, dir))
+                TARGET_DIRS.iter().try_for_each(|target| self.without_own(target, dir))
             })
         })?;
         cache::forget_unused(&cache::root()?.join(SHELF), KEPT);
         Ok(())
     }
 
-    fn without_own(&self, target: &Target, root: &Path) -> Result<()> {
+    /// Removes this workspace's crates from the copy in `root`.
+    fn without_own(&self, target: &TargetDir, root: &Path) -> Result<()> {
         let mut cargo = build::cargo();
         cargo.args(["clean", "--quiet", "--target-dir"]).arg(root.join(target.dir));
         cargo.args(target.options);
@@ -113,10 +106,12 @@ impl Dependencies {
     }
 }
 
-/// Copies compiled files, times included, from one checkout's target directory to another. Files beside the
-/// directories of a profile are left out, and `incremental`, which serves this workspace's crates only.
+/// Copies compiled files, with their times, from one checkout's target directory to another.
+///
+/// Only directories of a profile are copied. `incremental` is left out: it is only for crates of
+/// this workspace.
 fn copy(from: &Path, to: &Path) -> Result<()> {
-    for target in &TARGETS {
+    for target in &TARGET_DIRS {
         for profile in target.profiles {
             let within = |root: &Path| root.join(target.dir).join(profile);
             copy_profile(&within(from), &within(to))?;
@@ -133,7 +128,7 @@ fn copy_profile(from: &Path, to: &Path) -> Result<()> {
         let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
         if is_dir && entry.file_name() != "incremental" {
             let mut cp = process::command("cp");
-            // A file that is there may be linked to elsewhere, or run.
+            // Not written in place: an existing file may have other hard links, or be running.
             cp.args(["--archive", "--remove-destination"]).arg(entry.path()).arg(to);
             capture(&mut cp)?;
         }
@@ -141,7 +136,7 @@ fn copy_profile(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Everything beside the manifests that decides how crates are compiled.
+/// The inputs of compilation beside the manifests.
 fn inputs() -> Result<Vec<Vec<u8>>> {
     let root = repository::root();
     let rustc: PathBuf = std::env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from);

@@ -7,10 +7,6 @@ use anyhow::Result;
 use crate::progress::{say, step};
 
 /// Builds the guest image `image` with the program file `agent` as its `/init`.
-///
-/// # Errors
-///
-/// An agent that the guest could not start, or an image that cannot be written.
 pub(crate) fn build(agent: &Path, image: &Path) -> Result<()> {
     step("build the guest image", || {
         let size = isopod_rootfs_builder::build(agent, image)?;

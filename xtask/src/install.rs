@@ -1,4 +1,5 @@
-//! `cargo xtask install`: the product, where `isopod` looks for its parts (shim/src/settings.rs).
+//! `cargo xtask install`: installs the product in the folders that `isopod` searches
+//! (shim/src/settings.rs).
 
 use std::fs;
 use std::path::PathBuf;
@@ -14,10 +15,10 @@ Usage: cargo xtask install [--prefix DIR]
 
   --prefix DIR   install below DIR [/usr/local]
 
-Builds what is to be installed: isopod in DIR/bin, the VMM in DIR/libexec/isopod, guest kernel and guest
-image in DIR/share/isopod. isopod looks for the others from where it is itself, so DIR may be moved.";
+Builds and installs isopod in DIR/bin, the VMM in DIR/libexec/isopod, and guest kernel and guest
+image in DIR/share/isopod. isopod finds the other files relative to itself, so DIR may be moved.";
 
-/// Where each file goes below the prefix.
+/// Files of the product, each with its folder below the prefix.
 const FILES: [(&str, &str); 4] = [
     ("isopod", "bin"),
     ("isopod-vmm", "libexec/isopod"),
@@ -25,7 +26,7 @@ const FILES: [(&str, &str); 4] = [
     ("isopod.initramfs", "share/isopod"),
 ];
 
-/// Builds and installs.
+/// Builds the product and installs it.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let mut prefix = PathBuf::from("/usr/local");
     while let Some(arg) = args.next()? {

@@ -1,5 +1,5 @@
-//! The guest kernel: from Debian's kernel source, the patches in `guest-kernel/patches` and the options
-//! in `guest-kernel/config`.
+//! The guest kernel, built from Debian's kernel source with the patches in `guest-kernel/patches`
+//! and the options in `guest-kernel/config`.
 
 mod compile;
 mod elf;
@@ -16,11 +16,11 @@ use crate::apt::Need;
 use crate::progress::{say, step};
 use crate::{cache, repository};
 
-use options::Options;
+use options::KernelOptions;
 use patches::Patches;
 use source::Pin;
 
-/// What has to be installed to build a kernel.
+/// Debian packages for building a kernel.
 pub(crate) const NEEDS: [Need; 9] = [
     Need { package: "bc", purpose: "guest kernel build" },
     Need { package: "binutils", purpose: "guest kernel build" },
@@ -33,16 +33,11 @@ pub(crate) const NEEDS: [Need; 9] = [
     Need { package: "xz-utils", purpose: "unpacking the kernel" },
 ];
 
-/// The guest kernel's image, from the cache or else built, which takes minutes.
-///
-/// # Errors
-///
-/// A source package that cannot be had, a patch that does not apply, an option that the kernel does not
-/// take, or a failed build.
+/// The guest kernel's image, from the cache. A missing image is built, which takes minutes.
 pub(crate) fn vmlinux() -> Result<PathBuf> {
     let folder = repository::root().join("guest-kernel");
     let pin = Pin::read(&folder.join("version"))?;
-    let options = Options::read(&folder.join("config"))?;
+    let options = KernelOptions::read(&folder.join("config"))?;
     let patches = Patches::read(&folder.join("patches"))?;
     let key = cache::key([
         ("source", pin.to_string().as_bytes()),
@@ -60,9 +55,9 @@ pub(crate) fn vmlinux() -> Result<PathBuf> {
     Ok(entry.join("vmlinux"))
 }
 
-/// Puts the image `vmlinux`, the configuration `config` that it was built with and the `version` of
-/// its source into `dir`.
-fn build(pin: &Pin, patches: &Patches, options: &Options, dir: &Path) -> Result<()> {
+/// Builds a cache entry in `dir`: the image `vmlinux`, its configuration `config`, and the Debian
+/// `version` of its source.
+fn build(pin: &Pin, patches: &Patches, options: &KernelOptions, dir: &Path) -> Result<()> {
     let work = dir.join("work");
     let tree = work.join("source");
     fs::create_dir_all(&tree).with_context(|| format!("cannot create {}", tree.display()))?;

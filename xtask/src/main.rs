@@ -7,14 +7,16 @@ mod bundle;
 mod cache;
 mod demo;
 mod dependencies;
+#[cfg(test)]
+mod floors;
 mod image;
 mod install;
 mod kernel;
 mod lab;
-mod place;
 mod process;
 mod progress;
 mod repository;
+mod target;
 mod test;
 mod timed;
 
@@ -32,10 +34,10 @@ Usage: cargo xtask COMMAND [...]
   kernel    build the guest kernel only
   image     build the guest image only
   install   build, and install below /usr/local
-  bench     measure, in a lab that counts instructions
+  bench     run a benchmark, in a lab that counts instructions
   lab       boot a machine with nested KVM and run commands in it
 
-`cargo xtask COMMAND --help` says more. What is missing of Debian's packages is installed.";
+`cargo xtask COMMAND --help` says more. Missing Debian packages are installed.";
 
 fn main() -> ExitCode {
     match run() {
@@ -48,7 +50,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the command that the arguments name and returns the exit status to give.
+/// Runs the command named by the arguments. Returns the exit status of this process.
 fn run() -> Result<i32> {
     let mut args = lexopt::Parser::from_env();
     let command = match args.next()? {
@@ -69,10 +71,10 @@ fn run() -> Result<i32> {
         "install" => install::main(args),
         "bench" => bench::main(args),
         "lab" => lab::command::main(args),
-        // What runs inside the lab; see lab/init.rs.
+        // Programs of the lab itself: its PID 1 and the servers of its ports; see lab/init.rs.
         "lab-init" => lab::init::main().map(|()| 0),
         "lab-port" => {
-            let device = args.next()?.context("which port?")?;
+            let device = args.next()?.context("lab-port needs a device")?;
             let Value(device) = device else { return Err(device.unexpected().into()) };
             lab::init::serve_port(device.as_ref()).map(|()| 0)
         }

@@ -1,4 +1,4 @@
-//! Running other programs so that none of them outlives this one.
+//! Child processes that do not outlive this one.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -13,22 +13,22 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 
-/// Lines of a log that go into an error message.
+/// Number of log lines in an error message.
 const LOG_TAIL: usize = 50;
 
-/// A command that the kernel ends when the calling thread ends, whatever ended it.
+/// A command that the kernel ends with SIGTERM when the thread that starts it ends.
 ///
-/// Call it from a thread that lives as long as the child shall: the main thread.
+/// Start it from a thread that lives as long as the child shall, such as the main thread.
 pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
     bound_to_us(Command::new(program), Signal::SIGTERM)
 }
 
-/// As [`command`], with the signal that ends the child.
+/// Sets the signal that the child gets when the thread that starts it ends.
 pub(crate) fn bound_to_us(mut command: Command, signal: Signal) -> Command {
     let parent = nix::unistd::getpid();
     let bind = move || {
         set_pdeathsig(signal)?;
-        // The parent may have ended before the line above took effect.
+        // The parent may have ended before prctl: then no signal comes.
         if nix::unistd::getppid() != parent {
             return Err(std::io::ErrorKind::BrokenPipe.into());
         }
@@ -40,8 +40,10 @@ pub(crate) fn bound_to_us(mut command: Command, signal: Signal) -> Command {
     command
 }
 
-/// Lets the child have `fds` under their numbers here. They close with the command; the children
-/// of other threads never see them.
+/// Passes `fds` to the child under the same numbers.
+///
+/// Close-on-exec is cleared in the child only, so children of other threads do not inherit them.
+/// The descriptors are closed here when the command is dropped.
 pub(crate) fn inheriting(mut command: Command, fds: Vec<OwnedFd>) -> Command {
     let keep = move || {
         for fd in &fds {
@@ -55,12 +57,14 @@ pub(crate) fn inheriting(mut command: Command, fds: Vec<OwnedFd>) -> Command {
     command
 }
 
-/// The result of a thread. A panic is an error too.
+/// Waits for a thread. Returns its result; a panic becomes an error.
 pub(crate) fn joined<T>(thread: ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
     thread.join().unwrap_or_else(|_| Err(anyhow!("a thread has panicked")))
 }
 
-/// Runs `command` to its end with its output in `log`; a failure shows the end of that log.
+/// Runs `command` to its end, with its output in the file `log`.
+///
+/// An error has the last [`LOG_TAIL`] lines of the file.
 pub(crate) fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
     if let Some(parent) = log.parent() {
         fs::create_dir_all(parent)
@@ -85,7 +89,7 @@ pub(crate) fn run_logged(command: &mut Command, log: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` to its end and returns its standard output; a failure shows its standard error.
+/// Runs `command` to its end. Returns its standard output; an error has its standard error.
 pub(crate) fn capture(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
@@ -98,7 +102,7 @@ pub(crate) fn capture(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The last `lines` lines of a file, or why they cannot be had.
+/// The last `lines` lines of a file, or the error of reading it.
 pub(crate) fn tail(path: &Path, lines: usize) -> String {
     match fs::read(path) {
         Ok(bytes) => {
@@ -110,12 +114,12 @@ pub(crate) fn tail(path: &Path, lines: usize) -> String {
     }
 }
 
-/// The exit status that a shell would give.
+/// Exit status as a shell gives it: 128 and the signal number for a killed process.
 pub(crate) fn shell_status(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(127))
 }
 
-/// What to call a command in a message: its program and first arguments.
+/// Name of a command for messages: its program and its first three arguments.
 fn name(command: &Command) -> String {
     let mut words = vec![command.get_program().to_string_lossy().into_owned()];
     words.extend(command.get_args().take(3).map(|arg| arg.to_string_lossy().into_owned()));

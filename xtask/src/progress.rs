@@ -1,5 +1,6 @@
-//! Saying what goes on: each long step has a line when it begins, one every ten seconds, and one
-//! with the time taken when it ends. All of it goes to standard error.
+//! Progress messages on standard error.
+//!
+//! A long step prints a line at its start, one every ten seconds, and one with its time at its end.
 
 use std::io::{IsTerminal as _, Write as _, stderr};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -8,16 +9,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
+/// Time between two messages of a running step.
 const REMINDER: Duration = Duration::from_secs(10);
 
 /// Prints one line of progress.
 pub(crate) fn say(text: impl AsRef<str>) {
     let (on, off) = if stderr().is_terminal() { ("\x1b[1;36m", "\x1b[0m") } else { ("", "") };
-    // Progress is a courtesy: a closed standard error is no reason to stop.
+    // A closed standard error must not stop the work.
     let _ = writeln!(stderr(), "{on}isopod:{off} {}", text.as_ref());
 }
 
-/// Runs one step under a heading, with a reminder every ten seconds and its time at the end.
+/// Runs a step and prints its start, its progress every ten seconds, and its time.
 pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     say(format!("{what} ..."));
     let began = Instant::now();
@@ -39,12 +41,12 @@ pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T>
     result
 }
 
-/// Time since `began` for people.
+/// Time since `began` as text.
 pub(crate) fn seconds(began: Instant) -> String {
     human(began.elapsed())
 }
 
-/// A time for people: `2.3 s`, or `4 min 10 s`.
+/// A time as text: `2.3 s`, or `4 min 10 s`.
 pub(crate) fn human(elapsed: Duration) -> String {
     match elapsed.as_secs() {
         0..60 => format!("{:.1} s", elapsed.as_secs_f64()),

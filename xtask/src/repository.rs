@@ -1,4 +1,4 @@
-//! Where things are in the checkout that this program was built from.
+//! Paths in the checkout that this program was built from.
 
 use std::path::{Path, PathBuf};
 
@@ -8,13 +8,13 @@ pub(crate) fn root() -> &'static Path {
     manifest.parent().unwrap_or(manifest)
 }
 
-/// Cargo's target directory, which also holds what these commands make.
+/// Cargo's target directory. It also holds the files that these commands make.
 pub(crate) fn target() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| root().join("target"), |dir| root().join(dir))
 }
 
-/// The finished product: binaries, guest kernel and guest image in one folder.
+/// Folder of the product: binaries, guest kernel and guest image.
 pub(crate) fn product() -> PathBuf {
     target().join("isopod")
 }

@@ -1,10 +1,11 @@
 //! `cargo xtask test`: the unit tests, and the end-to-end tests against the built product.
 
+mod choice;
 mod e2e;
-mod lab;
 mod needs;
 mod program;
 mod proof;
+mod queue;
 mod report;
 mod site;
 mod tally;
@@ -18,56 +19,40 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use lexopt::prelude::*;
 
+use self::choice::Choice;
 use self::program::Programs;
 use self::report::{Report, Row};
 use crate::apt::{self, Need};
 use crate::build;
 use crate::dependencies::Dependencies;
-use crate::place;
 use crate::process::joined;
 use crate::progress::{say, seconds, step};
+use crate::target;
 
 const HELP: &str = "\
 Usage: cargo xtask test [--unit | --e2e] [--proofs] [FILTER]
 
-  FILTER    only tests whose names contain it; all tests of an end-to-end program of this very name
-            (`stdio` for tests/tests/stdio.rs)
+  FILTER    only tests whose names contain FILTER; all tests of an end-to-end program if FILTER is
+            its name (`stdio` for tests/tests/stdio.rs)
             docker, docker_newer, podman, workloads, `runc::` and `isopod::`: tests of container
-            engines, which run without FILTER too
+            engines; other filters leave these tests out
   --unit    only the unit tests
   --e2e     only the end-to-end tests
   --proofs  also the cases of engines that runc has proven in an earlier run
 
-The end-to-end tests run on this machine if it has hardware KVM, and else in labs that are booted for
-them and end with them. ISOPOD_LAB=force or ISOPOD_LAB=off decides otherwise.
+The end-to-end tests run on this machine if it has hardware KVM. Otherwise they run in labs, which
+are booted for the tests and end with them. ISOPOD_LAB=force always uses labs, ISOPOD_LAB=off never.
 
-A case of an engine runs with runc, which proves it, and then with Isopod. A proof is remembered in the
-cache until the case, the harness, a package that it needs or the kernel changes.";
+A case of an engine runs with runc first, which proves the case, and then with Isopod. The cache
+keeps a proof until the case, the harness, a package that the case needs, or the kernel changes.";
 
-/// Which tests to run.
-#[derive(Debug, Clone)]
-struct Choice {
-    unit: bool,
-    e2e: bool,
-    /// Proves again what is proven.
-    proofs: bool,
-    filter: Option<String>,
-}
-
-impl Choice {
-    /// Whether proofs of earlier runs count: not when somebody asks for cases with runc.
-    fn remembers(&self) -> bool {
-        !self.proofs && !self.filter.as_deref().is_some_and(|filter| filter.contains("runc::"))
-    }
-}
-
-/// The Debian tree of the tests of workloads, with a compiler.
+/// The Debian tree of the workload tests. It has a compiler.
 pub(crate) fn workload_tree() -> Result<PathBuf> {
     apt::ensure([needs::DEBOOTSTRAP])?;
     tree::WORKLOADS.ensure()
 }
 
-/// Runs the tests; the exit status is 0 when all of them pass.
+/// Runs the tests. Returns the exit status: 0 if all tests pass.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let began = Instant::now();
     let mut choice = Choice { unit: true, e2e: true, proofs: false, filter: None };
@@ -88,7 +73,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         bail!("--unit and --e2e leave nothing to test");
     }
     let later = run_packages(&choice)?;
-    // Fails for users who may not install, and names all missing packages to them.
+    // Before anything is installed: the error for users other than root names all missing packages.
     apt::missing(build::needs().chain(later.iter().copied()))?;
     apt::ensure(build::needs())?;
     let report = run(&choice, &later);
@@ -98,8 +83,8 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if total.is_empty() {
         match choice.filter {
             Some(filter) => bail!(
-                "no test's name contains `{filter}`, and no end-to-end program is called so; \
-                 `cargo xtask test` without it runs all"
+                "no test has `{filter}` in its name, and no end-to-end program is called \
+                 `{filter}`; `cargo xtask test` without a filter runs all tests"
             ),
             None => bail!("no test was run"),
         }
@@ -107,12 +92,12 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     Ok(i32::from(!total.passed_all()))
 }
 
-/// The Debian packages for running the tests, without those for compiling them.
+/// Debian packages for running the tests, without those for compiling.
 fn run_packages(choice: &Choice) -> Result<Vec<Need>> {
     if !choice.e2e {
         return Ok(Vec::new());
     }
-    let mut packages = place::needs(false)?;
+    let mut packages = target::needs(false)?;
     packages.extend(needs::NEEDS);
     if program::needs_engines(choice.filter.as_deref()) {
         packages.extend(needs::ENGINES);
@@ -120,8 +105,9 @@ fn run_packages(choice: &Choice) -> Result<Vec<Need>> {
     Ok(packages)
 }
 
-/// Prepares and runs what `choice` is about. What could not be run to its end counts as failed, and does
-/// not keep the rest from being told.
+/// Prepares and runs the tests of `choice`.
+///
+/// An error becomes a failed row of the report, so the results of other tests are still reported.
 fn run(choice: &Choice, packages: &[Need]) -> Report {
     let (programs, product) = match prepare(choice, packages) {
         Ok(prepared) => prepared,
@@ -132,7 +118,7 @@ fn run(choice: &Choice, packages: &[Need]) -> Report {
         Some(Err(error)) => {
             let mut report = failed("end-to-end tests", &error);
             let unit = e2e::run_unit(&programs, choice);
-            report.0.extend(unit.unwrap_or_else(|error| failed(lab::UNIT, &error)).0);
+            report.0.extend(unit.unwrap_or_else(|error| failed(queue::UNIT, &error)).0);
             return report;
         }
         Some(Ok((product, in_lab))) => e2e::run(programs, &product, choice, in_lab),
@@ -140,19 +126,21 @@ fn run(choice: &Choice, packages: &[Need]) -> Report {
     result.unwrap_or_else(|error| failed("tests", &error))
 }
 
+/// Prints an error. Returns a report with a failed row for `what`.
 fn failed(what: &str, error: &anyhow::Error) -> Report {
     eprintln!("error: {error:#}");
     Report(vec![Row::failure(what, "not run to the end")])
 }
 
-/// The compiled tests, and where they need it the folder of the product and whether they run in labs.
+/// The compiled tests; for end-to-end tests also the folder of the product, and true for labs.
 type Prepared = (Programs, Option<Result<(PathBuf, bool)>>);
 
-/// Compiles tests and product, installs `packages` and fetches the rest, all at the same time: each of them
-/// has parts that keep one processor busy only, or none. Compiled crates of others are kept for the next
-/// checkout.
+/// Compiles tests and product, installs `packages`, and fetches kernel and trees, all in parallel.
+///
+/// Each of these has parts that use one processor or none. The cache keeps compiled dependencies
+/// for the next checkout.
 fn prepare(choice: &Choice, packages: &[Need]) -> Result<Prepared> {
-    let in_lab = choice.e2e && !place::is_here(false)?;
+    let in_lab = choice.e2e && !target::is_here(false)?;
     let filter = choice.filter.as_deref();
     let dependencies = Dependencies::of_checkout().and_then(|all| all.take().map(|()| all));
     if let Err(error) = &dependencies {
@@ -172,7 +160,7 @@ fn prepare(choice: &Choice, packages: &[Need]) -> Result<Prepared> {
         let ready = product.map(|product| fetched.and(product).map(|product| (product, in_lab)));
         Ok((programs?, ready))
     });
-    // Without a part of them, there is not all that the next run needs.
+    // A part of the crates would be kept as if it were complete, so only a whole build is kept.
     let whole = choice.unit && matches!(prepared, Ok((_, Some(Ok(_)))));
     if whole
         && let Ok(dependencies) = &dependencies

@@ -1,30 +1,32 @@
-//! Output of a test program in a lab, shown line by line, with the time of each test.
+//! Output of a test program in a lab, shown line by line with the time of each test.
 
 use std::io::{self, Write as _, stdout};
 use std::time::{Duration, Instant};
 
-/// Tests that take less are not worth a word.
-const WORTH_TELLING: Duration = Duration::from_millis(100);
+/// Shortest time of a test that is shown.
+const SHOWN_FROM: Duration = Duration::from_millis(100);
 
-/// Output of a program beside which others run: each line is shown when it is complete, behind the
-/// program's name. With one test at a time, a test's time is that from the end of one line to the end of
-/// the next.
+/// Output of one of several programs that run at the same time. A line is shown when it is
+/// complete, behind the program's name.
+///
+/// The program runs one test at a time, so the time of a test is the time between two line ends.
 #[derive(Debug)]
 pub(crate) struct Timed {
     name: String,
     bytes: Vec<u8>,
-    /// Where the line begins that is not complete yet.
+    /// Offset in `bytes` of the first line that is not complete.
     begin: usize,
+    /// Time of the last line end.
     last: Instant,
 }
 
 impl Timed {
-    /// Nothing yet of the program called `name`.
+    /// Empty output of the program `name`.
     pub(crate) fn new(name: &str) -> Self {
         Self { name: name.to_owned(), bytes: Vec::new(), begin: 0, last: Instant::now() }
     }
 
-    /// Takes the next piece, which has come just now, and shows what it completes.
+    /// Takes a piece of output that has just arrived, and shows the lines that it completes.
     pub(crate) fn push(&mut self, piece: &[u8]) -> io::Result<()> {
         let now = Instant::now();
         let lines = self.complete(piece, now - self.last);
@@ -35,7 +37,7 @@ impl Timed {
         show(&lines)
     }
 
-    /// Shows a last line without an end, and gives back all of it as it came.
+    /// Shows an unfinished last line. Returns the whole output, unchanged.
     pub(crate) fn finish(self) -> io::Result<Vec<u8>> {
         if self.begin < self.bytes.len() {
             show(&self.line(&self.bytes[self.begin..], Duration::ZERO))?;
@@ -43,7 +45,7 @@ impl Timed {
         Ok(self.bytes)
     }
 
-    /// The lines that `piece` completes, the first of which took `took`, as they are shown.
+    /// Appends `piece`. Returns the lines that it completes, as shown; the first one took `took`.
     fn complete(&mut self, piece: &[u8], mut took: Duration) -> Vec<u8> {
         self.bytes.extend_from_slice(piece);
         let mut shown = Vec::new();
@@ -56,11 +58,12 @@ impl Timed {
         shown
     }
 
+    /// One line as shown: behind the name, with `took` if it is the result of a test.
     fn line(&self, line: &[u8], took: Duration) -> Vec<u8> {
         let mut shown = format!("{}: ", self.name).into_bytes();
         shown.extend_from_slice(line);
         let ended = [&b" ok"[..], b" FAILED"].iter().any(|word| line.ends_with(word));
-        if ended && line.starts_with(b"test ") && took >= WORTH_TELLING {
+        if ended && line.starts_with(b"test ") && took >= SHOWN_FROM {
             shown.extend_from_slice(format!(" ({:.1} s)", took.as_secs_f64()).as_bytes());
         }
         shown.push(b'\n');
@@ -68,7 +71,7 @@ impl Timed {
     }
 }
 
-/// In one piece, lest lines of two programs mix.
+/// Writes `lines` under one lock of standard output: lines of two programs must not mix.
 fn show(lines: &[u8]) -> io::Result<()> {
     let mut out = stdout().lock();
     out.write_all(lines)?;

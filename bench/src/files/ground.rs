@@ -1,4 +1,4 @@
-//! The files that a guest works on: a file system in memory, made anew for each guest.
+//! The files for one guest: a Debian tree, and a volume in a new tmpfs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,33 +8,31 @@ use anyhow::{Context as _, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tempfile::TempDir;
 
-/// Bytes of the file that is read from its begin to its end.
+/// Size in bytes of the file for sequential reads and writes.
 pub(super) const BULK: usize = 16 << 20;
 
-/// Bytes of each file that is read, and written, in no order.
+/// Size in bytes of each file for random reads or writes.
 pub(super) const SPAN: usize = 8 << 20;
 
-/// Files of the directory that is looked at.
+/// Number of small files in a directory.
 pub(super) const MANY: usize = 500;
 
-/// Source files of the program that is built.
+/// Number of source files of the C program, beside `main.c`.
 pub(super) const SOURCES: usize = 2;
 
-/// Size of the file system.
+/// Mount options of the volume's tmpfs.
 const SIZE: &str = "size=256m,mode=755";
 
-/// A directory with two mounts: `root`, the tree, and `volume`. Gone when dropped.
+/// A directory with two mounts: `root`, the tree, and `volume`.
+///
+/// Mounts and directory are removed when the value is dropped.
 pub(super) struct Ground {
     dir: TempDir,
     mounted: Vec<PathBuf>,
 }
 
 impl Ground {
-    /// Mounts both and fills the volume.
-    ///
-    /// # Errors
-    ///
-    /// If that fails; nothing is left then.
+    /// Mounts tree and volume, and fills the volume. After an error nothing is left.
     pub(super) fn new(tree: &Path) -> Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
         let mut ground = Self { dir, mounted: Vec::new() };
@@ -51,13 +49,14 @@ impl Ground {
         Ok(ground)
     }
 
+    /// Makes a mount point.
     fn point(&self, name: &str) -> Result<PathBuf> {
         let path = self.dir.path().join(name);
         fs::create_dir(&path).with_context(|| path.display().to_string())?;
         Ok(path)
     }
 
-    /// The directory with both.
+    /// The directory with both mounts.
     pub(super) fn dir(&self) -> &Path {
         self.dir.path()
     }
@@ -67,6 +66,7 @@ impl Ground {
         self.dir.path().join("volume")
     }
 
+    /// Makes the volume's files.
     fn fill(&self) -> Result<()> {
         let volume = self.volume();
         let write = |name: &str, content: &[u8]| {
@@ -87,7 +87,7 @@ impl Ground {
         self.archive()
     }
 
-    /// A program of a few files, each of which reads headers of the system.
+    /// Writes a C program of a few files. Each file includes system headers.
     fn sources(&self, write: &impl Fn(&str, &[u8]) -> Result<()>) -> Result<()> {
         let mut main = "#include <stdio.h>\n".to_owned();
         let mut sum = "0".to_owned();
@@ -104,7 +104,7 @@ impl Ground {
         write("source/main.c", main.as_bytes())
     }
 
-    /// An archive of a tree: 10 directories with 20 files each, of 10 bytes to 20 kB.
+    /// Makes a tar archive of 10 directories with 20 files each, of 10 bytes to 20 kB.
     fn archive(&self) -> Result<()> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
         for outer in 0..10_usize {

@@ -1,11 +1,13 @@
-//! The benchmark of the file server: what a guest does with files of the host, beside Debian's virtiofsd under
-//! QEMU with the same guest kernel.
+//! The file benchmark: file operations of a guest on files of the host, beside Debian's virtiofsd
+//! under QEMU with the same guest kernel.
 //!
-//! Both guests see two directories: a Debian tree, which is their root, and a volume in the host's memory. Files
-//! that are to be read lie there before a guest boots, so that its first look at each is one. A program in the
-//! guest does the work and writes down by its own clock what each part took; that clock is the machine's.
+//! Both guests have two directories: a Debian tree, which is their root, and a volume in the host's
+//! memory. Files to read are there before a guest boots, so the guest's caches are cold. A program
+//! in the guest does the work and measures each part by the guest's clock, which follows the
+//! machine's clock.
 
 mod ground;
+mod guest;
 mod qemu;
 mod work;
 
@@ -16,54 +18,40 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use self::ground::Ground;
+use self::guest::{MEMORY_MIB, PROGRAM, VOLUME};
+use self::work::Parts;
 use crate::clock::least;
 use crate::figure::Figure;
+use crate::guest::KERNEL_PARAMS;
 use crate::runtime::Runtime;
 
 pub(crate) use self::work::work;
 
-/// What stands beside Isopod.
+/// Name of the peer.
 const PEER: &str = "virtiofsd";
 
-/// Of the kernel in either guest; see `net`.
-const KERNEL_PARAMS: &str = "nohz=off";
-
-/// Memory of either guest in MiB.
-const MEMORY_MIB: u64 = 1024;
-
-/// Where the volume is in either guest: an empty directory of every Debian tree.
-const VOLUME: &str = "/mnt";
-
-/// The program that does the work, as a guest sees it.
-const PROGRAM: &str = "/mnt/isopod-bench";
-
-/// Name and units of each part of the work.
-type Parts = Vec<(String, f64)>;
-
-/// What the benchmark needs.
+/// Inputs of the benchmark.
 pub(crate) struct Files<'a> {
-    /// Where Isopod's programs are, and the guest kernel.
+    /// Folder of Isopod's programs and the guest kernel.
     pub(crate) programs: &'a Path,
-    /// The bundle that containers are made from.
+    /// The bundle for containers.
     pub(crate) bundle: &'a Path,
     /// The guests' root: a Debian tree with gcc and tar.
     pub(crate) tree: &'a Path,
-    /// virtiofsd.
+    /// Program file of virtiofsd.
     pub(crate) server: &'a Path,
 }
 
 impl Files<'_> {
-    /// Does the work `runs` times in each kind of guest, taking turns, each time in a new guest on new files.
+    /// Does the work `runs` times in each kind of guest, each time in a new guest on new files.
     ///
-    /// # Errors
-    ///
-    /// If a guest or its work fails, or QEMU is missing.
+    /// The two kinds take turns, so a change of the host affects both.
     pub(crate) fn measure(&self, runs: usize) -> Result<Vec<Figure>> {
         nix::sys::prctl::set_child_subreaper(true).context("cannot become a subreaper")?;
         let isopod =
             Runtime::new("isopod", self.programs.join("isopod"))?.kernel_params(KERNEL_PARAMS);
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        // The first of each warms the page cache and does not count.
+        // The first run of each warms the page cache and does not count.
         for run in 0..=runs {
             let our = self.in_container(&isopod)?;
             show(run, isopod.name, &our);
@@ -99,7 +87,7 @@ impl Files<'_> {
             if let Some(mounts) = config["mounts"].as_array_mut() {
                 mounts.extend([volume, scratch]);
             }
-            // tar gives files their owner.
+            // tar changes the owner of files.
             let capabilities = json!(["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID"]);
             for set in ["bounding", "effective", "permitted"] {
                 config["process"]["capabilities"][set] = capabilities.clone();
@@ -122,7 +110,7 @@ fn show(run: usize, name: &str, parts: &Parts) {
     eprintln!("{name}, run {run}: {}", parts.join(", "));
 }
 
-/// What the guest has written down.
+/// Results that the guest has written to the volume.
 fn results(ground: &Ground) -> Result<Parts> {
     let path = ground.volume().join(work::RESULTS);
     let text = fs::read_to_string(&path)

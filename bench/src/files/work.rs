@@ -1,4 +1,4 @@
-//! The work in the guest: parts that are timed one by one, in an order in which each finds what it needs.
+//! The work in the guest: timed parts, one after the other. Later parts need files of earlier ones.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -10,25 +10,25 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
 
-use super::Parts;
 use super::ground::{BULK, MANY, SOURCES, SPAN};
 use crate::clock;
 
-/// The file with the results, on the volume.
+/// Names and units of the parts of the work.
+pub(super) type Parts = Vec<(String, f64)>;
+
+/// File on the volume with the results.
 pub(super) const RESULTS: &str = "results.json";
 
-/// Bytes of one read or write where data goes in order.
+/// Bytes of a sequential read or write.
 const CHUNK: usize = 128 << 10;
 
-/// Bytes and number of those where it does not.
+/// Bytes of a random read or write.
 const BLOCK: usize = 4096;
+
+/// Number of random reads or writes.
 const BLOCKS: usize = 500;
 
-/// Does everything below `volume` and leaves the results there.
-///
-/// # Errors
-///
-/// If a part fails, with its name.
+/// Does the work below `volume` and writes the results there.
 pub(crate) fn work(volume: &Path) -> Result<()> {
     let mut parts = Parts::new();
     let mut part = |name: &str, work: &mut dyn FnMut() -> Result<()>| -> Result<()> {
@@ -86,8 +86,9 @@ fn write(path: &Path) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-/// Places of blocks in a file of [`SPAN`] bytes, the same each time: a linear congruence that meets each
-/// block at most once.
+/// Offsets of blocks in a file of [`SPAN`] bytes, the same in every run.
+///
+/// A linear congruence, whose values are all different.
 fn places() -> impl Iterator<Item = u64> {
     let blocks = SPAN / BLOCK;
     (0..BLOCKS).map(move |n| ((n * 1201 + 17) % blocks * BLOCK) as u64)
@@ -150,7 +151,7 @@ fn unlink<P: AsRef<Path>>(paths: &[P]) -> Result<()> {
     Ok(())
 }
 
-/// Compiles each source, links the objects and runs the program.
+/// Compiles each source file, links the objects, and runs the program.
 fn build(source: &Path) -> Result<()> {
     let parts = (0..SOURCES).map(|number| format!("part{number}"));
     let all: Vec<String> = parts.chain(["main".to_owned()]).collect();

@@ -1,5 +1,6 @@
-//! The network benchmark: traffic between a container and the host's end of its link, beside a
-//! container without a microVM and beside QEMU's virtio-net.
+//! The network benchmark: traffic between a container and the host's end of its link.
+//!
+//! The peers are a container without a microVM, and a guest of QEMU with virtio-net.
 
 mod namespace;
 mod qemu;
@@ -16,6 +17,7 @@ use self::namespace::{HOST, Namespace};
 use self::traffic::Client;
 use crate::clock::least;
 use crate::figure::Figure;
+use crate::guest::KERNEL_PARAMS;
 use crate::runtime::Runtime;
 
 pub(crate) use self::traffic::peer;
@@ -23,25 +25,18 @@ pub(crate) use self::traffic::peer;
 /// Bytes of a bulk transfer.
 const BULK: u64 = 256 << 20;
 
-/// Round trips, one after the other.
+/// Number of round trips.
 const ROUND_TRIPS: u64 = 1000;
 
-/// Of the kernel in either microVM: the processor that the lab emulates can lose a guest's wakeup,
-/// which a guest whose tick stops when it is idle would then wait for in vain.
-const KERNEL_PARAMS: &str = "nohz=off";
-
-/// What was measured, as the figures call it.
+/// Names of the figures.
 const NAMES: [&str; 3] = ["256 MiB to container", "256 MiB from container", "1000 round trips"];
 
 /// Units of each of [`NAMES`].
 type Traffic = [f64; 3];
 
-/// Measures each kind of traffic `runs` times over one connection, with one kind of container after
-/// the other in a namespace of the same make.
+/// Measures each kind of traffic `runs` times over one connection.
 ///
-/// # Errors
-///
-/// If a runtime, QEMU, `ip` or `tc` is missing or fails.
+/// The three kinds of containers run one after the other, each in its own [`Namespace`].
 pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec<Figure>> {
     nix::sys::prctl::set_child_subreaper(true).context("cannot become a subreaper")?;
     let program = bundle.join("rootfs/bin/isopod-bench");
@@ -79,7 +74,7 @@ fn in_qemu(programs: &Path, program: &Path, runs: usize) -> Result<Traffic> {
     let listener = TcpListener::bind((HOST, 0)).context(HOST)?;
     let address = listener.local_addr()?.to_string();
     let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let _machine = qemu::Machine::boot(&namespace, programs, program, &address, dir.path())?;
+    let _machine = qemu::boot(&namespace, programs, program, &address, dir.path())?;
     traffic(&listener, "qemu", runs)
 }
 
@@ -87,7 +82,7 @@ fn traffic(listener: &TcpListener, name: &str, runs: usize) -> Result<Traffic> {
     let (stream, _) = listener.accept().context("waiting for the container to connect")?;
     let mut client = Client::new(stream)?;
     let mut all = [const { Vec::new() }; 3];
-    // The first of each lets the connection's windows grow.
+    // In the first run the connection's windows grow. It does not count.
     for run in 0..=runs {
         let units = [client.give(BULK)?, client.take(BULK)?, client.echo(ROUND_TRIPS)?];
         let [to, from, trips] = units;

@@ -1,31 +1,27 @@
-//! A network namespace as an engine makes it: an interface, the other end of which is the host's.
+//! A network namespace with a veth interface to the host, as container engines make it.
 
 use std::path::PathBuf;
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-/// The host's address on the link, without its prefix length.
+/// Address of the host on the link, without prefix length.
 pub(super) const HOST: &str = "10.177.0.1";
 
-/// The container's address on the link.
+/// Address of the container on the link, with prefix length.
 pub(super) const CONTAINER: &str = "10.177.0.2/24";
 
-/// The container's interface.
+/// Interface in the namespace.
 pub(super) const INTERFACE: &str = "eth0";
 
 const NAME: &str = "isopod-bench";
 const HOST_INTERFACE: &str = "isopod-bench";
 
-/// The namespace and the link; gone when dropped.
+/// The namespace and the link. Both are removed when the value is dropped.
 pub(super) struct Namespace(());
 
 impl Namespace {
-    /// Makes both.
-    ///
-    /// # Errors
-    ///
-    /// If `ip` is missing or fails.
+    /// Makes namespace and link.
     pub(super) fn new() -> Result<Self> {
         ip(&["netns", "add", NAME])?;
         let namespace = Self(());
@@ -43,23 +39,19 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Its file.
+    /// File of the namespace.
     pub(super) fn path(&self) -> PathBuf {
         PathBuf::from("/run/netns").join(NAME)
     }
 
-    /// A command to run a program in it.
+    /// A command that runs `program` in the namespace.
     pub(super) fn command(&self, program: &str) -> Command {
         let mut command = Command::new("ip");
         command.args(["netns", "exec", NAME, program]);
         command
     }
 
-    /// Runs a program in it to its end. Returns what it printed.
-    ///
-    /// # Errors
-    ///
-    /// If it fails.
+    /// Runs a program in the namespace to its end. Returns its standard output.
     pub(super) fn run(&self, program: &str, args: &[&str]) -> Result<String> {
         finish(self.command(program).args(args))
     }
@@ -67,7 +59,7 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        // The link goes with its end in the namespace.
+        // The kernel removes both ends of the link with the namespace.
         if let Err(error) = ip(&["netns", "delete", NAME]) {
             eprintln!("isopod-bench: {error:#}");
         }

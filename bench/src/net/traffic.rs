@@ -1,5 +1,8 @@
-//! The traffic of the network benchmark: one connection, which the peer in the container opens, and
-//! on which it then does as it is told.
+//! The traffic of the network benchmark: one connection between the benchmark and a peer in the
+//! container.
+//!
+//! The peer connects and then carries out orders. An order is a byte, and a count of 8 bytes,
+//! little endian.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -11,30 +14,26 @@ use crate::clock;
 /// Bytes of one read or write.
 const CHUNK: usize = 128 << 10;
 
-/// What the peer is told: one byte, then a count, 8 bytes, little endian.
+/// Order to receive bytes, and then to send one byte.
 const TAKE: u8 = b't';
+
+/// Order to send bytes.
 const GIVE: u8 = b'g';
+
+/// Order to send back single bytes.
 const ECHO: u8 = b'e';
 
 /// The benchmark's end of a connection.
 pub(super) struct Client(TcpStream);
 
 impl Client {
-    /// Takes over a connection that a peer has made.
-    ///
-    /// # Errors
-    ///
-    /// If it has ended.
+    /// The benchmark's end of a connection from a peer.
     pub(super) fn new(stream: TcpStream) -> Result<Self> {
         stream.set_nodelay(true).context("TCP_NODELAY")?;
         Ok(Self(stream))
     }
 
-    /// Units until `bytes` have arrived in the container.
-    ///
-    /// # Errors
-    ///
-    /// If the connection breaks.
+    /// Units until `bytes` bytes have arrived in the container.
     pub(super) fn give(&mut self, bytes: u64) -> Result<f64> {
         let start = clock::now()?;
         self.order(TAKE, bytes)?;
@@ -43,11 +42,7 @@ impl Client {
         Ok(clock::now()? - start)
     }
 
-    /// Units until `bytes` have arrived from the container.
-    ///
-    /// # Errors
-    ///
-    /// If the connection breaks.
+    /// Units until `bytes` bytes have arrived from the container.
     pub(super) fn take(&mut self, bytes: u64) -> Result<f64> {
         let start = clock::now()?;
         self.order(GIVE, bytes)?;
@@ -55,11 +50,7 @@ impl Client {
         Ok(clock::now()? - start)
     }
 
-    /// Units of `count` bytes that go there and back one after the other.
-    ///
-    /// # Errors
-    ///
-    /// If the connection breaks.
+    /// Units of `count` round trips of one byte, one after the other.
     pub(super) fn echo(&mut self, count: u64) -> Result<f64> {
         let start = clock::now()?;
         self.order(ECHO, count)?;
@@ -77,11 +68,8 @@ impl Client {
     }
 }
 
-/// The peer in the container: connects to `address` and obeys until the connection ends.
-///
-/// # Errors
-///
-/// If there is no connection, or it breaks.
+/// The peer in the container: connects to `address` and carries out orders until the connection
+/// ends.
 pub(crate) fn peer(address: &str) -> Result<()> {
     let mut stream = TcpStream::connect(address).with_context(|| address.to_owned())?;
     stream.set_nodelay(true).context("TCP_NODELAY")?;
@@ -107,7 +95,7 @@ pub(crate) fn peer(address: &str) -> Result<()> {
                     stream.write_all(&byte)?;
                 }
             }
-            other => bail!("an order {other:#x}"),
+            other => bail!("unknown order {other:#x}"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Configuring, compiling and stripping a kernel, the same way everywhere.
+//! Configures, compiles and strips a kernel, with the same result on every machine.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -14,39 +14,41 @@ use crate::process::{capture, command, run_logged, tail};
 use crate::progress::{say, seconds};
 use crate::repository;
 
-use super::options::Options;
+use super::options::KernelOptions;
 
-/// Where the work folder has the configuration.
+/// Path of the kernel configuration, relative to the work folder.
 pub(super) const CONFIG: &str = "objects/.config";
 
-/// Who builds it, and the how-manieth build it is: constant, so that images are too.
+/// Build user, host and number. They are constant, so that equal inputs give equal images.
 const VARIABLES: [(&str, &str); 3] = [
     ("KBUILD_BUILD_USER", "isopod"),
     ("KBUILD_BUILD_HOST", "isopod"),
     ("KBUILD_BUILD_VERSION", "1"),
 ];
 
-/// Everything but memory contents goes: symbols are in the image's own table.
+/// Options of `strip`. They leave the loaded segments, which include the KALLSYMS symbol table.
 const STRIP: [&str; 3] = ["--strip-all", "--remove-section=.comment", "--output-file"];
 
-/// Lines that `make` prints, one for each object, when nothing has been built yet; for an estimate.
+/// Number of lines that `make` prints in a full build, about one for each object. Only an estimate.
 const EXPECTED_LINES: usize = 1910;
 
+/// Number of log lines in an error message.
 const LOG_LINES: usize = 30;
 
-/// What else, besides source and options, decides the image: the compiler and how it is called.
+/// Inputs of the image beside source, patches and options: the compiler, and its call.
 pub(super) fn recipe() -> Result<String> {
     let compiler = capture(command("gcc").arg("--version"))?;
     let compiler = compiler.lines().next().unwrap_or_default();
     Ok(format!("{compiler}\n{VARIABLES:?}\n{STRIP:?}"))
 }
 
-/// Compiles the kernel in `tree` below the folder `work` and returns its image, symbols included.
-/// `version` is the source's version, which the kernel then reports.
+/// Compiles the kernel source in `tree` below the folder `work`. Returns the unstripped image.
+///
+/// `version` is the Debian version of the source; `uname -v` shows it.
 pub(super) fn compile(
     tree: &Path,
     work: &Path,
-    options: &Options,
+    options: &KernelOptions,
     version: &str,
 ) -> Result<PathBuf> {
     let objects = work.join("objects");
@@ -70,18 +72,19 @@ pub(super) fn compile(
     Ok(objects.join("vmlinux"))
 }
 
-/// Writes the image without symbols to `stripped`.
+/// Writes a copy of `image` without symbols to `stripped`.
 pub(super) fn strip(image: &Path, stripped: &Path) -> Result<()> {
     capture(command("strip").args(STRIP).arg(stripped).arg(image)).map(drop)
 }
 
-/// `make` with nothing from the caller's environment that could change what it builds.
+/// `make` with an environment that has only PATH from the caller: the rest could change the image.
 fn make(tree: &Path, objects: &Path, version: &str) -> Result<Command> {
     let path = std::env::var_os("PATH").context("PATH is not set")?;
-    // Behind the product's own binaries, of which the last steps keep one processor busy only.
+    // nice: the product's binaries must not wait for the kernel. Their last step uses one
+    // processor.
     let mut make = command("nice");
     make.args(["-n", "5", "make"]).env_clear().env("PATH", path).env("LC_ALL", "C").envs(VARIABLES);
-    // Shown by `uname -v` in place of the time.
+    // `uname -v` shows this text in place of the build time.
     make.env("KBUILD_BUILD_TIMESTAMP", format!("Debian {version}"));
     let mut output = std::ffi::OsString::from("O=");
     output.push(objects);
@@ -89,7 +92,7 @@ fn make(tree: &Path, objects: &Path, version: &str) -> Result<Command> {
     Ok(make)
 }
 
-/// Runs `make` with its output in `log`, and says every ten seconds how far it is.
+/// Runs `make` with its output in `log`, and prints its progress every ten seconds.
 fn run_with_progress(make: &mut Command, log: &Path) -> Result<()> {
     let errors = File::options().create(true).append(true).open(log);
     let errors = errors.with_context(|| format!("cannot write {}", log.display()))?;
@@ -119,8 +122,9 @@ fn run_with_progress(make: &mut Command, log: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies `from` to `log` until it ends, and calls `report` every ten seconds with the number of
-/// lines so far that tell of a finished object.
+/// Copies `from` to `log` until its end.
+///
+/// Calls `report` every ten seconds with the number of compiled objects so far.
 fn copy_lines(from: ChildStdout, mut log: File, report: impl Fn(usize)) -> std::io::Result<()> {
     let (sender, receiver) = channel();
     thread::scope(|scope| {
@@ -128,7 +132,7 @@ fn copy_lines(from: ChildStdout, mut log: File, report: impl Fn(usize)) -> std::
             for line in BufReader::new(from).lines() {
                 let line = line?;
                 writeln!(log, "{line}")?;
-                // `  CC      kernel/fork.o`
+                // Such as `  CC      kernel/fork.o`.
                 if line.starts_with("  ") && sender.send(()).is_err() {
                     break;
                 }

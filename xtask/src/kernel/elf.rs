@@ -1,4 +1,4 @@
-//! Is the kernel's image one that a VMM can load, or map page by page from the file?
+//! Checks that a VMM can load the kernel's image, or map its pages from the file.
 
 use std::fs;
 use std::path::Path;
@@ -8,8 +8,9 @@ use anyhow::{Context as _, Result, bail};
 const PAGE: u64 = 4096;
 const PT_LOAD: u64 = 1;
 
-/// Checks that `path` is an x86-64 ELF image whose segments lie in the file as they will lie in
-/// pages of memory.
+/// Checks that `path` is an x86-64 ELF image with page-aligned segments.
+///
+/// The file offset, virtual address and physical address of a segment must be equal modulo 4096.
 pub(super) fn check(path: &Path) -> Result<()> {
     let image = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     check_image(&image).with_context(|| format!("{} is no good guest kernel", path.display()))
@@ -42,7 +43,7 @@ fn check_image(image: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// The little-endian number of `len` bytes at `offset`.
+/// The little-endian number in the `len` bytes at `offset`.
 fn number(image: &[u8], offset: u64, len: usize) -> Result<u64> {
     let start = usize::try_from(offset).unwrap_or(usize::MAX);
     let bytes = image.get(start..).and_then(|rest| rest.get(..len)).context("it is cut short")?;

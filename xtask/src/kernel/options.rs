@@ -1,17 +1,17 @@
-//! The options in `guest-kernel/config/*.config`, and whether a kernel really has them.
+//! The options in `guest-kernel/config/*.config`, and their comparison with a built configuration.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-/// Options as the fragments ask for them, in order: `CONFIG_A=y` or `# CONFIG_A is not set`.
+/// Options of the fragments, in order: lines `CONFIG_A=y` or `# CONFIG_A is not set`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Options {
+pub(super) struct KernelOptions {
     lines: Vec<String>,
 }
 
-impl Options {
+impl KernelOptions {
     /// Reads all fragments in the folder `dir`.
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let mut options = Self { lines: Vec::new() };
@@ -23,6 +23,7 @@ impl Options {
         Ok(options)
     }
 
+    /// Adds the options of a fragment. Each option may be set or unset once.
     fn add(&mut self, fragment: &str) -> Result<()> {
         for line in fragment.lines().map(str::trim_end) {
             let Some(name) = option_name(line) else {
@@ -32,20 +33,22 @@ impl Options {
                 bail!("`{line}` is neither an option nor a comment");
             };
             if let Some(other) = self.lines.iter().find(|l| option_name(l) == Some(name)) {
-                bail!("`{line}` is there already, as `{other}`");
+                bail!("`{line}` repeats the option `{other}`");
             }
             self.lines.push(line.to_owned());
         }
         Ok(())
     }
 
-    /// The options alone, one a line. Comments do not count: they change nothing.
+    /// The options, one a line. Comments are left out, so a changed comment causes no new build.
     pub(super) fn text(&self) -> String {
         self.lines.iter().map(|line| format!("{line}\n")).collect()
     }
 
-    /// Checks that the kernel configuration `config` has every option as asked for: what an option
-    /// needs may be missing, or another option may insist on it.
+    /// Checks that the kernel configuration `config` has every option of the fragments.
+    ///
+    /// Kconfig drops an option without a word if a dependency is missing, or if another option
+    /// selects the opposite.
     pub(super) fn verify(&self, config: &str) -> Result<()> {
         let mut wrong = Vec::new();
         for line in &self.lines {
@@ -54,7 +57,7 @@ impl Options {
             let unset = line.starts_with('#');
             match got {
                 Some(got) if got == line => {}
-                // What cannot be chosen at all is not set either.
+                // An option with unmet dependencies is not in the file, so it is not set.
                 None if unset => {}
                 Some(got) => wrong.push(format!("    asked for `{line}`, got `{got}`")),
                 None => wrong.push(format!("    asked for `{line}`, got nothing")),
@@ -70,6 +73,7 @@ impl Options {
     }
 }
 
+/// The fragments in `dir`, sorted by name.
 fn fragments(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))?;
     let mut paths = Vec::new();
@@ -86,7 +90,7 @@ fn fragments(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(paths)
 }
 
-/// `CONFIG_A` of a line that sets or unsets it.
+/// Name of the option that a line sets or unsets, such as `CONFIG_A`.
 fn option_name(line: &str) -> Option<&str> {
     let name = match line.strip_prefix("# ") {
         Some(rest) => rest.strip_suffix(" is not set")?,
@@ -101,8 +105,8 @@ fn option_name(line: &str) -> Option<&str> {
 mod tests {
     use super::*;
 
-    fn options(fragment: &str) -> Options {
-        let mut options = Options { lines: Vec::new() };
+    fn options(fragment: &str) -> KernelOptions {
+        let mut options = KernelOptions { lines: Vec::new() };
         options.add(fragment).unwrap();
         options
     }
@@ -117,7 +121,7 @@ mod tests {
     #[test]
     fn what_is_not_an_option_is_refused() {
         for wrong in ["CONFIG_A", "FOO=y", "CONFIG_A=y\n# CONFIG_A is not set"] {
-            assert!(Options { lines: Vec::new() }.add(wrong).is_err(), "{wrong:?}");
+            assert!(KernelOptions { lines: Vec::new() }.add(wrong).is_err(), "{wrong:?}");
         }
     }
 

@@ -1,4 +1,4 @@
-//! The changes to the kernel's source in `guest-kernel/patches/*.patch`.
+//! The patches of the kernel's source in `guest-kernel/patches/*.patch`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::process::{command, run_logged, tail};
 
+/// Number of log lines in an error message.
 const LOG_LINES: usize = 30;
 
 /// Patches in the order of their file names.
@@ -33,13 +34,14 @@ impl Patches {
         Ok(Self { files })
     }
 
-    /// All that they change, one after the other, without the words in front of each.
+    /// All patches without their descriptions, so a changed description causes no new build.
     pub(super) fn text(&self) -> String {
         self.files.iter().map(|(_, text)| text.find("--- ").map_or("", |at| &text[at..])).collect()
     }
 
-    /// Changes the source in `tree`. A patch that fits another version only is an error: lines may
-    /// have moved, but none around a change may differ.
+    /// Applies the patches to the source in `tree`.
+    ///
+    /// The lines of a change may have moved, but their context must match exactly (no fuzz).
     pub(super) fn apply(&self, tree: &Path, log: &Path) -> Result<()> {
         for (path, _) in &self.files {
             let mut patch = command("patch");
@@ -47,7 +49,7 @@ impl Patches {
             patch.arg("--directory").arg(tree).arg("--input").arg(path);
             if run_logged(&mut patch, log).is_err() {
                 bail!(
-                    "{} does not apply to this kernel source; make it anew for the version in \
+                    "{} does not apply to this kernel source; adapt it to the version in \
                      guest-kernel/version:\n{}",
                     path.display(),
                     tail(log, LOG_LINES)

@@ -1,4 +1,4 @@
-//! Where the guest kernel's source comes from.
+//! The guest kernel's source: a Debian source package.
 
 use std::fmt;
 use std::fs;
@@ -11,7 +11,7 @@ use crate::apt::{self, Offer};
 use crate::process::command;
 use crate::progress::say;
 
-/// Much of the source that no kernel for this processor is built from.
+/// Large parts of the source that an x86-64 kernel does not need; they are not unpacked.
 const UNUSED: [&str; 5] = [
     "*/Documentation/*/*",
     "*/arch/*/boot/dts/*",
@@ -20,7 +20,7 @@ const UNUSED: [&str; 5] = [
     "*/tools/testing/*",
 ];
 
-/// The source package and the version of it that `guest-kernel/version` names.
+/// The Debian package with the kernel source, and its pinned version (`guest-kernel/version`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Pin {
     /// Name of the Debian package.
@@ -30,11 +30,12 @@ pub(super) struct Pin {
 }
 
 impl Pin {
+    /// Reads `guest-kernel/version`.
     pub(super) fn read(path: &Path) -> Result<Self> {
         let text =
             fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         Self::parse(&text).with_context(|| {
-            format!("{} has to have one line: a Debian package and its version", path.display())
+            format!("{} must have one line: a Debian package and its version", path.display())
         })
     }
 
@@ -46,7 +47,7 @@ impl Pin {
         (words.next().is_none() && lines.next().is_none() && pin.series().is_some()).then_some(pin)
     }
 
-    /// What the versions of the same stable kernel begin with: `6.12.` for `6.12.117-1`.
+    /// Common prefix of the versions of one stable series: `6.12.` for `6.12.117-1`.
     fn series(&self) -> Option<&str> {
         let (second_dot, _) = self.version.match_indices('.').nth(1)?;
         self.version.get(..=second_dot)
@@ -59,8 +60,9 @@ impl fmt::Display for Pin {
     }
 }
 
-/// A version without what a rebuild for a release of Debian adds: `6.12.1-1` for
-/// `6.12.1-1~deb12u1` and for `6.12.1-1~bpo12+1`, which have the same source.
+/// A version without the suffix of a rebuild for another Debian release.
+///
+/// It is `6.12.1-1` for `6.12.1-1~deb12u1` and for `6.12.1-1~bpo12+1`, which have the same source.
 pub(super) fn base(version: &str) -> &str {
     match version.rsplit_once('~') {
         Some((base, rebuild)) if rebuild.starts_with("deb") || rebuild.starts_with("bpo") => base,
@@ -68,10 +70,10 @@ pub(super) fn base(version: &str) -> &str {
     }
 }
 
-/// The pinned version if the archive has it, else the newest of the same series.
+/// The pinned version if the archive has it, otherwise the newest of the same series.
 pub(super) fn offer(pin: &Pin) -> Result<Offer> {
-    // Archives keep only the newest version of a package; why the exact one cannot be had is
-    // reported only if no other can be had either.
+    // An archive keeps only the newest version of a package, so a missing pin is no error. A
+    // lasting error comes up again in the next search.
     if let Ok(offer) = apt::find(&pin.package, |version| base(version) == base(&pin.version)) {
         return Ok(offer);
     }
@@ -79,16 +81,16 @@ pub(super) fn offer(pin: &Pin) -> Result<Offer> {
     let offer =
         apt::find(&pin.package, |version| version.starts_with(series)).with_context(|| {
             format!(
-                "cannot get {} {series}*; if Debian has dropped it, guest-kernel/version has to be \
-             raised to a series that it has",
+                "cannot get {} {series}*; if Debian has dropped it, raise guest-kernel/version to \
+             a series that Debian has",
                 pin.package
             )
         })?;
-    say(format!("    {pin} is not to be had; taking {} of the same series", offer.version));
+    say(format!("    {pin} is not available; taking {} of the same series", offer.version));
     Ok(offer)
 }
 
-/// Unpacks the kernel source that the package file `deb` contains into the folder `tree`.
+/// Unpacks the kernel source in the package file `deb` into the folder `tree`.
 pub(super) fn unpack(deb: &Path, package: &str, tree: &Path) -> Result<()> {
     let mut files = Stage::first(command("dpkg-deb").arg("--fsys-tarfile").arg(deb))?;
     let mut archive = Stage::after(
@@ -102,7 +104,7 @@ pub(super) fn unpack(deb: &Path, package: &str, tree: &Path) -> Result<()> {
     tar.args(UNUSED.map(|pattern| format!("--exclude={pattern}")));
     tar.arg("--directory").arg(tree).env("XZ_OPT", "-T0");
     let last = Stage::after(&mut archive, &mut tar)?;
-    // The last one first: it ends only when the others have, or when it has failed.
+    // In reverse: a stage ends when its input ends, or when it has failed.
     last.finish().and(archive.finish()).and(files.finish())
 }
 
@@ -134,7 +136,7 @@ impl Stage {
     }
 
     fn finish(mut self) -> Result<()> {
-        // So that a process whose output nobody reads any more does not block.
+        // Without a reader the process gets SIGPIPE instead of blocking.
         drop(self.output.take());
         let status =
             self.child.wait().with_context(|| format!("cannot wait for {}", self.program))?;

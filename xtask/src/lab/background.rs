@@ -1,4 +1,4 @@
-//! A lab that stays: `lab up` leaves a process that holds it until `lab down`.
+//! The background lab: `lab up` starts a process that holds it until `lab down`.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Write as _, stdout};
@@ -12,22 +12,22 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Ended, Input, Lab, OWN_PROGRAM, Options, Run, Show, client, directory};
+use super::{Ended, Input, Lab, LabOptions, OWN_PROGRAM, Run, Show, client, directory};
 use crate::progress::say;
 
-/// Name of the lab that stays.
+/// Name of the background lab.
 const NAME: &str = "up";
 
-/// What the process of a background lab prints when the lab has booted.
+/// Line that the holder of the background lab prints when the lab has booted.
 const READY: &str = "ready";
 
-/// Where the process of the background lab writes its messages.
+/// Log file of the holder of the background lab.
 fn log() -> PathBuf {
     super::shelf().join("up.log")
 }
 
 /// Boots the background lab unless it runs.
-pub(crate) fn up(options: &Options) -> Result<()> {
+pub(crate) fn up(options: &LabOptions) -> Result<()> {
     if let Some(pid) = holder()? {
         say(format!("the lab runs already (process {pid})"));
         return Ok(());
@@ -42,7 +42,7 @@ pub(crate) fn up(options: &Options) -> Result<()> {
     if options.count {
         command.arg("--count");
     }
-    // Of its own session, so that what ends this terminal does not end the lab.
+    // In its own session, so that the end of this terminal's session does not end the lab.
     let new_session = || nix::unistd::setsid().map(drop).map_err(std::io::Error::from);
     // SAFETY: between fork and exec the closure makes one system call (setsid), which is
     // async-signal-safe, and touches no memory.
@@ -68,9 +68,9 @@ pub(crate) fn up(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Holds the background lab: what [`up`] starts.
-pub(crate) fn hold(options: &Options) -> Result<()> {
-    // Before any thread starts, so that all of them have it blocked.
+/// Holds the background lab. [`up`] starts a process for this.
+pub(crate) fn hold(options: &LabOptions) -> Result<()> {
+    // Before any thread starts: threads inherit the blocked signals.
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         signals.add(signal);
@@ -80,23 +80,23 @@ pub(crate) fn hold(options: &Options) -> Result<()> {
     let own = std::process::id();
     fs::write(lab.dir.join("pid"), own.to_string()).context("cannot write the lab's process id")?;
     writeln!(stdout(), "{READY}").context("cannot report that the lab is up")?;
-    // Nobody reads it any more.
+    // The reader of the pipe has ended.
     let null = File::options().write(true).open("/dev/null").context("cannot open /dev/null")?;
     nix::unistd::dup2_stdout(&null).context("cannot let go of standard output")?;
     let qemu = lab.machine.pid();
     thread::spawn(move || {
         if signals.wait().is_ok() {
-            // Not SIGTERM, which it has inherited blocked.
+            // Not SIGTERM: QEMU has inherited it blocked.
             let _ = kill(qemu, Signal::SIGKILL);
         }
     });
     lab.wait()?;
-    // Its files go with it; this stays in the log.
-    say(format!("the lab has ended{}", lab.machine.last_words()));
+    // Dropping the lab removes its files; the holder's log keeps this message.
+    say(format!("the lab has ended{}", lab.machine.last_lines()));
     Ok(())
 }
 
-/// Ends the background lab and waits until nothing of it is left.
+/// Ends the background lab and waits for the end of its holder.
 pub(crate) fn down() -> Result<()> {
     let Some(pid) = holder()? else {
         say("no lab runs in the background");
@@ -104,9 +104,9 @@ pub(crate) fn down() -> Result<()> {
     };
     let lock = directory(NAME).join("lock");
     let file = File::open(&lock).with_context(|| format!("cannot open {}", lock.display()))?;
-    // It fails only when the process has ended by itself.
+    // Fails only if the holder has ended by itself.
     let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
-    // Given up by the process when it ends, whatever way it ends.
+    // The kernel releases the lock when the holder ends.
     Flock::lock(file, FlockArg::LockExclusive)
         .map_err(|(_, error)| error)
         .context("cannot wait for the lab's end")?;
@@ -114,7 +114,7 @@ pub(crate) fn down() -> Result<()> {
     Ok(())
 }
 
-/// Says whether the background lab runs; the exit status to give.
+/// Prints the state of the background lab. Returns the exit status: 0 if it runs, otherwise 1.
 pub(crate) fn status() -> Result<i32> {
     match holder()? {
         Some(pid) => {
@@ -136,14 +136,14 @@ pub(crate) fn run(run: &Run, input: Input) -> Result<Ended> {
     }
     client::run(&directory(NAME), run, input, &mut Show::Through).map_err(|error| {
         if error.is::<client::Lost>() {
-            error.context(format!("the lab was lost; {} has its last words", log().display()))
+            error.context(format!("the lab was lost; its last messages are in {}", log().display()))
         } else {
             error
         }
     })
 }
 
-/// The process that holds the background lab, if it runs.
+/// Process id of the holder of the background lab, if the lab runs.
 fn holder() -> Result<Option<i32>> {
     let dir = directory(NAME);
     let Ok(lock) = File::open(dir.join("lock")) else { return Ok(None) };

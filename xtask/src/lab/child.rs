@@ -1,7 +1,7 @@
-//! A command that runs in the lab, in a session and a cgroup of its own.
+//! A command running in the lab, in its own session and cgroup.
 
-use std::fs::{self, File};
-use std::io::{ErrorKind, PipeReader, Read, Write as _, pipe};
+use std::fs::File;
+use std::io::{self, ErrorKind, PipeReader, Read, Write as _, pipe};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -12,19 +12,15 @@ use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::Run;
-use super::init::CGROUP;
-use super::port::{discard, remove_cgroup};
+use super::cgroup;
+use super::run::Run;
 use super::wire::{Kind, push_frame};
 use crate::process::shell_status;
 
 /// Bytes read from a stream at a time.
 const CHUNK: usize = 32 * 1024;
 
-/// How long killed processes may take to go away, in milliseconds.
-const KILL_TIME: u16 = 30_000;
-
-/// Something of a command that can be waited for.
+/// A stream or the end of a command, to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stream {
     Stdin,
@@ -38,23 +34,22 @@ pub(super) enum Stream {
 pub(super) struct Child {
     cgroup: PathBuf,
     stdin: Option<ChildStdin>,
-    /// Input that the command has not taken yet.
+    /// Input that is not written to the command yet.
     fed: Vec<u8>,
-    /// No more input will follow.
+    /// The caller has ended the input.
     fed_all: bool,
     stdout: Option<File>,
     stderr: Option<File>,
-    /// Gets the exit status as 4 bytes when the command has ended.
+    /// Delivers the exit status as 4 bytes, little endian, when the command has ended.
     exit: PipeReader,
     status: Option<i32>,
 }
 
 impl Child {
-    /// Starts a command in a new cgroup called `name`.
+    /// Starts a command in a new cgroup for `name`.
     pub(super) fn start(run: &Run, name: &str) -> Result<Self> {
-        let cgroup = PathBuf::from(CGROUP).join(format!("run-{name}"));
-        fs::create_dir(&cgroup).with_context(|| format!("cannot create {}", cgroup.display()))?;
-        Self::start_in(run, cgroup.clone()).inspect_err(|_| remove_cgroup(&cgroup))
+        let cgroup = cgroup::create(name)?;
+        Self::start_in(run, cgroup.clone()).inspect_err(|_| cgroup::remove(&cgroup))
     }
 
     fn start_in(run: &Run, cgroup: PathBuf) -> Result<Self> {
@@ -111,12 +106,12 @@ impl Child {
         })
     }
 
-    /// Whether more input may be fed.
+    /// Tells if more input may be fed: all earlier input is written.
     pub(super) fn wants_input(&self) -> bool {
         self.fed.is_empty()
     }
 
-    /// Takes input for the command; none is its end.
+    /// Takes input for the command. An empty slice ends the input.
     pub(super) fn feed(&mut self, bytes: &[u8]) {
         if bytes.is_empty() {
             self.fed_all = true;
@@ -125,6 +120,7 @@ impl Child {
         self.push_input();
     }
 
+    /// Writes input until the pipe is full.
     fn push_input(&mut self) {
         let Some(stdin) = &mut self.stdin else {
             self.fed.clear();
@@ -135,7 +131,7 @@ impl Child {
                 Ok(length) => drop(self.fed.drain(..length)),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // The command has closed its standard input: nobody reads the rest.
+                // The command has closed its standard input: the rest is dropped.
                 Err(_) => {
                     self.stdin = None;
                     self.fed.clear();
@@ -148,7 +144,7 @@ impl Child {
         }
     }
 
-    /// What to wait for, given whether there is `room` for more output.
+    /// Descriptors and events to wait for. Outputs are left out without `room` for their bytes.
     pub(super) fn watched(&self, room: bool) -> Vec<(Stream, BorrowedFd<'_>, PollFlags)> {
         let mut watched = Vec::new();
         if let Some(stdin) = &self.stdin
@@ -170,7 +166,7 @@ impl Child {
         watched
     }
 
-    /// Moves what can be moved on a stream that is ready.
+    /// Reads or writes a stream that is ready. Output becomes frames in `output`.
     pub(super) fn pump(&mut self, stream: Stream, output: &mut Vec<u8>) {
         match stream {
             Stream::Stdin => self.push_input(),
@@ -184,8 +180,9 @@ impl Child {
         }
     }
 
-    /// The exit status, once the command has ended and all that it wrote has been read. Without
-    /// `room` for more output that cannot be told.
+    /// Exit status, if the command has ended and all of its output has been read.
+    ///
+    /// Without `room` outputs are not read, so the result is none.
     pub(super) fn finished(&self, room: bool) -> Option<i32> {
         let status = self.status?;
         let streams = [&self.stdout, &self.stderr];
@@ -198,7 +195,7 @@ impl Child {
         (room && !waiting).then_some(status)
     }
 
-    /// Lets go of a command that has ended, though processes that it left behind may live on.
+    /// Releases a command that has ended. Processes that it left behind live on.
     pub(super) fn release(&mut self) {
         self.stdin = None;
         for file in [self.stdout.take(), self.stderr.take()].into_iter().flatten() {
@@ -206,37 +203,17 @@ impl Child {
                 discard(file);
             }
         }
-        remove_cgroup(&self.cgroup);
+        cgroup::remove(&self.cgroup);
     }
 
-    /// Ends the command and all that it started, as far as it stayed in its cgroup.
+    /// Kills all processes in the cgroup of the command.
     pub(super) fn kill(&mut self) {
-        let kill = self.cgroup.join("cgroup.kill");
-        match fs::write(&kill, "1") {
-            Ok(()) => self.await_empty(),
-            Err(error) => eprintln!("lab: cannot write {}: {error}", kill.display()),
-        }
+        cgroup::kill(&self.cgroup);
         self.release();
-    }
-
-    /// Waits until no process is left in the cgroup.
-    fn await_empty(&self) {
-        let events = self.cgroup.join("cgroup.events");
-        while let Ok(mut file) = File::open(&events) {
-            let mut text = String::new();
-            // Reading arms the notification that POLLPRI then waits for.
-            if file.read_to_string(&mut text).is_err() || text.contains("populated 0") {
-                return;
-            }
-            let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
-            if poll(&mut fds, KILL_TIME).is_ok_and(|n| n == 0) {
-                eprintln!("lab: processes in {} do not end", self.cgroup.display());
-                return;
-            }
-        }
     }
 }
 
+/// Reads a piece of a stream into a frame. The end of the stream closes it.
 fn read_some(stream: &mut Option<File>, kind: Kind, output: &mut Vec<u8>) {
     let Some(file) = stream else { return };
     let mut chunk = vec![0; CHUNK];
@@ -245,4 +222,12 @@ fn read_some(stream: &mut Option<File>, kind: Kind, output: &mut Vec<u8>) {
         Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
         Ok(_) | Err(_) => *stream = None,
     }
+}
+
+/// Reads `stream` to its end in the background.
+///
+/// A process that outlives the command may still write to the stream. Without a reader SIGPIPE
+/// would kill it.
+fn discard(mut stream: File) {
+    thread::spawn(move || io::copy(&mut stream, &mut io::sink()));
 }

@@ -1,4 +1,4 @@
-//! The host's end of a port: hands a command over, feeds it and shows its output.
+//! The host's end of a port: sends a command and its input, and shows its output.
 
 use std::fmt;
 use std::fs::File;
@@ -13,62 +13,24 @@ use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::machine::Machine;
-use super::wire::{Kind, MAX_INPUT, NONCE_LEN, await_answer, greeting, read_frame, write_frame};
-use super::{PORTS, Run};
+use super::run::{Ended, Input, Run, Show};
+use super::wire::{
+    Kind, MAX_INPUT, NONCE_LEN, PORTS, await_answer, greeting, read_frame, write_frame,
+};
 use crate::progress::say;
-use crate::timed::Timed;
 
-/// How long a lab may take to boot. On an idle machine it takes some five seconds.
+/// Longest time for a boot of the lab. On an idle machine a boot takes about five seconds.
 const BOOT_TIME: Duration = Duration::from_secs(180);
 
-/// How long a lab may take to answer a caller: it ends an earlier caller's command first.
+/// Longest time for the lab's answer to a greeting.
+///
+/// The lab first kills the command of an earlier caller.
 const ANSWER_TIME: Duration = Duration::from_secs(120);
 
-/// How long to wait before looking again whether the lab's machine still lives.
+/// Time between two checks of QEMU during a boot.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Where a command's standard input comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Input {
-    /// There is none.
-    Nothing,
-    /// This process's own.
-    Own,
-}
-
-/// Where a command's standard output goes.
-#[derive(Debug)]
-pub(crate) enum Show<'a> {
-    /// To this process's own.
-    Through,
-    /// To this process's own, and here too.
-    Also(&'a mut Vec<u8>),
-    /// Here only.
-    Only(&'a mut Vec<u8>),
-    /// Here, and to this process's own line by line.
-    Timed(&'a mut Timed),
-}
-
-/// How a command ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Ended {
-    /// With an exit status as a shell gives it: 128 and the signal if one killed it.
-    Status(i32),
-    /// It could not be started: why.
-    Refused(String),
-}
-
-impl Ended {
-    /// The exit status that a shell would give.
-    pub(crate) fn status(&self) -> i32 {
-        match self {
-            Self::Status(status) => *status,
-            Self::Refused(_) => 127,
-        }
-    }
-}
-
-/// What an error is about after which the lab is of no more use.
+/// Errors after which the lab cannot be used any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lost {
     Silent,
@@ -84,14 +46,14 @@ impl fmt::Display for Lost {
     }
 }
 
-/// A port that is ours until it is dropped.
-struct Port {
+/// An exclusive connection to a port.
+struct HostPort {
     stream: UnixStream,
     _lock: Flock<File>,
 }
 
-impl Port {
-    /// Takes a free port of the lab in `dir`; waits for one when all are in use.
+impl HostPort {
+    /// Takes a free port of the lab in `dir`. Waits for the first port if all are in use.
     fn take(dir: &Path) -> Result<Self> {
         let open = |number: usize| {
             let path = dir.join(format!("port{number}.lock"));
@@ -119,7 +81,7 @@ impl Port {
         Ok(Self { stream, _lock: lock })
     }
 
-    /// Finds common ground with the lab's end.
+    /// Synchronises with the lab; see [`super::wire`].
     fn greet(&mut self) -> io::Result<()> {
         let mut nonce = [0; NONCE_LEN];
         File::open("/dev/urandom")?.read_exact(&mut nonce)?;
@@ -128,10 +90,10 @@ impl Port {
     }
 }
 
-/// Waits until the lab in `dir` answers.
+/// Waits until the booting lab in `dir` answers.
 pub(super) fn await_boot(dir: &Path, machine: &mut Machine) -> Result<()> {
     let began = Instant::now();
-    let mut port = Port::take(dir)?;
+    let mut port = HostPort::take(dir)?;
     let (answered, answer) = std::sync::mpsc::channel();
     let waiting = port.stream.try_clone().context("cannot duplicate a descriptor")?;
     thread::scope(|scope| {
@@ -146,26 +108,27 @@ pub(super) fn await_boot(dir: &Path, machine: &mut Machine) -> Result<()> {
                 }
             }
         };
-        // Ends the other thread if it still waits.
+        // Ends the read of the other thread, which the scope waits for.
         let _ = waiting.shutdown(std::net::Shutdown::Both);
         outcome
     })
 }
 
+/// Fails if QEMU has ended or [`BOOT_TIME`] is over.
 fn still_booting(machine: &mut Machine, began: Instant) -> Result<()> {
     if let Some(status) = machine.ended()? {
-        bail!("the lab did not boot: QEMU ended ({status}){}", machine.last_words());
+        bail!("the lab did not boot: QEMU ended ({status}){}", machine.last_lines());
     }
     if began.elapsed() > BOOT_TIME {
         let limit = BOOT_TIME.as_secs();
-        bail!("the lab did not boot within {limit} s{}", machine.last_words());
+        bail!("the lab did not boot within {limit} s{}", machine.last_lines());
     }
     Ok(())
 }
 
-/// Runs a command in the lab in `dir`, with its standard error on this process's own.
+/// Runs a command in the lab in `dir`. Its standard error goes to this process's own.
 pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
-    let mut port = Port::take(dir).context(Lost::Silent)?;
+    let mut port = HostPort::take(dir).context(Lost::Silent)?;
     port.stream.set_read_timeout(Some(ANSWER_TIME)).context("cannot set a time limit")?;
     port.greet().context(Lost::Silent)?;
     port.stream.set_read_timeout(run.quiet_limit).context("cannot set a time limit")?;
@@ -173,14 +136,14 @@ pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> R
     let mut writer = port.stream.try_clone().context("cannot duplicate a descriptor")?;
     match input {
         Input::Nothing => write_frame(&mut writer, Kind::Stdin, &[]).context(Lost::Ended)?,
-        // It may wait for input for ever, so nobody waits for it.
+        // Not joined: its read of standard input may never return.
         Input::Own => drop(thread::spawn(move || feed(&mut writer))),
     }
     let mut reader = io::BufReader::with_capacity(64 * 1024, &port.stream);
     loop {
         let (kind, payload) = match read_frame(&mut reader) {
             Ok(frame) => frame,
-            // Leaving ends the command.
+            // The lab kills the command when this function closes the connection.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let limit = run.quiet_limit.unwrap_or_default().as_secs();
                 return Ok(Ended::Refused(format!("it printed nothing for {limit} s")));
@@ -203,10 +166,11 @@ pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> R
     }
 }
 
+/// Sends this process's standard input.
 fn feed(port: &mut UnixStream) -> io::Result<()> {
     let mut chunk = [0; MAX_INPUT];
     loop {
-        // Nothing read is the end of input, which an empty frame stands for.
+        // A read of 0 bytes is the end of input, and so is an empty frame.
         let length = stdin().lock().read(&mut chunk)?;
         write_frame(port, Kind::Stdin, &chunk[..length])?;
         if length == 0 {

@@ -1,32 +1,33 @@
-//! `cargo xtask lab`.
+//! `cargo xtask lab`: labs for developers.
 
 use anyhow::{Result, bail};
 use lexopt::prelude::*;
 
-use super::{Lab, Options, Run, Show, background};
-use crate::place::own_input;
+use super::{Input, Lab, LabOptions, Run, Show, background};
 use crate::progress::say;
 
 const HELP: &str = "\
 Usage: cargo xtask lab up [OPTIONS]             boot a lab and leave it in the background
-       cargo xtask lab run [--] COMMAND...      run a command in it, with this terminal's streams
+       cargo xtask lab run [--] COMMAND...      run a command in the background lab, with this
+                                                process's streams
        cargo xtask lab once [OPTIONS] [--] COMMAND...
                                                 boot a lab for one command only
-       cargo xtask lab status                   say whether it runs
-       cargo xtask lab down                     end it
+       cargo xtask lab status                   print the state of the background lab
+       cargo xtask lab down                     end the background lab
 
 Options:
-  --count          guest time is instructions executed (1 ms = a million), on one processor
-  --cpus N         processors [1]; QEMU is not exact when it emulates several
+  --count          count instructions: a million take 1 ms of guest time; one processor
+  --cpus N         processors [1]; QEMU's emulation of several is not exact
   --memory MIB     memory [half of this machine's, 8192 at most]
 
-The lab sees this machine's files as they are when it first looks, and cargo's target directory as
-it changes. It writes to nothing but that directory; the rest of what it writes ends with it. /tmp, /run
-and /var/tmp are its own; this machine's are below /run/host.";
+The lab shows this machine's files. It may not see changes that are made while it runs, except in
+cargo's target directory. Writes to that directory reach this machine; all other writes are lost
+when the lab ends. /tmp, /run, /var/tmp and some directories below /var/lib are the lab's own. Those
+of this machine are below /run/host.";
 
-/// Runs the command line after `lab` and returns the exit status to give.
+/// Runs the words after `lab`. Returns the exit status of this process.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
-    let mut options = Options::default();
+    let mut options = LabOptions::default();
     let mut verb: Option<String> = None;
     let mut argv: Vec<String> = Vec::new();
     while let Some(arg) = args.next()? {
@@ -40,7 +41,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             Long("memory") => options.memory_mib = args.value()?.parse()?,
             Value(word) if verb.is_none() => verb = Some(word.string()?),
             Value(word) => {
-                // All that follows the command belongs to it.
+                // The words after the command are its arguments, even if they look like options.
                 argv.push(word.string()?);
                 for rest in args.raw_args()? {
                     argv.push(rest.string()?);
@@ -58,15 +59,16 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         "hold" => background::hold(&options).map(|()| 0),
         "down" => background::down().map(|()| 0),
         "status" => background::status(),
-        "run" => ended(&background::run(&Run::here(argv)?, own_input())?),
+        "run" => ended(&background::run(&Run::here(argv)?, Input::for_lab())?),
         "once" => {
             let lab = Lab::private(&options)?;
-            ended(&lab.run(&Run::here(argv)?, own_input(), &mut Show::Through)?)
+            ended(&lab.run(&Run::here(argv)?, Input::for_lab(), &mut Show::Through)?)
         }
-        _ => bail!("which of them: up, run, once, status or down?\n{HELP}"),
+        _ => bail!("which command: up, run, once, status or down?\n{HELP}"),
     }
 }
 
+/// Exit status for the end of a command. A refusal is printed.
 fn ended(ended: &super::Ended) -> Result<i32> {
     if let super::Ended::Refused(why) = ended {
         say(format!("the lab: {why}"));

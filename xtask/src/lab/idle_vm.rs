@@ -1,10 +1,10 @@
-//! A virtual machine that never runs, for as long as the lab lives.
+//! A virtual machine that never runs and lives as long as the lab.
 //!
-//! KVM patches its own and the scheduler's code when the first virtual machine or local APIC comes
-//! and when the last one goes (`preempt_notifier_key`, `kvm_has_noapic_vcpu`). QEMU's
-//! multi-threaded TCG can lose the last step of a patch that another processor executes at that
-//! moment: the processor then takes the breakpoint of an earlier step for ever, with a run queue
-//! locked. With one machine always there, nothing is patched.
+//! KVM patches its own and the scheduler's code with the first virtual machine or local APIC, and
+//! again when the last one is gone (`preempt_notifier_key`, `kvm_has_noapic_vcpu`). QEMU's
+//! multi-threaded TCG can lose the last step of a patch if another processor executes the code
+//! meanwhile. The other processor then takes the breakpoint of an earlier step for ever, with a run
+//! queue locked. While the idle machine exists, nothing is patched.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
@@ -18,7 +18,7 @@ const KVM_CREATE_VM: c_ulong = 0xae01;
 const KVM_CREATE_VCPU: c_ulong = 0xae41;
 const KVM_CREATE_IRQCHIP: c_ulong = 0xae60;
 
-/// The descriptors that keep the machine.
+/// The descriptors of the machine. It exists until they are closed.
 #[derive(Debug)]
 pub(super) struct IdleVm {
     _vcpu: OwnedFd,

@@ -1,5 +1,5 @@
-//! PID 1 of the lab: sets up what a machine's init would, then keeps one server alive for each
-//! virtio-serial port and reaps orphans. Runs inside the lab only.
+//! PID 1 of the lab: sets up the machine, runs a server for each virtio-serial port, and reaps
+//! orphans. Runs inside the lab only.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -18,37 +18,38 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::{getpid, sethostname};
 
+use super::cgroup::CGROUP;
 use super::idle_vm::IdleVm;
 use super::machine::COUNTING;
-use super::{PORT_PREFIX, port};
+use super::port;
+use super::wire::PORT_PREFIX;
 
-/// Root of the cgroup v2 tree.
-pub(super) const CGROUP: &str = "/sys/fs/cgroup";
-
-/// Modules of the lab's kernel that sandboxes and their tests need.
+/// Modules of the lab's kernel for sandboxes and their tests.
 const MODULES: [&str; 4] = ["kvm_amd", "tun", "vhost_vsock", "vhost_net"];
 
-/// Soft and hard limit of open files: those of a systemd machine.
+/// Soft and hard limit of open files, as on a machine with systemd.
 const OPEN_FILES: (u64, u64) = (1024, 524_288);
 
-/// Most delay of timers that somebody waits for, in nanoseconds: what wakes at the same time costs one
-/// switch. Go's runtime looks after itself every 20 µs, which an emulated processor has no time for.
+/// Slack of timers in nanoseconds: the longest delay of a wakeup.
+///
+/// Timers that expire together cost one task switch. Without slack Go's runtime would wake every
+/// 20 µs, too often for an emulated processor.
 const TIMER_SLACK_NS: u64 = 5_000_000;
 
-/// The battery-backed clock.
+/// The real-time clock.
 const CLOCK: &str = "/dev/rtc0";
 
-/// Turns on the interrupts of a clock's updates (include/uapi/linux/rtc.h).
+/// Turns on the update interrupts of a real-time clock (include/uapi/linux/rtc.h).
 const RTC_UIE_ON: libc::c_ulong = 0x7003;
 
-/// Runs as PID 1; comes back only with an error, on which the kernel panics and the lab ends.
+/// Runs as PID 1. Returns only with an error: the kernel then panics and the lab ends.
 pub(crate) fn main() -> Result<()> {
     if getpid().as_raw() != 1 {
-        bail!("lab-init is PID 1 of the lab and nothing else");
+        bail!("lab-init runs only as PID 1 of the lab");
     }
-    // The console is where the lab's boot messages are looked for.
+    // Errors go to the console: the host reports its last lines if the lab does not boot.
     set_up().inspect_err(|error| eprintln!("lab: {error:#}"))?;
-    let _help = make_up_for_processors().inspect_err(|error| eprintln!("lab: {error:#}"))?;
+    let _corrections = correct_processors().inspect_err(|error| eprintln!("lab: {error:#}"))?;
     let ports = ports().inspect_err(|error| eprintln!("lab: {error:#}"))?;
     let mut servers = HashMap::new();
     for device in ports {
@@ -66,11 +67,12 @@ pub(crate) fn main() -> Result<()> {
     }
 }
 
-/// Serves one port for ever: what PID 1 starts once for each of them.
+/// Serves one port. PID 1 starts this program once for each port.
 pub(crate) fn serve_port(device: &Path) -> Result<()> {
     port::serve(device).inspect_err(|error| eprintln!("lab: {}: {error:#}", device.display()))
 }
 
+/// Mounts the kernel's file systems, loads modules, and sets what an init system would set.
 fn set_up() -> Result<()> {
     let none = MsFlags::empty();
     for (kind, target, data) in [
@@ -111,25 +113,28 @@ fn set_up() -> Result<()> {
     Ok(())
 }
 
-/// Makes up for QEMU's processors for as long as it is kept.
-struct Help {
+/// Corrections of QEMU's emulated processors. They hold until the value is dropped.
+struct Corrections {
     _idle_vm: Option<IdleVm>,
     _clock: File,
 }
 
-/// Makes up for what QEMU's processors get wrong, and for their slowness. No real processor needs any of this,
-/// and a lab that counts has to run what others run.
+/// Corrects faults of QEMU's emulated processors, and makes up for their slowness.
 ///
-/// The interrupt shadow is not loaded at VMRUN (up to version 10 at least). A guest that is interrupted between
-/// STI and HLT then handles its next interrupt before the HLT, and sleeps although that interrupt gave it work,
-/// now and then until something else wakes it. The guest's watch over its clock does so twice a second.
-/// A lab has slept for minutes too, until something came from outside: its clock interrupts it, so that it goes on.
-/// Of several processors, see [`IdleVm`]; as they lose more, guests on them keep their tick.
+/// Real processors need none of this. A lab that counts instructions does none of it, so that its
+/// figures are those of the defaults.
 ///
-/// For speed: `norandmaps`, in the guest as in the lab (see `SAME_ADDRESSES` of `machine.rs`); the slack of timers
-/// for all processes of the lab, by inheritance; and that guests share their kernel, whose shared pages QEMU then
-/// translates once.
-fn make_up_for_processors() -> Result<Option<Help>> {
+/// Lost wakeups: QEMU (up to version 10 at least) does not load the interrupt shadow at VMRUN. A
+/// guest that is interrupted between STI and HLT then handles its next interrupt before the HLT. It
+/// sleeps although that interrupt gave it work, sometimes until another interrupt comes. In a guest
+/// the clocksource watchdog interrupts twice a second. A lab itself has slept for minutes, so its
+/// real-time clock interrupts it. With several processors more wakeups are lost, so guests keep
+/// their tick (`nohz=off`); see [`IdleVm`] for another fault.
+///
+/// Speed: addresses are not randomised in guests and lab (`norandmaps`; see `SAME_ADDRESSES` in
+/// machine.rs). All processes of the lab inherit the timer slack. Guests on one processor share
+/// their kernel, so QEMU translates its shared pages once.
+fn correct_processors() -> Result<Option<Corrections>> {
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
     if cmdline.split_whitespace().any(|word| word == COUNTING) {
         return Ok(None);
@@ -146,10 +151,12 @@ fn make_up_for_processors() -> Result<Option<Help>> {
     write("/etc/isopod/config.toml", config)?;
     let clock = ticking_clock().with_context(|| format!("cannot have {CLOCK} tick"))?;
     let idle_vm = several.then(IdleVm::new).transpose()?;
-    Ok(Some(Help { _idle_vm: idle_vm, _clock: clock }))
+    Ok(Some(Corrections { _idle_vm: idle_vm, _clock: clock }))
 }
 
-/// The machine's clock, which interrupts while it is open: each second, or through an HPET 64 times in one.
+/// Opens the real-time clock with update interrupts on: one a second, or 64 a second with an HPET.
+///
+/// The interrupts end when the file is closed.
 fn ticking_clock() -> io::Result<File> {
     let clock = File::open(CLOCK)?;
     // SAFETY: the request takes no argument and touches no memory of this process.
@@ -157,8 +164,9 @@ fn ticking_clock() -> io::Result<File> {
     if done == 0 { Ok(clock) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Moves this process out of the root cgroup and enables all controllers below it, so that a
-/// command may make cgroups of its own.
+/// Moves this process out of the root cgroup and enables all controllers below the root.
+///
+/// Commands can then create their own cgroups with controllers.
 fn delegate_cgroups() -> Result<()> {
     let own = format!("{CGROUP}/init");
     fs::create_dir(&own).with_context(|| format!("cannot create {own}"))?;
@@ -170,14 +178,14 @@ fn delegate_cgroups() -> Result<()> {
     write(&format!("{CGROUP}/cgroup.subtree_control"), &all.join(" "))
 }
 
-/// The devices of the lab's ports, after linking `/dev/virtio-ports/NAME` to them as udev would.
+/// Links `/dev/virtio-ports/NAME` to each port, as udev does. Returns the ports for commands.
 fn ports() -> Result<Vec<PathBuf>> {
     let class = Path::new("/sys/class/virtio-ports");
     fs::create_dir_all("/dev/virtio-ports").context("cannot create /dev/virtio-ports")?;
     let mut ports = Vec::new();
     for entry in fs::read_dir(class).with_context(|| format!("cannot list {}", class.display()))? {
         let entry = entry.with_context(|| format!("cannot list {}", class.display()))?;
-        // A port without a name has no such file.
+        // The file is missing for a port without a name.
         let Ok(name) = fs::read_to_string(entry.path().join("name")) else { continue };
         let name = name.trim();
         let device = Path::new("/dev").join(entry.file_name());
@@ -190,6 +198,7 @@ fn ports() -> Result<Vec<PathBuf>> {
     Ok(ports)
 }
 
+/// Starts the server of a port. Returns its process id.
 fn start_server(device: &Path) -> Result<i32> {
     let server = Command::new("/proc/self/exe")
         .arg("lab-port")

@@ -1,5 +1,5 @@
-//! The lab's initramfs: busybox, the modules that a root file system over virtio-fs needs, and a
-//! script that mounts it.
+//! The lab's initramfs: busybox, the kernel modules for a root file system over virtio-fs, and the
+//! script that mounts the root file system.
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -10,16 +10,17 @@ use std::process::Stdio;
 use anyhow::{Context as _, Result, bail};
 
 use super::kernel::LabKernel;
-use super::text;
+use super::run::text;
 use crate::process::{capture, command};
 use crate::repository;
 
+/// Body of the `/init` script.
 const SCRIPT: &str = include_str!("initramfs.sh");
 
-/// Modules between the kernel and its root file system, commands and results.
+/// Modules for the root file system and for the ports of commands.
 const MODULES: [&str; 4] = ["virtio_pci", "virtiofs", "overlay", "virtio_console"];
 
-/// Where the lab has a tmpfs of its own.
+/// Directories of the lab that are a tmpfs.
 const TMPFS: [&str; 7] = [
     "/tmp",
     "/run",
@@ -30,8 +31,10 @@ const TMPFS: [&str; 7] = [
     "/var/lib/isopod",
 ];
 
-/// Those of `paths` that the lab does not show, or that it shares for writing; nothing below another
-/// of them. All are absolute and without symbolic links.
+/// The `paths` that are hidden by a tmpfs of the lab, or lie on the writable share `work`.
+///
+/// Paths below another returned path are left out. All `paths` must be absolute and without
+/// symbolic links.
 pub(super) fn hidden(paths: &[PathBuf], work: &Path) -> Vec<PathBuf> {
     let own = |path: &Path| {
         let mut own = TMPFS.iter().map(Path::new).chain([Path::new("/dev/shm"), work]);
@@ -43,9 +46,10 @@ pub(super) fn hidden(paths: &[PathBuf], work: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// Writes the compressed-less cpio archive `dir/initramfs.cpio`, staged in `dir/initramfs`.
+/// Writes the uncompressed cpio archive `dir/initramfs.cpio`. Its files are staged in
+/// `dir/initramfs`.
 ///
-/// `init` is the program to run as PID 1, on the share that is writable in the lab, `work`.
+/// `init` is the program for PID 1. It lies below `work`, the writable share.
 pub(super) fn write(dir: &Path, kernel: &LabKernel, init: &Path, work: &Path) -> Result<()> {
     let stage = dir.join("initramfs");
     for name in ["bin", "dev", "proc", "sys", "modules", "lower", "upper", "newroot"] {
@@ -58,7 +62,7 @@ pub(super) fn write(dir: &Path, kernel: &LabKernel, init: &Path, work: &Path) ->
         let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let target = stage.join("modules").join(&name);
         copy(&module, &target)?;
-        // busybox cannot be relied on to know how modules are compressed.
+        // The insmod of busybox may not know how to decompress a module.
         let plain = match name.strip_suffix(".xz") {
             Some(plain) => {
                 capture(command("xz").arg("--decompress").arg(&target))?;
@@ -90,6 +94,7 @@ pub(super) fn write(dir: &Path, kernel: &LabKernel, init: &Path, work: &Path) ->
     fs::remove_dir_all(&stage).with_context(|| format!("cannot remove {}", stage.display()))
 }
 
+/// Packs the directory `stage` into the cpio archive `output`.
 fn archive(stage: &Path, output: &Path) -> Result<()> {
     let names = capture(command("find").arg(".").current_dir(stage))?;
     let file =
@@ -121,7 +126,7 @@ fn write_file(path: &Path, content: &str) -> Result<()> {
     fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// `text` as one word of a shell.
+/// `text` quoted as one word for a shell.
 fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }

@@ -1,4 +1,4 @@
-//! The lab's own kernel: Debian's cloud kernel, unpacked into the cache.
+//! The lab's kernel: Debian's cloud kernel, unpacked into the cache.
 
 use std::collections::HashSet;
 use std::fs;
@@ -11,7 +11,9 @@ use crate::process::{capture, command};
 use crate::progress::step;
 use crate::{apt, cache};
 
+/// Kind of these entries in the cache.
 const KIND: &str = "lab-kernel";
+/// Debian's metapackage of the cloud kernel.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 
 /// An unpacked kernel package.
@@ -21,18 +23,18 @@ pub(crate) struct LabKernel {
     pub(crate) image: PathBuf,
     /// Its `/lib/modules/<release>`.
     pub(crate) modules: PathBuf,
-    /// What `uname -r` says in the lab.
+    /// Release, as `uname -r` prints it in the lab.
     pub(crate) release: String,
 }
 
-/// The lab's kernel, from the cache if any is there.
+/// The lab's kernel: any version in the cache, otherwise the newest of Debian.
 pub(crate) fn ensure() -> Result<LabKernel> {
     let shelf = cache::root()?.join(KIND);
     let mut cached: Vec<PathBuf> = match fs::read_dir(&shelf) {
         Ok(entries) => entries.filter_map(Result::ok).map(|entry| entry.path()).collect(),
         Err(_) => Vec::new(),
     };
-    // Names with a dot in front are locks and unfinished entries.
+    // Locks and unfinished entries have a dot in front.
     cached.retain(|path| {
         path.is_dir() && !path.file_name().unwrap_or_default().to_string_lossy().starts_with('.')
     });
@@ -44,6 +46,7 @@ pub(crate) fn ensure() -> Result<LabKernel> {
     locate(&entry)
 }
 
+/// Unpacks the newest kernel into the cache.
 fn fetch() -> Result<PathBuf> {
     let meta = apt::find(PACKAGE, |_| true)?;
     let image = meta
@@ -54,7 +57,7 @@ fn fetch() -> Result<PathBuf> {
     let offer = apt::find(&image, |version| version == meta.version)?;
     cache::entry(KIND, &format!("{image}_{}", offer.version), |dir| {
         offer.unpack(dir)?;
-        // depmod knows one of the two places only.
+        // depmod reads /lib/modules only.
         if !dir.join("lib").exists() {
             symlink("usr/lib", dir.join("lib"))
                 .with_context(|| format!("cannot link {}/lib", dir.display()))?;
@@ -64,8 +67,9 @@ fn fetch() -> Result<PathBuf> {
     })
 }
 
+/// Finds the files of an unpacked kernel package.
 fn locate(entry: &Path) -> Result<LabKernel> {
-    // Releases from 13 on have them below /usr.
+    // Debian 13 and later have the modules below /usr.
     let shelves = ["lib/modules", "usr/lib/modules"].map(|shelf| entry.join(shelf));
     let shelf = shelves.iter().find(|shelf| shelf.is_dir()).unwrap_or(&shelves[0]);
     let mut releases =
@@ -80,8 +84,9 @@ fn locate(entry: &Path) -> Result<LabKernel> {
 }
 
 impl LabKernel {
-    /// The files of the modules `wanted` and of all they need, in the order to load them.
-    /// Modules that are built in need no file.
+    /// Files of the modules `wanted` and of their dependencies, in the order to load them.
+    ///
+    /// Built-in modules have no file.
     pub(crate) fn load_order(&self, wanted: &[&str]) -> Result<Vec<PathBuf>> {
         let path = self.modules.join("modules.dep");
         let dependencies =
@@ -95,7 +100,7 @@ impl LabKernel {
             if builtin.lines().any(|line| module_name(line) == *name) {
                 continue;
             }
-            // `file: needed needed ...`, the one to load first at the end.
+            // Lines are `file: dependency dependency ...`; the last dependency is loaded first.
             let (file, needed) = dependencies
                 .lines()
                 .filter_map(|line| line.split_once(':'))
@@ -113,7 +118,7 @@ impl LabKernel {
     }
 }
 
-/// `virtio_pci` for `kernel/drivers/virtio/virtio_pci.ko.xz`: dashes are underscores in names.
+/// Name of the module in a file: `kvm_amd` for `kernel/arch/x86/kvm/kvm-amd.ko.xz`.
 pub(crate) fn module_name(file: &str) -> String {
     let base = file.rsplit('/').next().unwrap_or(file);
     base.split('.').next().unwrap_or(base).replace('-', "_")

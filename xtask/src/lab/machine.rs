@@ -1,4 +1,4 @@
-//! The lab's machine: QEMU and the two virtiofsd that serve its file systems.
+//! The lab's machine: QEMU, and two virtiofsd for its file systems.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -10,44 +10,52 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::options::LabOptions;
 use super::qemu::{self, VIRTIOFSD_RUST};
-use super::{Options, PORT_PREFIX, PORTS, text};
+use super::run::text;
+use super::wire::{PORT_PREFIX, PORTS};
 use crate::process::{bound_to_us, inheriting, tail};
 
-/// Kernel command line: a quick boot, and a console for what goes wrong.
+/// Kernel command line: a quick boot, and a serial console for errors.
 const CMDLINE: &str = "console=ttyS0 panic=-1 mitigations=off tsc=reliable no_timer_check \
                        apparmor=0 random.trust_cpu=on quiet";
 
-/// On the kernel command line of a lab with one processor. QEMU keeps the code that it has translated by its
-/// virtual address too: otherwise it translates every program anew each time that one runs, which takes half
-/// of a test's time. With several processors QEMU is less exact already (see [`Options`]), and code changed by one
-/// of them then stays old for another more often: the lab's own kernel has crashed.
+/// Part of the kernel command line of a lab with one processor: no randomised addresses.
+///
+/// QEMU finds translated code by its virtual address too. With randomised addresses it translates a
+/// program anew each time the program runs, which takes half of a test's time.
+///
+/// Not with several processors. QEMU is less exact then (see [`LabOptions`]), and with equal
+/// addresses a processor executes an old translation of changed code more often. The lab's own
+/// kernel has crashed from it.
 const SAME_ADDRESSES: &str = "norandmaps";
 
-/// On the kernel command line of a lab that does not count. Debian's kernel clears memory when it is taken from
-/// the free memory, and once more for who gets it; clearing memory in which there has been code is dear in
-/// QEMU, and every microVM ends with some. Nor does it need a SELinux without a policy.
+/// Part of the kernel command line of a lab that does not count instructions.
+///
+/// By default Debian's kernel clears a page when it is taken from the free memory, and once more
+/// for its new owner. In QEMU it is expensive to clear pages that had code, and every microVM
+/// leaves such pages. SELinux has no policy here, so it is off too.
 const LESS_WORK: &str = "init_on_alloc=0 selinux=0";
 
-/// On the kernel command line of a lab that counts, for its PID 1.
+/// Part of the kernel command line of a lab that counts instructions. The lab's PID 1 looks for it.
 pub(super) const COUNTING: &str = "lab.counting";
 
-/// Lines of each log that go into an error message: a kernel's whole panic.
+/// Number of lines of each log in an error message: enough for a kernel panic.
 const LAST_LINES: usize = 40;
 
-/// In QEMU's warnings about features of real processors that no guest here needs.
+/// Part of QEMU's harmless warnings: no guest here needs these processor features.
 const HARMLESS: &str = "TCG doesn't support requested feature";
 
-/// How the guest may cache a share.
+/// Cache policy of the guest for a share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cache {
-    /// The host changes nothing.
+    /// `always`: the host changes nothing.
     Always,
-    /// The host changes files; names and attributes are trusted for a second.
+    /// `auto`: the host changes files. Names and attributes are cached for a second.
     Auto,
 }
 
-/// QEMU and what serves it, all of them children of this process.
+/// QEMU and its virtiofsd processes, all of them children of this process.
 #[derive(Debug)]
 pub(super) struct Machine {
     qemu: Child,
@@ -56,18 +64,23 @@ pub(super) struct Machine {
 }
 
 impl Machine {
-    /// Starts the processes; sockets and logs are in `dir`.
-    pub(super) fn start(dir: &Path, kernel: &Path, work: &Path, options: &Options) -> Result<Self> {
+    /// Starts the processes. Their sockets and logs are in `dir`; `work` is the writable share.
+    pub(super) fn start(
+        dir: &Path,
+        kernel: &Path,
+        work: &Path,
+        options: &LabOptions,
+    ) -> Result<Self> {
         let mut virtiofsd = Children(Vec::new());
         virtiofsd.0.push(share(dir, "root", Path::new("/"), Cache::Always)?);
         virtiofsd.0.push(share(dir, "work", work, Cache::Auto)?);
         let log = dir.join("qemu.log");
         let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
-        // Callers can connect from the start, and wait for the lab.
+        // Listening before QEMU starts: callers can connect at once.
         let ports = (0..PORTS).map(|number| listen(dir, &format!("port{number}.sock")));
         let ports: Vec<OwnedFd> = ports.collect::<Result<_>>()?;
         let mut qemu = bound_to_us(Command::new("qemu-system-x86_64"), Signal::SIGKILL);
-        // Sockets are named relative to the directory: their paths may be 107 bytes at most.
+        // Relative socket paths: sun_path has room for 107 bytes.
         qemu.envs(qemu::environment());
         qemu.current_dir(dir).args(arguments(kernel, &ports, options));
         let mut qemu = inheriting(qemu, ports);
@@ -83,12 +96,12 @@ impl Machine {
 
     /// QEMU's process id.
     pub(super) fn pid(&self) -> Pid {
-        // Process ids are at most 2^22.
+        // Process ids are at most 2^22, so the cast is exact.
         Pid::from_raw(self.qemu.id().cast_signed())
     }
 
-    /// What the machine has said last, for an error message.
-    pub(super) fn last_words(&self) -> String {
+    /// The last lines of all logs, for an error message.
+    pub(super) fn last_lines(&self) -> String {
         let mut words = String::new();
         for name in ["console.log", "qemu.log", "virtiofsd-root.log", "virtiofsd-work.log"] {
             let said = tail(&self.dir.join(name), LAST_LINES);
@@ -101,7 +114,7 @@ impl Machine {
         words
     }
 
-    /// QEMU's exit, if it has ended.
+    /// QEMU's exit status, if QEMU has ended.
     pub(super) fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
         self.qemu.try_wait().context("cannot wait for QEMU")
     }
@@ -111,7 +124,7 @@ impl Machine {
         self.qemu.wait().map(drop).context("cannot wait for QEMU")
     }
 
-    /// Ends QEMU, which nothing in the lab survives, and then its servers.
+    /// Kills QEMU, and with it all processes of the lab, and then the virtiofsd processes.
     pub(super) fn stop(&mut self) {
         end(&mut self.qemu);
         for child in &mut self.virtiofsd {
@@ -120,7 +133,7 @@ impl Machine {
     }
 }
 
-/// Children that end with this value unless they are taken out of it.
+/// Children that are killed when this value is dropped, unless they are taken out of it.
 struct Children(Vec<Child>);
 
 impl Drop for Children {
@@ -129,13 +142,14 @@ impl Drop for Children {
     }
 }
 
+/// Kills a child and waits for it.
 fn end(child: &mut Child) {
     // Both fail only when the child has been waited for already.
     let _ = child.kill();
     let _ = child.wait();
 }
 
-/// Starts a virtiofsd for `source` that listens on `<name>.sock`.
+/// Starts a virtiofsd that shares `source` on the socket `<name>.sock`.
 fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
     let listener = listen(dir, &format!("{name}.sock"))?;
     let fd = listener.as_raw_fd();
@@ -179,13 +193,14 @@ fn listen(dir: &Path, name: &str) -> Result<OwnedFd> {
         .with_context(|| format!("cannot listen on {}/{name}", dir.display()))
 }
 
-fn arguments(kernel: &Path, ports: &[OwnedFd], options: &Options) -> Vec<String> {
+/// QEMU's command line.
+fn arguments(kernel: &Path, ports: &[OwnedFd], options: &LabOptions) -> Vec<String> {
     let mut args: Vec<String> = Vec::new();
     let mut add = |words: &str| args.extend(words.split_whitespace().map(str::to_owned));
     add("-nodefaults -no-user-config -no-reboot -display none -machine q35");
-    // QEMU may take an old state of the flags for cmpxchg16b's, if an exit of the microVM comes shortly
-    // before it: now and then the guest's allocator then branches wrongly or is left with the trap flag
-    // set. Kernels do without the instruction. What is counted is counted as hardware has it.
+    // -cx16: after an exit of the microVM, QEMU may execute cmpxchg16b with old flags. The guest's
+    // slab allocator then branches wrongly, or keeps the trap flag set. Kernels do without the
+    // instruction. A lab that counts instructions keeps it, because hardware has it.
     let allocator = if options.count { "" } else { ",-cx16" };
     add(&format!("-cpu EPYC-Rome,+svm,+npt{allocator}"));
     if options.count {

@@ -1,37 +1,37 @@
-//! The lab's end of one port: runs a caller's command and carries its streams. One process each.
+//! The lab's end of one port: runs a caller's command and carries its streams. Each port has its
+//! own process.
 //!
 //! ```text
 //! idle --greeting--> greeted --Start--> running --child ended, output drained--> ended --> idle
-//!        a caller that hangs up, or a broken frame, leads from anywhere back to idle:
-//!        a command that still runs is killed with its cgroup
+//!        from every state back to idle, if the caller hangs up or sends a broken frame:
+//!        a running command is killed with its cgroup
 //! ```
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::thread;
 
 use anyhow::{Context as _, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
-use super::Run;
 use super::child::{Child, Stream};
+use super::run::Run;
 use super::wire::{HEADER_LEN, Kind, MAGIC, NONCE_LEN, parse_header, push_frame};
 
-/// Bytes of output that may wait for the caller before the command has to.
+/// Bytes of unsent output from which on the streams of the command are no longer read.
 const MAX_WAITING: usize = 256 * 1024;
 
-/// How long nobody may be connected before a caller counts as gone, in milliseconds.
+/// Time in milliseconds without a connection after which the caller counts as gone.
 const HANG_UP_MS: u16 = 500;
 
 /// Bytes read from a stream at a time.
 const CHUNK: usize = 32 * 1024;
 
-/// Serves the port `device` until it fails.
+/// Serves the port `device`. Returns only with an error.
 pub(super) fn serve(device: &Path) -> Result<()> {
     let file = File::options()
         .read(true)
@@ -40,43 +40,44 @@ pub(super) fn serve(device: &Path) -> Result<()> {
         .open(device)
         .context("cannot open it")?;
     let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // Without a caller the port reports POLLHUP at any time: only edges can be waited for.
+    // Without a caller a level-triggered wait returns POLLHUP at once, so the wait is for edges.
     let edges = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("cannot make an epoll")?;
-    // Room for output appears when a caller does.
+    // EPOLLOUT: a port without a caller has no room for output, so a new caller is an edge.
     let changes = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT | EpollFlags::EPOLLET;
     let event = EpollEvent::new(changes, 0);
     edges.add(&file, event).context("cannot watch the port")?;
-    let mut port = Port { file, edges, input: Vec::new(), output: Vec::new() };
+    let mut port = LabPort { file, edges, input: Vec::new(), output: Vec::new() };
     for turn in 0_u64.. {
         let nonce = port.await_greeting()?;
         port.output.clear();
         port.output.extend_from_slice(MAGIC);
         port.output.extend_from_slice(&nonce);
-        port.converse(&format!("{name}-{turn}"))?;
+        port.serve_caller(&format!("{name}-{turn}"))?;
     }
     Ok(())
 }
 
-struct Port {
+/// The lab's end of a port.
+struct LabPort {
     file: File,
-    /// Tells of every change of the port's state.
+    /// Edge-triggered notification of changes of the port's state.
     edges: Epoll,
-    /// Received and not yet understood.
+    /// Received bytes of frames that are not complete.
     input: Vec<u8>,
-    /// To be sent.
+    /// Bytes to send.
     output: Vec<u8>,
 }
 
-/// How a conversation goes on.
+/// Next state of a conversation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     Continue,
-    /// The caller hung up, or sent what no caller sends.
+    /// The caller hung up or sent a broken frame.
     Abandon,
 }
 
-impl Port {
-    /// Waits for a caller's greeting and returns its number.
+impl LabPort {
+    /// Waits for the greeting of a caller. Returns the number in it.
     fn await_greeting(&mut self) -> Result<[u8; NONCE_LEN]> {
         loop {
             self.receive()?;
@@ -88,7 +89,7 @@ impl Port {
                     return Ok(nonce);
                 }
             } else {
-                // All but what may be the beginning of a greeting.
+                // The last bytes may be the beginning of a greeting.
                 let useless = self.input.len().saturating_sub(MAGIC.len());
                 self.input.drain(..useless);
             }
@@ -96,7 +97,7 @@ impl Port {
         }
     }
 
-    /// Waits for a change of the port's state; says whether there was one in time.
+    /// Waits for a change of the port's state. Returns false if none came within `most`.
     fn await_change(&self, most: EpollTimeout) -> Result<bool> {
         match self.edges.wait(&mut [EpollEvent::empty()], most) {
             Ok(changes) => Ok(changes > 0),
@@ -105,8 +106,9 @@ impl Port {
         }
     }
 
-    /// Whether nobody is connected, for longer than it takes one caller to follow another: word of
-    /// an earlier caller's end may come later than the first bytes of the next caller.
+    /// Tells if no caller is connected for [`HANG_UP_MS`].
+    ///
+    /// The end of one caller may be reported after the first bytes of the next caller.
     fn hung_up(&self) -> Result<bool> {
         let mut time_is_up = false;
         loop {
@@ -122,7 +124,7 @@ impl Port {
         }
     }
 
-    /// Reads what has arrived.
+    /// Reads all bytes that have arrived.
     fn receive(&mut self) -> Result<()> {
         let mut chunk = vec![0; CHUNK];
         loop {
@@ -137,7 +139,7 @@ impl Port {
         }
     }
 
-    /// Sends what can be sent now.
+    /// Sends until the port has no more room.
     fn send(&mut self) -> Result<()> {
         while !self.output.is_empty() {
             match self.file.write(&self.output) {
@@ -150,8 +152,8 @@ impl Port {
         Ok(())
     }
 
-    /// Everything between a greeting and the end of what it led to.
-    fn converse(&mut self, name: &str) -> Result<()> {
+    /// Serves a caller from its greeting to the end of its command.
+    fn serve_caller(&mut self, name: &str) -> Result<()> {
         let mut child: Option<Child> = None;
         let mut ended = false;
         let outcome = loop {
@@ -170,7 +172,7 @@ impl Port {
             if self.wait_and_pump(child.as_mut())? == Next::Abandon {
                 break Next::Abandon;
             }
-            if self.understand(&mut child, &mut ended, name) == Next::Abandon {
+            if self.handle_frames(&mut child, &mut ended, name) == Next::Abandon {
                 break Next::Abandon;
             }
         };
@@ -182,16 +184,16 @@ impl Port {
         Ok(())
     }
 
-    /// Waits until something can be done, and moves bytes between port and streams.
+    /// Waits for the port or a stream, and moves bytes between them.
     fn wait_and_pump(&mut self, child: Option<&mut Child>) -> Result<Next> {
         let room = self.output.len() < MAX_WAITING;
         let port_events = match self.output.is_empty() {
             true => PollFlags::POLLIN,
             false => PollFlags::POLLIN | PollFlags::POLLOUT,
         };
-        // Input that the command does not take stays with the caller.
-        let hungry = child.as_ref().is_none_or(|child| child.wants_input());
-        let port_events = if hungry { port_events } else { port_events - PollFlags::POLLIN };
+        // Input that the command does not read yet stays with the caller.
+        let wants_input = child.as_ref().is_none_or(|child| child.wants_input());
+        let port_events = if wants_input { port_events } else { port_events - PollFlags::POLLIN };
         let mut fds = vec![PollFd::new(self.file.as_fd(), port_events)];
         let watched: Vec<(Stream, BorrowedFd<'_>, PollFlags)> =
             child.as_ref().map_or_else(Vec::new, |child| child.watched(room));
@@ -222,8 +224,8 @@ impl Port {
         Ok(if hung_up && self.hung_up()? { Next::Abandon } else { Next::Continue })
     }
 
-    /// Acts on the frames that have arrived whole.
-    fn understand(&mut self, child: &mut Option<Child>, ended: &mut bool, name: &str) -> Next {
+    /// Handles the complete frames of the input.
+    fn handle_frames(&mut self, child: &mut Option<Child>, ended: &mut bool, name: &str) -> Next {
         while let Some(header) = self.input.first_chunk::<HEADER_LEN>() {
             let Some((kind, length)) = parse_header(*header) else { return Next::Abandon };
             let Some(payload) = self.input.get(HEADER_LEN..HEADER_LEN + length) else { break };
@@ -240,7 +242,7 @@ impl Port {
                     }
                 }
                 (Kind::Stdin, Some(child)) => child.feed(payload),
-                // Sent before the caller could know that the command has ended.
+                // The caller has sent it before it knew the end of the command.
                 (Kind::Stdin, None) if *ended => {}
                 _ => return Next::Abandon,
             }
@@ -248,16 +250,4 @@ impl Port {
         }
         Next::Continue
     }
-}
-
-/// Reads `stream` to its end in the background, so that a process that outlives the command and
-/// still holds it is not killed by what it writes.
-pub(super) fn discard(mut stream: impl std::io::Read + Send + 'static) {
-    thread::spawn(move || std::io::copy(&mut stream, &mut std::io::sink()));
-}
-
-/// Removes the cgroup of a command unless processes of it live on.
-pub(super) fn remove_cgroup(path: &Path) {
-    // A daemon that the command left behind keeps its cgroup, as it would keep a session's scope.
-    let _ = fs::remove_dir(path);
 }

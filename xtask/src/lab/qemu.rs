@@ -1,4 +1,4 @@
-//! Where QEMU and its virtiofsd are: installed, or unpacked into the cache where they cannot be.
+//! Paths of QEMU and virtiofsd: installed on the machine, or unpacked into the cache.
 
 use std::path::{Path, PathBuf};
 
@@ -6,25 +6,25 @@ use anyhow::{Context as _, Result};
 
 use crate::apt;
 
-/// Where Debian has the virtiofsd of its QEMU package.
+/// The virtiofsd of the package `qemu-system-common` (Debian 12).
 const VIRTIOFSD: &str = "usr/lib/qemu/virtiofsd";
 
-/// Where Debian has the virtiofsd of a package of its own.
+/// The virtiofsd of the package `virtiofsd` (Debian 13).
 pub(super) const VIRTIOFSD_RUST: &str = "/usr/libexec/virtiofsd";
 
-/// The virtiofsd that came with QEMU; newer releases have a package for it.
+/// The virtiofsd of QEMU's package, installed or unpacked, if there is one.
 pub(super) fn own_virtiofsd() -> Option<PathBuf> {
     let installed = Some(Path::new("/").join(VIRTIOFSD));
     let unpacked = apt::unpacked("qemu-system-common").map(|dir| dir.join(VIRTIOFSD));
     [installed, unpacked].into_iter().flatten().find(|path| path.exists())
 }
 
-/// Whether there is any virtiofsd to start.
+/// Tells if there is a virtiofsd.
 pub(super) fn has_virtiofsd() -> bool {
     own_virtiofsd().is_some() || Path::new(VIRTIOFSD_RUST).exists()
 }
 
-/// The virtiofsd to start.
+/// The virtiofsd to start: QEMU's own if there is one, otherwise the separate package's.
 pub(crate) fn virtiofsd() -> Result<PathBuf> {
     let package = Some(PathBuf::from(VIRTIOFSD_RUST)).filter(|path| path.exists());
     own_virtiofsd().or(package).with_context(|| {
@@ -35,8 +35,9 @@ pub(crate) fn virtiofsd() -> Result<PathBuf> {
     })
 }
 
-/// The variables by which a QEMU that was unpacked is found, and finds its own modules. None for an
-/// installed one.
+/// Environment variables for an unpacked QEMU: `PATH`, and the folder of its modules.
+///
+/// An installed QEMU needs none.
 pub(crate) fn environment() -> Vec<(String, String)> {
     if Path::new("/usr/bin/qemu-system-x86_64").exists() {
         return Vec::new();

@@ -1,45 +1,57 @@
-//! What travels over one of the lab's virtio-serial ports.
+//! The protocol on the lab's virtio-serial ports.
 //!
-//! A port carries one command at a time. A caller may vanish in the middle of a frame and the next one
-//! gets the same port, so a conversation begins by finding common ground: the caller sends
-//! more zeros than the longest frame to the lab can swallow (each five of them an empty
-//! [`Kind::Pad`]), then [`MAGIC`] and a number nobody used before. The lab, which takes the magic
-//! for a broken frame, ends whatever still ran for the earlier caller and answers with [`MAGIC`] and
-//! that number; the caller skips everything before that answer.
+//! A port carries one command at a time, as frames in both directions. A caller may vanish in the
+//! middle of a frame, and the next caller gets the same port. So a conversation begins with a
+//! greeting that synchronises both ends:
+//!
+//! 1. The caller sends more zeros than the longest frame to the lab has bytes. Five zeros are an
+//!    empty [`Kind::Pad`].
+//! 2. The caller sends [`MAGIC`] and a random number.
+//! 3. The lab reads the magic as a broken frame. It kills the command of the earlier caller, if
+//!    any, and answers with [`MAGIC`] and the same number.
+//! 4. The caller skips all bytes before that answer.
 
 use std::io::{self, Read, Write};
 
-/// Begins a conversation, either way; [`NONCE_LEN`] bytes of a number follow.
+/// Prefix of the names of the ports that take commands.
+pub(super) const PORT_PREFIX: &str = "isopod.lab.";
+
+/// Number of ports, and so of commands at the same time.
+pub(super) const PORTS: usize = 8;
+
+/// Begins a conversation in either direction. A number of [`NONCE_LEN`] bytes follows.
 pub(crate) const MAGIC: &[u8; 16] = b"\xffisopod lab port";
 
 /// Length in bytes of the number after [`MAGIC`].
 pub(crate) const NONCE_LEN: usize = 16;
 
-/// Length in bytes of what precedes a payload: the kind and the payload's length.
+/// Length in bytes of a frame header.
+///
+/// The header is the kind (1 byte) and the length of the payload (4 bytes, little endian).
 pub(crate) const HEADER_LEN: usize = 5;
 
-/// Longest payload in bytes towards the lab, except that of [`Kind::Start`].
+/// Longest payload in bytes of a frame to the lab, except [`Kind::Start`].
 pub(crate) const MAX_INPUT: usize = 4096;
 
-/// Longest payload in bytes of any frame.
+/// Longest payload in bytes of a frame.
 pub(crate) const MAX_PAYLOAD: usize = 64 * 1024;
 
-/// What a frame says.
+/// Kind of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Nothing. To the lab; its payload is empty.
+    /// Padding, without a payload. To the lab.
     Pad = 0,
-    /// Run a command: JSON of [`super::Run`]. To the lab, once.
+    /// Start of a command: a [`super::run::Run`] as JSON. To the lab, once.
     Start = 1,
-    /// Bytes for standard input, none for its end. To the lab.
+    /// Bytes for standard input. An empty payload is the end of the input. To the lab.
     Stdin = 2,
     /// Bytes of standard output. From the lab.
     Stdout = 3,
     /// Bytes of standard error. From the lab.
     Stderr = 4,
-    /// The command's end: its exit status as 4 bytes, little endian. From the lab, last.
+    /// End of the command: its exit status as 4 bytes, little endian. From the lab, last.
     Exit = 5,
-    /// The command did not start: why, as text. From the lab, last.
+    /// The command was not started: the reason as text. From the lab, last.
     Refused = 6,
 }
 
@@ -51,7 +63,7 @@ impl Kind {
     }
 }
 
-/// Reads a header: what follows it and how long that is; `None` when it is none.
+/// Parses a header. Returns kind and length of the payload, or `None` for an invalid header.
 pub(crate) fn parse_header(header: [u8; HEADER_LEN]) -> Option<(Kind, usize)> {
     let [kind, length @ ..] = header;
     let kind = Kind::from_byte(kind)?;
@@ -72,7 +84,7 @@ pub(crate) fn push_frame(output: &mut Vec<u8>, kind: Kind, payload: &[u8]) {
     output.extend_from_slice(payload);
 }
 
-/// What a caller sends first.
+/// The caller's greeting with the number `nonce`.
 pub(crate) fn greeting(nonce: &[u8; NONCE_LEN]) -> Vec<u8> {
     let mut bytes = vec![0; MAX_PAYLOAD + HEADER_LEN];
     bytes.extend_from_slice(MAGIC);
@@ -80,7 +92,7 @@ pub(crate) fn greeting(nonce: &[u8; NONCE_LEN]) -> Vec<u8> {
     bytes
 }
 
-/// Reads until the lab's answer to a greeting with `nonce` has gone by.
+/// Skips input up to and including the lab's answer to a greeting with `nonce`.
 pub(crate) fn await_answer(input: &mut impl Read, nonce: &[u8; NONCE_LEN]) -> io::Result<()> {
     let mut wanted = MAGIC.to_vec();
     wanted.extend_from_slice(nonce);
@@ -125,7 +137,7 @@ mod tests {
             push_frame(&mut stream, Kind::Stdin, &[b'x'; MAX_INPUT]);
             stream.truncate(cut);
             stream.extend_from_slice(&greeting(&nonce));
-            // As the lab reads: frames until one is broken.
+            // Like the lab: reads frames until one is broken.
             let mut at = 0;
             while let Some(header) = stream[at..].first_chunk() {
                 let Some((_, length)) = parse_header(*header) else { break };

@@ -1,23 +1,23 @@
-//! What end-to-end tests need beside their programs: the product, Debian trees, and a place to run.
+//! The end-to-end tests: product, Debian trees, and the run of all programs.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::Choice;
-use super::lab::{self as labs, UNIT};
+use super::choice::Choice;
 use super::program::{Program, Programs};
 use super::proof;
+use super::queue::{self, UNIT};
 use super::report::{Report, Row, Times};
 use super::site::{SCRATCH, Site};
 use super::tree::{TREES, Tree};
 use super::unit;
 use crate::build;
 use crate::lab::{self, Show};
-use crate::place::Place;
 use crate::progress::step;
+use crate::target::Target;
 
-/// Builds what is tested and the probe. Returns the folder with both.
+/// Builds the product and the probe. Returns the folder with both.
 pub(super) fn build() -> Result<PathBuf> {
     let product = build::build()?;
     let probe = step("compile the tests' probe", || build::compile(&["isopod-tests"]))?;
@@ -25,8 +25,9 @@ pub(super) fn build() -> Result<PathBuf> {
     Ok(product)
 }
 
-/// Fetches what else takes time and nothing of this checkout: the lab's kernel, and the trees of programs
-/// that `filter` chooses by their names.
+/// Fetches the lab's kernel, and the trees of all programs or of the program named by `filter`.
+///
+/// Neither needs anything of this checkout, so builds can run meanwhile.
 pub(super) fn fetch(filter: Option<&str>, in_lab: bool) -> Result<()> {
     if in_lab {
         lab::prepare()?;
@@ -35,7 +36,7 @@ pub(super) fn fetch(filter: Option<&str>, in_lab: bool) -> Result<()> {
     TREES.iter().filter(named).try_for_each(|tree| tree.ensure().map(drop))
 }
 
-/// Shows each program the tree that it needs: before a lab looks at this machine's files.
+/// Gives programs their trees. Trees are made before a lab boots; see [`crate::lab`].
 fn give_trees(programs: &mut [Program]) -> Result<()> {
     for program in programs {
         if let Some(tree) = TREES.iter().find(|tree| tree.program == program.name) {
@@ -45,7 +46,9 @@ fn give_trees(programs: &mut [Program]) -> Result<()> {
     Ok(())
 }
 
-/// Runs all programs, and keeps the times of those that ran whole for the order of the next run.
+/// Runs all programs.
+///
+/// In labs, the times of programs without a filter are kept for the order of the next run.
 pub(super) fn run(
     mut programs: Programs,
     product: &Path,
@@ -63,7 +66,7 @@ pub(super) fn run(
         .map(|program| program.name.clone())
         .collect();
     let times = Times::load();
-    let report = labs::run(programs, product, choice, &times)?;
+    let report = queue::run(programs, product, choice, &times)?;
     times.keep(report.0.iter().filter(|row| whole.contains(&row.name)));
     Ok(report)
 }
@@ -72,12 +75,12 @@ pub(super) fn run(
 fn run_here(programs: &Programs, product: &Path, choice: &Choice) -> Result<Report> {
     let mut report = run_unit(programs, choice)?;
     let kernel = proof::own_kernel()?;
-    let site = Site::prepare(Place::Here, product)?;
+    let site = Site::prepare(Target::Here, product)?;
     for program in &programs.e2e {
         let what = format!("end-to-end tests: {}", program.name);
         report.0.push(step(&what, || site.run(program, choice, &kernel))?);
     }
-    // Fails when a test left something there, which the test itself has reported.
+    // Fails if a test left files there. That test has reported them.
     let _ = std::fs::remove_dir(SCRATCH);
     Ok(report)
 }
@@ -89,6 +92,6 @@ pub(super) fn run_unit(programs: &Programs, choice: &Choice) -> Result<Report> {
     }
     let began = std::time::Instant::now();
     let tally = step(UNIT, || unit::run(&programs.unit, choice, &mut Show::Through))?;
-    let place = Place::Here.name().to_owned();
+    let place = Target::Here.name().to_owned();
     Ok(Report(vec![Row { name: UNIT.to_owned(), place, took: began.elapsed(), tally }]))
 }

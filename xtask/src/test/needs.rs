@@ -1,6 +1,7 @@
-//! What the end-to-end tests use of Debian beside the product: container engines, and what their
-//! tests look at them with. apt starts none of them where policy-rc.d says so; the tests start their
-//! own, in namespaces of their own.
+//! Debian packages of the end-to-end tests: container engines, and tools of the tests.
+//!
+//! The tests start their own engines, in separate namespaces. apt may start the packages' services
+//! too, unless policy-rc.d forbids it.
 
 use crate::apt::Need;
 
@@ -8,10 +9,10 @@ const ENGINE: &str = "engine under test";
 const NETWORK: &str = "networks of engines";
 const IMAGE: &str = "images for engines";
 
-/// Makes Debian trees.
+/// The package that makes Debian trees.
 pub(super) const DEBOOTSTRAP: Need = Need { package: "debootstrap", purpose: IMAGE };
 
-/// For all end-to-end tests.
+/// Packages of all end-to-end tests.
 pub(super) const NEEDS: [Need; 6] = [
     Need { package: "runc", purpose: "runtime to prove tests" },
     Need { package: "iproute2", purpose: NETWORK },
@@ -21,7 +22,7 @@ pub(super) const NEEDS: [Need; 6] = [
     Need { package: "umoci", purpose: IMAGE },
 ];
 
-/// For those that drive engines, beside [`NEEDS`].
+/// Further packages of the tests that drive engines.
 pub(super) const ENGINES: [Need; 8] = [
     Need { package: "docker.io", purpose: ENGINE },
     Need { package: "podman", purpose: ENGINE },

@@ -1,4 +1,4 @@
-//! The compiled test programs: those of all crates, by one call of cargo.
+//! The compiled test programs of all crates.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -6,43 +6,43 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value as Json;
 
-use super::Choice;
+use super::choice::Choice;
 use crate::build::patient_cargo;
 use crate::process::capture;
 
-/// The crate of the end-to-end tests.
+/// The package of the end-to-end tests.
 const E2E: &str = "isopod-tests";
 
-/// The test programs that drive container engines, most cases of them twice.
+/// The test programs that drive container engines. Most of their cases run with runc and Isopod.
 const ENGINES: [&str; 4] = ["podman", "docker", "docker_newer", "workloads"];
 
 /// A compiled test program.
 #[derive(Debug, Clone)]
 pub(super) struct Program {
-    /// The name of its target.
+    /// Name of the cargo target.
     pub(super) name: String,
-    /// Its file.
+    /// The program file.
     pub(super) path: PathBuf,
     /// The directory of its crate.
     pub(super) dir: PathBuf,
-    /// Runs only tests whose names contain it.
+    /// Part of the names of the tests to run; none runs all tests.
     pub(super) filter: Option<String>,
-    /// The Debian tree that it needs, and the variable that tells it where that is.
+    /// Environment variable for the path of its Debian tree, and that path, if it needs a tree.
     pub(super) tree: Option<(&'static str, PathBuf)>,
 }
 
 impl Program {
-    /// Whether it drives a container engine.
+    /// Tells if the program drives a container engine.
     pub(super) fn is_engine(&self) -> bool {
         ENGINES.contains(&self.name.as_str())
     }
 
-    /// Whether it is of the end-to-end tests.
+    /// Tells if the program is of the end-to-end tests.
     fn is_e2e(&self) -> bool {
         self.dir.ends_with("tests")
     }
 
-    /// Its tests that its filter chooses: lines of `NAME: test`.
+    /// The tests that match the filter, as lines `NAME: test`.
     pub(super) fn tests(&self) -> Result<String> {
         let mut list = Command::new(&self.path);
         capture(list.args(["--list", "--format", "terse"]).args(self.filter.iter()))
@@ -58,14 +58,18 @@ pub(super) struct Programs {
     pub(super) e2e: Vec<Program>,
 }
 
-/// Whether programs that drive engines run: among all, or by a `filter` that names one or cases of
-/// them, such as `runc::attach`. Other words may be in a case's name too, and do not start an engine.
+/// Tells if programs that drive engines run.
+///
+/// They run without a filter, and with a filter that is their name or contains `::`
+/// (`runc::attach`). Another filter may be part of a case's name, but starts no engine.
 pub(super) fn needs_engines(filter: Option<&str>) -> bool {
     filter.is_none_or(|filter| ENGINES.contains(&filter) || filter.contains("::"))
 }
 
-/// The crates that a choice is about. Both kinds of tests are compiled by one call, for the features of
-/// a crate that both use are then the same and it is compiled once.
+/// cargo's options for the packages of a choice.
+///
+/// One call compiles unit and end-to-end tests. A dependency then has the same features in both and
+/// is compiled once.
 pub(super) fn selection(choice: &Choice) -> &'static [&'static str] {
     match (choice.unit, choice.e2e) {
         (true, true) => &["--workspace"],
@@ -74,13 +78,9 @@ pub(super) fn selection(choice: &Choice) -> &'static [&'static str] {
     }
 }
 
-/// Compiles the tests and returns the programs that `choice` is about.
-///
-/// # Errors
-///
-/// If one does not compile, which the compiler has told of.
+/// Compiles the tests. Returns the programs of `choice`. The compiler prints its errors itself.
 pub(super) fn compile(choice: &Choice) -> Result<Programs> {
-    // The product's last steps, which all else waits for, leave a processor idle.
+    // Low priority: the product takes longest, and its last steps leave a processor idle for this.
     let mut cargo = patient_cargo();
     cargo.arg("test").args(selection(choice)).args(["--no-run", "--quiet"]);
     cargo.arg("--message-format=json-render-diagnostics").stdin(Stdio::null());
@@ -99,6 +99,7 @@ pub(super) fn compile(choice: &Choice) -> Result<Programs> {
     Ok(Programs { unit, e2e: choose(e2e, choice.filter.as_deref())? })
 }
 
+/// The test program in a message of cargo, if there is one.
 fn program(message: &str) -> Option<Program> {
     let message: Json = serde_json::from_str(message).ok()?;
     let is_test = message["profile"]["test"] == true;
@@ -108,7 +109,7 @@ fn program(message: &str) -> Option<Program> {
     Some(Program { name, path, dir, filter: None, tree: None })
 }
 
-/// The end-to-end programs that have tests which `filter` chooses, each with what it is to be told.
+/// The end-to-end programs with tests that match `filter`. Sets the filter of each.
 fn choose(mut programs: Vec<Program>, filter: Option<&str>) -> Result<Vec<Program>> {
     if !needs_engines(filter) {
         programs.retain(|program| !program.is_engine());

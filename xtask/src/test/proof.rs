@@ -1,9 +1,13 @@
-//! Cases of engines that runc has proven in an earlier run, which need not be proven again.
+//! Proofs: cases of engines that passed with runc in an earlier run. They need no second run with
+//! runc.
 //!
-//! A proof holds while all that it rests on is unchanged. The cache keeps it under a key over that: the
-//! source of the case, the harness, the program that has the case in its table, the crates, the packages
-//! of engine and runtime, runc's own bytes and the kernel. A test program tells of a proof when the case
-//! has passed and the engine has ended with nothing left behind.
+//! A proof holds until one of its inputs changes. The cache keeps it under a key over the inputs:
+//!
+//! - the source of the case, the harness, and the program with the case in its table;
+//! - the versions of the crates, and the packages of engine and runtime;
+//! - the program file of runc, and the kernel.
+//!
+//! A test program reports a proof if the case has passed and the engine has left nothing behind.
 
 mod source;
 
@@ -21,22 +25,22 @@ use crate::cache;
 use crate::process::capture;
 use crate::progress::say;
 
-/// Names the cases, for the test program, that need no proof: separated by blanks.
+/// Environment variable with the proven cases for the test program, separated by blanks.
 pub(super) const VARIABLE: &str = "ISOPOD_TEST_PROVEN";
 
-/// Begins the name of a test that is a case with runc.
+/// Prefix of the names of cases with runc.
 const WITH_RUNC: &str = "runc::";
 
-/// Begins the line in which a test program names the cases that it has proven.
+/// Prefix of the output line with the cases that a test program has proven.
 const PROVEN: &str = "proven with runc:";
 
-/// Proofs that nobody has asked for in this time are forgotten.
+/// Time after which an unused proof is removed.
 const KEPT: Duration = Duration::from_secs(90 * 24 * 3600);
 
-/// The runtime that proves, here and in trees.
+/// Path of runc below the root of this machine or of a tree.
 const RUNC: &str = "usr/sbin/runc";
 
-/// What a case with runc runs through beside the harness: engines, what they call, and the image.
+/// Packages that a case with runc runs: engines, the programs that they call, and the image.
 const PACKAGES: [&str; 17] = [
     "aardvark-dns",
     "busybox-static",
@@ -57,26 +61,23 @@ const PACKAGES: [&str; 17] = [
     "tini",
 ];
 
-/// The proofs that are there for the cases of one program.
+/// The proofs of the cases of one program.
 #[derive(Debug)]
 pub(super) struct Proofs {
     shelf: PathBuf,
     program: String,
-    /// Everything but the case.
-    ground: Vec<(&'static str, Vec<u8>)>,
+    /// Inputs of all proofs, with their names: all but the case.
+    inputs: Vec<(&'static str, Vec<u8>)>,
     sources: Sources,
 }
 
 impl Proofs {
-    /// Proofs for `program`, whose engine lives in `tree` if not on this machine, under a kernel that
-    /// `kernel` names.
+    /// Proofs of the cases of `program` under the kernel `kernel`.
     ///
-    /// # Errors
-    ///
-    /// If a source, a package's version or runc cannot be read.
+    /// `tree` is the root of the engine's Debian tree; none for an engine of this machine.
     pub(super) fn of(program: &str, tree: Option<&Path>, kernel: &str) -> Result<Self> {
         let sources = Sources::read()?;
-        let mut ground = vec![
+        let mut inputs = vec![
             ("program", sources.program(program)?),
             ("harness", sources.harness()?),
             ("packages", apt::versions(&PACKAGES)?.into_bytes()),
@@ -84,19 +85,17 @@ impl Proofs {
             ("runc", cache::part(&Path::new("/").join(RUNC))?),
         ];
         if let Some(tree) = tree {
-            ground.push(("tree's packages", cache::part(&tree.join("var/lib/dpkg/status"))?));
-            // Not every tree has an engine in it.
-            ground.push(("tree's runc", fs::read(tree.join(RUNC)).unwrap_or_default()));
+            inputs.push(("tree's packages", cache::part(&tree.join("var/lib/dpkg/status"))?));
+            // A tree without an engine has no runc.
+            inputs.push(("tree's runc", fs::read(tree.join(RUNC)).unwrap_or_default()));
         }
         let shelf = cache::root()?.join("proof");
-        Ok(Self { shelf, program: program.to_owned(), ground, sources })
+        Ok(Self { shelf, program: program.to_owned(), inputs, sources })
     }
 
-    /// Those of the program's `tests` that are cases with runc and proven, by the names of their cases.
+    /// Names of the proven cases among the program's `tests`.
     ///
-    /// # Errors
-    ///
-    /// If there is no such case in the sources.
+    /// `tests` has a line `NAME: test` for each test. Fails if the sources lack a case.
     pub(super) fn remembered(&self, tests: &str) -> Result<Vec<String>> {
         let names = tests.lines().filter_map(|line| line.strip_suffix(": test"));
         let cases = names.filter_map(|name| name.strip_prefix(WITH_RUNC));
@@ -111,7 +110,7 @@ impl Proofs {
         Ok(proven)
     }
 
-    /// Keeps what a program has proven, going by its `output`, and forgets what has failed in it.
+    /// Keeps the proofs in the `output` of a program, and removes proofs of cases that have failed.
     pub(super) fn learn(&self, output: &[u8]) {
         let outcome = Outcome::read(&String::from_utf8_lossy(output));
         let result =
@@ -127,15 +126,16 @@ impl Proofs {
         cache::forget_unused(&self.shelf, KEPT);
     }
 
+    /// File of the proof of a case.
     fn file(&self, case: &str) -> Result<PathBuf> {
         let source = self.sources.case(case)?;
-        let parts = self.ground.iter().map(|(name, content)| (*name, &content[..]));
+        let parts = self.inputs.iter().map(|(name, content)| (*name, &content[..]));
         let key = cache::key(parts.chain([("name", case.as_bytes()), ("case", &source[..])]));
         Ok(self.shelf.join(key))
     }
 }
 
-/// What a program's output says of its cases with runc.
+/// Results of cases with runc in the output of a program.
 #[derive(Debug, PartialEq, Eq)]
 struct Outcome {
     proven: BTreeSet<String>,
@@ -143,6 +143,7 @@ struct Outcome {
 }
 
 impl Outcome {
+    /// Reads the output of a program. A case that failed is not proven, even if reported so.
     fn read(output: &str) -> Self {
         let failed = output.lines().filter_map(|line| {
             let name = line.strip_prefix("test ")?.strip_suffix("FAILED")?.trim_end();
@@ -155,11 +156,12 @@ impl Outcome {
     }
 }
 
-/// The release of this machine's kernel, and the build of it.
+/// Release and build of this machine's kernel.
 pub(super) fn own_kernel() -> Result<String> {
     capture(Command::new("uname").args(["-r", "-v"]))
 }
 
+/// Removes a proof, if it exists.
 fn forget(proof: &Path) -> Result<()> {
     match fs::remove_file(proof) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -186,7 +188,7 @@ mod tests {
                       proven with runc: exec stop\n";
         let expected = Outcome { proven: set(&["exec"]), failed: set(&["stop"]) };
         assert_eq!(Outcome::read(output), expected);
-        // The engine did not end as it should.
+        // Passed, but not reported: the engine has left something behind.
         let output = "test runc::exec ... ok\n";
         assert_eq!(Outcome::read(output), Outcome { proven: set(&[]), failed: set(&[]) });
     }
@@ -197,7 +199,7 @@ mod tests {
         let proofs = |kernel: &str| Proofs {
             shelf: shelf.clone(),
             program: "docker".to_owned(),
-            ground: vec![("kernel", kernel.as_bytes().to_vec())],
+            inputs: vec![("kernel", kernel.as_bytes().to_vec())],
             sources: Sources::read().unwrap(),
         };
         let tests = "runc::exec: test\nrunc::exec_detached: test\nisopod::exec: test\n";

@@ -1,4 +1,4 @@
-//! The result of a run: a row for each program, and the times that order the next run.
+//! The report of a run, with a row for each program, and the times that order the next run.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,21 +12,21 @@ use super::tally::Tally;
 use crate::cache;
 use crate::progress::{human, say};
 
-/// One program that ran, or was to run.
+/// Result of a program, or of all unit tests.
 #[derive(Debug, Clone)]
 pub(super) struct Row {
-    /// The program, or `unit tests`.
+    /// Name of the program, or `unit tests`.
     pub(super) name: String,
-    /// The machine or lab it ran in.
+    /// The machine or lab on which it ran.
     pub(super) place: String,
-    /// From its start to its end.
+    /// Run time.
     pub(super) took: Duration,
-    /// Its results.
+    /// Results.
     pub(super) tally: Tally,
 }
 
 impl Row {
-    /// The row of something that failed before it could run.
+    /// Row of a program that was not run to its end.
     pub(super) fn failure(name: &str, why: &str) -> Self {
         Self {
             name: name.to_owned(),
@@ -37,12 +37,12 @@ impl Row {
     }
 }
 
-/// All rows of a run.
+/// Rows of a run.
 #[derive(Debug, Default)]
 pub(super) struct Report(pub(super) Vec<Row>);
 
 impl Report {
-    /// The sum of all results.
+    /// Sum of all results.
     pub(super) fn total(&self) -> Tally {
         let mut total = Tally::default();
         self.0.iter().for_each(|row| total.add(&row.tally));
@@ -50,7 +50,7 @@ impl Report {
     }
 }
 
-/// The table of programs, the longest first.
+/// A table of the programs, the longest run time first.
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut rows: Vec<&Row> = self.0.iter().collect();
@@ -72,8 +72,9 @@ impl fmt::Display for Report {
     }
 }
 
-/// Seconds that a program is expected to take in an emulated machine while its time is not known: engines,
-/// programs that boot many microVMs, and what is usual among the others.
+/// Expected run times in seconds, in a lab, for programs without a known time.
+///
+/// They are programs that drive engines, and programs that boot many microVMs.
 const EXPECTED: [(&str, u64); 10] = [
     ("podman", 1200),
     ("docker", 900),
@@ -86,26 +87,27 @@ const EXPECTED: [(&str, u64); 10] = [
     ("volumes", 110),
     ("cgroup", 100),
 ];
+/// Expected run time in seconds of all other programs.
 const USUAL: u64 = 60;
 
-/// Times of programs in earlier runs, in seconds.
+/// Run times of programs in earlier runs, in seconds.
 #[derive(Debug, Default)]
 pub(super) struct Times(BTreeMap<String, u64>);
 
 impl Times {
-    /// Those of the cache; none where nothing readable is there, which costs order only.
+    /// Reads the times in the cache. An unreadable file counts as empty: only the order suffers.
     pub(super) fn load() -> Self {
         let text = file().and_then(|file| Ok(fs::read(file)?)).unwrap_or_default();
         Self(serde_json::from_slice(&text).unwrap_or_default())
     }
 
-    /// Seconds that a program is likely to take.
+    /// Expected run time of a program in seconds.
     pub(super) fn expected(&self, program: &str) -> u64 {
         let expected = || EXPECTED.iter().find(|(name, _)| *name == program).map(|(_, s)| *s);
         self.0.get(program).copied().or_else(expected).unwrap_or(USUAL)
     }
 
-    /// Keeps the times of programs that ran whole and passed.
+    /// Keeps the times of those rows that passed. `whole` must be of programs without a filter.
     pub(super) fn keep<'a>(mut self, whole: impl IntoIterator<Item = &'a Row>) {
         let passed = whole.into_iter().filter(|row| row.tally.passed_all());
         self.0.extend(passed.map(|row| (row.name.clone(), row.took.as_secs())));
@@ -120,6 +122,7 @@ impl Times {
     }
 }
 
+/// File of the times in the cache.
 fn file() -> Result<PathBuf> {
     Ok(cache::root().context("no cache")?.join("test-times.json"))
 }

@@ -1,45 +1,43 @@
-//! A place with the product in it, where end-to-end programs run one after the other.
+//! A machine with the product, on which end-to-end programs run one after the other.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
-use super::Choice;
+use super::choice::Choice;
 use super::program::Program;
 use super::proof::{self, Proofs};
 use super::report::Row;
 use super::tally::Tally;
 use crate::lab::{self, Ended, Input, Run, Show};
-use crate::place::Place;
+use crate::target::Target;
 use crate::timed::Timed;
 
-/// How long a test program may print nothing.
+/// Longest time without output of a test program, in a lab.
 const SILENCE: Duration = Duration::from_secs(15 * 60);
 
-/// Where the tests make their files.
+/// Directory of the tests' files.
 pub(super) const SCRATCH: &str = "/tmp/isopod-tests";
 
-/// A place with the product and room for the tests' files.
+/// A machine with the product and the directory [`SCRATCH`].
 pub(super) struct Site {
-    place: Place,
+    target: Target,
     product: PathBuf,
 }
 
 impl Site {
-    /// Brings the product there.
-    pub(super) fn prepare(place: Place, product: &Path) -> Result<Self> {
-        let product = place.bring(product)?;
-        place.must(&["mkdir", "-p", SCRATCH])?;
-        Ok(Self { place, product })
+    /// Copies the product to the machine, if needed, and makes [`SCRATCH`].
+    pub(super) fn prepare(target: Target, product: &Path) -> Result<Self> {
+        let product = target.bring(product)?;
+        target.must(&["mkdir", "-p", SCRATCH])?;
+        Ok(Self { target, product })
     }
 
-    /// Runs one program. Its output is shown as it comes: line by line in a lab, where others run beside it.
-    /// `kernel` names the kernel of the place.
+    /// Runs one program and shows its output at once. `kernel` is the name of the kernel.
     ///
-    /// # Errors
-    ///
-    /// If the place is lost, or output cannot be written.
+    /// In a lab the output is shown line by line, because other labs show theirs at the same time.
+    /// A failed program is no error.
     pub(super) fn run(&self, program: &Program, choice: &Choice, kernel: &str) -> Result<Row> {
         let mut run = self.command(program)?;
         let mut proofs = None;
@@ -53,7 +51,7 @@ impl Site {
             proofs = Some(known);
         }
         if let Some((variable, tree)) = &program.tree {
-            self.place.expose(std::slice::from_ref(tree))?;
+            self.target.expose(std::slice::from_ref(tree))?;
             run = run.env(variable, lab::text(tree)?);
         }
         let began = Instant::now();
@@ -62,15 +60,16 @@ impl Site {
             proofs.learn(&output);
         }
         let tally = Tally::of(&program.name, &output, &ended);
-        let place = self.place.name().to_owned();
+        let place = self.target.name().to_owned();
         Ok(Row { name: program.name.clone(), place, took: began.elapsed(), tally })
     }
 
+    /// The command that runs a program.
     fn command(&self, program: &Program) -> Result<Run> {
         let mut run = Run::here(vec![program.path.display().to_string()])?;
         run.argv.extend(program.filter.clone());
-        // An emulated processor is slow, and tests have bounds; some run several sandboxes anyway.
-        if matches!(self.place, Place::Lab(_)) {
+        // One test at a time: an emulated processor is slow, and tests have time limits.
+        if matches!(self.target, Target::Lab(_)) {
             run.argv.push("--test-threads=1".to_owned());
         }
         run.cwd = "/".into();
@@ -81,14 +80,15 @@ impl Site {
             .env(proof::VARIABLE, ""))
     }
 
+    /// Runs a command. Returns its output, which is shown too, and its end.
     fn output(&self, program: &Program, run: &Run) -> Result<(Vec<u8>, Ended)> {
-        if let Place::Here = self.place {
+        if let Target::Here = self.target {
             let mut output = Vec::new();
-            let ended = self.place.run(run, Input::Nothing, &mut Show::Also(&mut output))?;
+            let ended = self.target.run(run, Input::Nothing, &mut Show::Also(&mut output))?;
             return Ok((output, ended));
         }
         let mut output = Timed::new(&program.name);
-        let ended = self.place.run(run, Input::Nothing, &mut Show::Timed(&mut output));
+        let ended = self.target.run(run, Input::Nothing, &mut Show::Timed(&mut output));
         Ok((output.finish().context("cannot write output")?, ended?))
     }
 }

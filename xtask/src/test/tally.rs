@@ -1,30 +1,31 @@
-//! Results of test programs, added up.
+//! Results of test programs, and their sum.
 
 use std::fmt;
 
 use crate::lab::Ended;
 
-/// Begins the line of a case that an earlier run has proven; see `tests/src/engine/suite.rs`.
+/// Prefix of the line of a case that an earlier run has proven; see `tests/src/engine/suite.rs`.
 const REMEMBERED: &str = "test [remembered] ";
 
-/// Results of test programs, in the words of their runner.
+/// Numbers of test results, under the names of Rust's test runner.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Tally {
     passed: u64,
     failed: u64,
     ignored: u64,
     filtered_out: u64,
-    /// Those of `passed` that an earlier run has proven.
+    /// Number of passed tests that an earlier run has proven.
     remembered: u64,
-    /// Programs that failed, and how.
+    /// Failed programs, each with the reason.
     failures: Vec<String>,
-    /// Messages of failed tests, in one piece a program.
+    /// Messages of failed tests, one text for each program.
     details: Vec<String>,
 }
 
 impl Tally {
-    /// What a run called `name` that printed `output` amounts to. One that reports no result has
-    /// failed, whatever its exit status.
+    /// Reads the results of the program `name` from its `output`.
+    ///
+    /// A program without a result line has failed, whatever its exit status.
     pub(super) fn of(name: &str, output: &[u8], ended: &Ended) -> Self {
         let mut tally = Self::default();
         let mut reported = false;
@@ -32,7 +33,7 @@ impl Tally {
             if line.starts_with(REMEMBERED) && line.ends_with(" ok") {
                 tally.remembered += 1;
             }
-            // `test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; ...`
+            // Such as `test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; ...`.
             let Some(counts) = line.strip_prefix("test result: ") else { continue };
             reported = true;
             for part in counts.split(['.', ';']) {
@@ -59,11 +60,12 @@ impl Tally {
         tally
     }
 
-    /// The tally of a run that failed before it could report anything.
+    /// The tally of a program that failed before it reported a result.
     pub(super) fn failure(what: impl Into<String>) -> Self {
         Self { failures: vec![what.into()], ..Self::default() }
     }
 
+    /// Adds the results of another tally.
     pub(super) fn add(&mut self, other: &Self) {
         self.passed += other.passed;
         self.failed += other.failed;
@@ -74,27 +76,28 @@ impl Tally {
         self.details.extend_from_slice(&other.details);
     }
 
-    /// The messages of failed tests, in one piece a program.
+    /// Messages of failed tests, one text for each program.
     pub(super) fn details(&self) -> &[String] {
         &self.details
     }
 
-    /// How many passed, how many of these an earlier run has proven, and how many failed.
+    /// Numbers of passed tests, of proven ones among these, and of failed tests.
     pub(super) fn counts(&self) -> (u64, u64, u64) {
         (self.passed, self.remembered, self.failed)
     }
 
+    /// Tells if no test and no program failed.
     pub(super) fn passed_all(&self) -> bool {
         self.failed == 0 && self.failures.is_empty()
     }
 
-    /// Whether no test was chosen, neither to run nor to be ignored, and nothing failed either.
+    /// Tells if no test was chosen (ignored tests count as chosen) and nothing failed.
     pub(super) fn is_empty(&self) -> bool {
         self.passed_all() && self.passed + self.ignored == 0
     }
 }
 
-/// The messages of failed tests, which a runner prints below its list of verdicts, under the program's name.
+/// The messages of failed tests, which the runner prints below the list of results.
 fn detail(name: &str, output: &str) -> Option<String> {
     let (_, failures) = output.split_once("\nfailures:\n")?;
     let end = failures.rfind("\ntest result: ").unwrap_or(failures.len());

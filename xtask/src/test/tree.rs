@@ -1,4 +1,4 @@
-//! Debian trees that tests run engines and workloads in: made once by debootstrap, in the cache.
+//! Debian trees for tests of engines and workloads. debootstrap makes them once, in the cache.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,18 +9,18 @@ use crate::process::{command, run_logged};
 use crate::progress::{say, step};
 use crate::{apt, cache, repository};
 
-/// A root file system with packages of a Debian release.
+/// A Debian tree: a root file system with packages of a Debian release.
 #[derive(Debug)]
 pub(super) struct Tree {
-    /// The test program that needs it.
+    /// The test program that needs the tree.
     pub(super) program: &'static str,
-    /// The variable that tells that program where it is.
+    /// The environment variable of the test program for the tree's path.
     pub(super) variable: &'static str,
     suite: &'static str,
     packages: &'static [&'static str],
 }
 
-/// Programs that people run, and a compiler.
+/// The tree of the workload tests: common programs, and a compiler.
 pub(super) const WORKLOADS: Tree = Tree {
     program: "workloads",
     variable: "ISOPOD_TEST_WORKLOAD_TREE",
@@ -48,7 +48,7 @@ pub(super) const TREES: [Tree; 2] = [
     WORKLOADS,
 ];
 
-/// What no program in a tree reads.
+/// Folders that are emptied: no program in a tree reads them.
 const WASTE: [&str; 6] = [
     "var/cache/apt",
     "var/lib/apt/lists",
@@ -59,7 +59,7 @@ const WASTE: [&str; 6] = [
 ];
 
 impl Tree {
-    /// The tree's root directory, from the cache or else made, which takes minutes.
+    /// The tree's root directory, from the cache. A missing tree is made, which takes minutes.
     pub(super) fn ensure(&self) -> Result<PathBuf> {
         let packages = self.packages.join(",");
         let waste = WASTE.join(",");
@@ -72,9 +72,10 @@ impl Tree {
         })
     }
 
+    /// Makes the tree in `dir`.
     fn make(&self, dir: &Path, packages: &str) -> Result<()> {
         let archive = apt::archive()?;
-        // What debootstrap mounts in the tree goes with its mount namespace, however it ends.
+        // In a mount namespace: its end unmounts what debootstrap has mounted in the tree.
         let mut debootstrap = command("unshare");
         debootstrap.args(["--mount", "--propagation=private", "debootstrap", "--variant=minbase"]);
         debootstrap.args([&format!("--include={packages}"), self.suite]).arg(dir).arg(archive);

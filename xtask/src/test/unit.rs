@@ -1,21 +1,21 @@
-//! The unit tests: the test programs of all crates one after the other, then the examples in their docs.
+//! The unit tests: first the test programs of all crates, then the examples in doc comments.
 
 use anyhow::Result;
 
-use super::Choice;
+use super::choice::Choice;
 use super::program::{Program, selection};
 use super::tally::Tally;
 use crate::lab::{Ended, Input, Run, Show};
-use crate::place::Place;
 use crate::repository;
+use crate::target::Target;
 
-/// Runs the unit tests on this machine. Each program runs whatever became of those before it.
+/// Runs the unit tests on this machine. A failed program does not stop the others.
 pub(super) fn run(programs: &[Program], choice: &Choice, show: &mut Show<'_>) -> Result<Tally> {
     let mut total = Tally::default();
     for program in programs {
         let mut run = Run::here(vec![program.path.display().to_string()])?;
         run.argv.extend(choice.filter.clone());
-        // As cargo has them.
+        // Working directory and variable are those that cargo sets.
         run.cwd = program.dir.clone();
         let run = run.env("CARGO_MANIFEST_DIR", program.dir.display().to_string());
         let what = format!("\n     Running {} ({})\n", program.name, program.dir.display());
@@ -33,15 +33,15 @@ pub(super) fn run(programs: &[Program], choice: &Choice, show: &mut Show<'_>) ->
     Ok(total)
 }
 
-/// Runs a program; its output is shown as well.
+/// Runs a program. Returns its output, which is shown too, and its end.
 fn captured(run: &Run, show: &mut Show<'_>) -> Result<(Vec<u8>, Ended)> {
     let mut output = Vec::new();
     let ended = match show {
         Show::Through | Show::Also(_) => {
-            Place::Here.run(run, Input::Nothing, &mut Show::Also(&mut output))?
+            Target::Here.run(run, Input::Nothing, &mut Show::Also(&mut output))?
         }
         Show::Only(_) | Show::Timed(_) => {
-            let ended = Place::Here.run(run, Input::Nothing, &mut Show::Only(&mut output))?;
+            let ended = Target::Here.run(run, Input::Nothing, &mut Show::Only(&mut output))?;
             show.stdout(&output)?;
             ended
         }

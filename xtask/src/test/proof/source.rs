@@ -1,4 +1,4 @@
-//! The sources that a proof rests on: of the case, of the harness around it, of its program.
+//! The sources that are inputs of a proof: those of the case, of the harness, and of the program.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,31 +8,29 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::repository;
 
-/// Where cases are, and what no case rests on as a whole: their table.
+/// Folder of the cases.
 const CASES: &str = "src/engine/cases";
+
+/// File in [`CASES`] with the table of cases. It is no input of a proof.
 const TABLE: &str = "mod.rs";
 
-/// Files of the harness that are for other tests only.
+/// Files of the harness that only other tests use.
 const ASIDE: [&str; 2] = ["src/container.rs", "src/pattern.rs"];
 
-/// The probe, which only some cases run.
+/// The probe. Only some cases run it.
 const PROBE: &str = "src/bin/probe";
 
-/// Crates, and how the tests are built.
+/// Files that decide the crates and the build of the tests.
 const BUILD: [&str; 2] = ["../Cargo.lock", "Cargo.toml"];
 
-/// The sources of the tests, by their paths from the tests' crate.
+/// The sources of the tests, by their paths relative to `tests/`.
 #[derive(Debug)]
 pub(super) struct Sources {
     files: BTreeMap<String, String>,
 }
 
 impl Sources {
-    /// Reads all of them.
-    ///
-    /// # Errors
-    ///
-    /// If a file or directory cannot be read, or is not UTF-8.
+    /// Reads all sources. They must be UTF-8.
     pub(super) fn read() -> Result<Self> {
         let root = repository::root().join("tests");
         let mut files = BTreeMap::new();
@@ -45,14 +43,14 @@ impl Sources {
         Ok(Self { files })
     }
 
-    /// What the table of cases in the program `name` says.
+    /// Source of the program `name`. It has the table of cases.
     pub(super) fn program(&self, name: &str) -> Result<Vec<u8>> {
         let path = format!("tests/{name}.rs");
         let source = self.files.get(&path).with_context(|| format!("there is no {path}"))?;
         Ok(source.clone().into_bytes())
     }
 
-    /// All that every case runs through.
+    /// Source of the harness of all cases.
     pub(super) fn harness(&self) -> Result<Vec<u8>> {
         let below = |path: &str, dir: &str| Path::new(path).starts_with(dir);
         let chosen = self.files.iter().filter(|(path, _)| {
@@ -65,12 +63,10 @@ impl Sources {
         Ok(joined(chosen))
     }
 
-    /// The function of a case, what its module has beside other cases, the same of modules that it
-    /// names, and the probe if there is word of it.
+    /// Source of a case: its function, and its module without other cases.
     ///
-    /// # Errors
-    ///
-    /// If no module has such a case.
+    /// Modules that these name count too, without their other cases. The probe counts if the source
+    /// has the word. Fails if no module has the case.
     pub(super) fn case(&self, case: &str) -> Result<Vec<u8>> {
         let modules = self.files.iter().filter(|(path, _)| {
             Path::new(path).parent() == Some(Path::new(CASES)) && !path.ends_with(TABLE)
@@ -78,7 +74,7 @@ impl Sources {
         let modules: BTreeMap<&str, &str> =
             modules.map(|(path, source)| (module(path), source.as_str())).collect();
         let own = modules.iter().filter(|(_, source)| split(source).1.contains_key(case));
-        // Of two modules that have a case of this name, the table chooses; both count.
+        // If two modules have a case of this name, both count: only the table tells which one runs.
         let mut wanted: Vec<&str> = own.map(|(name, _)| *name).collect();
         if wanted.is_empty() {
             bail!("no module of tests/{CASES} has a case {case}");
@@ -109,6 +105,7 @@ impl Sources {
     }
 }
 
+/// Reads all files below `root/dir`.
 fn collect(root: &Path, dir: &Path, files: &mut BTreeMap<String, String>) -> Result<()> {
     let at = root.join(dir);
     let entries = fs::read_dir(&at).with_context(|| format!("cannot list {}", at.display()))?;
@@ -128,17 +125,20 @@ fn text(path: &Path) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
+/// Paths and contents in one piece.
 fn joined<'a>(files: impl Iterator<Item = (&'a String, &'a String)>) -> Vec<u8> {
     files.map(|(path, source)| format!("{path}\0{source}\0")).collect::<String>().into_bytes()
 }
 
-/// `life` for `src/engine/cases/life.rs`.
+/// Name of the module in a file: `life` for `src/engine/cases/life.rs`.
 fn module(path: &str) -> &str {
     Path::new(path).file_stem().and_then(|stem| stem.to_str()).unwrap_or(path)
 }
 
-/// A module without its cases, and each of these: a function `pub fn NAME(run: &Run<'_>) {` up to the
-/// brace that closes it, as rustfmt writes it. Whatever is written otherwise counts as the module's.
+/// Splits a module into its source without cases, and its cases by name.
+///
+/// A case is a function `pub fn NAME(run: &Run<'_>) {` up to its closing brace, in the format of
+/// rustfmt. All other text belongs to the module.
 fn split(source: &str) -> (String, BTreeMap<&str, &str>) {
     let mut rest = String::new();
     let mut functions = BTreeMap::new();
@@ -152,7 +152,7 @@ fn split(source: &str) -> (String, BTreeMap<&str, &str>) {
             (Some(name), Some(end)) => {
                 rest.push_str(&source[at..begin]);
                 functions.insert(name, &source[begin..end]);
-                // The line break before the next function is looked for too.
+                // The search for the next case begins at the line break.
                 at = end - 1;
             }
             _ => {
@@ -209,7 +209,7 @@ mod tests {
         assert!(content("run.probe(&[]);").contains("fn main"));
     }
 
-    /// Each row of a table has a source that is its own.
+    /// Each case in a table is found in the sources.
     #[test]
     fn every_case_is_found() {
         let sources = Sources::read().unwrap();
@@ -228,7 +228,7 @@ mod tests {
         assert!(cases > 50, "only {cases} cases");
     }
 
-    /// Harness files that are set aside are none that an engine needs.
+    /// The engine's harness uses no file of [`ASIDE`].
     #[test]
     fn engines_do_without_what_is_aside() {
         let sources = Sources::read().unwrap();
@@ -237,7 +237,7 @@ mod tests {
             for word in ["crate::container", "crate::pattern", ".container()", "crate::{"] {
                 assert!(!source.contains(word), "{path} has {word}");
             }
-            // Only Isopod has to do what its documentation says, and that has no proof.
+            // page.rs includes documentation. Its cases are for Isopod only, so they have no proof.
             let includes = source.contains("include_") && path.starts_with(CASES);
             assert!(!includes || path.ends_with("page.rs"), "{path} includes a file");
         }

@@ -1,4 +1,6 @@
-//! The boot benchmark: how long until a container can be made, and what that costs.
+//! The boot benchmark: time until the agent is ready to create a container, and memory and exits.
+
+mod qemu;
 
 use std::path::Path;
 
@@ -6,15 +8,16 @@ use anyhow::{Context as _, Result};
 
 use crate::clock::least;
 use crate::figure::Figure;
-use crate::{qemu, sizes, vmm, workload};
+use crate::{sizes, vmm, workload};
 
 const PEER: &str = "qemu-microvm";
 
-/// Measures everything `runs` times and takes the run with the fewest units, and all figures of a
-/// boot from that one run. Isopod and the peer take turns, so that a change of the host between them
-/// falls on both.
+/// Measures everything `runs` times.
+///
+/// The boot with the fewest units gives all figures of a boot. Isopod and the peer take turns, so a
+/// change of the host affects both.
 pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec<Figure>> {
-    // The first of each warms the page cache and does not count.
+    // The first run of each warms the page cache and does not count.
     vmm::boot(programs)?;
     qemu::boot(programs)?;
     workload::run(programs, bundle)?;
@@ -61,7 +64,7 @@ pub(crate) fn measure(programs: &Path, bundle: &Path, runs: usize) -> Result<Vec
     Ok(figures)
 }
 
-/// Exits as KVM counts them, or those of them that reach the VMM as it does.
+/// A number of exits. Kinds with `user:` in front are counted by the VMM, the others by KVM.
 fn exits(kind: &str, count: u64) -> Figure {
     let name = match kind.strip_prefix("user:") {
         Some(kind) => format!("user-exits {kind}"),

@@ -1,4 +1,4 @@
-//! The run in labs: programs and unit tests wait in one queue, from which each lab's thread takes the next.
+//! The run in labs: a queue of programs and unit tests. The thread of each lab takes jobs from it.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -8,29 +8,29 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result};
 
-use super::Choice;
+use super::choice::Choice;
 use super::program::{Program, Programs};
 use super::report::{Report, Row, Times};
 use super::site::Site;
 use super::unit;
-use crate::lab::{self, Lab, Show};
-use crate::place::Place;
+use crate::lab::{self, Lab, LabOptions, Show};
 use crate::progress::{say, step};
+use crate::target::Target;
 
 /// The test program that needs a machine with two processors.
 const NEEDS_TWO_CPUS: &str = "smp";
 
-/// What the row of the unit tests is called.
+/// Name of the unit tests in messages and in the report.
 pub(super) const UNIT: &str = "unit tests";
 
-/// Something to run that waits in the queue.
+/// A job in the queue.
 #[derive(Debug)]
 enum Job {
     /// Unit tests, on this machine beside the labs.
     Unit(Vec<Program>),
     /// A program for a lab of one processor.
     Usual(Program),
-    /// A program for a lab of its own with two.
+    /// A program for a separate lab of two processors.
     TwoCpus(Program),
 }
 
@@ -43,7 +43,7 @@ impl Job {
     }
 }
 
-/// Runs everything in as many labs as this machine has processors and memory for.
+/// Runs all programs in as many labs as this machine has processors and memory for.
 pub(super) fn run(
     programs: Programs,
     product: &Path,
@@ -52,8 +52,8 @@ pub(super) fn run(
 ) -> Result<Report> {
     lab::prepare()?;
     let kernel = lab::kernel_name()?;
-    let jobs = queue(programs, times);
-    let (count, options) = lab::Options::side_by_side(jobs.len());
+    let jobs = in_order(programs, times);
+    let (count, options) = LabOptions::side_by_side(jobs.len());
     let labs = Labs {
         product,
         choice,
@@ -69,16 +69,18 @@ pub(super) fn run(
         }
     });
     let mut rows = labs.rows.into_inner().unwrap_or_else(PoisonError::into_inner);
-    // Left over when no lab could be booted.
+    // Jobs are left if no lab could be booted.
     let rest = labs.queue.into_inner().unwrap_or_else(PoisonError::into_inner);
     rows.extend(rest.iter().map(|job| Row::failure(job.name(), "not run: there was no lab")));
     Ok(Report(rows))
 }
 
-/// The jobs in the order in which they begin. First the unit tests, which need no lab; then the longest, lest
-/// one lab be busy with it while the others are idle; at the end those that need two processors, when little
-/// else wants these.
-fn queue(programs: Programs, times: &Times) -> VecDeque<Job> {
+/// The jobs in the order of their start.
+///
+/// The unit tests are first: they need no lab. Longer programs come before shorter ones, or one lab
+/// would still run a long program when the others are idle. Programs for two processors are last,
+/// when few other programs need a processor.
+fn in_order(programs: Programs, times: &Times) -> VecDeque<Job> {
     let mut queue = VecDeque::new();
     if !programs.unit.is_empty() {
         queue.push_back(Job::Unit(programs.unit));
@@ -94,25 +96,27 @@ fn queue(programs: Programs, times: &Times) -> VecDeque<Job> {
     queue
 }
 
-/// What `mutex` guards. A thread that panicked with it left nothing half done: all is changed at once.
+/// Locks `mutex`, even after a panic of another holder: each change under these locks is one call.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What all labs share.
+/// State shared by the threads of all labs.
 struct Labs<'a> {
     product: &'a Path,
     choice: &'a Choice,
-    /// Names the kernel of all labs.
+    /// Name of the kernel of all labs, for proofs.
     kernel: String,
-    options: lab::Options,
+    options: LabOptions,
     queue: Mutex<VecDeque<Job>>,
     rows: Mutex<Vec<Row>>,
 }
 
 impl Labs<'_> {
-    /// Takes jobs from the queue and runs them, in one lab after the other: the next one when a lab was
-    /// lost, which fails the program that ran in it.
+    /// Takes jobs from the queue and runs them in a lab, until the queue is empty.
+    ///
+    /// If the lab is lost, its program has failed and the next job gets a new lab. If a lab cannot
+    /// be booted, the job goes back to the queue and this thread ends.
     fn work(&self, number: usize) {
         let mut site: Option<Site> = None;
         loop {
@@ -121,9 +125,9 @@ impl Labs<'_> {
             let (place, row) = match &job {
                 Job::Unit(programs) => ("here".to_owned(), self.unit(programs)),
                 Job::TwoCpus(program) => {
-                    // Its memory is needed.
+                    // Ends the lab of this thread: the new lab needs its memory.
                     site = None;
-                    let options = lab::Options { cpus: 2, ..self.options.clone() };
+                    let options = LabOptions { cpus: 2, ..self.options.clone() };
                     let booted = self.boot(&options);
                     ("lab, 2 CPUs".to_owned(), booted.map(|lab| self.run(&lab, program).1))
                 }
@@ -148,29 +152,31 @@ impl Labs<'_> {
         }
     }
 
-    fn boot(&self, options: &lab::Options) -> Result<Site> {
-        Site::prepare(Place::Lab(Box::new(Lab::private(options)?)), self.product)
+    /// Boots a lab with the product in it.
+    fn boot(&self, options: &LabOptions) -> Result<Site> {
+        Site::prepare(Target::Lab(Box::new(Lab::private(options)?)), self.product)
     }
 
-    /// Runs a program, and says whether the lab is of use after it.
+    /// Runs a program. The first value is false if the lab was lost.
     fn run(&self, site: &Site, program: &Program) -> (bool, Row) {
         let what = format!("end-to-end tests in the lab: {}", program.name);
         let began = Instant::now();
         match step(&what, || site.run(program, self.choice, &self.kernel)) {
             Ok(row) => (true, row),
             Err(error) => {
-                say(format!("the lab of {} is of no more use: {error:#}", program.name));
+                say(format!("the lab of {} was lost: {error:#}", program.name));
                 let row = Row::failure(&program.name, "its lab was lost");
                 (false, Row { took: began.elapsed(), ..row })
             }
         }
     }
 
+    /// Runs the unit tests on this machine. Their output is shown at the end, in one piece.
     fn unit(&self, programs: &[Program]) -> Result<Row> {
         let mut output = Vec::new();
         let began = Instant::now();
         let tally = step(UNIT, || unit::run(programs, self.choice, &mut Show::Only(&mut output)));
-        say(format!("what {UNIT} printed:"));
+        say(format!("output of the {UNIT}:"));
         let printed = Show::Through.stdout(&output).context("cannot write output");
         let mut row = match tally {
             Ok(tally) => {
@@ -201,7 +207,7 @@ mod tests {
         let e2e = ["exec", "smp", "docker", "podman"].map(|name| program(name, None));
         let unit = vec![program("shim", None)];
         let programs = Programs { unit, e2e: e2e.to_vec() };
-        let order = queue(programs, &Times::default());
+        let order = in_order(programs, &Times::default());
         let names: Vec<&str> = order.iter().map(Job::name).collect();
         assert_eq!(names, [UNIT, "podman", "docker", "exec", "smp"]);
     }

@@ -1,28 +1,30 @@
-//! Where sandboxes run: on this machine when its KVM is real, in the lab when not.
+//! The machine on which sandboxes run: this one if it has hardware KVM, otherwise a lab.
 
 use std::fs;
-use std::io::{self, IsTerminal as _, Read as _, Write as _, stdin, stdout};
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::Need;
-use crate::lab::{self, Ended, Input, Lab, Options, Run, Show};
+use crate::lab::{self, Ended, Input, Lab, LabOptions, Run, Show};
 use crate::process;
 use crate::progress::say;
 
-/// Chooses the place: `force` for the lab, `off` for this machine.
+/// Environment variable that overrides the choice: `force` for a lab, `off` for this machine.
 const CHOICE: &str = "ISOPOD_LAB";
 
-/// Where directories are copied to in the lab.
+/// Directory of the lab for copied directories.
 const BROUGHT: &str = "/opt/isopod";
 
-/// Shows the lab the path `$1` of this machine, as its `$2`th; see lab/initramfs.sh for /run/host.
+/// Shell script that makes the path `$1` of this machine visible in the lab.
+///
+/// `$2` is a number that no other exposed path has. `/run/host` is made by lab/initramfs.sh.
 const EXPOSE: &str = r#"
 set -e
 if ! [ -d "/run/host$1" ]; then
-    # What is there already is the same file, on the share for writing.
+    # An existing file is the same file: it lies on the writable share.
     ! [ -e "$1" ] || exit 0
     mkdir -p "$(dirname "$1")"
     exec cp -a "/run/host$1" "$1"
@@ -33,25 +35,25 @@ cd "/run/host$1"
 exec mount -t overlay -o "lowerdir=.,upperdir=$layers/files,workdir=$layers/work" exposed "$1"
 "#;
 
-/// A place where sandboxes run.
+/// A machine on which sandboxes run.
 #[derive(Debug)]
-pub(crate) enum Place {
+pub(crate) enum Target {
     /// This machine.
     Here,
-    /// A lab that ends with this value.
+    /// A lab, ended when this value is dropped.
     Lab(Box<Lab>),
 }
 
-impl Place {
-    /// The place that this machine's KVM or `ISOPOD_LAB` asks for, and says which.
-    pub(crate) fn open(options: &Options) -> Result<Self> {
+impl Target {
+    /// Chooses this machine or boots a lab, and prints the choice and its reason; see [`is_here`].
+    pub(crate) fn open(options: &LabOptions) -> Result<Self> {
         if is_here(options.count)? {
             return Ok(Self::Here);
         }
         Ok(Self::Lab(Box::new(Lab::private(options)?)))
     }
 
-    /// What to call it.
+    /// Name for messages, with a preposition.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Here => "on this machine",
@@ -59,8 +61,10 @@ impl Place {
         }
     }
 
-    /// A directory there with the contents of `from`: in the lab a copy in its memory, for what comes
-    /// from shared directories is slower, and waiting for it spoils counting.
+    /// Returns a directory of the target with the contents of `from`.
+    ///
+    /// In a lab the directory is a copy in memory. Shared directories are slower, and the wait for
+    /// the host would show in a lab that counts instructions.
     pub(crate) fn bring(&self, from: &Path) -> Result<PathBuf> {
         if let Self::Here = self {
             return Ok(from.to_owned());
@@ -72,31 +76,32 @@ impl Place {
         Ok(to)
     }
 
-    /// Lets the lab have the directories and files `paths` of this machine under their own names
-    /// where it has none of them, or another one: those below a directory that is the lab's own, and
-    /// those that it shares for writing. What is written to them there is lost with the lab.
+    /// Makes directories and files of this machine visible in the lab under the same paths.
+    ///
+    /// Only some `paths` need it: those below a directory that the lab has for itself, and those on
+    /// the writable share. Writes to an exposed path are lost when the lab ends.
     pub(crate) fn expose(&self, paths: &[PathBuf]) -> Result<()> {
         if let Self::Here = self {
             return Ok(());
         }
         for (number, path) in lab::hidden(paths).into_iter().enumerate() {
             let path = lab::text(&path)?;
-            // An overlay's directories are best named relatively: any byte may be in `path`.
+            // EXPOSE names the lower directory `.`: overlay options could not quote every `path`.
             self.must(&["sh", "-c", EXPOSE, "expose", path, &number.to_string()])
                 .with_context(|| format!("cannot show {path} to the lab"))?;
         }
         Ok(())
     }
 
-    /// This process's input, as far as a command there can have it.
+    /// This process's standard input, if a command on the target can have it.
     pub(crate) fn input(&self) -> Input {
         match self {
             Self::Here => Input::Own,
-            Self::Lab(_) => own_input(),
+            Self::Lab(_) => Input::for_lab(),
         }
     }
 
-    /// Runs a command there that has no input and must succeed.
+    /// Runs a command without standard input. An exit status other than 0 is an error.
     pub(crate) fn must(&self, argv: &[&str]) -> Result<()> {
         let run = Run::here(argv.iter().map(|&word| word.to_owned()).collect())?;
         match self.run(&run, Input::Nothing, &mut Show::Through)? {
@@ -108,7 +113,7 @@ impl Place {
         }
     }
 
-    /// Runs a command there.
+    /// Runs a command on the target.
     pub(crate) fn run(&self, run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
         match self {
             Self::Here => run_here(run, input, show),
@@ -117,8 +122,10 @@ impl Place {
     }
 }
 
-/// Why sandboxes run in a lab, if they do: this machine's KVM or `ISOPOD_LAB` decides, and counting,
-/// which only a lab can do.
+/// Reason for a lab, or none if sandboxes run on this machine.
+///
+/// `ISOPOD_LAB` decides. If it is not set, counting instructions needs a lab, and so does a machine
+/// without hardware KVM.
 fn reason_for_lab(counting: bool) -> Result<Option<String>> {
     let choice = std::env::var(CHOICE).unwrap_or_default();
     match choice.as_str() {
@@ -131,12 +138,12 @@ fn reason_for_lab(counting: bool) -> Result<Option<String>> {
     }
 }
 
-/// What running sandboxes needs from Debian: a lab's packages, where one has to be booted.
+/// Debian packages for running sandboxes: those of a lab if sandboxes run in one, otherwise none.
 pub(crate) fn needs(counting: bool) -> Result<Vec<Need>> {
     Ok(reason_for_lab(counting)?.map_or_else(Vec::new, |_| lab::needs().collect()))
 }
 
-/// Whether sandboxes run on this machine. Says where they run, and why.
+/// Tells if sandboxes run on this machine. Prints the choice and its reason.
 pub(crate) fn is_here(counting: bool) -> Result<bool> {
     let Some(why) = reason_for_lab(counting)? else {
         say("sandboxes run directly on this machine");
@@ -146,18 +153,14 @@ pub(crate) fn is_here(counting: bool) -> Result<bool> {
     Ok(false)
 }
 
-/// This process's input, unless that is a terminal, which a command in a lab cannot have.
-pub(crate) fn own_input() -> Input {
-    if stdin().is_terminal() { Input::Nothing } else { Input::Own }
-}
-
+/// Runs a command on this machine.
 fn run_here(run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
     let (program, args) = run.argv.split_first().context("there is no command")?;
     let mut command = process::command(program);
     command.args(args).env_clear().envs(run.env.iter().map(|(name, value)| (name, value)));
     command.current_dir(&run.cwd);
     command.stdin(if input == Input::Own { Stdio::inherit() } else { Stdio::null() });
-    // A terminal stays one.
+    // Inherited, not copied, so that a terminal stays a terminal.
     let through = matches!(show, Show::Through);
     command.stdout(if through { Stdio::inherit() } else { Stdio::piped() });
     let mut child = match command.spawn() {
@@ -170,6 +173,7 @@ fn run_here(run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
     passed_on.map(|()| Ended::Status(process::shell_status(status)))
 }
 
+/// Shows `output` until its end.
 fn pass_on(mut output: ChildStdout, show: &mut Show<'_>) -> Result<()> {
     let mut chunk = vec![0; 64 * 1024];
     loop {
@@ -182,7 +186,7 @@ fn pass_on(mut output: ChildStdout, show: &mut Show<'_>) -> Result<()> {
     }
 }
 
-/// Whether this machine's processor and kernel have KVM, and not only a `/dev/kvm` in software.
+/// Tells if processor and kernel have KVM. `/dev/kvm` alone is not enough: it may be emulated.
 fn hardware_kvm() -> bool {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or("");
@@ -190,21 +194,4 @@ fn hardware_kvm() -> bool {
     let module = |name: &str| Path::new("/sys/module").join(name).exists();
     let processor = (flag("svm") && module("kvm_amd")) || (flag("vmx") && module("kvm_intel"));
     processor && Path::new("/dev/kvm").exists()
-}
-
-impl Show<'_> {
-    /// Passes a piece of standard output on.
-    pub(crate) fn stdout(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Through => {}
-            Self::Also(kept) => kept.extend_from_slice(bytes),
-            Self::Only(kept) => {
-                kept.extend_from_slice(bytes);
-                return Ok(());
-            }
-            Self::Timed(lines) => return lines.push(bytes),
-        }
-        stdout().write_all(bytes)?;
-        stdout().flush()
-    }
 }
