@@ -22,6 +22,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 /// Longest time for a sandbox process to end after its microVM.
 const END_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Longest time between statistics that cannot be read and the news that the container has ended.
+const LAST_NEWS_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The processes of a container, as its guest reports them.
 pub fn processes(dir: &StateDir, id: &ContainerId) -> Result<Vec<ProcessInfo>> {
     run(async {
@@ -76,9 +79,13 @@ async fn watch(
         let killed = loop {
             tokio::select! {
                 killed = &mut oom => break killed?,
-                _ = ticks.tick() => {
-                    let stats = answer(id, agent.stats()).await?;
-                    tell(News::Stats(Box::new(stats)))?;
+                _ = ticks.tick() => match answer(id, agent.stats()).await {
+                    Ok(stats) => tell(News::Stats(Box::new(stats)))?,
+                    // The container's cgroup goes with it, perhaps while it is read.
+                    Err(error) => match timeout(LAST_NEWS_TIMEOUT, &mut oom).await {
+                        Ok(killed) => break killed?,
+                        Err(_) => return Err(error),
+                    },
                 }
             }
         };
