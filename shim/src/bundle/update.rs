@@ -39,7 +39,6 @@ pub fn update_resources(
 ) -> Result<LinuxResources> {
     let mut after = before.clone();
     if let Some(memory) = update.memory() {
-        check_capacity(before, memory, vm)?;
         after.set_memory(Some(merge_memory(before.memory().unwrap_or_default(), memory)));
     }
     if let Some(cpu) = update.cpu() {
@@ -64,6 +63,10 @@ pub fn update_resources(
     if let Some(unified) = update.unified().as_ref().filter(|unified| !unified.is_empty()) {
         after.unified_mut().get_or_insert_default().extend(unified.clone());
     }
+    // A limit of before may be larger: the microVM was made for an annotation then.
+    if memory_limit(&after) != memory_limit(before) {
+        check_fits(&after, vm)?;
+    }
     let mut linux = Linux::default();
     linux.set_sysctl(None).set_resources(Some(after.clone()));
     resources::check(&linux)?;
@@ -73,18 +76,27 @@ pub fn update_resources(
 /// Limits that the microVM cannot give, each in a sentence: it has fewer processors than the
 /// container may use.
 pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
-    let Some(cpu) = resources.cpu() else { return Vec::new() };
     let vcpus = u64::from(vm.vcpus);
     let mut found = Vec::new();
-    let quota = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).unwrap_or(0);
-    let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+    let cpu = resources.cpu().clone().unwrap_or_default();
+    let file = |name: &str| resources.unified().as_ref()?.get(name).map(|text| text.trim());
+    // A file of `unified` is written last. "max" is no quota.
+    let (quota, period) =
+        match file("cpu.max").map(|text| text.split_once(' ').unwrap_or((text, ""))) {
+            Some((quota, period)) => (quota.parse().unwrap_or(0), period.parse().ok()),
+            None => {
+                (cpu.quota().and_then(|quota| u64::try_from(quota).ok()).unwrap_or(0), cpu.period())
+            }
+        };
+    let period = period.filter(|period| *period > 0).unwrap_or(100_000);
     if quota > period.saturating_mul(vcpus) {
         found.push(format!(
             "a CPU quota of {quota} in {period} us is more than the {vcpus} processors that the \
              microVM has"
         ));
     }
-    if let Some(list) = cpu.cpus().as_deref().filter(|list| !list.is_empty())
+    if let Some(list) =
+        file("cpuset.cpus").or(cpu.cpus().as_deref()).filter(|list| !list.is_empty())
         && cpu_list_len(list).is_some_and(|length| length > vcpus)
     {
         found.push(format!(
@@ -94,21 +106,10 @@ pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
     found
 }
 
-/// Checks that a new limit fits into the memory that the microVM was made with.
-fn check_capacity(before: &LinuxResources, memory: &LinuxMemory, vm: VmSize) -> Result<()> {
-    let same = before.memory().and_then(|memory| memory.limit()) == memory.limit();
-    let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).unwrap_or(0);
-    if same { Ok(()) } else { check_limit(limit, vm) }
-}
-
 /// Checks that a microVM of this size has the memory that the container may use. The microVM cannot
 /// grow, so the error says what to do.
 pub fn check_fits(resources: &LinuxResources, vm: VmSize) -> Result<()> {
-    check_limit(memory_limit(resources).unwrap_or(0), vm)
-}
-
-fn check_limit(limit: u64, vm: VmSize) -> Result<()> {
-    let limit_mib = limit.div_ceil(1 << 20);
+    let limit_mib = memory_limit(resources).unwrap_or(0).div_ceil(1 << 20);
     let largest_mib = vm.largest_limit_mib();
     if limit_mib <= largest_mib {
         return Ok(());
@@ -231,6 +232,9 @@ mod tests {
             assert!(error.contains(&part), "{error}");
         }
         assert!(updated(&limit(4096), &limit(4096)).is_ok(), "as it was");
+        let file = |mib: u64| format!(r#"{{"unified": {{"memory.max": "{}"}}}}"#, mib << 20);
+        assert!(updated(&limit(64), &file(largest)).is_ok());
+        assert_eq!(updated("{}", &file(largest + 1)).unwrap_err().message, error);
     }
 
     #[test]
@@ -240,6 +244,12 @@ mod tests {
         assert_eq!(said(r#"{"cpu": {"quota": 200001}}"#), 1);
         assert_eq!(said(r#"{"cpu": {"quota": -1, "cpus": "0-1"}}"#), 0);
         assert_eq!(said(r#"{"cpu": {"quota": 30, "period": 10, "cpus": "0-2"}}"#), 2);
+        let files = |cpu: &str, cpus: &str| {
+            said(&format!(r#"{{"unified": {{"cpu.max": "{cpu}", "cpuset.cpus": "{cpus}"}}}}"#))
+        };
+        assert_eq!(files("max 100000", "0-1"), 0);
+        assert_eq!(files("30 10", "0-2"), 2);
+        assert_eq!(files("200001", "0"), 1);
     }
 
     #[test]
