@@ -41,6 +41,7 @@ pub use self::{
 pub(crate) use self::{
     guest_spec::{shared_hook, shared_inner, shared_name},
     network_namespace::{RESOLV_CONF, is_network_namespace},
+    owner::user as check_user,
 };
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 const LARGEST: u32 = i32::MAX as u32;
 
 /// Checks the ids of `process.user`.
-pub(super) fn user(user: &User) -> Result<()> {
+pub(crate) fn user(user: &User) -> Result<()> {
     let more = user.additional_gids().iter().flatten().map(|gid| ("additionalGids", *gid));
     for (field, number) in [("uid", user.uid()), ("gid", user.gid())].into_iter().chain(more) {
         id(&format!("process.user.{field}"), number)?;

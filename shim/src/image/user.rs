@@ -6,6 +6,7 @@ use std::{fs::File, io::Read};
 use oci_spec::runtime::User;
 
 use crate::{
+    bundle::check_user,
     error::{Error, Explain, Result},
     image::{name::parts, tree::Tree},
     text::quoted,
@@ -70,6 +71,7 @@ pub(super) fn resolve(user: &str, tree: &mut Tree) -> Result<User> {
         gids.dedup();
         found.set_additional_gids(Some(gids).filter(|gids| !gids.is_empty()));
     }
+    check_user(&found).map_err(|e| Error::new(format!("the image's process: {}", e.message)))?;
     Ok(found)
 }
 
@@ -78,8 +80,7 @@ fn number(text: &str) -> Result<Option<u32>> {
     if !text.bytes().all(|byte| byte.is_ascii_digit()) {
         return Ok(None);
     }
-    let number = text.parse().ok().filter(|number| *number != u32::MAX);
-    number.map(Some).ok_or_else(|| {
+    text.parse().ok().map(Some).ok_or_else(|| {
         Error::new(format!("the image's process runs as {text}, which is out of range for an id"))
     })
 }

@@ -92,7 +92,8 @@ fn users_are_found_as_engines_find_them() {
     for (user, words) in [
         ("bob", "/etc/passwd has no \"bob\""),
         ("alice:nobody", "/etc/group has no \"nobody\""),
-        ("4294967295", "out of range"),
+        ("2147483648", "must be in range"),
+        ("4294967295", "must be in range"),
         ("99999999999", "out of range"),
         ("a\nb", "\"a\\nb\""),
     ] {
