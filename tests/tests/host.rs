@@ -98,6 +98,9 @@ fn check_lists_what_a_sandbox_needs() {
         "mitigations",
         "kernel",
         "image",
+        "settings",
+        "name service",
+        "cls_u32",
     ] {
         assert!(out.stdout.to_lowercase().contains(word), "no {word}: {out}");
     }
@@ -113,6 +116,9 @@ fn check_names_what_is_missing() {
         let out = scope.runtime().args(["check"]).env(variable, "/no/such/file").output();
         assert!(out.status != 0 && out.stdout.contains("/no/such/file"), "{variable}: {out}");
     }
+    let out = scope.runtime().args(["check"]).env("ISOPOD_BOOT_TIMEOUT", "0").output();
+    let line = out.stdout.lines().find(|line| line.starts_with("settings ")).unwrap();
+    assert!(out.status == 1 && line.contains("MISSING") && line.contains("from 1 to"), "{out}");
 }
 
 /// A network needs tun: without it a host cannot run the containers that engines ask for.

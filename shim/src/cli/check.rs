@@ -13,7 +13,7 @@ use crate::{
     error::Result,
     host::{self, Kvm},
     network::{self, Trial},
-    settings::Artifacts,
+    settings::{self, Artifacts},
 };
 
 /// The oldest kernel release with every feature in use: `mount_setattr(2)` came last.
@@ -66,6 +66,7 @@ fn findings() -> Vec<Finding> {
         artifact("guest kernel", kernel, false),
         artifact("guest image", initramfs, false),
         Finding { what: "vsock", good: None, found: "not needed: the VMM has its own".into() },
+        settings(),
         vhost_net(),
         cgroups(),
         descriptors(),
@@ -102,6 +103,14 @@ fn host_kernel() -> Finding {
     Finding { what: "host kernel", good: Some(good), found: format!("Linux {release}{needed}") }
 }
 
+/// Tells whether the settings of the operator can be used. Files are rows of their own.
+fn settings() -> Finding {
+    let checked = settings::nics().and(settings::boot_timeout()).and(settings::kernel_params());
+    let good = checked.is_ok();
+    let found = checked.map_or_else(|error| error.message, |_| "can be used".to_owned());
+    Finding { what: "settings", good: Some(good), found }
+}
+
 fn permission() -> Finding {
     let root = rustix::process::geteuid().is_root();
     let found = if root { "root" } else { "not root: mount namespaces cannot be made" };
@@ -134,20 +143,26 @@ fn version(program: &Path) -> Result<String> {
 }
 
 /// Tries taps and redirects in a network namespace that ends with the trial.
-fn network() -> [Finding; 2] {
+fn network() -> [Finding; 3] {
     let finding = |what, result: Result<&str>| match result {
         Ok(found) => Finding { what, good: Some(true), found: found.into() },
         Err(error) => Finding { what, good: Some(false), found: error.message },
     };
-    let Trial { taps, redirects } = network::try_out();
-    let tried = taps.is_ok();
+    let Trial { taps, redirects, names } = network::try_out();
+    let (tried, redirected) = (taps.is_ok(), taps.is_ok() && redirects.is_ok());
     let redirects = match redirects {
         _ if !tried => Finding { what: "traffic control", good: None, found: "not tried".into() },
         redirects => {
             finding("traffic control", redirects.map(|()| "sch_ingress, cls_matchall, act_mirred"))
         }
     };
-    [finding("tun", taps.map(|()| "/dev/net/tun")), redirects]
+    let names = match names {
+        _ if !redirected => "not tried".to_owned(),
+        Ok(()) => "cls_u32, for networks of Docker's users".to_owned(),
+        Err(error) => error.message,
+    };
+    let names = Finding { what: "name service", good: None, found: names };
+    [finding("tun", taps.map(|()| "/dev/net/tun")), redirects, names]
 }
 
 fn vhost_net() -> Finding {

@@ -323,11 +323,26 @@ pub(super) fn pass_names(
     let copy = mirred(TcMirrorActionType::EgressMirror, TcActionType::Ok, tap, mark);
     let copy = match_all(interface.index, Priority::AddressResolution, ETH_P_ARP, copy);
     netlink.create(copy).map_err(|e| lacking(what(), e))?;
+    create_pass_answers(netlink, interface.index, &what())
+}
+
+/// Makes the filters for answers of name servers.
+fn create_pass_answers(netlink: &Netlink, index: u32, what: &str) -> Result<()> {
     for protocol in [libc::IPPROTO_UDP, libc::IPPROTO_TCP] {
-        let protocol = protocol.cast_unsigned();
-        netlink.create(pass_answers(interface.index, protocol)).explain(what)?;
+        let filter = pass_answers(index, protocol.cast_unsigned());
+        netlink.create(filter).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => Error::new(format!(
+                "{what}: this host's kernel lacks a filter (`modprobe cls_u32` may load it)"
+            )),
+            _ => Error::because(what.to_owned(), e),
+        })?;
     }
     Ok(())
+}
+
+/// Tries the filters that networks of Docker's users need, at a tap with a redirect.
+pub(super) fn try_names(netlink: &Netlink, tap: &Tap) -> Result<()> {
+    create_pass_answers(netlink, tap.index, "the name server of Docker cannot be asked")
 }
 
 /// A filter that takes IPv4 packets from port 53 to one of [`PORTS`], and does nothing with them.

@@ -20,6 +20,14 @@ pub(crate) struct Trial {
     pub(crate) taps: Result<()>,
     /// The result of redirecting frames between two taps. Not tried without taps.
     pub(crate) redirects: Result<()>,
+    /// The result of a filter for the name server of Docker's networks. Not tried without redirects.
+    pub(crate) names: Result<()>,
+}
+
+impl Trial {
+    fn without_taps(error: Error) -> Self {
+        Self { taps: Err(error), redirects: Ok(()), names: Ok(()) }
+    }
 }
 
 /// Makes two taps and redirects one to the other. A thread of its own does it, in a network
@@ -30,15 +38,18 @@ pub(crate) fn try_out() -> Trial {
             Ok((netlink, from, to)) => {
                 let redirects =
                     Mark::new().and_then(|mark| redirect::try_out(&netlink, &from, &to, &mark));
-                Trial { taps: Ok(()), redirects }
+                let tried = redirects.is_ok();
+                let names = if tried { redirect::try_names(&netlink, &from) } else { Ok(()) };
+                Trial { taps: Ok(()), redirects, names }
             }
-            Err(error) => Trial { taps: Err(error), redirects: Ok(()) },
+            Err(error) => Trial::without_taps(error),
         }
     });
-    let failed = |error| Trial { taps: Err(error), redirects: Ok(()) };
     match tried.explain(|| "cannot start a thread".into()) {
-        Ok(thread) => thread.join().unwrap_or_else(|_| failed(Error::new("the thread failed"))),
-        Err(error) => failed(error),
+        Ok(thread) => {
+            thread.join().unwrap_or_else(|_| Trial::without_taps(Error::new("the thread failed")))
+        }
+        Err(error) => Trial::without_taps(error),
     }
 }
 
