@@ -2,12 +2,13 @@
 //! (shim/src/settings.rs).
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use lexopt::prelude::*;
 
 use crate::build;
+use crate::process::{capture, command};
 use crate::progress::say;
 
 const HELP: &str = "\
@@ -16,7 +17,8 @@ Usage: cargo xtask install [--prefix DIR]
   --prefix DIR   install below DIR [/usr/local]
 
 Builds and installs isopod in DIR/bin, the VMM in DIR/libexec/isopod, and guest kernel and guest
-image in DIR/share/isopod. isopod finds the other files relative to itself, so DIR may be moved.";
+image in DIR/share/isopod. Man pages and completions of bash, fish and zsh go below DIR/share.
+isopod finds the other files relative to itself, so DIR may be moved.";
 
 /// Files of the product, each with its folder below the prefix.
 const FILES: [(&str, &str); 4] = [
@@ -24,6 +26,13 @@ const FILES: [(&str, &str); 4] = [
     ("isopod-vmm", "libexec/isopod"),
     ("vmlinux", "share/isopod"),
     ("isopod.initramfs", "share/isopod"),
+];
+
+/// Completions of each shell, with their files below the prefix.
+const COMPLETIONS: [(&str, &str); 3] = [
+    ("bash", "share/bash-completion/completions/isopod"),
+    ("fish", "share/fish/vendor_completions.d/isopod.fish"),
+    ("zsh", "share/zsh/site-functions/_isopod"),
 ];
 
 /// Builds the product and installs it.
@@ -47,5 +56,24 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         build::place(&product.join(name), &folder.join(name))?;
         say(format!("installed {}", folder.join(name).display()));
     }
+    pages(&product.join("isopod"), &prefix)?;
     Ok(0)
+}
+
+/// Writes the man pages, and the completions where each shell looks for them.
+fn pages(isopod: &Path, prefix: &Path) -> Result<()> {
+    let man = prefix.join("share/man/man1");
+    fs::create_dir_all(&man).with_context(|| format!("cannot create {}", man.display()))?;
+    capture(command(isopod).arg("man").arg(&man))?;
+    say(format!("installed {}/isopod*.1", man.display()));
+    for (shell, file) in COMPLETIONS {
+        let file = prefix.join(file);
+        let folder = file.parent().unwrap_or(prefix);
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let script = capture(command(isopod).args(["completions", shell]))?;
+        fs::write(&file, script).with_context(|| format!("cannot write {}", file.display()))?;
+        say(format!("installed {}", file.display()));
+    }
+    Ok(())
 }

@@ -3,6 +3,7 @@
 mod bundle;
 mod check;
 mod checkpoint;
+mod completions;
 mod create;
 mod create_options;
 mod delete;
@@ -12,6 +13,7 @@ mod exposure;
 mod features;
 mod kill;
 mod list;
+mod man;
 mod pause;
 mod pidfd;
 mod ps;
@@ -135,6 +137,10 @@ enum Verb {
     Restore(checkpoint::Refused),
     /// Show what this host has and lacks for running microVMs.
     Check,
+    /// Print the completions of a shell.
+    Completions(completions::Completions),
+    /// Write the man pages into a directory.
+    Man(man::Man),
     /// The sandbox process of a container. Started by create and run.
     #[command(hide = true)]
     Sandbox(Hidden),
@@ -235,6 +241,8 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         Verb::Checkpoint(refused) => refused.run("checkpoint"),
         Verb::Restore(refused) => refused.run("restore"),
         Verb::Check => check::run(),
+        Verb::Completions(completions) => completions.run(),
+        Verb::Man(man) => man.run(),
         Verb::Sandbox(_) | Verb::ExecRelay(_) => Ok(1),
     }
 }

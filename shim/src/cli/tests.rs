@@ -10,6 +10,28 @@ fn the_command_line_is_consistent() {
 }
 
 #[test]
+fn every_verb_has_a_page_and_is_completed() {
+    let command = <Cli as clap::CommandFactory>::command();
+    let dir = tempfile::tempdir().unwrap();
+    clap_mangen::generate_to(command.clone(), dir.path()).unwrap();
+    let mut script = Vec::new();
+    clap_complete::generate(
+        clap_complete::Shell::Bash,
+        &mut command.clone(),
+        "isopod",
+        &mut script,
+    );
+    let script = String::from_utf8(script).unwrap();
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        let name = verb.get_name();
+        let page = std::fs::read_to_string(dir.path().join(format!("isopod-{name}.1"))).unwrap();
+        assert!(page.contains(&format!("isopod {name}")) || page.contains(name), "{page}");
+        assert!(script.contains(&format!("isopod,{name})")), "{name}");
+    }
+    assert!(!dir.path().join("isopod-sandbox.1").exists());
+}
+
+#[test]
 fn what_runcs_callers_write_is_understood() {
     for arguments in [
         // conmon
