@@ -11,6 +11,7 @@ const CASES: &[Case] = &[
     case!(work::nginx_serves_files),
     case!(work::python_processes),
     case!(work::parallel_build),
+    case!(work::docker_in_a_container),
 ];
 
 fn main() -> ExitCode {

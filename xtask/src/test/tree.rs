@@ -20,7 +20,7 @@ pub(super) struct Tree {
     packages: &'static [&'static str],
 }
 
-/// The tree of the workload tests: common programs, and a compiler.
+/// The tree of the workload tests: common programs, a compiler, and Docker.
 pub(super) const WORKLOADS: Tree = Tree {
     program: "workloads",
     variable: "ISOPOD_TEST_WORKLOAD_TREE",
@@ -34,6 +34,8 @@ pub(super) const WORKLOADS: Tree = Tree {
         "make",
         "gcc",
         "libc6-dev",
+        "docker.io",
+        "iptables",
     ],
 };
 

@@ -71,6 +71,50 @@ if __name__ == '__main__':
     print('processes agree')
 ";
 
+/// The daemon that runs containers for Docker's. As in any container, cgroups that a daemon makes
+/// need a root cgroup without processes (cgroup v2).
+const CONTAINERD: &str = "\
+set -e
+cd /sys/fs/cgroup
+mkdir init
+for process in $(cat cgroup.procs); do echo $process >init/cgroup.procs 2>/dev/null || true; done
+sed 's/^/+/; s/ / +/g' cgroup.controllers >cgroup.subtree_control
+exec containerd >/var/log/containerd 2>&1
+";
+
+/// Starts Docker's daemon with its files in `$0`, and asks how it keeps images.
+const DOCKERD: &str = "\
+set -e
+await() {
+    end=$(($(date +%s) + 100))
+    until [ -S $1 ]; do
+        [ $(date +%s) -lt $end ] || { tail /var/log/$2 >&2; exit 1; }
+        sleep 0.2
+    done
+}
+await /run/containerd/containerd.sock containerd
+rm -f /run/docker.sock
+dockerd --containerd /run/containerd/containerd.sock --data-root $0 >/var/log/dockerd 2>&1 &
+await /run/docker.sock dockerd
+docker info --format '{{.Driver}}, cgroup v{{.CgroupVersion}}'
+";
+
+/// A build by Docker, and a container of the image on its network. Then the daemon ends.
+const BUILD: &str = "\
+set -e
+cd /context
+cat >Dockerfile <<'EOF'
+FROM scratch
+COPY busybox /bin/busybox
+RUN [\"/bin/busybox\", \"sh\", \"-c\", \"echo built >/made\"]
+CMD [\"/bin/busybox\", \"sh\", \"-c\", \"cd /bin; ./busybox cat /made; ./busybox ping -q -c 1 172.17.0.1 >/dev/null\"]
+EOF
+DOCKER_BUILDKIT=0 docker build --quiet --tag made . >/dev/null
+docker run --rm made
+kill $(cat /run/docker.pid)
+while [ -e /run/docker.pid ]; do sleep 0.2; done
+";
+
 fn directory(run: &Run<'_>, name: &str) -> String {
     let path = run.engine.dir().join(run.name(name));
     fs::create_dir(&path).expect("a directory");
@@ -177,4 +221,33 @@ pub fn parallel_build(run: &Run<'_>) {
     let sum: usize = (0..PARTS).sum();
     assert!(built.stdout.ends_with(&format!("\n{sum}\nup to date\n")), "{built}");
     run.ok(&["volume", "rm", &volume]);
+}
+
+/// Docker in a container, without rights on the host. Its images and containers are on a tmpfs,
+/// then on a volume. For the volume overlayfs needs a file system of the host with user attributes.
+pub fn docker_in_a_container(run: &Run<'_>) {
+    let dir = directory(run, "docker");
+    let mount = "modprobe loop || true; truncate -s 400M $0.image && mkfs.ext4 -q $0.image && \
+                 mount -o loop $0.image $0";
+    run.end(run.engine.inside(&["sh", "-c", mount, &dir])).ok();
+    let container = run.named();
+    let options = [
+        "--detach",
+        "--name",
+        &container.name,
+        "--privileged",
+        "--memory=1g",
+        "--tmpfs=/tmpfs:size=400m,mode=755",
+        &format!("--volume={dir}:/volume"),
+        "--volume=/bin/busybox:/context/busybox:ro",
+    ];
+    run.end(program(run, &options, &["sh", "-c", CONTAINERD])).ok();
+    for root in ["/tmpfs", "/volume"] {
+        let output = container.exec(&[], &["sh", "-c", DOCKERD, root]).ok();
+        assert_eq!(output.stdout, "overlay2, cgroup v2\n", "{root}: {output}");
+        let output = container.exec(&[], &["sh", "-c", BUILD]).ok();
+        assert_eq!(output.stdout, "built\n", "{root}: {output}");
+    }
+    container.remove();
+    run.end(run.engine.inside(&["sh", "-c", "umount $0 && rm $0.image", &dir])).ok();
 }
