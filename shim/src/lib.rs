@@ -23,6 +23,8 @@ mod cpu_list;
 mod descriptor;
 pub mod engine;
 pub mod error;
+mod event_loop;
+mod exit_text;
 pub mod host;
 pub mod image;
 mod limits;

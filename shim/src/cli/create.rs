@@ -5,9 +5,10 @@ use std::path::Path;
 use clap::Args;
 
 use crate::{
-    cli::{Global, create_options::CreateOptions, run::event_loop},
+    cli::{Global, create_options::CreateOptions},
     container_id::ContainerId,
     error::Result,
+    event_loop::event_loop,
 };
 
 #[derive(Debug, Args)]

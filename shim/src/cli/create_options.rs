@@ -9,7 +9,7 @@ use std::{
 
 use clap::Args;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    io::BufReader,
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -22,11 +22,13 @@ use crate::{
     cli::{Global, pidfd},
     container_id::ContainerId,
     control::{
-        MAX_MESSAGE_LEN, Message,
+        Message,
+        message::next_line,
         spawn::{self, Launched},
     },
     engine::{hooks, launch::Launch, pod::Membership, record::Record},
     error::{Error, Explain, Result},
+    exit_text::exit_text,
     host,
     microvm::boot::BootSettings,
     network::RedirectRecord,
@@ -275,7 +277,7 @@ impl NewContainer {
             Some(_) => Err(Error::new("the sandbox process said something unexpected")),
             None => Err(Error::new(format!(
                 "the sandbox process ended before the container was created: {}",
-                describe(self.wait()?)
+                exit_text(self.wait()?)
             ))),
         }
     }
@@ -343,21 +345,12 @@ async fn next_message(
     line: &mut Vec<u8>,
 ) -> Result<Option<Message>> {
     let what = || "cannot hear from the sandbox process".to_owned();
-    let mut limited = reader.take(MAX_MESSAGE_LEN as u64);
-    match limited.read_until(b'\n', line).await {
-        Err(e) if e.kind() != std::io::ErrorKind::ConnectionReset => Err(e).explain(what),
-        _ if line.is_empty() => Ok(None),
-        _ => serde_json::from_slice(&std::mem::take(line)).map(Some).explain(what),
-    }
-}
-
-/// Describes the end of a process in words.
-pub(super) fn describe(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit status {code}"),
-        (None, Some(signal)) => format!("killed by signal {signal}"),
-        (None, None) => "unknown".to_owned(),
+    match next_line(reader, line).await {
+        Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
+        read => match read.explain(what)? {
+            Some(message) => serde_json::from_slice(&message).map(Some).explain(what),
+            None => Ok(None),
+        },
     }
 }
 

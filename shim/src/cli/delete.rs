@@ -5,11 +5,12 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::{
-    cli::{Global, create_options::remove, run::event_loop},
+    cli::{Global, create_options::remove},
     container_id::ContainerId,
     control::{Request, is_answered},
     engine::record::{Record, Remains},
     error::{Error, Result},
+    event_loop::event_loop,
     state::{StateDir, Status},
 };
 

@@ -5,13 +5,14 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::{
-    cli::{Global, create_options::end_processes, run::event_loop},
+    cli::{Global, create_options::end_processes},
     container_id::ContainerId,
     control::versions,
     control::{Answer, Request, ask, is_answered},
     engine::record::Record,
     engine::record::Remains,
     error::{Error, Result},
+    event_loop::event_loop,
     signal_names,
     state::{Exit, StateDir, Status},
 };

@@ -12,13 +12,15 @@ use tokio::io::AsyncWriteExt;
 use crate::{
     cli::{
         Global,
-        create_options::{CreateOptions, NewContainer, Next, describe, remove},
+        create_options::{CreateOptions, NewContainer, Next, remove},
     },
     container_id::ContainerId,
     control::{Ended, Message, Request, message},
     engine::record::Record,
     engine::stdio,
     error::{Error, ErrorKind, Explain, Result},
+    event_loop::event_loop,
+    exit_text::exit_text,
     signals::WINCH,
     terminal::{self, RawMode, Terminal},
 };
@@ -140,7 +142,7 @@ impl Run {
                 format!(
                     "the sandbox process of container {id} was {}, so the exit status of the \
                      container is unknown",
-                    describe(status)
+                    exit_text(status)
                 ),
             )),
         }
@@ -169,7 +171,7 @@ async fn start(container: &mut NewContainer, id: &ContainerId) -> Result<()> {
                 return Err(Error::new(format!(
                     "the sandbox process of container {id} ended while the container was started: \
                      {}",
-                    describe(container.wait()?)
+                    exit_text(container.wait()?)
                 )));
             }
             Next::Signal(number) => pass_on(container, number),
@@ -232,14 +234,6 @@ async fn ask(container: &mut NewContainer, request: &Request) -> Result<()> {
     let line = message::line(request).explain(|| "cannot write a request".into())?;
     let _ = container.writer.write_all(&line).await;
     Ok(())
-}
-
-/// Makes an event loop with one thread.
-pub(super) fn event_loop() -> Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .explain(|| "cannot start the event loop".into())
 }
 
 #[cfg(test)]

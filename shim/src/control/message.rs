@@ -4,6 +4,7 @@ use std::io::{BufRead, Read, Write};
 
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt};
 
 use crate::{error::Error, state::Exit, terminal::Size, timeline::Timeline};
 
@@ -97,6 +98,25 @@ pub fn read_line(socket: &mut impl BufRead) -> std::io::Result<Option<String>> {
         return Err(std::io::Error::other("a message is cut off or too long"));
     }
     Ok(Some(line))
+}
+
+/// Reads the next line of a connection, its end included; `None` at the end of the connection. If the
+/// future is dropped, `line` keeps what has been read for the next call.
+///
+/// # Errors
+///
+/// If the connection is broken, or the line is cut off or longer than [`MAX_MESSAGE_LEN`].
+pub(crate) async fn next_line(
+    reader: &mut (impl AsyncBufRead + Unpin),
+    line: &mut Vec<u8>,
+) -> std::io::Result<Option<Vec<u8>>> {
+    let left = MAX_MESSAGE_LEN.saturating_sub(line.len());
+    tokio::io::AsyncReadExt::take(reader, left as u64).read_until(b'\n', line).await?;
+    match std::mem::take(line) {
+        line if line.is_empty() => Ok(None),
+        line if line.ends_with(b"\n") => Ok(Some(line)),
+        _ => Err(std::io::Error::other("a message is cut off or too long")),
+    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncReadExt, AsyncWriteExt, BufReader},
     net::{
         UnixListener, UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use crate::{
-    control::message::{Ended, MAX_MESSAGE_LEN, Message, Request, line},
+    control::message::{Ended, Message, Request, line, next_line},
     error::{Error, Explain, Result},
     state::{CONTROL_SOCKET, StateDir},
 };
@@ -241,11 +241,7 @@ impl Requests {
     }
 
     async fn read(&mut self) -> Option<Vec<u8>> {
-        let left = MAX_MESSAGE_LEN.saturating_sub(self.line.len());
-        let mut limited = (&mut self.reader).take(left as u64);
-        limited.read_until(b'\n', &mut self.line).await.ok()?;
-        // At the end of the connection, or at the limit, the line has no newline.
-        self.line.ends_with(b"\n").then(|| std::mem::take(&mut self.line))
+        next_line(&mut self.reader, &mut self.line).await.ok().flatten()
     }
 }
 

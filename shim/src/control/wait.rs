@@ -3,20 +3,23 @@
 use std::{io::ErrorKind, time::Duration};
 
 use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    io::{AsyncWriteExt, BufReader},
     net::UnixStream,
-    time::sleep,
+    time::{sleep, timeout},
 };
 
 use crate::{
-    control::message::{Ended, MAX_MESSAGE_LEN, Message, Request, line},
-    error::{Explain, Result},
+    control::message::{Ended, Message, Request, line, next_line},
+    error::{Error, Explain, Result},
     state::{CONTROL_SOCKET, StateDir},
 };
 
 /// Pause before the next attempt to connect to a sandbox process whose queue of connections is
 /// full.
 const QUEUE_PAUSE: Duration = Duration::from_millis(10);
+
+/// Longest time for a sandbox process to take a connection. One that is stopped takes none.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A [`Request::Wait`] that a sandbox process answers when its container has ended.
 ///
@@ -29,13 +32,19 @@ impl ContainerEnd {
     pub(crate) async fn watch(dir: &StateDir) -> Result<Self> {
         let what = || "cannot talk to the sandbox process".to_owned();
         let path = dir.short_path(CONTROL_SOCKET);
-        let mut socket = loop {
-            match UnixStream::connect(&path).await {
-                // The queue of connections is full.
-                Err(e) if e.kind() == ErrorKind::WouldBlock => sleep(QUEUE_PAUSE).await,
-                result => break result.explain(what)?,
+        let connect = async {
+            loop {
+                match UnixStream::connect(&path).await {
+                    // The queue of connections is full.
+                    Err(e) if e.kind() == ErrorKind::WouldBlock => sleep(QUEUE_PAUSE).await,
+                    result => break result.explain(what),
+                }
             }
         };
+        let mut socket = timeout(CONNECT_TIMEOUT, connect).await.unwrap_or_else(|_| {
+            let seconds = CONNECT_TIMEOUT.as_secs();
+            Err(Error::new(format!("{}: it takes no connection within {seconds} seconds", what())))
+        })?;
         let line = line(&Request::Wait).explain(what)?;
         socket.write_all(&line).await.explain(what)?;
         Ok(Self(BufReader::new(socket)))
@@ -43,9 +52,7 @@ impl ContainerEnd {
 
     /// Waits for the answer; `None` if the sandbox process ends without one.
     pub(crate) async fn heard(mut self) -> Option<Ended> {
-        let mut line = Vec::new();
-        let mut limited = (&mut self.0).take(MAX_MESSAGE_LEN as u64);
-        limited.read_until(b'\n', &mut line).await.ok()?;
+        let line = next_line(&mut self.0, &mut Vec::new()).await.ok().flatten()?;
         match serde_json::from_slice(&line).ok()? {
             Message::Ended(ended) => Some(*ended),
             _ => None,

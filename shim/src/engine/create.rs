@@ -2,7 +2,7 @@
 
 use std::{
     iter,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::AsFd,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -16,7 +16,7 @@ use tokio::net::UnixListener;
 use crate::{
     bundle::{Bind, Inner, RESOLV_CONF, guest_spec},
     cgroup::{CgroupPlan, CpuLimits},
-    clock, console_socket,
+    clock,
     control::{
         Message,
         server::{self, Launcher, Server},
@@ -24,18 +24,20 @@ use crate::{
         versions::{Protocols, STATE_VERSION},
     },
     engine::{
+        guest_process::GuestProcess,
         hooks::{self, Point, RuntimeNamespace},
         launch::Launch,
         lifecycle::{Lifecycle, START_TIMEOUT},
         microvm::{Microvm, in_guest},
         pod::{PodShare, PodVm},
         record::Record,
-        stdio::{self, Local, Relay, Release},
+        stdio::{self, Ends, Relay, Release},
     },
     error::{Error, Explain, Result},
+    event_loop::event_loop,
     limits,
     microvm::{
-        agent::{Agent, Screen},
+        agent::Agent,
         boot,
         dns_proxy::DnsProxy,
         drop_caches::DropCaches,
@@ -48,7 +50,7 @@ use crate::{
     process_id::ProcessId,
     signals::Signals,
     state::{PROCESS_FILE, StateDir, Status},
-    terminal::{Size, Terminal},
+    terminal::Size,
     timeline::{GuestBoot, Timeline},
 };
 
@@ -83,11 +85,7 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
     };
     let (cover, covered) = mount_view::main_thread();
     let work = move || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .explain(|| "cannot start the event loop".into())?;
-        runtime.block_on(async {
+        event_loop()?.block_on(async {
             let launcher = Launcher::new(socket)?;
             // Opened again, because the inherited descriptor is of the old mount namespace. The
             // inherited descriptor stays open for its lock.
@@ -143,9 +141,8 @@ struct Sandbox {
 
 /// Result of creating a container.
 struct Created {
-    agent: Agent,
+    process: GuestProcess,
     relay: Relay,
-    console: Option<OwnedFd>,
     record: Record,
 }
 
@@ -227,8 +224,7 @@ impl Sandbox {
         let limit = START_TIMEOUT.max(launch.boot.timeout).saturating_add(hooks);
         let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
         let create = create_container(launch, dir, &self.inner, state.as_ref(), guest_network);
-        let (agent, relay, console) =
-            in_guest(machine, "creating the container", limit, create).await?;
+        let (process, relay) = in_guest(machine, "creating the container", limit, create).await?;
         let pids: Vec<i32> =
             iter::once(record.sandbox).chain(record.vmm).map(|id| id.pid).collect();
         self.cover.root(mount_view::cover(&launch.bundle, &pids)?).await?;
@@ -238,7 +234,7 @@ impl Sandbox {
         }
         self.timeline.created = Some(clock::monotonic_us());
         record.status = Status::Created;
-        Ok(Created { agent, relay, console, record })
+        Ok(Created { process, relay, record })
     }
 
     /// Makes the microVM and waits until its agent is ready. Returns the guest's part of the
@@ -311,22 +307,11 @@ impl Sandbox {
 
     /// Hands the container to the task that owns it from now on.
     fn hand_over(self, created: Created) -> Option<Lifecycle> {
-        let Created { agent, relay, console, record } = created;
+        let Created { process, relay, record } = created;
         let Self { dir, timeline, origin, network, share, drop_caches, machine, .. } = self;
         let (machine, network) = (machine?, network?);
-        tokio::spawn(drop_caches.serve(agent.clone()));
-        Some(Lifecycle {
-            dir,
-            record,
-            origin,
-            machine,
-            network,
-            share,
-            agent,
-            relay,
-            console,
-            timeline,
-        })
+        tokio::spawn(drop_caches.serve(process.agent.clone()));
+        Some(Lifecycle { dir, record, origin, machine, network, share, process, relay, timeline })
     }
 
     /// The record of the container at its beginning.
@@ -415,7 +400,7 @@ async fn create_container(
     inner: &[Inner],
     state: Option<&Value>,
     network: Option<agent::Network>,
-) -> Result<(Agent, Relay, Option<OwnedFd>)> {
+) -> Result<(GuestProcess, Relay)> {
     let agent = Agent::connect(dir, &launch.id, String::new()).await?;
     if launch.pod.is_none() {
         let steps = guest_clock::Steps::watch()?;
@@ -425,16 +410,8 @@ async fn create_container(
         let ask = began.elapsed() > guest_clock::WELL_SET;
         tokio::spawn(guest_clock::keep(agent.clone(), steps, ask));
     }
-    let (local, size, console) = match &launch.terminal {
-        None => (Local::inherited()?, None, None),
-        Some(Terminal::Inherited { size }) => (Local::inherited_terminal()?, *size, None),
-        Some(Terminal::Socket { path }) => {
-            let size = console_size(launch);
-            let console = console_socket::make(path, size)?;
-            (Local::terminal(console.as_fd())?, size, Some(console))
-        }
-    };
-    let local = local.with(&launch.preserved)?;
+    let Ends { local, screen, console } =
+        Ends::open(launch.terminal.as_ref(), console_size(launch), &launch.preserved)?;
     stdio::release(if launch.detached { Release::All } else { Release::but_for_messages() })?;
     let (tokens, mut streams) = local.connect(dir).await?;
     if launch.detached {
@@ -443,9 +420,8 @@ async fn create_container(
     let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();
     let (id, vcpus) = (launch.id.as_str(), launch.bundle.vm.vcpus);
     let spec = guest_spec(&launch.bundle.spec, id, &launch.bundle.binds, inner, vcpus, joins);
-    let screen = Screen::of(launch.terminal.as_ref(), size);
     agent.create_container(&launch.bundle, &spec, state, tokens, screen, network).await?;
-    Ok((agent, streams.relay()?, console))
+    Ok((GuestProcess::new(agent, console), streams.relay()?))
 }
 
 /// `process.consoleSize`, if a terminal can have that size.

@@ -1,22 +1,13 @@
 //! A further process in a running container. A process of its own starts it, relays its streams and
 //! waits for it. This process talks straight to the agent.
 
-use std::{
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::net::UnixStream,
-    },
-    path::PathBuf,
-    pin::pin,
-    time::Duration,
-};
+use std::{os::unix::net::UnixStream, path::PathBuf, pin::pin, time::Duration};
 
-use oci_spec::runtime::Process;
+use oci_spec::runtime::Process as ProcessSpec;
 use serde::{Deserialize, Serialize};
 use tokio::{task::JoinHandle, time::timeout};
 
 use crate::{
-    console_socket,
     container_id::ContainerId,
     control::{
         Message, message,
@@ -25,18 +16,20 @@ use crate::{
         wait::ContainerEnd,
     },
     engine::{
+        guest_process::GuestProcess,
         lifecycle::START_TIMEOUT,
         record::Record,
-        stdio::{self, Apart, Local, Relay, Release},
+        stdio::{self, Apart, Ends, Relay, Release},
     },
     error::{EXIT_EXEC_FAILED, Error, ErrorKind, Explain, Result},
-    microvm::agent::{Agent, Screen},
+    event_loop::event_loop,
+    microvm::agent::Agent,
     oom_score,
     preserved::Preserved,
     random::random_u64,
     signals::{KILL, Signals, WINCH},
     state::{Exit, StateDir},
-    terminal::{self, Size, Terminal},
+    terminal::{self, Terminal},
 };
 
 /// Longest time for the sandbox process to report the end of its container.
@@ -53,7 +46,7 @@ pub struct Exec {
     /// State directory of the container.
     pub state_dir: PathBuf,
     /// The process.
-    pub process: Process,
+    pub process: ProcessSpec,
     /// Path of the process's cgroup in the guest, below the container's own cgroup.
     pub cgroup: Option<String>,
     /// Host side of the process's terminal, if it has one.
@@ -149,11 +142,7 @@ impl Exec {
     ///
     /// If the process cannot be started, or its exit status is unknown.
     pub fn run(&self, started: impl FnOnce() -> Result<()>) -> Result<Exit> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .explain(|| "cannot start the event loop".into())?;
-        runtime.block_on(self.run_process(started))
+        event_loop()?.block_on(self.run_process(started))
     }
 
     async fn run_process(&self, started: impl FnOnce() -> Result<()>) -> Result<Exit> {
@@ -164,9 +153,7 @@ impl Exec {
         let mut call = Call::NotMade;
         let begun = bounded(&mut signals, self.begin(&dir, &agent, &mut call)).await;
         let exit = match begun.and_then(|begun| started().map(|()| begun)) {
-            Ok((relay, console)) => {
-                self.attend(&dir, &agent, end, &mut signals, relay, console).await
-            }
+            Ok((relay, process)) => self.attend(&dir, &process, end, &mut signals, relay).await,
             Err(error) => Err(error),
         };
         if exit.is_err() {
@@ -198,25 +185,18 @@ impl Exec {
         dir: &StateDir,
         agent: &Agent,
         call: &mut Call,
-    ) -> Result<(Streaming, Option<OwnedFd>)> {
-        let (local, size, console) = match &self.terminal {
-            None => (Local::inherited()?, None, None),
-            Some(Terminal::Inherited { size }) => {
-                (Local::inherited_terminal()?, *size, terminal::of_this_process())
-            }
-            Some(Terminal::Socket { path }) => {
-                let console = console_socket::make(path, None)?;
-                (Local::terminal(console.as_fd())?, None, Some(console))
-            }
-        };
-        let local = local.with(&self.preserved)?;
-        if !matches!(self.terminal, Some(Terminal::Inherited { .. })) {
+    ) -> Result<(Streaming, GuestProcess)> {
+        let Ends { local, screen, mut console } =
+            Ends::open(self.terminal.as_ref(), None, &self.preserved)?;
+        if matches!(self.terminal, Some(Terminal::Inherited { .. })) {
+            // The caller is this process, which hears of the changes of the size itself.
+            console = terminal::of_this_process();
+        } else {
             stdio::release(if self.detached { Release::All } else { Release::but_for_messages() })?;
         }
         let (tokens, streams) = local.connect(dir).await?;
         agent.hold().await?;
         let (caller, process, cgroup) = (agent.clone(), self.process.clone(), self.cgroup.clone());
-        let screen = Screen::of(self.terminal.as_ref(), size);
         let task =
             async move { caller.exec_process(&process, cgroup.as_deref(), tokens, screen).await };
         *call = Call::Made(tokio::spawn(task));
@@ -231,7 +211,7 @@ impl Exec {
         } else {
             Streaming::Here(streams.relay()?)
         };
-        Ok((relay, console))
+        Ok((relay, GuestProcess::new(agent.clone(), console)))
     }
 
     /// The size of the microVM's memory in bytes.
@@ -246,21 +226,19 @@ impl Exec {
     async fn attend(
         &self,
         dir: &StateDir,
-        agent: &Agent,
+        process: &GuestProcess,
         end: ContainerEnd,
         signals: &mut Signals,
         relay: Streaming,
-        console: Option<OwnedFd>,
     ) -> Result<Exit> {
-        let forward = |number| forward(agent.clone(), console.as_ref(), number);
         // The terminal's size may have changed while the process was started.
-        forward(WINCH);
-        let mut waiting = pin!(agent.wait_with_output());
+        process.pass_on(WINCH);
+        let mut waiting = pin!(process.agent.wait_with_output());
         let exit = loop {
             tokio::select! {
                 biased;
                 exit = &mut waiting => break exit,
-                number = signals.next() => forward(number),
+                number = signals.next() => process.pass_on(number),
             }
         };
         match exit {
@@ -346,19 +324,4 @@ async fn put_down(agent: &Agent, call: Call) {
         Ok(Err(error)) => log::debug!("{error}"),
         Err(_) => log::warn!("the guest does not answer, so the process may be left in it"),
     }
-}
-
-/// Passes a signal, or a new size of the terminal, on to the process.
-fn forward(agent: Agent, console: Option<&OwnedFd>, number: u32) {
-    let size = console.and_then(terminal::size).filter(|size| *size != Size::default());
-    tokio::spawn(async move {
-        let forwarded = match (number, size) {
-            (WINCH, None) => Ok(()),
-            (WINCH, Some(size)) => agent.resize(size).await,
-            (number, _) => agent.signal(number, false).await,
-        };
-        if let Err(error) = forwarded {
-            log::debug!("{error}");
-        }
-    });
 }

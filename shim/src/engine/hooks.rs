@@ -39,6 +39,7 @@ use crate::{
     descriptor::{inherit_only, wait_for},
     engine::record::Record,
     error::{Error, Explain, Result},
+    exit_text::exit_text,
     state::Status,
     text::printable,
 };
@@ -207,9 +208,9 @@ async fn run_one(
     if status.success() {
         return Ok(());
     }
-    let how = match (status.code(), status.signal()) {
-        (None, Some(signal)) => format!("was killed by signal {signal}"),
-        (code, _) => format!("failed with exit status {}", code.unwrap_or_default()),
+    let how = match status.signal() {
+        Some(_) => format!("was {}", exit_text(status)),
+        None => format!("failed with {}", exit_text(status)),
     };
     Err(Error::new(match process.said() {
         said if said.is_empty() => format!("{name} {how}"),

@@ -12,7 +12,7 @@
 //! "Ending" is not visible. The output of the process is still on its way, and then the guest is
 //! shut down. The state becomes `stopped` only when the VMM has ended.
 
-use std::{os::fd::OwnedFd, pin::pin, time::Duration};
+use std::{pin::pin, time::Duration};
 
 use tokio::{
     task::JoinHandle,
@@ -26,6 +26,7 @@ use crate::{
         server::{Command, Server},
     },
     engine::{
+        guest_process::GuestProcess,
         hooks::{self, Point, RuntimeNamespace},
         microvm::{Microvm, loss},
         record::Record,
@@ -34,11 +35,10 @@ use crate::{
         updates::Updates,
     },
     error::{EXIT_VM_LOST, Error, ErrorKind, Result},
-    microvm::{agent::Agent, share::Share},
+    microvm::share::Share,
     network::Network,
     signals::{self, Signals, WINCH},
     state::{CONTROL_SOCKET, Exit, StateDir, Status, VSOCK_SOCKET},
-    terminal::{self, Size},
     timeline::Timeline,
 };
 
@@ -67,10 +67,8 @@ pub(crate) struct Lifecycle {
     pub(crate) machine: Microvm,
     pub(crate) network: Network,
     pub(crate) share: Option<Share>,
-    pub(crate) agent: Agent,
+    pub(crate) process: GuestProcess,
     pub(crate) relay: Relay,
-    /// The host's end of the terminal, if its size can change by itself.
-    pub(crate) console: Option<OwnedFd>,
     pub(crate) timeline: Timeline,
 }
 
@@ -90,7 +88,7 @@ impl Lifecycle {
     pub(crate) async fn run(mut self, mut server: Server, mut signals: Signals) -> u8 {
         let outcome = self.live(&mut server, &mut signals).await;
         let lost = matches!(outcome, Outcome::Lost(_));
-        self.machine.leave(&self.agent, lost).await;
+        self.machine.leave(&self.process.agent, lost).await;
         if let Outcome::Lost(error) = &outcome {
             self.relay.say(format!("isopod: container {}: {error}\n", self.record.id));
             // The output of the process comes first, then the loss notice.
@@ -133,7 +131,7 @@ impl Lifecycle {
 
     /// Runs the container, from its creation to the end of the process.
     async fn live(&mut self, server: &mut Server, signals: &mut Signals) -> Outcome {
-        let agent = self.agent.clone();
+        let agent = self.process.agent.clone();
         let mut waiting = pin!(async move { agent.wait().await });
         let mut exit: Option<Exit> = None;
         let mut starting: Option<Starting> = None;
@@ -142,11 +140,11 @@ impl Lifecycle {
         let mut killed: Option<Instant> = None;
         let memory = self.record.vm.memory_mib << 20;
         // The terminal's size may have changed while the container was created.
-        self.follow_console();
+        self.process.pass_on(WINCH);
         loop {
             // Hooks may ask for changes too.
             if starting.as_ref().is_none_or(|starting| starting.step == Step::Hooks) {
-                updates.begin(&self.record, &self.agent, exit);
+                updates.begin(&self.record, &self.process.agent, exit);
             }
             let give_up = async {
                 // A client that kills waits for the output, a client that destroys does not.
@@ -230,7 +228,7 @@ impl Lifecycle {
                         }
                         Request::Destroy => {
                             deadline.get_or_insert(Instant::now() + DESTROY_TIMEOUT);
-                            self.forward(signals::KILL);
+                            self.process.pass_on(signals::KILL);
                             let _ = answer.send(Ok(()));
                         }
                         // The server answers this request when it closes.
@@ -248,7 +246,7 @@ impl Lifecycle {
                             if signal == signals::KILL {
                                 killed.get_or_insert(Instant::now() + KILL_TIMEOUT);
                             }
-                            let agent = self.agent.clone();
+                            let agent = self.process.agent.clone();
                             tokio::spawn(async move {
                                 let sent = match agent.signal(signal, all).await {
                                     // The process has ended with its microVM.
@@ -264,17 +262,14 @@ impl Lifecycle {
                             });
                         }
                         Request::Resize { size } => {
-                            let agent = self.agent.clone();
+                            let agent = self.process.agent.clone();
                             tokio::spawn(async move {
                                 let _ = answer.send(agent.resize(size).await);
                             });
                         }
                     }
                 }
-                number = signals.next() => match number {
-                    WINCH => self.follow_console(),
-                    number => self.forward(number),
-                },
+                number = signals.next() => self.process.pass_on(number),
             }
         }
     }
@@ -296,7 +291,7 @@ impl Lifecycle {
     ///
     /// An engine may have added the container's network only now.
     fn start(&mut self) -> JoinHandle<Result<()>> {
-        let (agent, network) = (self.agent.clone(), self.network.complete());
+        let (agent, network) = (self.process.agent.clone(), self.network.complete());
         tokio::spawn(async move {
             if let Some(network) = network? {
                 agent.setup_network(network).await?;
@@ -315,27 +310,5 @@ impl Lifecycle {
     fn poststart(&self) -> JoinHandle<Result<()>> {
         let (record, origin) = (self.record.clone(), self.origin.clone());
         tokio::spawn(async move { hooks::run(Point::Poststart, &record, origin.as_ref()).await })
-    }
-
-    /// Sends a signal to the container's process. This process got the signal, or decided on it.
-    fn forward(&self, number: u32) {
-        let agent = self.agent.clone();
-        tokio::spawn(async move {
-            if let Err(error) = agent.signal(number, false).await {
-                log::debug!("{error}");
-            }
-        });
-    }
-
-    /// Gives the container's terminal the size of the host's terminal.
-    fn follow_console(&self) {
-        let size = self.console.as_ref().and_then(terminal::size);
-        let Some(size) = size.filter(|size| *size != Size::default()) else { return };
-        let agent = self.agent.clone();
-        tokio::spawn(async move {
-            if let Err(error) = agent.resize(size).await {
-                log::debug!("{error}");
-            }
-        });
     }
 }

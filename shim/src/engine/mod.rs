@@ -18,6 +18,7 @@
 
 pub mod create;
 pub mod exec;
+mod guest_process;
 pub(crate) mod hooks;
 pub mod launch;
 mod lifecycle;

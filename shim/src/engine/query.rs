@@ -11,7 +11,8 @@ use crate::{
     container_id::ContainerId,
     control::versions,
     engine::record::Record,
-    error::{Error, ErrorKind, Explain, Result},
+    error::{Error, ErrorKind, Result},
+    event_loop::event_loop,
     microvm::agent::Agent,
     state::StateDir,
 };
@@ -131,9 +132,5 @@ async fn answer<T>(id: &ContainerId, call: impl Future<Output = Result<T>>) -> R
 }
 
 fn run<T>(look: impl Future<Output = Result<T>>) -> Result<T> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .explain(|| "cannot start the event loop".into())?
-        .block_on(look)
+    event_loop()?.block_on(look)
 }

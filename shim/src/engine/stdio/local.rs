@@ -10,18 +10,20 @@ use isopod_protocol::{
 };
 
 use crate::{
+    console_socket,
     descriptor::is_null,
     engine::stdio::streams::{Stream, Streams},
     error::{Explain, Result},
-    microvm::vsock,
+    microvm::{agent::Screen, vsock},
     preserved::Preserved,
     random::random_u64,
     state::StateDir,
+    terminal::{Size, Terminal},
 };
 
 /// Local ends of a process's standard streams. A missing stream is `/dev/null` in the guest.
 #[derive(Debug, Default)]
-pub struct Local {
+pub(crate) struct Local {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
@@ -40,9 +42,40 @@ struct Further {
     socket: bool,
 }
 
+/// The local ends of a process that is about to be made.
+#[derive(Debug)]
+pub(crate) struct Ends {
+    /// The ends.
+    pub(crate) local: Local,
+    /// The terminal at its begin.
+    pub(crate) screen: Screen,
+    /// The host's end of a new terminal.
+    pub(crate) console: Option<OwnedFd>,
+}
+
+impl Ends {
+    /// Opens the ends where the caller wants them. `size` is for a new terminal.
+    pub(crate) fn open(
+        terminal: Option<&Terminal>,
+        size: Option<Size>,
+        preserved: &[Preserved],
+    ) -> Result<Self> {
+        let (local, size, console) = match terminal {
+            None => (Local::inherited()?, None, None),
+            Some(Terminal::Inherited { size }) => (Local::inherited_terminal()?, *size, None),
+            Some(Terminal::Socket { path }) => {
+                let console = console_socket::make(path, size)?;
+                (Local::terminal(console.as_fd())?, size, Some(console))
+            }
+        };
+        let screen = Screen::of(terminal, size);
+        Ok(Self { local: local.with(preserved)?, screen, console })
+    }
+}
+
 impl Local {
     /// Duplicates this process's standard streams. A stream that is `/dev/null` is left out.
-    pub fn inherited() -> Result<Self> {
+    fn inherited() -> Result<Self> {
         Ok(Self {
             stdin: duplicate(rustix::stdio::stdin())?,
             stdout: duplicate(rustix::stdio::stdout())?,
@@ -53,18 +86,18 @@ impl Local {
 
     /// Duplicates this process's standard input and output, as the terminal of a process in the
     /// guest.
-    pub fn inherited_terminal() -> Result<Self> {
+    fn inherited_terminal() -> Result<Self> {
         Ok(Self { stderr: None, terminal: true, ..Self::inherited()? })
     }
 
     /// Duplicates a terminal for input and output.
-    pub fn terminal(terminal: BorrowedFd<'_>) -> Result<Self> {
+    fn terminal(terminal: BorrowedFd<'_>) -> Result<Self> {
         let (stdin, stdout) = (duplicate(terminal)?, duplicate(terminal)?);
         Ok(Self { stdin, stdout, terminal: true, ..Self::default() })
     }
 
     /// Takes over descriptors beyond the standard streams.
-    pub fn with(mut self, preserved: &[Preserved]) -> Result<Self> {
+    fn with(mut self, preserved: &[Preserved]) -> Result<Self> {
         for one in preserved {
             let fd = one.take()?;
             let (input, output) = match (one.input, one.output) {
@@ -79,7 +112,7 @@ impl Local {
     }
 
     /// Opens the streams to the guest. The caller has to send the tokens to the agent.
-    pub async fn connect(self, dir: &StateDir) -> Result<(StreamTokens, Streams)> {
+    pub(crate) async fn connect(self, dir: &StateDir) -> Result<(StreamTokens, Streams)> {
         let mut stdin = connect(dir, self.stdin).await?;
         if let Some(stdin) = &mut stdin {
             stdin.on_demand = !self.terminal;

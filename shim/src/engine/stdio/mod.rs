@@ -13,9 +13,9 @@ mod relay;
 mod release;
 mod streams;
 
+pub(crate) use self::local::Ends;
 pub use self::{
     apart::Apart,
-    local::Local,
     relay::Relay,
     release::{Release, release},
     streams::Streams,

@@ -33,6 +33,7 @@ use isopod_vmm::{
 use crate::{
     descriptor::{inherit_only, wait_for},
     error::{Error, ErrorKind, Explain, Result},
+    exit_text::exit_text,
     microvm::drop_caches::DropCaches,
     process_id::ProcessId,
     signals,
@@ -346,15 +347,10 @@ async fn watch_process(
     // ended.
     let _ = pidfd.readable().await.map(|_| ());
     end.exit = match child.wait() {
-        Ok(status) => match (status.code(), status.signal()) {
-            (None, Some(libc::SIGKILL)) => {
-                end.killed = true;
-                "killed by signal 9".to_owned()
-            }
-            (Some(code), _) => format!("exit status {code}"),
-            (None, Some(signal)) => format!("killed by signal {signal}"),
-            (None, None) => "unknown exit".to_owned(),
-        },
+        Ok(status) => {
+            end.killed = status.signal() == Some(libc::SIGKILL);
+            exit_text(status)
+        }
         Err(e) => format!("its exit is unknown: {e}"),
     };
     end.stderr = stderr.await.unwrap_or_default();
