@@ -1,4 +1,5 @@
-//! The state machine of the OCI runtime specification, and the JSON of `state` and `list`.
+//! The state machine of the OCI runtime specification, signals (`kill`), and the JSON of `state`
+//! and `list`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;

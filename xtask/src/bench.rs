@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use lexopt::prelude::*;
 
 use crate::apt::Need;
-use crate::lab::{Ended, Input, LabOptions, Run, Show, qemu};
+use crate::lab::{Ended, Input, LabOptions, Run, Show, qemu_install};
 use crate::progress::step;
 use crate::target::{self, Target};
 use crate::{apt, build, bundle, repository, test};
@@ -82,10 +82,10 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     if let Some(tree) = tree {
         target.expose(std::slice::from_ref(&tree))?;
         argv.extend(["--tree".to_owned(), tree.display().to_string()]);
-        argv.extend(["--virtiofsd".to_owned(), qemu::virtiofsd()?.display().to_string()]);
+        argv.extend(["--virtiofsd".to_owned(), qemu_install::virtiofsd()?.display().to_string()]);
     }
     let mut run = Run::here(argv)?;
-    for (name, value) in qemu::environment() {
+    for (name, value) in qemu_install::environment() {
         run.env.retain(|(other, _)| *other != name);
         run.env.push((name, value));
     }

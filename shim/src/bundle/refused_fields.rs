@@ -1,5 +1,8 @@
 //! Fields of config.json that this version does not honour. They are refused by name, never
 //! dropped.
+//!
+//! The agent refuses what it does not know as well: its types are in `agent/src/oci.rs`, its own
+//! refusals in `agent/src/container/spec.rs`.
 
 use serde_json::Value;
 

@@ -11,7 +11,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
 use super::options::LabOptions;
-use super::qemu::{self, VIRTIOFSD_RUST};
+use super::qemu_install::{self, VIRTIOFSD_RUST};
 use super::run::text;
 use super::wire::{PORT_PREFIX, PORTS};
 use crate::process::{bound_to_us, inheriting, tail};
@@ -81,7 +81,7 @@ impl Machine {
         let ports: Vec<OwnedFd> = ports.collect::<Result<_>>()?;
         let mut qemu = bound_to_us(Command::new("qemu-system-x86_64"), Signal::SIGKILL);
         // Relative socket paths: sun_path has room for 107 bytes.
-        qemu.envs(qemu::environment());
+        qemu.envs(qemu_install::environment());
         qemu.current_dir(dir).args(arguments(kernel, &ports, options));
         let mut qemu = inheriting(qemu, ports);
         let qemu = qemu
@@ -157,7 +157,7 @@ fn share(dir: &Path, name: &str, source: &Path, cache: Cache) -> Result<Child> {
     let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
     let source = text(source)?;
 
-    let mut command = if let Some(program) = qemu::own_virtiofsd() {
+    let mut command = if let Some(program) = qemu_install::own_virtiofsd() {
         let mut command = Command::new(program);
         let cache = if cache == Cache::Always { "always" } else { "auto" };
         command.args(["-o", &format!("source={source}"), "-o", &format!("cache={cache}")]);

@@ -24,7 +24,7 @@ mod kernel;
 mod machine;
 mod options;
 mod port;
-pub(crate) mod qemu;
+pub(crate) mod qemu_install;
 mod run;
 mod wire;
 
@@ -66,7 +66,7 @@ const VIRTIOFSD: Need = Need { package: "virtiofsd", purpose: "the lab's file sy
 ///
 /// The separate package of virtiofsd is among them if apt's present lists have it.
 pub(crate) fn needs() -> impl Iterator<Item = Need> {
-    let own = qemu::own_virtiofsd().is_none() && apt::knows(VIRTIOFSD.package);
+    let own = qemu_install::own_virtiofsd().is_none() && apt::knows(VIRTIOFSD.package);
     NEEDS.into_iter().chain(own.then_some(VIRTIOFSD))
 }
 
@@ -75,7 +75,7 @@ pub(crate) fn needs() -> impl Iterator<Item = Need> {
 /// The separate package of virtiofsd comes last, and only if QEMU's packages brought no virtiofsd.
 fn install() -> Result<()> {
     apt::ensure(NEEDS)?;
-    if qemu::has_virtiofsd() { Ok(()) } else { apt::ensure([VIRTIOFSD]) }
+    if qemu_install::has_virtiofsd() { Ok(()) } else { apt::ensure([VIRTIOFSD]) }
 }
 
 /// A running lab. It ends when this value is dropped, and when this process ends.

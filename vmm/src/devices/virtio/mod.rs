@@ -1,4 +1,7 @@
 //! Virtio devices (OASIS virtio 1.2) and their MMIO transport.
+//!
+//! A new device implements the trait of `device.rs`; `vmm/src/builder.rs` makes it, with an
+//! interrupt line of its own.
 
 pub mod balloon;
 pub mod block;
