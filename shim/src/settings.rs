@@ -16,10 +16,10 @@ use std::{
     time::Duration,
 };
 
+use isopod_vmm::config::MAX_NET_DEVICES;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Explain, Result};
-use isopod_vmm::config::MAX_NET_DEVICES;
 
 /// The file with the operator's settings.
 pub const CONFIG_FILE: &str = "/etc/isopod/config.toml";

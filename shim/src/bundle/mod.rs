@@ -42,6 +42,7 @@ pub(crate) use self::{
     guest_spec::{shared_hook, shared_inner, shared_name},
     network_namespace::{RESOLV_CONF, is_network_namespace},
     owner::user as check_user,
+    vm_size::DEFAULT_PERIOD_US,
 };
 
 #[cfg(test)]

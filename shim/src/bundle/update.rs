@@ -6,8 +6,9 @@ use serde_json::{Map, Value};
 use crate::{
     bundle::{
         oci_spec_quirks, refused_fields, resources, unknown_fields,
-        vm_size::VmSize,
-        vm_size::{MEMORY_ANNOTATION, memory_limit, with_overhead},
+        vm_size::{
+            DEFAULT_PERIOD_US, MEMORY_ANNOTATION, VmSize, memory_limit, unified, with_overhead,
+        },
     },
     cpu_list::cpu_list_len,
     error::{Error, Explain, Result},
@@ -78,25 +79,28 @@ pub fn update_resources(
 pub fn beyond_vm(resources: &LinuxResources, vm: VmSize) -> Vec<String> {
     let vcpus = u64::from(vm.vcpus);
     let mut found = Vec::new();
-    let cpu = resources.cpu().clone().unwrap_or_default();
-    let file = |name: &str| resources.unified().as_ref()?.get(name).map(|text| text.trim());
+    let cpu = resources.cpu().as_ref();
     // A file of `unified` is written last. "max" is no quota.
-    let (quota, period) =
-        match file("cpu.max").map(|text| text.split_once(' ').unwrap_or((text, ""))) {
-            Some((quota, period)) => (quota.parse().unwrap_or(0), period.parse().ok()),
-            None => {
-                (cpu.quota().and_then(|quota| u64::try_from(quota).ok()).unwrap_or(0), cpu.period())
-            }
-        };
-    let period = period.filter(|period| *period > 0).unwrap_or(100_000);
+    let (quota, period) = match unified(resources, "cpu.max") {
+        Some(max) => {
+            let mut words = max.split_whitespace().map(|word| word.parse().ok());
+            (words.next().flatten(), words.next().flatten())
+        }
+        None => {
+            let quota = cpu.and_then(|cpu| cpu.quota());
+            (quota.and_then(|quota| u64::try_from(quota).ok()), cpu.and_then(|cpu| cpu.period()))
+        }
+    };
+    let quota = quota.unwrap_or(0);
+    let period = period.filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD_US);
     if quota > period.saturating_mul(vcpus) {
         found.push(format!(
             "a CPU quota of {quota} in {period} us is more than the {vcpus} processors that the \
              microVM has"
         ));
     }
-    if let Some(list) =
-        file("cpuset.cpus").or(cpu.cpus().as_deref()).filter(|list| !list.is_empty())
+    let cpus = cpu.and_then(|cpu| cpu.cpus().as_deref());
+    if let Some(list) = unified(resources, "cpuset.cpus").or(cpus).filter(|list| !list.is_empty())
         && cpu_list_len(list).is_some_and(|length| length > vcpus)
     {
         found.push(format!(

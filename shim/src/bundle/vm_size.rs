@@ -3,14 +3,13 @@
 use oci_spec::runtime::{LinuxResources, Spec};
 use serde::{Deserialize, Serialize};
 
-use isopod_vmm::config::{MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
+use isopod_vmm::config::{MAX_MEMORY_MIB, MAX_NET_DEVICES, MAX_VCPUS, MIN_MEMORY_MIB};
 
 use crate::{
     cpu_list::cpu_list_len,
     error::{Error, Result},
     host,
 };
-use isopod_vmm::config::MAX_NET_DEVICES;
 
 /// Annotation that sets the number of vCPUs.
 pub(super) const VCPUS_ANNOTATION: &str = "dev.isopod.vcpus";
@@ -32,6 +31,9 @@ const OVERHEAD_MIB: u64 = 64;
 /// in 64 bytes: one part in 64 of all memory. It divides the rest into zones, and keeps some of
 /// them back.
 const OVERHEAD_DIVISOR: u64 = 48;
+
+/// The kernel's default period of a CPU quota, in microseconds.
+pub(crate) const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// Guest memory without a limit, in MiB. The host allocates memory when the guest touches it.
 const DEFAULT_MEMORY_MIB: u64 = 2048;
@@ -88,17 +90,15 @@ impl VmSize {
 
 fn vcpus(spec: &Spec, host_cpus: u64) -> Result<u64> {
     let default = host_cpus.min(DEFAULT_VCPUS);
-    if let Some(list) = unified(spec, "cpuset.cpus").and_then(cpu_list_len) {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    let Some(resources) = resources else { return Ok(default) };
+    if let Some(list) = unified(resources, "cpuset.cpus").and_then(cpu_list_len) {
         return Ok(list);
     }
-    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
-    let Some(cpu) = resources.and_then(|resources| resources.cpu().as_ref()) else {
-        return Ok(default);
-    };
+    let Some(cpu) = resources.cpu() else { return Ok(default) };
     if let Some(quota) = cpu.quota().and_then(|quota| u64::try_from(quota).ok()).filter(|q| *q > 0)
     {
-        // Without a period the kernel's default counts.
-        let period = cpu.period().filter(|period| *period > 0).unwrap_or(100_000);
+        let period = cpu.period().filter(|period| *period > 0).unwrap_or(DEFAULT_PERIOD_US);
         return Ok(quota.div_ceil(period));
     }
     match cpu.cpus().as_deref().map(str::trim).filter(|cpus| !cpus.is_empty()) {
@@ -111,8 +111,7 @@ fn vcpus(spec: &Spec, host_cpus: u64) -> Result<u64> {
 
 /// The value of an interface file in `linux.resources.unified`. It has precedence, because it is
 /// written last.
-fn unified<'a>(spec: &'a Spec, file: &str) -> Option<&'a str> {
-    let resources = spec.linux().as_ref()?.resources().as_ref()?;
+pub(super) fn unified<'a>(resources: &'a LinuxResources, file: &str) -> Option<&'a str> {
     resources.unified().as_ref()?.get(file).map(|value| value.trim())
 }
 
@@ -127,8 +126,9 @@ fn memory_mib(spec: &Spec) -> u64 {
 pub(super) fn memory_limit(resources: &LinuxResources) -> Option<u64> {
     let limit = resources.memory().as_ref().and_then(|memory| memory.limit());
     let limit = limit.and_then(|limit| u64::try_from(limit).ok());
-    let unified = resources.unified().as_ref().and_then(|files| files.get("memory.max"));
-    unified.map_or(limit, |text| text.trim().parse().ok()).filter(|limit| *limit > 0)
+    unified(resources, "memory.max")
+        .map_or(limit, |text| text.parse().ok())
+        .filter(|limit| *limit > 0)
 }
 
 /// Guest memory in MiB with which a container can use `limit_mib`.

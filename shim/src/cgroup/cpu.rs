@@ -8,15 +8,13 @@ use std::{fs, path::Path};
 use oci_spec::runtime::LinuxResources;
 
 use crate::{
+    bundle::DEFAULT_PERIOD_US,
     cgroup::{
         fs::{Cgroup, write},
         systemd,
     },
     error::{Explain, Result},
 };
-
-/// The kernel's default period, in microseconds.
-const DEFAULT_PERIOD_US: u64 = 100_000;
 
 /// Divisor of one processor for the time that a microVM may use beyond its container's quota: a
 /// tenth. So the guest's kernel and agent answer even while the container uses all of its quota.

@@ -149,19 +149,21 @@ fn network() -> [Finding; 3] {
         Err(error) => Finding { what, good: Some(false), found: error.message },
     };
     let Trial { taps, redirects, names } = network::try_out();
-    let (tried, redirected) = (taps.is_ok(), taps.is_ok() && redirects.is_ok());
+    let not_tried = |what| Finding { what, good: None, found: "not tried".into() };
     let redirects = match redirects {
-        _ if !tried => Finding { what: "traffic control", good: None, found: "not tried".into() },
-        redirects => {
-            finding("traffic control", redirects.map(|()| "sch_ingress, cls_matchall, act_mirred"))
+        None => not_tried("traffic control"),
+        Some(tried) => {
+            finding("traffic control", tried.map(|()| "sch_ingress, cls_matchall, act_mirred"))
         }
     };
     let names = match names {
-        _ if !redirected => "not tried".to_owned(),
-        Ok(()) => "cls_u32, for networks of Docker's users".to_owned(),
-        Err(error) => error.message,
+        None => not_tried("name service"),
+        // A sandbox can run without it.
+        Some(tried) => Finding {
+            good: None,
+            ..finding("name service", tried.map(|()| "cls_u32, for networks of Docker's users"))
+        },
     };
-    let names = Finding { what: "name service", good: None, found: names };
     [finding("tun", taps.map(|()| "/dev/net/tun")), redirects, names]
 }
 

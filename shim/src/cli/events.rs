@@ -8,8 +8,10 @@ use clap::Args;
 use crate::{
     cli::{Global, print},
     container_id::ContainerId,
-    engine::query::{self, News},
-    engine::record::Record,
+    engine::{
+        query::{self, News},
+        record::Record,
+    },
     error::{Error, Explain, Result},
     state::{StateDir, Status},
     stats::{Event, Stats},

@@ -14,11 +14,9 @@ use crate::{
     error::{Error, Result},
     event_loop::event_loop,
     signal_names,
+    signals::KILL,
     state::{Exit, StateDir, Status},
 };
-
-/// Number of `SIGKILL`.
-const KILL: u32 = 9;
 
 /// Longest time for processes to end after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -119,7 +117,7 @@ fn force(dir: &StateDir, record: Record) -> Result<()> {
     if !dir.try_lock()? {
         return Ok(());
     }
-    let exit = Some(Exit { status: 128 + 9, oom_killed: false });
+    let exit = Some(Exit::KILLED);
     match Record::read(dir)? {
         Some(record) if record.exit.is_none() && record.error.is_none() => {
             (Record { status: Status::Stopped, exit, ..record }).write(dir)

@@ -99,7 +99,7 @@ fn exchange(dir: &StateDir, request: &Request, limit: Option<Duration>) -> Resul
         Err(e) if gone(&e) => Ok(Some(Answer::Gone)),
         Err(e) if silent(&e) => Ok(None),
         Err(e) => Err(e).explain(what),
-        Ok(Some(line)) => match serde_json::from_str(&line).explain(what)? {
+        Ok(Some(line)) => match serde_json::from_slice(&line).explain(what)? {
             Message::Done => Ok(Some(Answer::Done)),
             Message::Failed { error } => Err(error),
             Message::Created | Message::Ended(_) => Err(Error::new(format!(
@@ -156,7 +156,7 @@ mod tests {
                 let (socket, _) = listener.accept().unwrap();
                 let mut reader = BufReader::new(&socket);
                 let request = read_line(&mut reader).unwrap().unwrap();
-                let request: Request = serde_json::from_str(&request).unwrap();
+                let request: Request = serde_json::from_slice(&request).unwrap();
                 assert_eq!(request, Request::Kill { signal: 9, all: true });
                 if let Some(answer) = answer {
                     send(&mut &socket, &answer).unwrap();

@@ -86,33 +86,27 @@ pub fn send(socket: &mut impl Write, message: &impl Serialize) -> std::io::Resul
     socket.write_all(&line(message)?)
 }
 
-/// Reads one line, without its newline; `None` at the end of the connection. A line that is cut off
-/// or longer than [`MAX_MESSAGE_LEN`] is an error.
-pub fn read_line(socket: &mut impl BufRead) -> std::io::Result<Option<String>> {
-    let mut line = String::new();
-    socket.take(MAX_MESSAGE_LEN as u64).read_line(&mut line)?;
-    if line.is_empty() {
-        return Ok(None);
-    }
-    if line.pop() != Some('\n') {
-        return Err(std::io::Error::other("a message is cut off or too long"));
-    }
-    Ok(Some(line))
+/// Reads one line, with its newline; `None` at the end of the connection. A line that is cut off or
+/// longer than [`MAX_MESSAGE_LEN`] is an error.
+pub fn read_line(socket: &mut impl BufRead) -> std::io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    socket.take(MAX_MESSAGE_LEN as u64).read_until(b'\n', &mut line)?;
+    whole(line)
 }
 
-/// Reads the next line of a connection, its end included; `None` at the end of the connection. If the
-/// future is dropped, `line` keeps what has been read for the next call.
-///
-/// # Errors
-///
-/// If the connection is broken, or the line is cut off or longer than [`MAX_MESSAGE_LEN`].
+/// As [`read_line`]. If the future is dropped, `line` keeps the bytes read so far for the next call.
 pub(crate) async fn next_line(
     reader: &mut (impl AsyncBufRead + Unpin),
     line: &mut Vec<u8>,
 ) -> std::io::Result<Option<Vec<u8>>> {
     let left = MAX_MESSAGE_LEN.saturating_sub(line.len());
     tokio::io::AsyncReadExt::take(reader, left as u64).read_until(b'\n', line).await?;
-    match std::mem::take(line) {
+    whole(std::mem::take(line))
+}
+
+/// Tells a whole line from the end of the connection and from a part of a line.
+fn whole(line: Vec<u8>) -> std::io::Result<Option<Vec<u8>>> {
+    match line {
         line if line.is_empty() => Ok(None),
         line if line.ends_with(b"\n") => Ok(Some(line)),
         _ => Err(std::io::Error::other("a message is cut off or too long")),

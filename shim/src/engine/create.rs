@@ -106,7 +106,7 @@ pub fn main(descriptors: Descriptors) -> Result<u8> {
                 share: None,
                 inner: Vec::new(),
                 drop_caches: DropCaches::default(),
-                machine: None,
+                microvm: None,
             };
             Ok(sandbox.run(namespace, launcher).await)
         })
@@ -136,7 +136,7 @@ struct Sandbox {
     /// Mounts of the host below the container's root file system and bind mounts.
     inner: Vec<Inner>,
     drop_caches: DropCaches,
-    machine: Option<Microvm>,
+    microvm: Option<Microvm>,
 }
 
 /// Result of creating a container.
@@ -211,11 +211,11 @@ impl Sandbox {
                 self.inner = share.inner().to_vec();
                 self.timeline.shared = Some(clock::monotonic_us());
                 let vm = PodVm::enter(&self.dir, &self.launch.id, pod, share).await?;
-                self.machine = Some(Microvm::Pod(vm));
+                self.microvm = Some(Microvm::Pod(vm));
                 None
             }
         };
-        let Some(machine) = &self.machine else { return Err(Error::new("there is no microVM")) };
+        let Some(microvm) = &self.microvm else { return Err(Error::new("there is no microVM")) };
         let (launch, dir) = (&self.launch, &self.dir);
         let create_hooks =
             launch.bundle.spec.hooks().as_ref().and_then(|h| h.create_container().as_deref());
@@ -224,7 +224,7 @@ impl Sandbox {
         let limit = START_TIMEOUT.max(launch.boot.timeout).saturating_add(hooks);
         let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
         let create = create_container(launch, dir, &self.inner, state.as_ref(), guest_network);
-        let (process, relay) = in_guest(machine, "creating the container", limit, create).await?;
+        let (process, relay) = in_guest(microvm, "creating the container", limit, create).await?;
         let pids: Vec<i32> =
             iter::once(record.sandbox).chain(record.vmm).map(|id| id.pid).collect();
         self.cover.root(mount_view::cover(&launch.bundle, &pids)?).await?;
@@ -244,26 +244,22 @@ impl Sandbox {
         record: &mut Record,
         network: Network,
     ) -> Result<Option<agent::Network>> {
+        let Launch { id, bundle, boot: settings, spare_nics, .. } = &self.launch;
         let network = self.network.insert(network);
-        let guest_network = network.connect(self.launch.bundle.vm.vcpus, self.launch.spare_nics)?;
-        let share =
-            self.share.insert(Share::build(&self.launch.id, &self.launch.bundle, &self.dir)?);
+        let guest_network = network.connect(bundle.vm.vcpus, *spare_nics)?;
+        let share = self.share.insert(Share::build(id, bundle, &self.dir)?);
         self.inner = share.inner().to_vec();
         self.timeline.shared = Some(clock::monotonic_us());
-        let (vmm, connections) = {
-            let Launch { id, bundle, boot, .. } = &self.launch;
-            boot::start(id, bundle, boot, &self.dir, share, network)
-        }?;
+        let (vmm, connections) = boot::start(id, bundle, settings, &self.dir, share, network)?;
         self.drop_caches = vmm.drop_caches();
         tokio::spawn(share.take_covers().keep(None, self.drop_caches.clone()));
         record.vmm = Some(vmm.id());
-        let Microvm::Own(vmm) = self.machine.insert(Microvm::Own(vmm)) else {
+        let Microvm::Own(vmm) = self.microvm.insert(Microvm::Own(vmm)) else {
             return Err(Error::new("there is no VMM"));
         };
         record.write(&self.dir)?;
         let resolver = network.has_namespace().then(|| DnsProxy::new(network::RESOLVER));
-        let limit = self.launch.boot.timeout;
-        let hello = boot::wait_for_agent(vmm, connections, resolver, limit).await?;
+        let hello = boot::wait_for_agent(vmm, connections, resolver, settings.timeout).await?;
         self.timeline.ready = Some(clock::monotonic_us());
         self.timeline.guest = Some(GuestBoot {
             kernel: hello.kernel,
@@ -308,10 +304,10 @@ impl Sandbox {
     /// Hands the container to the task that owns it from now on.
     fn hand_over(self, created: Created) -> Option<Lifecycle> {
         let Created { process, relay, record } = created;
-        let Self { dir, timeline, origin, network, share, drop_caches, machine, .. } = self;
-        let (machine, network) = (machine?, network?);
+        let Self { dir, timeline, origin, network, share, drop_caches, microvm, .. } = self;
+        let (microvm, network) = (microvm?, network?);
         tokio::spawn(drop_caches.serve(process.agent.clone()));
-        Some(Lifecycle { dir, record, origin, machine, network, share, process, relay, timeline })
+        Some(Lifecycle { dir, record, origin, microvm, network, share, process, relay, timeline })
     }
 
     /// The record of the container at its beginning.
@@ -359,7 +355,7 @@ impl Sandbox {
     }
 
     async fn take_down(&mut self) {
-        match self.machine.take() {
+        match self.microvm.take() {
             Some(Microvm::Own(vmm)) => drop(vmm.stop().await),
             Some(Microvm::Pod(mut vm)) => vm.leave().await,
             None => {}
@@ -415,7 +411,7 @@ async fn create_container(
     stdio::release(if launch.detached { Release::All } else { Release::but_for_messages() })?;
     let (tokens, mut streams) = local.connect(dir).await?;
     if launch.detached {
-        streams = streams.with_last_words();
+        streams = streams.with_loss_notice();
     }
     let joins = launch.pod.as_ref().map(|member| member.joins.as_slice()).unwrap_or_default();
     let (id, vcpus) = (launch.id.as_str(), launch.bundle.vm.vcpus);

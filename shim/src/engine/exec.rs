@@ -122,7 +122,7 @@ pub fn wait_started(socket: &UnixStream) -> Result<()> {
     let what = || "cannot hear from the exec relay".to_owned();
     match message::read_line(&mut std::io::BufReader::new(socket)).explain(what)? {
         None => Err(Error::new("the exec relay ended before the process was started")),
-        Some(line) => match serde_json::from_str(&line).explain(what)? {
+        Some(line) => match serde_json::from_slice(&line).explain(what)? {
             Message::Failed { error } => Err(error),
             _ => Ok(()),
         },
@@ -278,7 +278,7 @@ impl Exec {
             None => (Record::read(dir).ok().flatten().and_then(|record| record.exit), None),
         };
         match exit {
-            Some(_) => Ok(Exit { status: 128 + 9, oom_killed: false }),
+            Some(_) => Ok(Exit::KILLED),
             None => Err(Error::with_kind(
                 ErrorKind::VmLost,
                 format!(

@@ -56,7 +56,7 @@ const DESTROY_TIMEOUT: Duration = Duration::from_secs(5);
 const KILL_TIMEOUT: Duration = Duration::from_secs(6);
 
 /// Longest time for a reader to take the rest of the output, if the microVM was lost.
-const LAST_WORDS_TIMEOUT: Duration = Duration::from_secs(5);
+const LOSS_NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A created container.
 pub(crate) struct Lifecycle {
@@ -64,7 +64,7 @@ pub(crate) struct Lifecycle {
     pub(crate) record: Record,
     /// The namespaces and the cgroup for hooks, if there are hooks.
     pub(crate) origin: Option<RuntimeNamespace>,
-    pub(crate) machine: Microvm,
+    pub(crate) microvm: Microvm,
     pub(crate) network: Network,
     pub(crate) share: Option<Share>,
     pub(crate) process: GuestProcess,
@@ -88,14 +88,14 @@ impl Lifecycle {
     pub(crate) async fn run(mut self, mut server: Server, mut signals: Signals) -> u8 {
         let outcome = self.live(&mut server, &mut signals).await;
         let lost = matches!(outcome, Outcome::Lost(_));
-        self.machine.leave(&self.process.agent, lost).await;
+        self.microvm.leave(&self.process.agent, lost).await;
         if let Outcome::Lost(error) = &outcome {
             self.relay.say(format!("isopod: container {}: {error}\n", self.record.id));
             // The output of the process comes first, then the loss notice.
             let written = self.relay.finished(self.record.vm.memory_mib << 20);
-            let _ = timeout(LAST_WORDS_TIMEOUT, written).await;
+            let _ = timeout(LOSS_NOTICE_TIMEOUT, written).await;
         }
-        self.machine.fill_timeline(&mut self.timeline);
+        self.microvm.fill_timeline(&mut self.timeline);
         self.timeline.ended = Some(clock::monotonic_us());
         let (exit, error, code) = match outcome {
             Outcome::Exited(exit) => (Some(exit), None, exit.status),
@@ -162,7 +162,7 @@ impl Lifecycle {
                         exit = Some(ended);
                     }
                     Err(error) => {
-                        let error = loss(&self.machine, error).await;
+                        let error = loss(&self.microvm, error).await;
                         return self.lost(error).await;
                     }
                 },
@@ -196,7 +196,7 @@ impl Lifecycle {
                         return Outcome::Exited(exit);
                     }
                 }
-                end = self.machine.ended() => return match exit {
+                end = self.microvm.ended() => return match exit {
                     Some(exit) => {
                         log::warn!("some of the output may be lost: {}", end.explain());
                         Outcome::Exited(exit)
@@ -209,7 +209,7 @@ impl Lifecycle {
                         ErrorKind::VmLost,
                         format!(
                             "the container did not end when it was killed, {}",
-                            self.machine.fate()
+                            self.microvm.fate()
                         ),
                     )),
                 },
@@ -276,7 +276,7 @@ impl Lifecycle {
 
     /// Outcome of a container that is not heard of any more.
     async fn lost(&self, error: Error) -> Outcome {
-        match self.machine.exit().await {
+        match self.microvm.exit().await {
             Some(exit) => Outcome::Exited(exit),
             None => Outcome::Lost(error),
         }

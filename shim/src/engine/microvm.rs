@@ -47,7 +47,7 @@ impl Microvm {
     pub(crate) async fn exit(&self) -> Option<Exit> {
         let Self::Pod(pod) = self else { return None };
         let end = timeout(END_TIMEOUT, pod.ended()).await.ok()?;
-        end.in_order.then_some(Exit { status: 128 + 9, oom_killed: false })
+        end.in_order.then_some(Exit::KILLED)
     }
 
     /// The fate of a microVM whose container did not end when it was killed: part of an error text.
@@ -105,7 +105,7 @@ async fn shut_down(vmm: &Vmm, agent: &Agent, lost: bool) {
 /// Runs an action that needs the guest, within `limit`. If the microVM ends meanwhile, the error
 /// has the reason for that.
 pub(crate) async fn in_guest<T>(
-    machine: &Microvm,
+    microvm: &Microvm,
     what: &str,
     limit: Duration,
     action: impl Future<Output = Result<T>>,
@@ -113,19 +113,19 @@ pub(crate) async fn in_guest<T>(
     tokio::select! {
         biased;
         result = timeout(limit, action) => match result {
-            Ok(Err(error)) if error.kind == ErrorKind::VmLost => Err(loss(machine, error).await),
+            Ok(Err(error)) if error.kind == ErrorKind::VmLost => Err(loss(microvm, error).await),
             Ok(result) => result,
             Err(_) => Err(Error::new(format!(
                 "{what} took longer than {} seconds in the guest", limit.as_secs()
             ))),
         },
-        end = machine.ended() => Err(end.explain()),
+        end = microvm.ended() => Err(end.explain()),
     }
 }
 
 /// The reason why a connection to the guest broke: the VMM's if it ends too, otherwise `error`.
-pub(crate) async fn loss(machine: &Microvm, error: Error) -> Error {
-    match timeout(REASON_TIMEOUT, machine.ended()).await {
+pub(crate) async fn loss(microvm: &Microvm, error: Error) -> Error {
+    match timeout(REASON_TIMEOUT, microvm.ended()).await {
         Ok(end) => end.explain(),
         Err(_) => Error { kind: ErrorKind::VmLost, ..error },
     }

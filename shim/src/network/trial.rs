@@ -19,14 +19,14 @@ pub(crate) struct Trial {
     /// The result of making taps.
     pub(crate) taps: Result<()>,
     /// The result of redirecting frames between two taps. Not tried without taps.
-    pub(crate) redirects: Result<()>,
+    pub(crate) redirects: Option<Result<()>>,
     /// The result of a filter for the name server of Docker's networks. Not tried without redirects.
-    pub(crate) names: Result<()>,
+    pub(crate) names: Option<Result<()>>,
 }
 
 impl Trial {
     fn without_taps(error: Error) -> Self {
-        Self { taps: Err(error), redirects: Ok(()), names: Ok(()) }
+        Self { taps: Err(error), redirects: None, names: None }
     }
 }
 
@@ -38,9 +38,8 @@ pub(crate) fn try_out() -> Trial {
             Ok((netlink, from, to)) => {
                 let redirects =
                     Mark::new().and_then(|mark| redirect::try_out(&netlink, &from, &to, &mark));
-                let tried = redirects.is_ok();
-                let names = if tried { redirect::try_names(&netlink, &from) } else { Ok(()) };
-                Trial { taps: Ok(()), redirects, names }
+                let names = redirects.is_ok().then(|| redirect::try_names(&netlink, &from));
+                Trial { taps: Ok(()), redirects: Some(redirects), names }
             }
             Err(error) => Trial::without_taps(error),
         }

@@ -40,3 +40,8 @@ pub struct Exit {
     /// The kernel killed a process of the container for its memory limit.
     pub oom_killed: bool,
 }
+
+impl Exit {
+    /// The exit of a process that SIGKILL has ended.
+    pub const KILLED: Self = Self { status: 128 + 9, oom_killed: false };
+}

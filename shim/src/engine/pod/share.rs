@@ -74,8 +74,8 @@ impl PodShare {
 
     /// Starts to cover the mounts of the host that arrive in the trees, for as long as the share
     /// exists.
-    pub(crate) fn keep_covers(&mut self, forgetting: DropCaches) {
-        tokio::spawn(std::mem::take(&mut self.covers).keep(Some(self.process), forgetting));
+    pub(crate) fn keep_covers(&mut self, drop_caches: DropCaches) {
+        tokio::spawn(std::mem::take(&mut self.covers).keep(Some(self.process), drop_caches));
     }
 
     /// Mounts of the host below the member's root file system and bind mounts.

@@ -111,7 +111,7 @@ impl Streams {
         thread::Builder::new()
             .spawn(move || {
                 let line = message::read_line(&mut BufReader::new(asked)).ok().flatten();
-                let marks = line.and_then(|line| serde_json::from_str::<Vec<u64>>(&line).ok());
+                let marks = line.and_then(|line| serde_json::from_slice::<Vec<u64>>(&line).ok());
                 // No line arrives from a process that was killed. Then nobody is to be told.
                 let _ = marks.map(|marks| tell.send(marks));
             })

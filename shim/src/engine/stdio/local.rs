@@ -146,8 +146,8 @@ impl Local {
         inputs.extend(stdin);
         outputs.extend(stdout);
         outputs.extend(stderr);
-        let last_words = None;
-        Ok((tokens, Streams { inputs, outputs, terminal, last_is_for_messages, last_words }))
+        let loss_notice = None;
+        Ok((tokens, Streams { inputs, outputs, terminal, last_is_for_messages, loss_notice }))
     }
 }
 

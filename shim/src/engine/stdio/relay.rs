@@ -63,19 +63,19 @@ impl Output {
 pub struct Relay {
     pub(crate) inputs: Vec<oneshot::Receiver<()>>,
     pub(crate) outputs: Vec<Output>,
-    pub(crate) last_words: Option<LossNotice>,
+    pub(crate) loss_notice: Option<LossNotice>,
     pub(crate) next_look: Option<Instant>,
 }
 
 impl Relay {
     /// Notes that the process has ended: then there is no loss notice.
     pub fn process_ended(&mut self) {
-        self.last_words = None;
+        self.loss_notice = None;
     }
 
     /// Sends the loss notice, to be written after all output that has arrived.
     pub fn say(&mut self, text: String) {
-        if let Some(words) = self.last_words.take() {
+        if let Some(words) = self.loss_notice.take() {
             words.say(text);
         }
     }

@@ -44,15 +44,15 @@ pub struct Streams {
     pub(super) terminal: bool,
     /// True if the last output is standard error, or the terminal.
     pub(super) last_is_for_messages: bool,
-    pub(super) last_words: Option<LossNotice>,
+    pub(super) loss_notice: Option<LossNotice>,
 }
 
 impl Streams {
     /// Has standard error, or the terminal, wait at its end for the notice of [`Relay::say`].
-    pub fn with_last_words(mut self) -> Self {
+    pub fn with_loss_notice(mut self) -> Self {
         if let Some(stream) = self.outputs.last_mut().filter(|_| self.last_is_for_messages) {
             let (words, listener) = LossNotice::new();
-            (self.last_words, stream.listener) = (Some(words), Some(listener));
+            (self.loss_notice, stream.listener) = (Some(words), Some(listener));
         }
         self
     }
@@ -113,6 +113,6 @@ impl Streams {
             })?;
             inputs.push(finished);
         }
-        Ok(Relay { inputs, outputs, last_words: self.last_words, next_look: None })
+        Ok(Relay { inputs, outputs, loss_notice: self.loss_notice, next_look: None })
     }
 }

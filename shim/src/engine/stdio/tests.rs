@@ -41,7 +41,7 @@ fn stream(local: OwnedFd, remote: UnixStream) -> Stream {
 
 fn streams(inputs: Vec<Stream>, output: Stream) -> Streams {
     let outputs = vec![output];
-    Streams { inputs, outputs, terminal: false, last_is_for_messages: true, last_words: None }
+    Streams { inputs, outputs, terminal: false, last_is_for_messages: true, loss_notice: None }
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn one_output() -> (Relay, File, UnixStream) {
 #[test]
 fn last_words_come_after_all_output() {
     let (streams, read, mut there) = one_stream();
-    let mut relay = streams.with_last_words().relay().unwrap();
+    let mut relay = streams.with_loss_notice().relay().unwrap();
     there.write_all(b"output\n").unwrap();
     relay.say("words\n".into());
     drop(there);
@@ -105,7 +105,7 @@ fn last_words_come_after_all_output() {
 #[test]
 fn there_are_no_last_words_of_a_process_that_ended() {
     let (streams, read, there) = one_stream();
-    let mut relay = streams.with_last_words().relay().unwrap();
+    let mut relay = streams.with_loss_notice().relay().unwrap();
     relay.process_ended();
     relay.say("words\n".into());
     drop(there);
