@@ -8,11 +8,11 @@ use std::{
     path::Path,
 };
 
-use syn::{Attribute, Item, UseTree};
+use syn::{Attribute, Item, UseName, UseRename, UseTree};
 
 use crate::repository;
 
-/// Crates whose modules must not import in a circle: their folders.
+/// Folders of the crates whose modules must not import in a circle.
 const CRATES: [&str; 7] = ["agent", "bench", "rootfs-builder", "shim", "tests", "vmm", "xtask"];
 
 /// Floors of `shim/`, from the top. A module imports from the floors below its own only. All modules
@@ -159,11 +159,8 @@ fn of_tree(
             }
         }
         UseTree::Glob(_) => found.extend(absolute(before, module)),
-        UseTree::Name(name) => {
-            found.extend(absolute(&[before, &[name.ident.to_string()][..]].concat(), module));
-        }
-        UseTree::Rename(name) => {
-            found.extend(absolute(&[before, &[name.ident.to_string()][..]].concat(), module));
+        UseTree::Name(UseName { ident }) | UseTree::Rename(UseRename { ident, .. }) => {
+            found.extend(absolute(&[&before[..], &[ident.to_string()]].concat(), module));
         }
     }
 }

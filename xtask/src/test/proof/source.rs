@@ -20,7 +20,7 @@ const ASIDE: [&str; 4] = ["src/container.rs", "src/netns.rs", "src/pattern.rs", 
 /// The probe. Only some cases run it.
 const PROBE: &str = "src/bin/probe";
 
-/// How the tests are built. Versions of crates in Cargo.lock change nothing that a case asks for.
+/// The build settings of the tests. Versions of crates in Cargo.lock change nothing that a case asks for.
 const BUILD: [&str; 1] = ["Cargo.toml"];
 
 /// The sources of the tests, by their paths relative to `tests/`.
