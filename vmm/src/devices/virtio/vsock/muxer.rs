@@ -218,7 +218,7 @@ impl Muxer {
         let id = self.next_id;
         let events =
             EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        add(&self.epoll, connection.stream().as_raw_fd(), events, id).ok()?;
+        add(&self.epoll, connection.socket().as_raw_fd(), events, id).ok()?;
         self.next_id += 1;
         self.opened_by_guest += usize::from(connection.opened_by_guest);
         self.connections.insert(id, connection);

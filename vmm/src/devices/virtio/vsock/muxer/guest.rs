@@ -211,11 +211,8 @@ fn next_of(
     if connection.announce.credit {
         return Ok(Some((Op::CreditUpdate, 0, 0)));
     }
-    match connection.untold_shutdown() {
+    match connection.take_shutdown() {
         0 => Ok(None),
-        flags => {
-            connection.set_told(flags);
-            Ok(Some((Op::Shutdown, 0, flags)))
-        }
+        flags => Ok(Some((Op::Shutdown, 0, flags))),
     }
 }
