@@ -1,5 +1,4 @@
-//! The state machine of the OCI runtime specification, signals (`kill`), and the JSON of `state`
-//! and `list`.
+//! The state machine of the OCI runtime specification, and the JSON of `state` and `list`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
@@ -103,17 +102,6 @@ fn a_created_container_can_be_deleted() {
 }
 
 #[test]
-fn a_created_container_can_be_killed() {
-    let scope = Scope::new();
-    let container = sleeper(&scope);
-    let created = container.create();
-    container.kill("KILL").ok();
-    assert_eq!(created.wait().status(), 128 + 9);
-    assert_eq!(container.status(), "stopped");
-    container.delete().ok();
-}
-
-#[test]
 fn a_running_container_refuses_what_does_not_fit() {
     let scope = Scope::new();
     let container = sleeper(&scope);
@@ -158,49 +146,6 @@ fn what_does_not_exist_is_an_error_that_names_it() {
         }
     }
     scope.assert_nothing_left();
-}
-
-#[test]
-fn kill_sends_the_signal_it_is_told() {
-    let scope = Scope::new();
-    let script = "trap 'echo hup' HUP; trap 'echo usr1' USR1; trap 'echo term; exit 0' TERM; \
-                  echo ready; while :; do sleep 1000 & wait $!; kill $!; done";
-    let container = scope.container().shell(script);
-    let mut created = container.start_new();
-    for (signal, heard) in [("SIGHUP", "ready"), ("USR1", "hup"), ("15", "usr1")] {
-        assert_eq!(created.stdout.line().unwrap(), heard);
-        container.kill(signal).ok();
-    }
-    assert_eq!(created.stdout.line().unwrap(), "term");
-    assert_eq!(created.wait().status(), 0);
-}
-
-#[test]
-fn kill_sends_term_unless_told() {
-    let scope = Scope::new();
-    let container = scope.container().shell("trap 'exit 6' TERM; echo up; sleep 1000 & wait");
-    let mut created = container.start_new();
-    created.stdout.line_with("up");
-    container.command("kill", &[]).output().ok();
-    assert_eq!(created.wait().status(), 6);
-}
-
-#[test]
-fn kill_all_reaches_every_process() {
-    let scope = Scope::new();
-    // The first process lives on, because its end would kill all others.
-    let loop_with = |trap: &str| format!("trap '{trap}' TERM; echo up; while :; do sleep 1; done");
-    let container = scope.container().shell(&loop_with("echo heard"));
-    let mut created = container.start_new();
-    created.stdout.line_with("up");
-    let command = container.command("exec", &[]).args(["sh", "-c", &loop_with("exit 9")]);
-    let mut other = command.spawn();
-    other.stdout.line_with("up");
-    container.command("kill", &["--all"]).args(["TERM"]).output().ok();
-    assert_eq!(other.wait().status(), 9);
-    created.stdout.line_with("heard");
-    container.command("kill", &["--all"]).args(["KILL"]).output().ok();
-    assert_eq!(created.wait().status(), 128 + 9);
 }
 
 #[test]
@@ -278,22 +223,6 @@ fn run_detached_returns_while_the_container_runs() {
     container.kill("TERM").ok();
     assert_eq!(created.wait().status(), 11);
     container.delete().ok();
-}
-
-#[test]
-fn run_passes_signals_on() {
-    let scope = Scope::new();
-    // The last one is a real-time signal, as systemd sends to its containers.
-    for signal in [15, 14, 37] {
-        let script = format!("trap 'exit 13' {signal}; echo up; sleep 1000 & wait");
-        let container = scope.container().shell(&script);
-        let mut run = container.command_with_bundle("run", &[]).spawn();
-        run.stdout.line_with("up");
-        let signal_option = format!("-{signal}");
-        scope.program(&["kill", &signal_option, &run.pid.to_string()]).output().ok();
-        assert_eq!(run.wait().status(), 13, "signal {signal}");
-        scope.assert_nothing_left();
-    }
 }
 
 #[test]

@@ -70,7 +70,7 @@ fn run() -> Result<i32> {
         "image" => build::main(args, build::IMAGE_HELP, build::image),
         "install" => install::main(args),
         "bench" => bench::main(args),
-        "lab" => lab::command::main(args),
+        "lab" => lab::cli::main(args),
         // Programs of the lab itself: its PID 1 and the servers of its ports; see lab/init.rs.
         "lab-init" => lab::init::main().map(|()| 0),
         "lab-port" => {

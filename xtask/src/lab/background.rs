@@ -12,7 +12,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::{SigSet, Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Ended, Input, Lab, LabOptions, OWN_PROGRAM, Run, Show, client, directory};
+use super::boot::{OWN_PROGRAM, directory, shelf};
+use super::{Ended, Input, Lab, LabOptions, Run, Show, client};
 use crate::progress::say;
 
 /// Name of the background lab.
@@ -23,7 +24,7 @@ const READY: &str = "ready";
 
 /// Log file of the holder of the background lab.
 fn log() -> PathBuf {
-    super::shelf().join("up.log")
+    shelf().join("up.log")
 }
 
 /// Boots the background lab unless it runs.
@@ -32,7 +33,7 @@ pub(crate) fn up(options: &LabOptions) -> Result<()> {
         say(format!("the lab runs already (process {pid})"));
         return Ok(());
     }
-    fs::create_dir_all(super::shelf()).context("cannot create the lab's directory")?;
+    fs::create_dir_all(shelf()).context("cannot create the lab's directory")?;
     let messages = log();
     let messages_file =
         File::create(&messages).with_context(|| format!("cannot write {}", messages.display()))?;

@@ -13,7 +13,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::cgroup;
-use super::run::Run;
+use super::command::Run;
 use super::wire::{Kind, push_frame};
 use crate::process::shell_status;
 

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 
+use super::command::{Ended, Input, Run, Show};
 use super::machine::Machine;
-use super::run::{Ended, Input, Run, Show};
 use super::wire::{
     Kind, MAX_INPUT, NONCE_LEN, PORTS, await_answer, greeting, read_frame, write_frame,
 };

@@ -1,77 +1,133 @@
-//! `cargo xtask lab`: labs for developers.
+//! A command for a lab or this machine: its program, its streams and its exit status.
 
-use anyhow::{Result, bail};
-use lexopt::prelude::*;
+use std::io::{self, IsTerminal as _, Write as _, stdin, stdout};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use super::{Input, Lab, LabOptions, Run, Show, background};
-use crate::progress::say;
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
 
-const HELP: &str = "\
-Usage: cargo xtask lab up [OPTIONS]             boot a lab and leave it in the background
-       cargo xtask lab run [--] COMMAND...      run a command in the background lab, with this
-                                                process's streams
-       cargo xtask lab once [OPTIONS] [--] COMMAND...
-                                                boot a lab for one command only
-       cargo xtask lab status                   print the state of the background lab
-       cargo xtask lab down                     end the background lab
+use crate::timed::Timed;
 
-Options:
-  --count          count instructions: a million take 1 ms of guest time; one processor
-  --cpus N         processors [1]; QEMU's emulation of several is not exact
-  --memory MIB     memory [half of this machine's, 8192 at most]
+/// A command for a lab or this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// Program and arguments.
+    pub(crate) argv: Vec<String>,
+    /// The whole environment.
+    pub(crate) env: Vec<(String, String)>,
+    /// Working directory.
+    pub(crate) cwd: PathBuf,
+    /// Longest time without output, in a lab only. The command is killed after it.
+    pub(crate) quiet_limit: Option<Duration>,
+}
 
-The lab shows this machine's files. It may not see changes that are made while it runs, except in
-cargo's target directory. Writes to that directory reach this machine; all other writes are lost
-when the lab ends. /tmp, /run, /var/tmp and some directories below /var/lib are the lab's own. Those
-of this machine are below /run/host.";
-
-/// Runs the words after `lab`. Returns the exit status of this process.
-pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
-    let mut options = LabOptions::default();
-    let mut verb: Option<String> = None;
-    let mut argv: Vec<String> = Vec::new();
-    while let Some(arg) = args.next()? {
-        match arg {
-            Long("help") | Short('h') => {
-                println!("{HELP}");
-                return Ok(0);
-            }
-            Long("count") => options.count = true,
-            Long("cpus") => options.cpus = args.value()?.parse()?,
-            Long("memory") => options.memory_mib = args.value()?.parse()?,
-            Value(word) if verb.is_none() => verb = Some(word.string()?),
-            Value(word) => {
-                // The words after the command are its arguments, even if they look like options.
-                argv.push(word.string()?);
-                for rest in args.raw_args()? {
-                    argv.push(rest.string()?);
-                }
-            }
-            _ => return Err(arg.unexpected().into()),
-        }
+impl Run {
+    /// The command `argv` with this process's environment and working directory.
+    pub(crate) fn here(argv: Vec<String>) -> Result<Self> {
+        // Variables that are not UTF-8 are left out: the command travels as JSON.
+        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok()?))
+        };
+        let env = std::env::vars_os().filter_map(text).collect();
+        let cwd = std::env::current_dir().context("cannot tell the working directory")?;
+        Ok(Self { argv, env, cwd, quiet_limit: None })
     }
-    let verb = verb.unwrap_or_default();
-    if argv.is_empty() == matches!(verb.as_str(), "run" | "once") {
-        bail!("a command is needed after `run` and `once` and nowhere else\n{HELP}");
+
+    /// Sets an environment variable.
+    pub(crate) fn env(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.env.retain(|(have, _)| have != name);
+        self.env.push((name.to_owned(), value.into()));
+        self
     }
-    match verb.as_str() {
-        "up" => background::up(&options).map(|()| 0),
-        "hold" => background::hold(&options).map(|()| 0),
-        "down" => background::down().map(|()| 0),
-        "status" => background::status(),
-        "run" => ended(&background::run(&Run::here(argv)?, Input::for_lab())?),
-        "once" => {
-            let lab = Lab::private(&options)?;
-            ended(&lab.run(&Run::here(argv)?, Input::for_lab(), &mut Show::Through)?)
-        }
-        _ => bail!("which command: up, run, once, status or down?\n{HELP}"),
+
+    /// The command as JSON, for the lab. `quiet_limit` stays on the host.
+    pub(super) fn to_json(&self) -> Result<Vec<u8>> {
+        let value = json!({ "argv": self.argv, "env": self.env, "cwd": text(&self.cwd)? });
+        Ok(value.to_string().into_bytes())
+    }
+
+    /// Reads a command from JSON.
+    pub(super) fn from_json(json: &[u8]) -> Result<Self> {
+        let value: Value = serde_json::from_slice(json).context("the command is not JSON")?;
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        let list = |name: &str| value[name].as_array().context("the command is incomplete");
+        let pair = |pair: &Value| Some((text(&pair[0])?, text(&pair[1])?));
+        Ok(Self {
+            argv: list("argv")?.iter().filter_map(text).collect(),
+            env: list("env")?.iter().filter_map(pair).collect(),
+            cwd: text(&value["cwd"]).context("the command has no working directory")?.into(),
+            quiet_limit: None,
+        })
     }
 }
 
-/// Exit status for the end of a command. A refusal is printed.
-fn ended(ended: &super::Ended) -> Result<i32> {
-    if let super::Ended::Refused(why) = ended {
-        say(format!("the lab: {why}"));
+/// A path as text, for command lines and JSON.
+pub(crate) fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("{} is not UTF-8, which the lab needs", path.display()))
+}
+
+/// Source of a command's standard input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Input {
+    /// None: the input is at its end.
+    Nothing,
+    /// This process's standard input.
+    Own,
+}
+
+impl Input {
+    /// This process's standard input, or none if it is a terminal: a lab has no terminals.
+    pub(crate) fn for_lab() -> Self {
+        if stdin().is_terminal() { Self::Nothing } else { Self::Own }
     }
-    Ok(ended.status())
+}
+
+/// Destination of a command's standard output.
+#[derive(Debug)]
+pub(crate) enum Show<'a> {
+    /// This process's standard output.
+    Through,
+    /// This process's standard output, and the vector.
+    Also(&'a mut Vec<u8>),
+    /// The vector only.
+    Only(&'a mut Vec<u8>),
+    /// A [`Timed`], which shows complete lines on this process's standard output.
+    Timed(&'a mut Timed),
+}
+
+impl Show<'_> {
+    /// Takes a piece of standard output.
+    pub(crate) fn stdout(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Through => {}
+            Self::Also(kept) => kept.extend_from_slice(bytes),
+            Self::Only(kept) => {
+                kept.extend_from_slice(bytes);
+                return Ok(());
+            }
+            Self::Timed(lines) => return lines.push(bytes),
+        }
+        stdout().write_all(bytes)?;
+        stdout().flush()
+    }
+}
+
+/// The end of a command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Ended {
+    /// Exit status as a shell gives it: 128 and the signal number for a killed process.
+    Status(i32),
+    /// The command was not started, or was killed after its quiet limit: the reason.
+    Refused(String),
+}
+
+impl Ended {
+    /// Exit status as a shell gives it: 127 for a command that was not run to its end.
+    pub(crate) fn status(&self) -> i32 {
+        match self {
+            Self::Status(status) => *status,
+            Self::Refused(_) => 127,
+        }
+    }
 }

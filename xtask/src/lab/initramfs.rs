@@ -9,8 +9,8 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, Result, bail};
 
+use super::command::text;
 use super::kernel::LabKernel;
-use super::run::text;
 use crate::process::{capture, command};
 use crate::repository;
 

@@ -10,9 +10,9 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 
+use super::command::text;
 use super::options::LabOptions;
 use super::qemu_install::{self, VIRTIOFSD_RUST};
-use super::run::text;
 use super::wire::{PORT_PREFIX, PORTS};
 use crate::process::{bound_to_us, inheriting, tail};
 

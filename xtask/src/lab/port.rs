@@ -19,7 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use super::child::{Child, Stream};
-use super::run::Run;
+use super::command::Run;
 use super::wire::{HEADER_LEN, Kind, MAGIC, NONCE_LEN, parse_header, push_frame};
 
 /// Bytes of unsent output from which on the streams of the command are no longer read.

@@ -41,7 +41,7 @@ pub(crate) const MAX_PAYLOAD: usize = 64 * 1024;
 pub(crate) enum Kind {
     /// Padding, without a payload. To the lab.
     Pad = 0,
-    /// Start of a command: a [`super::run::Run`] as JSON. To the lab, once.
+    /// Start of a command: a [`super::command::Run`] as JSON. To the lab, once.
     Start = 1,
     /// Bytes for standard input. An empty payload is the end of the input. To the lab.
     Stdin = 2,
