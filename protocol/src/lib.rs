@@ -8,7 +8,7 @@ pub mod mount_option;
 pub mod sysctl;
 
 /// Version of everything in this crate. Raised by any change that one side alone cannot handle.
-pub const PROTOCOL_VERSION: u32 = 4;
+pub const PROTOCOL_VERSION: u32 = 5;
 
 /// vsock port in the guest on which the agent serves [`agent_ttrpc::Agent`].
 pub const AGENT_PORT: u32 = 1024;

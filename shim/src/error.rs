@@ -16,6 +16,8 @@ pub enum ErrorKind {
     Failed,
     /// The microVM ended while it was needed. The exit status of the process is unknown.
     VmLost,
+    /// The container has ended, so nothing can be asked of it.
+    Ended,
 }
 
 /// A failure, ready to be shown.
@@ -69,7 +71,7 @@ impl Error {
     /// program gives 1.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
-            ErrorKind::Failed => 1,
+            ErrorKind::Failed | ErrorKind::Ended => 1,
             ErrorKind::VmLost => EXIT_VM_LOST,
         }
     }

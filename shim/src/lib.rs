@@ -3,13 +3,14 @@
 //! Modules import only from modules below them:
 //!
 //! ```text
-//!  cli         one verb a file
-//!  engine      a sandbox process and its container, from creation to exit status
-//!  microvm     VMM process, boot, agent client, share, mount view
-//!  control     control socket of a sandbox process: messages, versions, spawning, waiting
+//!  cli              one verb a file
+//!  sandbox_process  what stands for a container on the host, from its creation to its exit status
+//!  control          control socket of a sandbox process: messages, server, clients, spawning
+//!  engine           sandboxes, their containers, and the processes in these
+//!  microvm          VMM process, boot, agent client, share, mount view
 //!  state, network, cgroup, image
-//!  bundle      config.json: checks, refusals, the guest's config.json
-//!  the rest    errors, clocks, descriptors, settings: they know no module above
+//!  bundle           config.json: checks, refusals, the guest's config.json
+//!  the rest         errors, clocks, descriptors, settings: they know no module above
 //! ```
 
 pub mod bundle;
@@ -18,10 +19,10 @@ pub mod cli;
 pub mod clock;
 mod console_socket;
 pub mod container_id;
-pub mod control;
+mod control;
 mod cpu_list;
 mod descriptor;
-pub mod engine;
+mod engine;
 pub mod error;
 mod event_loop;
 mod exit_text;
@@ -36,6 +37,7 @@ mod oom_score;
 pub mod preserved;
 pub mod process_id;
 mod random;
+mod sandbox_process;
 pub mod settings;
 pub mod signal_names;
 pub mod signals;

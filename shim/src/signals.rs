@@ -63,11 +63,16 @@ impl Signals {
     pub async fn next_ending(&mut self) -> u32 {
         loop {
             let number = self.next().await;
-            if ENDING.contains(&number.cast_signed()) {
+            if is_ending(number) {
                 return number;
             }
         }
     }
+}
+
+/// Tells whether a signal asks a process to end.
+pub(crate) fn is_ending(number: u32) -> bool {
+    ENDING.contains(&number.cast_signed())
 }
 
 /// Makes this process, and the program that it becomes, ignore the signals that [`Signals`] passes

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use isopod_protocol::agent::ContainerStats;
 
@@ -17,7 +17,7 @@ const MAX_SHOWN: usize = 1024;
 const UNLIMITED: u64 = u64::MAX;
 
 /// A line of `events`.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum Event {
     /// Resource use of a container.
@@ -35,7 +35,8 @@ pub enum Event {
 }
 
 /// Resource use of a container, and its limits.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Stats {
     cpu: Cpu,
     cpuset: Cpuset,
@@ -48,14 +49,16 @@ pub struct Stats {
     network_interfaces: Option<Vec<NetworkInterface>>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct Cpu {
     usage: CpuUsage,
     throttling: Throttling,
 }
 
 /// Processor time in nanoseconds.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct CpuUsage {
     #[serde(skip_serializing_if = "is_zero")]
     total: u64,
@@ -63,7 +66,8 @@ struct CpuUsage {
     user: u64,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[serde(rename_all = "camelCase")]
 struct Throttling {
     #[serde(skip_serializing_if = "is_zero")]
@@ -76,7 +80,8 @@ struct Throttling {
 }
 
 /// Cpusets. Fields that cgroup v2 does not have are 0, as with runc.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct Cpuset {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     cpus: Vec<u16>,
@@ -94,7 +99,8 @@ struct Cpuset {
 }
 
 /// Memory in bytes.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct Memory {
     #[serde(skip_serializing_if = "is_zero")]
     cache: u64,
@@ -108,7 +114,8 @@ struct Memory {
     raw: BTreeMap<String, u64>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct MemoryEntry {
     limit: u64,
     #[serde(skip_serializing_if = "is_zero")]
@@ -118,7 +125,8 @@ struct MemoryEntry {
     failcnt: u64,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct Pids {
     #[serde(skip_serializing_if = "is_zero")]
     current: u64,
@@ -126,7 +134,8 @@ struct Pids {
     limit: u64,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[serde(rename_all = "camelCase")]
 struct Blkio {
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -135,18 +144,20 @@ struct Blkio {
     io_serviced_recursive: Vec<BlkioEntry>,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct BlkioEntry {
     #[serde(skip_serializing_if = "is_zero")]
     major: u64,
     #[serde(skip_serializing_if = "is_zero")]
     minor: u64,
-    op: &'static str,
+    op: String,
     #[serde(skip_serializing_if = "is_zero")]
     value: u64,
 }
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct Hugetlb {
     #[serde(skip_serializing_if = "is_zero")]
     usage: u64,
@@ -156,10 +167,12 @@ struct Hugetlb {
 }
 
 /// Intel RDT, which does not reach into a microVM.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct IntelRdt {}
 
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 #[serde(rename_all = "PascalCase")]
 struct NetworkInterface {
     name: String,
@@ -285,7 +298,12 @@ fn blkio(text: &str) -> Blkio {
                 "wios" => (&mut found.io_serviced_recursive, "Write"),
                 _ => continue,
             };
-            entries.push(BlkioEntry { major, minor, op, value: value.parse().unwrap_or(0) });
+            entries.push(BlkioEntry {
+                major,
+                minor,
+                op: op.to_owned(),
+                value: value.parse().unwrap_or(0),
+            });
         }
     }
     found

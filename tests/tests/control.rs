@@ -12,8 +12,9 @@ fn sleeper(scope: &Scope) -> Container<'_> {
     scope.container().args(["sleep", "1000"])
 }
 
-fn descriptors(pid: i32) -> usize {
-    fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+/// Number of descriptors or of threads of a process.
+fn count(pid: i32, what: &str) -> usize {
+    fs::read_dir(format!("/proc/{pid}/{what}")).unwrap().count()
 }
 
 /// Sets the limit of descriptors of a running process, soft and hard.
@@ -29,15 +30,16 @@ fn is_waited_for(path: &str) -> bool {
     table.lines().any(|line| line.ends_with(path) && line.split_whitespace().nth(5) == Some("02"))
 }
 
-/// The sandbox process keeps no descriptor of a client that has gone, not even of one that waited
-/// for the container's end.
+/// The sandbox process keeps no descriptor and no thread of a client that has gone, not even of one
+/// that waited for the container's end.
 #[test]
 fn no_client_leaves_anything_behind() {
     let scope = Scope::alone();
     let container = sleeper(&scope);
     let created = container.start_new();
     container.exec(["true"]).ok();
-    let before = descriptors(created.pid);
+    let counts = || (count(created.pid, "fd"), count(created.pid, "task"));
+    let before = counts();
     let options = ["--detach"];
     for _ in 0..8 {
         container.exec(["true"]).ok();
@@ -45,15 +47,23 @@ fn no_client_leaves_anything_behind() {
         container.command("pause", &[]).output().ok();
         container.command("resume", &[]).output().ok();
     }
+    // Several at once, with all of their streams, and some whose clients are killed.
+    let start = |number: usize| {
+        let script = format!("cat > /dev/null; echo end; exec sleep 0.{}", number % 5);
+        let exec = container.command("exec", &[]).args(["sh", "-c", &script]).spawn();
+        if number.is_multiple_of(2) {
+            scope.keeper().signal(exec.pid, libc::SIGKILL).unwrap();
+        }
+        exec
+    };
+    let execs: Vec<_> = (0..6).map(start).collect();
+    for mut exec in execs {
+        exec.wait();
+    }
     let until = Instant::now() + DEADLINE;
-    // Each of the eight rounds would leave one.
-    while descriptors(created.pid) > before + 2 {
-        assert!(
-            Instant::now() < until,
-            "{} descriptors became {}",
-            before,
-            descriptors(created.pid)
-        );
+    // Each of the rounds would leave one.
+    while counts().0 > before.0 + 2 || counts().1 > before.1 + 2 {
+        assert!(Instant::now() < until, "{before:?} descriptors and threads became {:?}", counts());
     }
 }
 
@@ -137,9 +147,11 @@ fn a_detached_container_with_a_terminal_holds_nothing() {
 fn another_version_is_named() {
     microvm_only!();
     let scope = Scope::alone();
-    for (field, readable) in
-        [("/protocols/agent", true), ("/protocols/control", true), ("/version", false)]
-    {
+    for (field, readable, delete) in [
+        ("/control_version", true, true),
+        ("/control_version", true, false),
+        ("/version", false, false),
+    ] {
         let container = sleeper(&scope);
         let created = container.start_new();
         let path = scope.root().join(&container.id).join("state.json");
@@ -159,7 +171,7 @@ fn another_version_is_named() {
         }
         assert_eq!(container.command("state", &[]).output().status == 0, readable);
         assert!(created.ended().is_none());
-        if field == "/protocols/agent" {
+        if delete {
             container.delete_force().ok();
         } else {
             container.kill("KILL").ok();

@@ -30,6 +30,35 @@ fn an_exec_ends_with_its_container() {
     }
 }
 
+/// A reader that has stopped reading the output of an exec keeps nobody from ending the container.
+#[test]
+fn a_reader_that_stops_reading_keeps_no_container() {
+    let scope = Scope::alone();
+    let container = sleeper(&scope);
+    let created = container.start_new();
+    let mut exec = container.command("exec", &[]).args(["sh", "-c", "echo up; exec yes"]).spawn();
+    exec.stdout.line_with("up");
+    container.kill("KILL").ok();
+    assert_eq!(created.wait().status(), 128 + 9);
+    container.delete().ok();
+    assert_eq!(exec.wait().status(), 128 + 9, "{}", exec.stderr.so_far());
+    scope.assert_nothing_left();
+}
+
+/// Nobody but the process keeps its streams open.
+#[test]
+fn the_end_of_its_output_is_seen_while_it_runs_on() {
+    let scope = Scope::in_pod();
+    let container = sleeper(&scope);
+    let _created = container.start_new();
+    let script = "echo last; exec >&- 2>&-; sleep 1000";
+    let mut exec = container.command("exec", &[]).args(["sh", "-c", script]).spawn();
+    assert_eq!(exec.stdout.rest(), "last\n");
+    assert!(exec.ended().is_none());
+    exec.kill();
+    exec.wait();
+}
+
 #[test]
 fn a_pid_file_that_cannot_be_written_leaves_no_process() {
     let scope = Scope::in_pod();

@@ -328,13 +328,33 @@ fn a_lost_microvm_is_lost_to_all() {
     let (first, created) = first(&scope);
     let one = member(&scope, created.pid);
     let mut other = up(&one);
-    scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
+    let vmm = scope.child(created.pid, "isopod-vmm");
+    scope.program(&["kill", "-9", &vmm.to_string()]).output().ok();
     created.wait();
     assert_eq!(other.wait(), End::Exited(255));
     let said = other.stderr.so_far();
     assert!(said.contains(&first.id) && said.lines().count() == 1, "{said}");
     assert_eq!(one.status(), "stopped");
     one.exec(["true"]).one_line_error(&[&one.id]);
+    one.delete().ok();
+    first.delete().ok();
+    scope.assert_nothing_left();
+}
+
+/// The sandbox process of the first container has all containers of the pod.
+#[test]
+fn a_killed_sandbox_process_is_the_end_of_all() {
+    microvm_only!();
+    let scope = Scope::new();
+    let (first, created) = first(&scope);
+    let one = member(&scope, created.pid);
+    let other = up(&one);
+    scope.program(&["kill", "-9", &created.pid.to_string()]).output().ok();
+    created.wait();
+    assert_eq!(other.wait(), End::Exited(255));
+    let state = one.state();
+    let error = state["annotations"]["dev.isopod.error"].as_str().unwrap_or_default();
+    assert!(state["status"] == "stopped" && error.contains(&first.id), "{state}");
     one.delete().ok();
     first.delete().ok();
     scope.assert_nothing_left();

@@ -1,7 +1,7 @@
 //! Further processes of a running container.
 
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use super::channel::InitRequest;
 use super::clone::Parent;
@@ -15,53 +15,58 @@ use crate::oci::ProcessSpec;
 use crate::pump::Late;
 use crate::reaper::Reaper;
 
-/// Ownership of a further process. Dropping it kills the process, unless the process has ended.
-pub(crate) struct Hold {
-    // Weak, so that a deleted container and its descriptors go before the owners of its processes.
-    container: Weak<Container>,
+/// The id of a further process that is being set up. Dropping it gives the id back, unless the
+/// process has started.
+pub(crate) struct Reservation {
+    container: Arc<Container>,
     exec_id: String,
+    number: u64,
 }
 
-impl Drop for Hold {
+impl Drop for Reservation {
     fn drop(&mut self) {
-        if let Some(container) = self.container.upgrade() {
-            container.execs().release(&self.exec_id);
-        }
+        self.container.execs().cancel(&self.exec_id, self.number);
     }
 }
 
-impl Container {
-    /// Takes ownership of a further process that is to be started. A second owner is refused.
-    pub(crate) fn hold(self: &Arc<Self>, exec_id: String) -> Result<Hold> {
-        self.execs().hold(&exec_id)?;
-        Ok(Hold { container: Arc::downgrade(self), exec_id })
-    }
-
-    /// Starts a further process and returns its pid.
+impl Reservation {
+    /// Starts the process and returns its pid. After a deletion the process is killed, as far as
+    /// there is one, and the call fails.
     pub(crate) async fn exec(
-        self: &Arc<Self>,
+        self,
         reaper: Arc<Reaper>,
-        exec_id: String,
         process_json: Vec<u8>,
         cgroup: Option<String>,
         connections: Connections,
         screen: Screen,
     ) -> Result<i32> {
-        self.execs().reserve(&exec_id)?;
-        match self.start_exec(reaper, process_json, cgroup, connections, screen).await {
-            Ok(process) => {
-                let pid = process.pid();
-                self.execs().put(exec_id, process);
-                Ok(pid)
-            }
-            Err(e) => {
-                self.execs().forget(&exec_id);
-                Err(e)
-            }
-        }
+        let Self { container, exec_id, number } = &self;
+        container.execs().check(exec_id, *number)?;
+        let process = container.prepare_exec(reaper, process_json, cgroup, connections, screen);
+        let process = process.await?;
+        container.execs().put(exec_id, *number, &process)?;
+        process.start().await?;
+        container.execs().started(exec_id, *number)?;
+        Ok(process.pid())
+    }
+}
+
+impl Container {
+    /// Reserves the id of a further process. An id that is in use is an error.
+    pub(crate) fn reserve_exec(self: &Arc<Self>, exec_id: String) -> Result<Reservation> {
+        let number = self.execs().reserve(&exec_id)?;
+        Ok(Reservation { container: Arc::clone(self), exec_id, number })
     }
 
-    async fn start_exec(
+    /// Kills a further process, unless it has ended, and forgets it. A missing process is no error.
+    ///
+    /// Only the process itself is killed: `exec` leaves descendants behind at any end of it.
+    pub(crate) fn delete_exec(&self, exec_id: &str) -> Result<()> {
+        self.execs().delete(exec_id)
+    }
+
+    /// Brings a further process up to the point just before `execve`.
+    async fn prepare_exec(
         self: &Arc<Self>,
         reaper: Arc<Reaper>,
         process_json: Vec<u8>,
@@ -81,9 +86,7 @@ impl Container {
         let cgroup = Arc::clone(&self.cgroup);
         let late = Late::PassedOn;
         let process = Process::new(launched, cgroup, oom_kills, pipes, connections, late)?;
-        let process = Arc::new(process);
-        process.start().await?;
-        Ok(process)
+        Ok(Arc::new(process))
     }
 
     /// Clones the process and waits until it is ready. Blocks.

@@ -19,7 +19,7 @@ mod credentials;
 mod device_nodes;
 mod devices;
 mod environment;
-mod exec;
+pub(crate) mod exec;
 mod exec_table;
 mod executable;
 mod execve;
@@ -32,6 +32,7 @@ mod namespaces;
 pub(crate) mod path;
 pub(crate) mod process;
 mod process_list;
+mod resource_update;
 mod resources;
 mod rlimits;
 mod rootfs;
@@ -242,17 +243,18 @@ impl Container {
     }
 
     /// Changes the limits of the container. If a limit cannot be set, the limits set before it are
-    /// restored, except those of `io.*` files.
+    /// restored.
     pub(crate) async fn update(&self, resources_json: Vec<u8>) -> Result<()> {
         self.check_not_ended()?;
         let cgroup = Arc::clone(&self.cgroup);
-        blocking(move || resources::update(&cgroup, &resources_json)).await
+        blocking(move || resource_update::update(&cgroup, &resources_json)).await
     }
 
-    /// Use and limits of the container.
+    /// Use and limits of the container. A container whose cgroup has been removed has ended.
     pub(crate) async fn stats(&self) -> Result<ContainerStats> {
         let (cgroup, pid) = (Arc::clone(&self.cgroup), self.init.pid());
-        blocking(move || stats::read(&cgroup, pid)).await
+        let stats = blocking(move || stats::read(&cgroup, pid)).await?;
+        stats.ok_or_else(|| self.ended())
     }
 
     /// Waits until the count of OOM kills in the container differs from `seen`, or the container
@@ -273,10 +275,11 @@ impl Container {
     }
 
     fn check_not_ended(&self) -> Result<()> {
-        if self.init.has_ended() {
-            return Err(Error::state(format!("container {:?} has ended", self.id)));
-        }
-        Ok(())
+        if self.init.has_ended() { Err(self.ended()) } else { Ok(()) }
+    }
+
+    fn ended(&self) -> Error {
+        Error::state(format!("container {:?} has ended", self.id))
     }
 
     /// Kills all processes of the container, unless the first one has ended, and waits for its end.

@@ -8,10 +8,10 @@ use super::cgroup::Cgroup;
 use super::devices;
 use crate::error::{Error, Result};
 use crate::log::log_warn;
-use crate::oci::{BlockIo, Cpu, HugepageLimit, Memory, Resources, ThrottleDevice, parse_json};
+use crate::oci::{BlockIo, Cpu, HugepageLimit, Memory, Resources, ThrottleDevice};
 
 /// An interface file and the value to write.
-type Setting = (String, String);
+pub(super) type Setting = (String, String);
 
 /// Refuses limits that cgroup v2 cannot express, by their field.
 pub(crate) fn check(resources: &Resources) -> Result<()> {
@@ -42,43 +42,8 @@ pub(crate) fn apply(cgroup: &Cgroup, resources: &Resources) -> Result<()> {
     devices::attach(cgroup.dir(), &resources.devices)
 }
 
-/// Changes the limits of a group in use. Fields that are absent, and the device rules, stay as they
-/// are.
-///
-/// If a limit cannot be set, the limits set before it are restored, except those of `io.*` files.
-/// With `checkBeforeUpdate`, a memory limit below the current use is refused.
-pub(crate) fn update(cgroup: &Cgroup, json: &[u8]) -> Result<()> {
-    let resources: Resources = parse_json("the resources", json)?;
-    check(&Resources { devices: Vec::new(), ..resources.clone() })?;
-    let limit = resources.memory.limit.and_then(|limit| u64::try_from(limit).ok());
-    if let (Some(true), Some(limit @ 1..)) = (resources.memory.check_before_update, limit) {
-        let used = cgroup.read("memory.current")?.parse().unwrap_or(0);
-        if used > limit {
-            let why = format!("{used} bytes are in use, which is more than {limit}");
-            return Err(Error::invalid("linux.resources.memory.limit", why));
-        }
-    }
-    let mut before: Vec<Setting> = Vec::new();
-    for (file, value) in all_settings(cgroup, &resources)? {
-        let old = cgroup.read(&file);
-        if let Err(e) = write(cgroup, &file, &value) {
-            for (file, old) in before.iter().rev() {
-                if let Err(left) = cgroup.write(file, old) {
-                    log_warn!("{left}");
-                }
-            }
-            return Err(e);
-        }
-        // `io.*` files have a line per device, and do not accept the format that they are read in.
-        if let Some(old) = old.ok().filter(|_| !file.starts_with("io.")) {
-            before.push((file, old));
-        }
-    }
-    Ok(())
-}
-
 /// All settings of a group, in the order of writing.
-fn all_settings(cgroup: &Cgroup, resources: &Resources) -> Result<Vec<Setting>> {
+pub(super) fn all_settings(cgroup: &Cgroup, resources: &Resources) -> Result<Vec<Setting>> {
     let mut all = settings(resources)?;
     // A guest kernel without swap has no swap limit, and needs none.
     all.retain(|(file, _)| file != "memory.swap.max" || cgroup.has(file));
@@ -87,7 +52,8 @@ fn all_settings(cgroup: &Cgroup, resources: &Resources) -> Result<Vec<Setting>> 
     Ok(all)
 }
 
-fn write(cgroup: &Cgroup, file: &str, value: &str) -> Result<()> {
+/// Writes a limit. A file that the kernel lacks is an error of the specification.
+pub(super) fn write(cgroup: &Cgroup, file: &str, value: &str) -> Result<()> {
     if !cgroup.has(file) {
         return Err(Error::invalid(
             "linux.resources",

@@ -25,11 +25,15 @@ const FILES: [&str; 13] = [
     "pids.max",
 ];
 
-/// Reads the existing files of a group, and the network statistics of a process's namespace.
-pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<ContainerStats> {
+/// Reads the existing files of a group, and the network statistics of a process's namespace. `None`
+/// if the group has been removed, also while it was read.
+pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<Option<ContainerStats>> {
     let mut files = HashMap::new();
     let path = cgroup.path();
-    let entries = fs::read_dir(path).context(|| format!("list {}", path.display()))?;
+    let entries = match fs::read_dir(path) {
+        Err(_) if !path.exists() => return Ok(None),
+        entries => entries.context(|| format!("list {}", path.display()))?,
+    };
     for entry in entries.flatten() {
         let Ok(name) = entry.file_name().into_string() else { continue };
         if (FILES.contains(&&*name) || is_of_huge_pages(&name))
@@ -38,9 +42,13 @@ pub(crate) fn read(cgroup: &Cgroup, pid: i32) -> Result<ContainerStats> {
             files.insert(name, text);
         }
     }
+    // Files of a removed group are missing above, which must not look like a kernel without them.
+    if !path.exists() {
+        return Ok(None);
+    }
     // The file is missing when the process has ended.
     let network = fs::read_to_string(format!("/proc/{pid}/net/dev")).unwrap_or_default();
-    Ok(ContainerStats { cgroup_files: files, network_devices: network, ..Default::default() })
+    Ok(Some(ContainerStats { cgroup_files: files, network_devices: network, ..Default::default() }))
 }
 
 /// Returns true for `hugetlb.2MB.current` and the like.

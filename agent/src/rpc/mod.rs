@@ -64,11 +64,6 @@ impl Agent for AgentService {
         self.run(move |guest| container::start(guest, r)).await
     }
 
-    async fn hold_process(&self, _: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<Empty> {
-        // The call ends with the connection, which is its purpose.
-        process::hold(Arc::clone(&self.0), r).await.map_err(status)
-    }
-
     async fn exec_process(
         &self,
         _: &TtrpcContext,
@@ -96,6 +91,11 @@ impl Agent for AgentService {
         r: ResizeTerminalRequest,
     ) -> ttrpc::Result<Empty> {
         process::resize(&self.0, &r).map_err(status)
+    }
+
+    async fn delete_process(&self, _: &TtrpcContext, r: ProcessRef) -> ttrpc::Result<Empty> {
+        // Done before the connection's next request is read, as the reservation of an id is.
+        process::delete(&self.0, &r).map_err(status)
     }
 
     async fn list_processes(
@@ -149,6 +149,8 @@ impl Agent for AgentService {
 }
 
 impl AgentService {
+    /// Runs a call in a task of its own. `call` itself runs at once: ttrpc enters the handlers of a
+    /// connection in the order of the requests.
     async fn run<T, F>(&self, call: impl FnOnce(Arc<Guest>) -> F) -> ttrpc::Result<T>
     where
         T: Send + 'static,

@@ -1,5 +1,6 @@
 //! Calls about processes.
 
+use std::future::Future;
 use std::sync::Arc;
 
 use isopod_protocol::agent::{
@@ -7,33 +8,44 @@ use isopod_protocol::agent::{
     SignalProcessRequest,
 };
 
+use crate::container::exec::Reservation;
 use crate::container::terminal::Screen;
 use crate::error::{Code, Error, Result};
 use crate::guest::Guest;
 
-/// Returns only on failure. Otherwise the end of the caller's connection ends the call.
-pub(super) async fn hold(guest: Arc<Guest>, request: ProcessRef) -> Result<Empty> {
-    if request.exec_id.is_empty() {
-        return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
+/// Runs a further process.
+///
+/// The id is reserved by this function itself and not by the future that it returns. So a
+/// DeleteProcess that is sent after the ExecProcess always finds the id.
+pub(super) fn exec(
+    guest: Arc<Guest>,
+    request: ExecProcessRequest,
+) -> impl Future<Output = Result<ProcessStarted>> + Send + 'static {
+    let reservation = reserve(&guest, &request);
+    async move {
+        // Claimed even without a reservation, because unclaimed connections stay open for a while.
+        let streams = super::claim(&guest.streams, request.streams).await?;
+        let reservation = reservation?;
+        let size = super::size(&request.terminal_size)?;
+        let screen = Screen { size, plain_newlines: request.plain_newlines };
+        let reaper = Arc::clone(&guest.reaper);
+        let cgroup = (!request.cgroup.is_empty()).then_some(request.cgroup);
+        let pid = reservation.exec(reaper, request.process_json, cgroup, streams, screen).await?;
+        Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
     }
-    let _hold = guest.container(&request.container_id)?.hold(request.exec_id)?;
-    // An answered call would say nothing about its caller.
-    std::future::pending().await
 }
 
-pub(super) async fn exec(guest: Arc<Guest>, request: ExecProcessRequest) -> Result<ProcessStarted> {
-    if request.exec_id.is_empty() {
+fn reserve(guest: &Guest, request: &ExecProcessRequest) -> Result<Reservation> {
+    check_exec_id(&request.exec_id)?;
+    guest.container(&request.container_id)?.reserve_exec(request.exec_id.clone())
+}
+
+/// Refuses the id of the container's first process.
+fn check_exec_id(exec_id: &str) -> Result<()> {
+    if exec_id.is_empty() {
         return Err(Error::new(Code::InvalidArgument, "exec_id is empty"));
     }
-    let size = super::size(&request.terminal_size)?;
-    let screen = Screen { size, plain_newlines: request.plain_newlines };
-    let streams = super::claim(&guest.streams, request.streams).await?;
-    let reaper = Arc::clone(&guest.reaper);
-    let container = guest.container(&request.container_id)?;
-    let cgroup = (!request.cgroup.is_empty()).then_some(request.cgroup);
-    let document = request.process_json;
-    let pid = container.exec(reaper, request.exec_id, document, cgroup, streams, screen).await?;
-    Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
+    Ok(())
 }
 
 pub(super) async fn wait(guest: Arc<Guest>, request: ProcessRef) -> Result<ProcessExit> {
@@ -68,6 +80,15 @@ fn not_yet(e: Error) -> Error {
         Code::FailedPrecondition => Error::new(Code::NotFound, e.message),
         _ => e,
     }
+}
+
+pub(super) fn delete(guest: &Guest, request: &ProcessRef) -> Result<Empty> {
+    check_exec_id(&request.exec_id)?;
+    // A container that is missing or still being created has no further processes.
+    if let Ok(container) = guest.container(&request.container_id) {
+        container.delete_exec(&request.exec_id)?;
+    }
+    Ok(Empty::default())
 }
 
 pub(super) fn resize(guest: &Guest, request: &ResizeTerminalRequest) -> Result<Empty> {

@@ -153,7 +153,7 @@ impl Driver {
 
     /// A name that no other container or process of this run has.
     pub(crate) fn name(&self) -> String {
-        format!("t{}-{}", std::process::id(), self.next.fetch_add(1, Ordering::Relaxed))
+        format!("t{}-{}", std::process::id(), self.token())
     }
 
     pub(crate) fn rootfs(&self) -> PathBuf {
@@ -215,12 +215,21 @@ impl Driver {
         self.connect(false)
     }
 
+    /// The token of a stream that is not connected yet.
+    pub(crate) fn token(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn connect_stream(&self, token: u64) -> UnixStream {
+        let mut stream = UnixStream::connect(self.dir.join("streams")).unwrap();
+        stream.write_all(&token.to_le_bytes()).unwrap();
+        stream
+    }
+
     fn connect(&self, with_stderr: bool) -> Io {
         let connect = || {
-            let token = self.next.fetch_add(1, Ordering::Relaxed);
-            let mut stream = UnixStream::connect(self.dir.join("streams")).unwrap();
-            stream.write_all(&token.to_le_bytes()).unwrap();
-            (token, stream)
+            let token = self.token();
+            (token, self.connect_stream(token))
         };
         let read = |mut stream: UnixStream| {
             std::thread::spawn(move || {
@@ -263,12 +272,6 @@ impl Driver {
         process: &Value,
         tokens: Option<StreamTokens>,
     ) -> Result<u32, (Code, String)> {
-        let client = self.client.clone();
-        let owned =
-            ProcessRef { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() };
-        tokio::spawn(async move { client.hold_process(context(), &owned).await });
-        // The call that owns the process has to be sent first.
-        tokio::task::yield_now().await;
         let request = ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec_id.into(),
@@ -280,9 +283,15 @@ impl Driver {
     }
 
     pub(crate) async fn wait(&self, id: &str, exec_id: &str) -> ProcessExit {
-        let request =
-            ProcessRef { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() };
-        self.client.wait_process(context(), &request).await.unwrap()
+        self.try_wait(id, exec_id).await.unwrap()
+    }
+
+    pub(crate) async fn try_wait(
+        &self,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<ProcessExit, (Code, String)> {
+        self.client.wait_process(context(), &process_ref(id, exec_id)).await.map_err(code)
     }
 
     pub(crate) async fn signal(
@@ -373,6 +382,10 @@ impl Drop for Driver {
 
 pub(crate) fn context() -> Context {
     Context::default()
+}
+
+pub(crate) fn process_ref(id: &str, exec_id: &str) -> ProcessRef {
+    ProcessRef { container_id: id.into(), exec_id: exec_id.into(), ..Default::default() }
 }
 
 pub(crate) fn code(e: ttrpc::Error) -> (Code, String) {

@@ -6,7 +6,7 @@ use isopod_protocol::agent::{ContainerRef, StreamTokens};
 use serde_json::json;
 use ttrpc::Code;
 
-use super::driver::{Driver, context};
+use super::driver::{Driver, code, context};
 
 pub(crate) async fn statuses(d: &Driver) {
     let done = d.sh("echo out; echo err >&2; exit 7").await;
@@ -144,6 +144,22 @@ pub(crate) async fn exec_joins_the_container(d: &Driver) {
     missing["args"] = json!(["nope"]);
     assert_eq!(d.exec(&id, "m", &missing, None).await.unwrap_err().0, Code::NOT_FOUND);
     d.end(&id).await;
+}
+
+pub(crate) async fn statistics_of_a_removed_cgroup_are_an_ended_containers(d: &Driver) {
+    let id = d.sleeping(|_| ()).await;
+    let r = ContainerRef { container_id: id.clone(), ..Default::default() };
+    d.client.container_stats(context(), &r).await.unwrap();
+    d.signal(&id, libc::SIGKILL, false).await.unwrap();
+    d.wait(&id, "").await;
+    let group = format!("/proc/{}/root/sys/fs/cgroup/containers/{id}", d.agent_pid());
+    // The group takes a moment to become empty.
+    while std::fs::remove_dir(&group).is_err() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let e = code(d.client.container_stats(context(), &r).await.unwrap_err());
+    assert_eq!(e, (Code::FAILED_PRECONDITION, format!("container {id:?} has ended")));
+    d.delete(&id).await.unwrap();
 }
 
 pub(crate) async fn signals_are_as_new(d: &Driver) {

@@ -6,6 +6,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod deletion;
 mod driver;
 mod io;
 mod lifecycle;
@@ -64,8 +65,16 @@ fn run_all(filter: &str) -> ExitCode {
             lifecycle::signals_to_all,
             lifecycle::without_a_pid_namespace_all_end_with_the_first,
             lifecycle::exec_joins_the_container,
+            lifecycle::statistics_of_a_removed_cgroup_are_an_ended_containers,
             lifecycle::signals_are_as_new,
             lifecycle::files_that_do_not_end_hold_nothing_up,
+            deletion::a_running_process_is_killed_alone,
+            deletion::a_process_whose_streams_are_missing_never_runs,
+            deletion::a_process_that_is_being_set_up_never_runs,
+            deletion::a_process_that_is_deleted_at_once_never_runs,
+            deletion::an_ended_process_is_forgotten,
+            deletion::missing_processes_are_no_error,
+            deletion::a_thousand_processes_leave_nothing,
             settings::identity_and_limits,
             settings::environment,
             settings::capabilities,
@@ -75,6 +84,7 @@ fn run_all(filter: &str) -> ExitCode {
             settings::refused_by_name,
             settings::limits_are_not_the_containers_to_change,
             settings::memory_and_pids_limits,
+            settings::a_failed_update_changes_nothing,
             rootfs::mount_options,
             rootfs::bind_mounts,
             rootfs::hidden_and_read_only_paths,

@@ -1,9 +1,10 @@
 //! `process`, namespaces and resources, read back from inside.
 
-use serde_json::json;
+use isopod_protocol::agent::UpdateContainerRequest;
+use serde_json::{Value, json};
 use ttrpc::Code;
 
-use super::driver::Driver;
+use super::driver::{Driver, code, context};
 
 pub(crate) async fn identity_and_limits(d: &Driver) {
     let mut spec = d.spec(
@@ -179,4 +180,30 @@ pub(crate) async fn memory_and_pids_limits(d: &Driver) {
     let mut spec = d.spec("cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/cpu.weight");
     spec["linux"]["resources"]["cpu"] = json!({"quota": 50_000, "period": 100_000, "shares": 1024});
     assert_eq!(d.run(&spec).await.out, "50000 100000\n39\n");
+}
+
+/// Needs a machine whose cgroup v2 tree has the controller of huge pages.
+pub(crate) async fn a_failed_update_changes_nothing(d: &Driver) {
+    let id = d.sleeping(|_| ()).await;
+    let limit = || async { d.exec_sh(&id, "cat /sys/fs/cgroup/hugetlb.2MB.max").await.out };
+    let update = async |resources: Value| {
+        let request = UpdateContainerRequest {
+            container_id: id.clone(),
+            resources_json: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        d.client.update_container(context(), &request).await.map(drop).map_err(code)
+    };
+    let pages = |bytes: i64| json!([{"pageSize": "2MB", "limit": bytes}]);
+    if limit().await.is_empty() {
+        println!("       (no limits of huge pages on this machine: not tested here)");
+    } else {
+        update(json!({"hugepageLimits": pages(4 << 20)})).await.unwrap();
+        let before = limit().await;
+        let missing = json!({"hugepageLimits": pages(8 << 20), "unified": {"none.max": "1"}});
+        let e = update(missing).await.unwrap_err();
+        assert_eq!(e.0, Code::INVALID_ARGUMENT, "{e:?}");
+        assert_eq!((before.as_str(), limit().await.as_str()), ("4194304\n", "4194304\n"));
+    }
+    d.end(&id).await;
 }

@@ -1,10 +1,16 @@
 //! Bind mounts of config.json.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+};
 
+use oci_spec::runtime::{Mount, Spec};
 use serde::{Deserialize, Serialize};
 
 use super::{id_map::IdMap, propagation::Propagation, shm::Shm};
+use crate::error::{Error, Explain, Result};
 
 /// A bind mount's host side.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,4 +33,73 @@ pub struct Bind {
     /// The guest's tmpfs in place of the source, for shared memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shm: Option<Shm>,
+}
+
+/// Finds the sources of the bind mounts and checks that the guest can be given them.
+pub(super) fn binds(bundle: &Path, spec: &Spec) -> Result<Vec<Bind>> {
+    let mounts = spec.mounts().as_deref().unwrap_or_default();
+    let binds = mounts.iter().enumerate().filter(|(_, mount)| is_bind(mount));
+    binds.map(|(index, mount)| bind(bundle, spec, index, mount)).collect()
+}
+
+fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind> {
+    let name = format!("mounts[{index}] ({})", mount.destination().display());
+    let source = mount
+        .source()
+        .as_ref()
+        .filter(|source| !source.as_os_str().is_empty())
+        .ok_or_else(|| Error::new(format!("{name} is a bind mount without a source")))?;
+    let source = bundle.join(source);
+    let source = fs::canonicalize(&source)
+        .explain(|| format!("{name}: cannot find its source {}", source.display()))?;
+    let what = || format!("{name}: cannot read its source {}", source.display());
+    let found = fs::metadata(&source).explain(what)?;
+    let kind = found.file_type();
+    let special = if kind.is_block_device() || kind.is_char_device() {
+        Some("a device: list it under linux.devices")
+    } else if kind.is_socket() {
+        Some("a socket, and connections to the host's sockets do not reach out of a microVM")
+    } else if kind.is_fifo() {
+        Some("a named pipe, which cannot connect a microVM with the host")
+    } else {
+        None
+    };
+    if let Some(special) = special {
+        return Err(Error::new(format!("{name}: its source {} is {special}", source.display())));
+    }
+    let id_map = IdMap::of(&name, mount, true, spec)?;
+    // An id-mapped mount is about the owners of files, so a tmpfs stays on the host.
+    let shm = match &id_map {
+        None => Shm::of(mount.destination(), &source, &found).explain(what)?,
+        Some(_) => None,
+    };
+    Ok(Bind {
+        mount: index,
+        source,
+        directory: kind.is_dir(),
+        recursive: has_option(mount, "rbind"),
+        read_only: has_option(mount, "ro") || has_option(mount, "rro"),
+        propagation: Propagation::of_bind(spec, mount),
+        id_map,
+        shm,
+    })
+}
+
+/// Tells whether a mount is a bind mount, by its type or its options.
+pub(super) fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind")
+        || has_option(mount, "bind")
+        || has_option(mount, "rbind")
+}
+
+/// Tells whether a mount has an option. The last of two opposite options wins, as with mount(8):
+/// "rw" takes back "ro".
+pub(super) fn has_option(mount: &Mount, option: &str) -> bool {
+    let opposite = match option {
+        "ro" | "rro" => "rw",
+        _ => "",
+    };
+    let options = mount.options().as_deref().unwrap_or_default();
+    let last = options.iter().rev().find(|o| *o == option || *o == opposite);
+    last.is_some_and(|found| found == option)
 }

@@ -3,16 +3,16 @@
 use std::{
     collections::HashSet,
     fs,
-    os::unix::fs::FileTypeExt,
     path::{Component, Path, PathBuf},
 };
 
-use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Mount, Process, Spec};
+use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Process, Spec};
 
 use crate::{
     bundle::{
-        bind::Bind, id_map::IdMap, mount_options, owner, pod, propagation::Propagation, resources,
-        scheduling, shm::Shm,
+        bind::{has_option, is_bind},
+        id_map::IdMap,
+        mount_options, owner, pod, resources, scheduling,
     },
     error::{Error, Explain, Result},
     logger,
@@ -295,74 +295,6 @@ fn mounts(spec: &Spec) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// Finds the sources of the bind mounts and checks that the guest can be given them.
-pub(super) fn binds(bundle: &Path, spec: &Spec) -> Result<Vec<Bind>> {
-    let mounts = spec.mounts().as_deref().unwrap_or_default();
-    let binds = mounts.iter().enumerate().filter(|(_, mount)| is_bind(mount));
-    binds.map(|(index, mount)| bind(bundle, spec, index, mount)).collect()
-}
-
-fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind> {
-    let name = format!("mounts[{index}] ({})", mount.destination().display());
-    let source = mount
-        .source()
-        .as_ref()
-        .filter(|source| !source.as_os_str().is_empty())
-        .ok_or_else(|| Error::new(format!("{name} is a bind mount without a source")))?;
-    let source = bundle.join(source);
-    let source = fs::canonicalize(&source)
-        .explain(|| format!("{name}: cannot find its source {}", source.display()))?;
-    let what = || format!("{name}: cannot read its source {}", source.display());
-    let found = fs::metadata(&source).explain(what)?;
-    let kind = found.file_type();
-    let special = if kind.is_block_device() || kind.is_char_device() {
-        Some("a device: list it under linux.devices")
-    } else if kind.is_socket() {
-        Some("a socket, and connections to the host's sockets do not reach out of a microVM")
-    } else if kind.is_fifo() {
-        Some("a named pipe, which cannot connect a microVM with the host")
-    } else {
-        None
-    };
-    if let Some(special) = special {
-        return Err(Error::new(format!("{name}: its source {} is {special}", source.display())));
-    }
-    let id_map = IdMap::of(&name, mount, true, spec)?;
-    // An id-mapped mount is about the owners of files, so a tmpfs stays on the host.
-    let shm = match &id_map {
-        None => Shm::of(mount.destination(), &source, &found).explain(what)?,
-        Some(_) => None,
-    };
-    Ok(Bind {
-        mount: index,
-        source,
-        directory: kind.is_dir(),
-        recursive: has_option(mount, "rbind"),
-        read_only: has_option(mount, "ro") || has_option(mount, "rro"),
-        propagation: Propagation::of_bind(spec, mount),
-        id_map,
-        shm,
-    })
-}
-
-fn is_bind(mount: &Mount) -> bool {
-    mount.typ().as_deref() == Some("bind")
-        || has_option(mount, "bind")
-        || has_option(mount, "rbind")
-}
-
-/// Tells whether a mount has an option. The last of two opposite options wins, as with mount(8):
-/// "rw" takes back "ro".
-fn has_option(mount: &Mount, option: &str) -> bool {
-    let opposite = match option {
-        "ro" | "rro" => "rw",
-        _ => "",
-    };
-    let options = mount.options().as_deref().unwrap_or_default();
-    let last = options.iter().rev().find(|o| *o == option || *o == opposite);
-    last.is_some_and(|found| found == option)
 }
 
 fn propagation(value: Option<&str>) -> Result<()> {

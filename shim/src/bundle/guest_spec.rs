@@ -3,14 +3,44 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, LinuxResources, Mount, Spec};
+use serde::{Deserialize, Serialize};
 
 use isopod_protocol::{JOIN_PREFIX, SHARED_DIR, SHM_DIR};
 
 use crate::{
-    bundle::{bind::Bind, id_map, mount_options},
+    bundle::{bind::Bind, id_map, load::Bundle, mount_options, seccomp::Filter, shm::Shm},
     container_id::ContainerId,
     cpu_list::cpu_list_len,
 };
+
+/// A container as the agent makes it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct GuestContainer {
+    /// config.json with the paths of the guest.
+    pub spec: Spec,
+    /// The compiled filter of `linux.seccomp`.
+    pub seccomp: Option<Filter>,
+    /// Shared memory that the guest has in place of the host's.
+    pub shared_memory: Vec<Shm>,
+}
+
+impl GuestContainer {
+    /// The container `id` of a bundle. `inner` are the mounts that have trees of their own, and
+    /// `joins` the namespaces that it shares with other containers.
+    pub fn new(
+        bundle: &Bundle,
+        id: &ContainerId,
+        inner: &[Inner],
+        joins: &[(LinuxNamespaceType, ContainerId)],
+    ) -> Self {
+        let (spec, binds, vcpus) = (&bundle.spec, &bundle.binds, bundle.vm.vcpus);
+        Self {
+            spec: guest_spec(spec, id.as_str(), binds, inner, vcpus, joins),
+            seccomp: bundle.seccomp.clone(),
+            shared_memory: binds.iter().filter_map(|bind| bind.shm.clone()).collect(),
+        }
+    }
+}
 
 /// Adapts `spec` to the guest:
 ///
@@ -19,7 +49,7 @@ use crate::{
 /// - Processors are the guest's, from 0 on: as many as the container may use, at most `vcpus`.
 /// - Namespaces of `joins` are those of containers in the same microVM.
 /// - Mounts of `inner` become bind mounts of their own.
-pub fn guest_spec(
+fn guest_spec(
     spec: &Spec,
     id: &str,
     binds: &[Bind],

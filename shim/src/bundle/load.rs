@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use super::{
-    bind::Bind,
+    bind::{self, Bind},
     check,
     network_namespace::NetworkNamespace,
     oci_spec_quirks,
@@ -77,7 +77,7 @@ impl Bundle {
         check::spec(&spec)?;
         let root = spec.root().as_ref().ok_or_else(|| Error::new("config.json has no root"))?;
         let rootfs = canonical_dir(&dir.join(root.path()), "root.path")?;
-        let binds = check::binds(&dir, &spec)?;
+        let binds = bind::binds(&dir, &spec)?;
         let hooks = check::guest_hooks(&spec)?;
         let vm = VmSize::of(&spec)?;
         let nested = vm_size::nested(&spec)?;

@@ -26,7 +26,7 @@ pub use self::{
     bind::Bind,
     default::{capabilities, default_spec, rootless_spec, write_spec},
     features::features,
-    guest_spec::{Inner, InnerOf, guest_processors, guest_spec},
+    guest_spec::{GuestContainer, Inner, InnerOf, guest_processors},
     id_map::IdMap,
     load::{Bundle, check_process, load_process},
     network_namespace::NetworkNamespace,

@@ -116,7 +116,7 @@ fn check(path: &Path) -> Result<()> {
     if (metadata.dev(), metadata.ino()) == (own.dev(), own.ino()) {
         return Err(host_network(&format!("{field} is the host's")));
     }
-    match process_of(path) {
+    match process_behind(path) {
         None => Ok(()),
         Some(process) => Err(another_container(&field, &process)),
     }
@@ -125,7 +125,7 @@ fn check(path: &Path) -> Result<()> {
 /// The error of a path that cannot be opened. If it is the path of a process that has ended, the
 /// error says so.
 fn not_there(path: &Path, field: &str, e: std::io::Error) -> Error {
-    match process_of(path) {
+    match process_behind(path) {
         Some(process) if !Path::new("/proc").join(&process).exists() => {
             Error::new(format!("{field} does not exist: process {process} has ended"))
         }
@@ -142,7 +142,7 @@ fn another_container(field: &str, process: &str) -> Error {
 }
 
 /// The process in `path`, if `path` is the kernel's link to the namespace of a process.
-fn process_of(path: &Path) -> Option<String> {
+fn process_behind(path: &Path) -> Option<String> {
     // The directory of a process that has ended is gone, so its path is taken as it is.
     let folder = path.parent()?;
     let folder = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());

@@ -5,7 +5,10 @@ use std::path::Path;
 use clap::Args;
 
 use crate::{
-    cli::{Global, create_options::CreateOptions},
+    cli::{
+        Global,
+        create_options::{Caller, CreateOptions},
+    },
     container_id::ContainerId,
     error::Result,
     event_loop::event_loop,
@@ -24,7 +27,7 @@ impl Create {
         let id = ContainerId::parse(&self.id)?;
         let bundle = self.options.bundle.as_deref().unwrap_or(Path::new("."));
         // The sandbox process lives on when this process ends.
-        event_loop()?.block_on(self.options.create(global, id, bundle, None, true, true))?;
+        event_loop()?.block_on(self.options.create(global, id, bundle, None, Caller::Create))?;
         Ok(0)
     }
 }

@@ -7,26 +7,17 @@ use std::{
     time::Duration,
 };
 
-use clap::Args;
-use tokio::{
-    io::BufReader,
-    net::{
-        UnixStream,
-        unix::{OwnedReadHalf, OwnedWriteHalf},
-    },
-};
-
 use crate::{
     bundle::Bundle,
     cgroup::{Cgroup, CgroupPlan},
     cli::{Global, pidfd},
     container_id::ContainerId,
     control::{
-        Message,
-        message::next_line,
+        Message, client,
+        connection::Connection,
         spawn::{self, Launched},
     },
-    engine::{hooks, launch::Launch, pod::Membership, record::Record},
+    engine::{Record, hooks},
     error::{Error, Explain, Result},
     exit_text::exit_text,
     host,
@@ -34,11 +25,13 @@ use crate::{
     network::RedirectRecord,
     preserved,
     process_id::ProcessId,
+    sandbox_process::{Launch, Membership},
     settings,
     signals::Signals,
     state::{StateDir, write_whole},
     terminal::{self, Terminal},
 };
+use clap::Args;
 
 /// Longest time for a sandbox process to end after it has said that it ends, or has lost the
 /// command that launched it.
@@ -73,16 +66,26 @@ pub(super) struct CreateOptions {
     preserve_fds: usize,
 }
 
+/// The command that creates a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Caller {
+    /// `create`: before the start the container may get a network.
+    Create,
+    /// `run`, which stays until the end.
+    Run,
+    /// `run --detach`.
+    RunDetached,
+}
+
 /// A created container, and the sandbox process that owns it.
 pub(super) struct NewContainer {
     pub(super) dir: StateDir,
     pub(super) terminal: Option<Terminal>,
     signals: Signals,
     child: Child,
-    reader: BufReader<OwnedReadHalf>,
-    /// The part of the next message that has been read so far.
-    line: Vec<u8>,
-    pub(super) writer: OwnedWriteHalf,
+    /// The connection to the sandbox process, which says when the container is created and how it
+    /// has ended.
+    launched: Connection,
 }
 
 /// Finds the host side of a process's terminal by `terminal: true`, `--detach` and
@@ -118,8 +121,7 @@ pub(super) fn find_terminal(
 }
 
 impl CreateOptions {
-    /// Creates a container. With `spare_nics` its microVM gets spare devices, for a network that
-    /// may arrive before the start.
+    /// Creates a container.
     ///
     /// All checks come before anything is made. After a failure everything that was made is
     /// removed.
@@ -129,9 +131,9 @@ impl CreateOptions {
         id: ContainerId,
         bundle: &Path,
         command: Option<Vec<String>>,
-        detached: bool,
-        spare_nics: bool,
+        caller: Caller,
     ) -> Result<NewContainer> {
+        let detached = caller != Caller::Run;
         let listening = preserved::listen_fds();
         let preserved = preserved::find(listening.saturating_add(self.preserve_fds))?;
         let mut bundle = Bundle::load(bundle, command)?;
@@ -157,7 +159,10 @@ impl CreateOptions {
         let linux = bundle.spec.linux().as_ref();
         let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = CgroupPlan::find(path, global.systemd_cgroup, &id)?;
-        let spare_nics = if spare_nics { bundle.nics.map_or_else(settings::nics, Ok)? } else { 0 };
+        let spare_nics = match caller {
+            Caller::Create => bundle.nics.map_or_else(settings::nics, Ok)?,
+            Caller::Run | Caller::RunDetached => 0,
+        };
         if pod.is_none() {
             // The sandbox process opens it again. This call makes a failure come before anything is
             // made.
@@ -233,19 +238,8 @@ impl NewContainer {
         signals: Signals,
         launched: Launched,
     ) -> Result<Self> {
-        let what = || "cannot use the connection to the sandbox process".to_owned();
         let Launched { child, socket } = launched;
-        socket.set_nonblocking(true).explain(what)?;
-        let (reader, writer) = UnixStream::from_std(socket).explain(what)?.into_split();
-        Ok(Self {
-            dir,
-            terminal,
-            signals,
-            child,
-            reader: BufReader::new(reader),
-            line: Vec::new(),
-            writer,
-        })
+        Ok(Self { dir, terminal, signals, child, launched: Connection::new(socket)? })
     }
 
     /// The sandbox process's pid. The kernel does not reuse it before [`Self::wait`] has returned.
@@ -257,7 +251,7 @@ impl NewContainer {
     /// ended.
     pub(super) async fn next(&mut self) -> Result<Next> {
         tokio::select! {
-            message = next_message(&mut self.reader, &mut self.line) => message.map(Next::Message),
+            message = self.launched.message() => message.map(Next::Message),
             number = self.signals.next() => Ok(Next::Signal(number)),
         }
     }
@@ -266,14 +260,14 @@ impl NewContainer {
     /// creation.
     async fn wait_created(&mut self) -> Result<()> {
         let message = tokio::select! {
-            message = next_message(&mut self.reader, &mut self.line) => message?,
+            message = self.launched.message() => message?,
             number = self.signals.next_ending() => return Err(Error::new(format!(
                 "interrupted by signal {number} while the container was created"
             ))),
         };
         match message {
             Some(Message::Created) => Ok(()),
-            Some(Message::Failed { error }) => Err(error),
+            Some(Message::Failed(error)) => Err(error),
             Some(_) => Err(Error::new("the sandbox process said something unexpected")),
             None => Err(Error::new(format!(
                 "the sandbox process ended before the container was created: {}",
@@ -284,10 +278,10 @@ impl NewContainer {
 
     /// Ends and removes a container after an error. The caller reports the error.
     pub(super) async fn abandon(self) {
-        let Self { dir, mut child, reader, writer, .. } = self;
+        let Self { dir, mut child, launched, .. } = self;
         // A sandbox process that still creates the container ends when the connection closes. After
         // the creation it has to be told by SIGKILL, which it cannot miss.
-        drop((reader, writer));
+        drop(launched);
         if Record::read(&dir)
             .ok()
             .flatten()
@@ -338,22 +332,6 @@ pub(super) enum Next {
     Signal(u32),
 }
 
-/// Reads the next message of the sandbox process; `None` if it has ended. If the call is cancelled,
-/// `line` keeps the part that has been read for the next call.
-async fn next_message(
-    reader: &mut BufReader<OwnedReadHalf>,
-    line: &mut Vec<u8>,
-) -> Result<Option<Message>> {
-    let what = || "cannot hear from the sandbox process".to_owned();
-    match next_line(reader, line).await {
-        Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => Ok(None),
-        read => match read.explain(what)? {
-            Some(message) => serde_json::from_slice(&message).map(Some).explain(what),
-            None => Ok(None),
-        },
-    }
-}
-
 /// Removes the remains of a container, by its record, and runs its poststop hooks. First kills a
 /// sandbox process that still runs.
 ///
@@ -371,13 +349,16 @@ pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()
     if !dir.try_lock()? {
         return network;
     }
-    let pod = match record.and_then(|record| Some((record.pod.as_ref()?, &record.id))) {
-        Some((pod, id)) => pod.clean_up(id).await,
-        None => Ok(()),
-    };
+    // The sandbox process of a pod lets a member go when the member's own process has gone. If it
+    // cannot do so now, it does so later, and that keeps nobody from removing the rest.
+    if record.is_some_and(|record| record.pod.is_some())
+        && let Err(error) = client::wait_gone(dir)
+    {
+        log::warn!("{error}");
+    }
     let cgroup = record.and_then(|record| record.cgroup.as_ref()).map_or(Ok(()), Cgroup::remove);
     // Everything that can be removed is removed. The rest stays for the next attempt.
-    let mut failures = [network, pod, cgroup].into_iter().filter_map(Result::err);
+    let mut failures = [network, cgroup].into_iter().filter_map(Result::err);
     if let Some(first) = failures.next() {
         failures.for_each(|other| log::warn!("{other}"));
         return Err(first);

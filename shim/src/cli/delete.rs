@@ -7,8 +7,8 @@ use clap::Args;
 use crate::{
     cli::{Global, create_options::remove},
     container_id::ContainerId,
-    control::{Request, is_answered},
-    engine::record::{Record, Remains},
+    control::is_answered,
+    engine::{Record, Remains, Request},
     error::{Error, Result},
     event_loop::event_loop,
     state::{StateDir, Status},
@@ -103,8 +103,8 @@ impl Delete {
         }
         if record.current_status() != Status::Stopped {
             // A sandbox process that a signal has stopped would neither answer nor end.
-            record.sandbox.let_go_on();
-            let why = match is_answered(dir, &Request::Destroy) {
+            record.let_go_on();
+            let why = match is_answered(dir, Request::Destroy) {
                 Ok(true) => None,
                 Ok(false) => Some("it does not answer".to_owned()),
                 Err(error) => Some(error.message),

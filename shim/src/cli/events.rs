@@ -8,13 +8,14 @@ use clap::Args;
 use crate::{
     cli::{Global, print},
     container_id::ContainerId,
-    engine::{
-        query::{self, News},
-        record::Record,
+    control::{
+        client,
+        follow::{News, follow},
     },
+    engine::Record,
     error::{Error, Explain, Result},
     state::{StateDir, Status},
-    stats::{Event, Stats},
+    stats::Event,
 };
 
 #[derive(Debug, Args)]
@@ -40,14 +41,17 @@ impl Events {
         let tell = |news: News| {
             let id = id.to_string();
             line(&match news {
-                News::Stats(read) => Event::Stats { id, data: Box::new(Stats::of(&read)) },
+                News::Stats(data) => Event::Stats { id, data },
                 News::Oom => Event::Oom { id },
             })
         };
         if self.stats {
-            tell(News::Stats(Box::new(query::stats(&dir, &id)?)))?;
+            let stats = client::stats(&dir)?.ok_or_else(|| {
+                Error::new(format!("container {id} is not running: it is ending or has ended"))
+            })?;
+            tell(News::Stats(stats))?;
         } else {
-            query::follow(&dir, &id, self.interval, tell)?;
+            follow(&dir, &id, self.interval, tell)?;
         }
         Ok(0)
     }

@@ -10,11 +10,12 @@ use crate::{
     cli::{
         Global,
         create_options::{find_terminal, write_pid},
+        exec_relay::{self, ExecRelay},
         pidfd,
     },
     container_id::ContainerId,
     control::spawn::{self, Launched},
-    engine::{self, record::Record},
+    engine::{ExecSpec, Record},
     error::{Error, Explain, Result},
     preserved,
     state::{PROCESS_FILE, StateDir, Status},
@@ -104,26 +105,23 @@ impl Exec {
         bundle::check_process(&process)?;
         let wanted = process.terminal().unwrap_or(false);
         let terminal = find_terminal(wanted, self.detach, self.console_socket.as_deref())?;
-        let exec = engine::exec::Exec {
+        let exec = ExecRelay {
             id,
             state_dir: dir.path().to_owned(),
-            process,
-            cgroup,
+            spec: ExecSpec { process, cgroup, detached: self.detach },
             terminal,
             preserved,
-            detached: self.detach,
-            memory_mib: record.map_or(0, |record| record.vm.memory_mib),
         };
         if self.detach { self.detach(&dir, &exec) } else { self.attend(&exec) }
     }
 
     /// Leaves an exec relay behind for the streams.
-    fn detach(&self, dir: &StateDir, exec: &engine::exec::Exec) -> Result<u8> {
+    fn detach(&self, dir: &StateDir, exec: &ExecRelay) -> Result<u8> {
         let Launched { mut child, mut socket } =
             spawn::spawn("exec-relay", &exec.id, dir, None, &exec.preserved, exec)?;
-        let started = engine::exec::wait_started(&socket)
+        let started = exec_relay::wait_started(&socket)
             .and_then(|()| self.tell_pid(child.id()))
-            .and_then(|()| engine::exec::let_go(&mut socket));
+            .and_then(|()| exec_relay::let_go(&mut socket));
         if let Err(error) = started {
             // The relay has failed too, or ends the process when the connection closes: nobody will
             // wait for that process.
@@ -135,7 +133,7 @@ impl Exec {
     }
 
     /// Stays in the foreground until the end of the process.
-    fn attend(&self, exec: &engine::exec::Exec) -> Result<u8> {
+    fn attend(&self, exec: &ExecRelay) -> Result<u8> {
         let mut raw = None;
         let exit = exec.run(|| {
             if exec.terminal.is_some() {

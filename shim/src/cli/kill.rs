@@ -7,22 +7,16 @@ use clap::Args;
 use crate::{
     cli::{Global, create_options::end_processes},
     container_id::ContainerId,
-    control::versions,
-    control::{Answer, Request, ask, is_answered},
-    engine::record::Record,
-    engine::record::Remains,
+    control::{Answer, ask, is_answered},
+    engine::{Record, Remains, Request},
     error::{Error, Result},
-    event_loop::event_loop,
     signal_names,
     signals::KILL,
-    state::{Exit, StateDir, Status},
+    state::{Exit, StateDir, Status, versions},
 };
 
 /// Longest time for processes to end after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Longest time for the guest to end a container whose sandbox process had to be killed.
-const GUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
 pub(super) struct Kill {
@@ -65,7 +59,7 @@ impl Kill {
             force(&dir, record)?;
             return Ok(0);
         }
-        match ask(&dir, &Request::Kill { signal, all: self.all })? {
+        match ask(&dir, Request::Kill { signal, all: self.all })? {
             Answer::Done => Ok(0),
             Answer::Gone if self.all => Ok(0),
             Answer::Gone => not_running(),
@@ -79,9 +73,9 @@ fn unanswered(dir: &StateDir, record: &Record) -> Option<String> {
     if let Err(error) = versions::check(dir) {
         return Some(error.message);
     }
-    record.sandbox.let_go_on();
+    record.let_go_on();
     let probe = Request::Kill { signal: 0, all: false };
-    match is_answered(dir, &probe) {
+    match is_answered(dir, probe) {
         Ok(false) => Some("it does not answer".into()),
         // A refusal is an answer.
         Ok(true) | Err(_) => None,
@@ -103,16 +97,8 @@ fn remains(dir: &StateDir, error: Error) -> Result<u8> {
 /// exit.
 fn force(dir: &StateDir, record: Record) -> Result<()> {
     end_processes(&record)?;
-    if let Some(pod) = &record.pod {
-        // The container's processes are in a microVM that goes on. If they do not end now, `delete`
-        // ends them.
-        event_loop()?.block_on(async {
-            let ended = tokio::time::timeout(GUEST_TIMEOUT, pod.clean_up(&record.id)).await;
-            if let Ok(Err(error)) = ended {
-                log::warn!("{error}");
-            }
-        });
-    }
+    // A member's processes are in a microVM that goes on. The sandbox process of its pod ends them
+    // as soon as it can.
     // Another process has the lock by now: it writes the record, or is about to remove it.
     if !dir.try_lock()? {
         return Ok(());

@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 
 use crate::{
     cli::{Global, print},
-    engine::record::Record,
+    engine::Record,
     error::{Error, Explain, Result},
     state::{DEFAULT_ROOT, StateDir, ids},
 };

@@ -9,6 +9,7 @@ mod create_options;
 mod delete;
 mod events;
 mod exec;
+mod exec_relay;
 mod exposure;
 mod features;
 mod kill;
@@ -38,9 +39,8 @@ use crate::{
     bundle::SPEC_VERSION,
     clock,
     control::spawn::Descriptors,
-    engine,
     error::{EXIT_EXEC_FAILED, Error, Explain, Result},
-    logger,
+    logger, sandbox_process,
     state::DEFAULT_ROOT,
 };
 
@@ -204,11 +204,11 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         // The log of these two is a descriptor on their command line, so they set it up themselves.
         Verb::Sandbox(hidden) => {
             logger::init(hidden.descriptors.log_file()?, format, debug);
-            return engine::create::main(hidden.descriptors);
+            return sandbox_process::main(hidden.descriptors);
         }
         Verb::ExecRelay(hidden) => {
             logger::init(hidden.descriptors.log_file()?, format, debug);
-            return engine::exec::main(hidden.descriptors);
+            return exec_relay::main(hidden.descriptors);
         }
         _ => {}
     }

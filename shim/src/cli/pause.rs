@@ -5,8 +5,8 @@ use clap::Args;
 use crate::{
     cli::Global,
     container_id::ContainerId,
-    control::{Request, ask},
-    engine::record::Record,
+    control::ask,
+    engine::{Record, Request},
     error::{Error, Result},
     state::{StateDir, Status},
 };
@@ -27,7 +27,7 @@ impl Pause {
                 "cannot pause container {id}: container not running or created (it is {status})"
             )));
         }
-        ask(&dir, &Request::Pause)?.done(format_args!("cannot pause container {id}"))?;
+        ask(&dir, Request::Pause)?.done(format_args!("cannot pause container {id}"))?;
         Ok(0)
     }
 }

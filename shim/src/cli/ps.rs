@@ -2,13 +2,12 @@
 
 use clap::{Args, ValueEnum};
 
-use isopod_protocol::agent::ProcessInfo;
-
 use crate::{
     cli::{Global, list::columns, print, users},
     clock::{self, LocalTime},
     container_id::ContainerId,
-    engine::{query, record::Record},
+    control::client,
+    engine::{ProcessInfo, Record},
     error::{Error, Result},
     state::{StateDir, Status},
     text::printable,
@@ -43,16 +42,16 @@ impl Ps {
         let record = Record::read(&dir)?.filter(|record| {
             !matches!(record.current_status(), Status::Creating | Status::Stopped)
         });
-        let record = record.ok_or_else(|| {
-            Error::new(format!(
-                "cannot list the processes of container {id}: container not running"
-            ))
-        })?;
+        let not_running = || {
+            let what = format!("cannot list the processes of container {id}");
+            Error::new(format!("{what}: container not running"))
+        };
+        let record = record.ok_or_else(not_running)?;
         let text = match self.format {
             Format::Json => format!("{}\n", serde_json::json!(host_pids(&record))),
             Format::Table => {
                 self.check_options()?;
-                let processes = query::processes(&dir, &id)?;
+                let processes = client::processes(&dir)?.ok_or_else(not_running)?;
                 table(processes, &users::of_container(record.sandbox))
             }
         };

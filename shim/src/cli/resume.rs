@@ -5,8 +5,8 @@ use clap::Args;
 use crate::{
     cli::Global,
     container_id::ContainerId,
-    control::{Request, ask},
-    engine::record::Record,
+    control::ask,
+    engine::{Record, Request},
     error::{Error, Result},
     state::{StateDir, Status},
 };
@@ -27,7 +27,7 @@ impl Resume {
                 "cannot resume container {id}: container not paused (it is {status})"
             )));
         }
-        ask(&dir, &Request::Resume)?.done(format_args!("cannot resume container {id}"))?;
+        ask(&dir, Request::Resume)?.done(format_args!("cannot resume container {id}"))?;
         Ok(0)
     }
 }

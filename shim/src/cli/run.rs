@@ -7,18 +7,16 @@ use std::{
 };
 
 use clap::Args;
-use tokio::io::AsyncWriteExt;
 
 use crate::{
     cli::{
         Global,
-        create_options::{CreateOptions, NewContainer, Next, remove},
+        create_options::{Caller, CreateOptions, NewContainer, Next, remove},
     },
     container_id::ContainerId,
-    control::{Ended, Message, Request, message},
-    engine::record::Record,
-    engine::stdio,
-    error::{Error, ErrorKind, Explain, Result},
+    control::{Call, Message, Verb, client::connect_to_sandbox, connection::Connection},
+    engine::{Ended, Record, Request, stdio},
+    error::{Error, ErrorKind, Result},
     event_loop::event_loop,
     exit_text::exit_text,
     signals::WINCH,
@@ -98,14 +96,14 @@ impl Run {
 
     async fn run_container(&self, global: &Global, target: Target) -> Result<u8> {
         let Target { id, bundle, command } = target;
-        let container =
-            self.options.create(global, id.clone(), &bundle, command, self.detach, false).await?;
+        let caller = if self.detach { Caller::RunDetached } else { Caller::Run };
+        let container = self.options.create(global, id.clone(), &bundle, command, caller).await?;
         if self.detach { detach(container, &id).await } else { self.attend(container, &id).await }
     }
 
     /// Starts the container and stays until its end.
     async fn attend(&self, mut container: NewContainer, id: &ContainerId) -> Result<u8> {
-        let (heard, status) = match follow_to_end(&mut container).await {
+        let (heard, status) = match follow_to_end(&mut container, id).await {
             Ok(end) => end,
             Err(error) => {
                 container.abandon().await;
@@ -162,26 +160,43 @@ async fn detach(mut container: NewContainer, id: &ContainerId) -> Result<u8> {
 
 /// Starts the container and waits for the answer.
 async fn start(container: &mut NewContainer, id: &ContainerId) -> Result<()> {
-    ask(container, &Request::Start).await?;
+    let mut asking = Asking::start(container, id).await?;
     loop {
-        match container.next().await? {
-            Next::Message(Some(Message::Done)) => return Ok(()),
-            Next::Message(Some(Message::Failed { error })) => return Err(error),
-            Next::Message(_) => {
+        let message = tokio::select! {
+            // A short container may have ended by now, and is started all the same.
+            biased;
+            message = asking.message() => message?,
+            next = container.next() => match next? {
+                Next::Message(Some(Message::Ended(ended))) => {
+                    return ended.error.map_or(Ok(()), Err);
+                }
+                Next::Message(_) => None,
+                Next::Signal(number) => {
+                    pass_on(container, number);
+                    continue;
+                }
+            },
+        };
+        match message {
+            Some(Message::Done) => return Ok(()),
+            Some(Message::Failed(error)) => return Err(error),
+            _ => {
                 return Err(Error::new(format!(
                     "the sandbox process of container {id} ended while the container was started: \
                      {}",
                     exit_text(container.wait()?)
                 )));
             }
-            Next::Signal(number) => pass_on(container, number),
         }
     }
 }
 
 /// Starts the container and waits until the sandbox process has ended. Returns the container's end,
 /// if the sandbox process has reported it, and the exit status of the sandbox process.
-async fn follow_to_end(container: &mut NewContainer) -> Result<(Option<Ended>, ExitStatus)> {
+async fn follow_to_end(
+    container: &mut NewContainer,
+    id: &ContainerId,
+) -> Result<(Option<Ended>, ExitStatus)> {
     let raw = match container.terminal {
         Some(Terminal::Inherited { .. }) => {
             terminal::of_this_process().map(RawMode::enter).transpose()?
@@ -193,7 +208,7 @@ async fn follow_to_end(container: &mut NewContainer) -> Result<(Option<Ended>, E
             None
         }
     };
-    let heard = follow(container).await?;
+    let heard = follow(container, id).await?;
     let status = container.wait()?;
     drop(raw);
     Ok((heard, status))
@@ -201,21 +216,28 @@ async fn follow_to_end(container: &mut NewContainer) -> Result<(Option<Ended>, E
 
 /// Starts the container and passes signals and window sizes on. Returns the container's end as the
 /// sandbox process reports it, or `None` if that process is gone.
-async fn follow(container: &mut NewContainer) -> Result<Option<Ended>> {
-    ask(container, &Request::Start).await?;
+async fn follow(container: &mut NewContainer, id: &ContainerId) -> Result<Option<Ended>> {
+    let mut asking = Asking::start(container, id).await?;
     loop {
-        match container.next().await? {
-            Next::Message(None) => return Ok(None),
-            Next::Message(Some(Message::Ended(ended))) => return Ok(Some(*ended)),
-            // A container that could not be started ends, and its end has the same error.
-            Next::Message(Some(Message::Failed { error })) => log::debug!("{error}"),
-            Next::Message(Some(Message::Created | Message::Done)) => {}
-            Next::Signal(WINCH) => {
-                if let Some(size) = terminal::of_this_process().and_then(terminal::size) {
-                    ask(container, &Request::Resize { size }).await?;
+        tokio::select! {
+            message = asking.message() => match message? {
+                // A container that could not be started ends, and its end has the same error.
+                Some(Message::Failed(error)) => log::debug!("{error}"),
+                Some(_) => {}
+                // The container is ending.
+                None => asking.connection = None,
+            },
+            next = container.next() => match next? {
+                Next::Message(None) => return Ok(None),
+                Next::Message(Some(Message::Ended(ended))) => return Ok(Some(*ended)),
+                Next::Message(Some(_)) => {}
+                Next::Signal(WINCH) => {
+                    if let Some(size) = terminal::of_this_process().and_then(terminal::size) {
+                        asking.ask(Request::Resize { size }).await;
+                    }
                 }
-            }
-            Next::Signal(number) => pass_on(container, number),
+                Next::Signal(number) => pass_on(container, number),
+            },
         }
     }
 }
@@ -229,11 +251,37 @@ fn pass_on(container: &NewContainer, number: u32) {
     }
 }
 
-/// Sends a request. A failure is ignored: the reader notices when the sandbox process is gone.
-async fn ask(container: &mut NewContainer, request: &Request) -> Result<()> {
-    let line = message::line(request).explain(|| "cannot write a request".into())?;
-    let _ = container.writer.write_all(&line).await;
-    Ok(())
+/// A connection for requests about the container.
+struct Asking {
+    id: ContainerId,
+    /// `None` once the container is ending.
+    connection: Option<Connection>,
+}
+
+impl Asking {
+    /// Connects, and asks for the start of the container.
+    async fn start(container: &NewContainer, id: &ContainerId) -> Result<Self> {
+        let connection = Some(connect_to_sandbox(&container.dir).await?);
+        let mut asking = Self { id: id.clone(), connection };
+        asking.ask(Request::Start).await;
+        Ok(asking)
+    }
+
+    /// Sends a request. A failure is ignored: the reader notices when the container has ended.
+    async fn ask(&mut self, request: Request) {
+        if let Some(connection) = &self.connection {
+            let call = Call { container: self.id.clone(), verb: Verb::Ask(request) };
+            let _ = connection.send(&call).await;
+        }
+    }
+
+    /// The next answer. `None` if the container is ending. Never returns once that was told.
+    async fn message(&mut self) -> Result<Option<Message>> {
+        match &mut self.connection {
+            Some(connection) => connection.message().await,
+            None => std::future::pending().await,
+        }
+    }
 }
 
 #[cfg(test)]

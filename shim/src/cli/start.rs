@@ -5,8 +5,8 @@ use clap::Args;
 use crate::{
     cli::Global,
     container_id::ContainerId,
-    control::{Answer, Request, ask_within},
-    engine::{record::Record, start_limit},
+    control::{ANSWER_TIMEOUT, Answer, ask_within},
+    engine::{Record, Request, start_limit},
     error::{Error, Result},
     state::{StateDir, Status},
 };
@@ -26,8 +26,9 @@ impl Start {
         if status != Status::Created {
             return Err(Error::new(format!("cannot start container {id}: it is {status}")));
         }
-        let limit = start_limit(record.as_ref().and_then(|record| record.hooks.as_ref()));
-        match ask_within(&dir, &Request::Start, limit)? {
+        let limit = start_limit(record.as_ref().and_then(|record| record.hooks.as_ref()))
+            .and_then(|limit| limit.checked_add(ANSWER_TIMEOUT));
+        match ask_within(&dir, Request::Start, limit)? {
             Answer::Done => Ok(0),
             Answer::Gone => Err(Error::new(format!(
                 "cannot start container {id}: its sandbox process has ended"

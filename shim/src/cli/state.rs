@@ -5,7 +5,7 @@ use clap::Args;
 use crate::{
     cli::{Global, print},
     container_id::ContainerId,
-    engine::record::Record,
+    engine::Record,
     error::{Error, Explain, Result},
     state::StateDir,
 };

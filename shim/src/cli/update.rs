@@ -12,14 +12,14 @@ use crate::{
     bundle::{beyond_vm, parse_resources, update_resources},
     cli::Global,
     container_id::ContainerId,
-    control::{MAX_MESSAGE_LEN, Request, ask},
-    engine::record::Record,
+    control::ask,
+    engine::{Record, Request},
     error::{Error, Explain, Result},
     state::{StateDir, Status},
 };
 
-/// Longest JSON that is read, in bytes: it has to fit into a message to the sandbox process.
-const MAX_JSON_LEN: u64 = MAX_MESSAGE_LEN as u64 / 2;
+/// Longest JSON that is read, in bytes.
+const MAX_JSON_LEN: u64 = 32 << 10;
 
 #[derive(Debug, Args)]
 #[command(allow_negative_numbers = true)]
@@ -101,7 +101,7 @@ impl Update {
         for beyond in beyond_vm(&after, record.vm) {
             log::warn!("container {id}: {beyond}");
         }
-        ask(&dir, &Request::Update { resources: Box::new(update) })?.done(what)?;
+        ask(&dir, Request::Update { resources: Box::new(update) })?.done(what)?;
         Ok(0)
     }
 

@@ -1,21 +1,24 @@
-//! Requests to a sandbox process from another invocation of `isopod`.
+//! Calls to a sandbox process from another invocation of `isopod`.
 
 use std::{io::BufReader, os::unix::net::UnixStream, time::Duration};
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt::Timeout};
 
 use crate::{
+    container_id::ContainerId,
     control::{
-        message::{Message, Request, read_line, send},
-        versions,
+        connection::Connection,
+        message::{Call, Message, Verb, read_line, send},
     },
+    engine::{ProcessInfo, Record, Request},
     error::{Error, Explain, Result},
-    state::{CONTROL_SOCKET, StateDir},
+    state::{CONTROL_SOCKET, StateDir, versions},
+    stats::Stats,
 };
 
 /// The answer to a request.
 #[derive(Debug)]
-pub enum Answer {
+pub(crate) enum Answer {
     /// The request was carried out.
     Done,
     /// The sandbox process is ending or has ended.
@@ -25,7 +28,7 @@ pub enum Answer {
 impl Answer {
     /// Turns [`Self::Gone`] into an error, for a caller that needs the sandbox process. `what`
     /// could not be done.
-    pub fn done(self, what: impl std::fmt::Display) -> Result<()> {
+    pub(crate) fn done(self, what: impl std::fmt::Display) -> Result<()> {
         match self {
             Self::Done => Ok(()),
             Self::Gone => Err(Error::new(format!("{what}: its sandbox process has ended"))),
@@ -34,79 +37,167 @@ impl Answer {
 }
 
 /// Longest time for the answer to a request that is carried out at once.
-pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longest time for the sandbox process of a pod to let go of a container whose process has gone:
+/// the guest has to end it, and to forget it.
+const LET_GO_TIMEOUT: Duration = Duration::from_secs(35);
 
 /// Longest time for an answer that needs no guest. After that the sandbox process counts as unable
 /// to answer: stopped, or out of descriptors.
 const LIFE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Sends a request that the sandbox process behind `dir` carries out at once, and waits for the
-/// answer.
+/// Sends a request that the sandbox process of the container behind `dir` carries out at once, and
+/// waits for the answer.
 ///
 /// # Errors
 ///
-/// If the request was refused or failed, or the connection broke. A sandbox process that is gone is
-/// no error, but [`Answer::Gone`].
-pub fn ask(dir: &StateDir, request: &Request) -> Result<Answer> {
+/// If the request was refused or failed, or the connection broke. A container that has ended is no
+/// error, but [`Answer::Gone`].
+pub(crate) fn ask(dir: &StateDir, request: Request) -> Result<Answer> {
     ask_within(dir, request, Some(ANSWER_TIMEOUT))
 }
 
 /// Like [`ask`], for a request that takes as long as `limit`, or for ever without a limit.
-pub fn ask_within(dir: &StateDir, request: &Request, limit: Option<Duration>) -> Result<Answer> {
-    exchange(dir, request, limit)?.ok_or_else(|| {
-        Error::new(format!(
-            "the sandbox process of container {id} does not answer within {} seconds: `isopod \
-             delete --force {id}` ends it",
-            limit.unwrap_or_default().as_secs(),
-            id = dir.path().file_name().unwrap_or_default().display()
-        ))
-    })
+pub(crate) fn ask_within(
+    dir: &StateDir,
+    request: Request,
+    limit: Option<Duration>,
+) -> Result<Answer> {
+    match call(dir, Verb::Ask(request), limit)? {
+        Some(Message::Done) => Ok(Answer::Done),
+        Some(_) => Err(unexpected()),
+        None => Ok(Answer::Gone),
+    }
+}
+
+/// Asks for the container's processes. `None` if it has ended.
+pub(crate) fn processes(dir: &StateDir) -> Result<Option<Vec<ProcessInfo>>> {
+    match call(dir, Verb::Processes, Some(ANSWER_TIMEOUT))? {
+        Some(Message::Processes(processes)) => Ok(Some(processes)),
+        Some(_) => Err(unexpected()),
+        None => Ok(None),
+    }
+}
+
+/// Asks for the container's resource use. `None` if it has ended.
+pub(crate) fn stats(dir: &StateDir) -> Result<Option<Box<Stats>>> {
+    match call(dir, Verb::Stats, Some(ANSWER_TIMEOUT))? {
+        Some(Message::Stats(stats)) => Ok(Some(stats)),
+        Some(_) => Err(unexpected()),
+        None => Ok(None),
+    }
 }
 
 /// Sends a request that a sandbox process answers without its guest. Returns false if no answer
 /// comes: the sandbox process is stopped, or has no descriptor left for the connection.
-pub fn is_answered(dir: &StateDir, request: &Request) -> Result<bool> {
-    exchange(dir, request, Some(LIFE_TIMEOUT)).map(|answer| answer.is_some())
+pub(crate) fn is_answered(dir: &StateDir, request: Request) -> Result<bool> {
+    versions::check(dir)?;
+    // Nobody refuses this one: it was not even heard.
+    let always = request == Request::Destroy;
+    let answer = exchange(dir, Verb::Ask(request), Some(LIFE_TIMEOUT))?;
+    Ok(match answer {
+        Some(Some(Message::Failed(_))) => !always,
+        answer => answer.is_some(),
+    })
 }
 
-/// Sends a request and receives the answer. `None` if there is no answer within `limit`.
-fn exchange(dir: &StateDir, request: &Request, limit: Option<Duration>) -> Result<Option<Answer>> {
+/// Waits until the sandbox process of a pod has let go of a container whose own process has gone.
+///
+/// # Errors
+///
+/// If the sandbox process does not answer, or takes too long. It lets go as soon as it can.
+pub(crate) fn wait_gone(dir: &StateDir) -> Result<()> {
+    if !is_answered(dir, Request::Kill { signal: 0, all: false })? {
+        let id = dir.container_name();
+        return Err(Error::new(format!(
+            "the sandbox process of the pod does not answer: container {id} stays in its microVM \
+             until it does"
+        )));
+    }
+    call(dir, Verb::Wait, Some(LET_GO_TIMEOUT)).map(drop)
+}
+
+/// Has a call carried out. `None` if the container has ended.
+fn call(dir: &StateDir, verb: Verb, limit: Option<Duration>) -> Result<Option<Message>> {
+    versions::check(dir)?;
+    match exchange(dir, verb, limit)? {
+        Some(Some(Message::Failed(error))) => Err(error),
+        Some(answer) => Ok(answer),
+        None => Err(Error::new(format!(
+            "the sandbox process of container {id} does not answer within {} seconds: `isopod \
+             delete --force {id}` ends it",
+            limit.unwrap_or_default().as_secs(),
+            id = dir.container_name()
+        ))),
+    }
+}
+
+fn unexpected() -> Error {
+    Error::new("the sandbox process answered with something else than was asked")
+}
+
+/// Sends a call and receives the answer. `None` if there is no answer within `limit`, and
+/// `Some(None)` if the container or its sandbox process is gone.
+fn exchange(
+    dir: &StateDir,
+    verb: Verb,
+    limit: Option<Duration>,
+) -> Result<Option<Option<Message>>> {
     use std::io::ErrorKind::{
         BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, TimedOut, WouldBlock,
     };
     let gone = |e: &std::io::Error| {
         matches!(e.kind(), NotFound | ConnectionRefused | ConnectionReset | BrokenPipe)
     };
-    versions::check(dir)?;
     let silent = |e: &std::io::Error| matches!(e.kind(), WouldBlock | TimedOut);
-    let path = dir.path().join(CONTROL_SOCKET);
+    let Some(sandbox) = sandbox_of(dir)? else { return Ok(Some(None)) };
+    let container = ContainerId::parse(&dir.container_name())?;
+    let path = sandbox.path().join(CONTROL_SOCKET);
     let what = || format!("cannot talk to the sandbox process at {}", path.display());
-    let mut socket = match connect(dir, limit) {
+    let mut socket = match connect(&sandbox, limit) {
         Ok(socket) => socket,
-        Err(e) if gone(&e) => return Ok(Some(Answer::Gone)),
+        Err(e) if gone(&e) => return Ok(Some(None)),
         Err(e) if silent(&e) => return Ok(None),
         Err(e) => return Err(e).explain(what),
     };
     // The kernel connects to a stopped sandbox process too, but no answer ever comes.
     socket.set_read_timeout(limit).explain(what)?;
-    match send(&mut socket, request) {
-        Err(e) if gone(&e) => return Ok(Some(Answer::Gone)),
+    match send(&mut socket, &Call { container, verb }) {
+        Err(e) if gone(&e) => return Ok(Some(None)),
         Err(e) if silent(&e) => return Ok(None),
         result => result.explain(what)?,
     }
     match read_line(&mut BufReader::new(socket)) {
-        Ok(None) => Ok(Some(Answer::Gone)),
-        Err(e) if gone(&e) => Ok(Some(Answer::Gone)),
+        Ok(None) => Ok(Some(None)),
+        Err(e) if gone(&e) => Ok(Some(None)),
         Err(e) if silent(&e) => Ok(None),
         Err(e) => Err(e).explain(what),
-        Ok(Some(line)) => match serde_json::from_slice(&line).explain(what)? {
-            Message::Done => Ok(Some(Answer::Done)),
-            Message::Failed { error } => Err(error),
-            Message::Created | Message::Ended(_) => Err(Error::new(format!(
-                "{}: it answered with something else than was asked",
-                what()
-            ))),
-        },
+        Ok(Some(line)) => {
+            serde_json::from_slice(&line).map(|message| Some(Some(message))).explain(what)
+        }
+    }
+}
+
+/// Connects to the sandbox process of the container whose state directory is `dir`. The caller has
+/// checked the versions.
+///
+/// # Errors
+///
+/// If the sandbox process is ending or gone, or is stopped.
+pub(crate) async fn connect_to_sandbox(dir: &StateDir) -> Result<Connection> {
+    let sandbox = sandbox_of(dir)?.ok_or_else(|| Error::new("its pod is gone"))?;
+    Connection::connect(&sandbox).await
+}
+
+/// The state directory of the sandbox that a container lives in: its own, or that of its pod's first
+/// container. `None` if the pod is gone.
+fn sandbox_of(dir: &StateDir) -> Result<Option<StateDir>> {
+    match Record::read(dir)?.and_then(|record| record.pod) {
+        // While the process lives, the directory is its own.
+        Some(pod) if pod.process.is_alive() => StateDir::open_path(&pod.dir).map(Some),
+        Some(_) => Ok(None),
+        None => StateDir::open_path(dir.path()).map(Some),
     }
 }
 
@@ -133,7 +224,6 @@ fn connect(dir: &StateDir, limit: Option<Duration>) -> std::io::Result<UnixStrea
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::container_id::ContainerId;
     use std::os::unix::net::UnixListener;
 
     #[test]
@@ -142,12 +232,12 @@ mod tests {
         // Longer than the address of a socket may be.
         let root = root.path().join("x".repeat(120));
         let dir = StateDir::create(&root, &ContainerId::parse("one").unwrap()).unwrap();
-        assert!(matches!(ask(&dir, &Request::Start), Ok(Answer::Gone)), "no socket");
+        assert!(matches!(ask(&dir, Request::Start), Ok(Answer::Gone)), "no socket");
 
         let listener = UnixListener::bind(dir.short_path(CONTROL_SOCKET)).unwrap();
         let answers = [
             Some(Message::Done),
-            Some(Message::Failed { error: Error::new("no") }),
+            Some(Message::Failed(Error::new("no"))),
             Some(Message::Created),
             None,
         ];
@@ -156,19 +246,21 @@ mod tests {
                 let (socket, _) = listener.accept().unwrap();
                 let mut reader = BufReader::new(&socket);
                 let request = read_line(&mut reader).unwrap().unwrap();
-                let request: Request = serde_json::from_slice(&request).unwrap();
+                let call: Call = serde_json::from_slice(&request).unwrap();
+                assert_eq!(call.container.as_str(), "one");
+                let Verb::Ask(request) = call.verb else { panic!("{:?}", call.verb) };
                 assert_eq!(request, Request::Kill { signal: 9, all: true });
                 if let Some(answer) = answer {
                     send(&mut &socket, &answer).unwrap();
                 }
             }
         });
-        let request = Request::Kill { signal: 9, all: true };
-        assert!(matches!(ask(&dir, &request), Ok(Answer::Done)));
-        assert_eq!(ask(&dir, &request).unwrap_err().message, "no");
-        assert!(ask(&dir, &request).unwrap_err().message.contains("something else"));
-        assert!(matches!(ask(&dir, &request), Ok(Answer::Gone)));
+        let request = || Request::Kill { signal: 9, all: true };
+        assert!(matches!(ask(&dir, request()), Ok(Answer::Done)));
+        assert_eq!(ask(&dir, request()).unwrap_err().message, "no");
+        assert!(ask(&dir, request()).unwrap_err().message.contains("something else"));
+        assert!(matches!(ask(&dir, request()), Ok(Answer::Gone)));
         server.join().unwrap();
-        assert!(matches!(ask(&dir, &request), Ok(Answer::Gone)), "a socket nobody listens on");
+        assert!(matches!(ask(&dir, request()), Ok(Answer::Gone)), "a socket nobody listens on");
     }
 }

@@ -2,110 +2,141 @@
 
 use std::io::{BufRead, Read, Write};
 
-use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt};
 
-use crate::{error::Error, state::Exit, terminal::Size, timeline::Timeline};
+use crate::{
+    bundle::GuestContainer,
+    container_id::ContainerId,
+    engine::{Ended, ExecSpec, IoPlan, ProcessInfo, Record, Request, RuntimeNamespacePlan},
+    error::Error,
+    microvm::share::TreesPlan,
+    state::Exit,
+    stats::Stats,
+    terminal::Size,
+    timeline::Timeline,
+};
 
-/// Longest message in either direction, in bytes.
-pub const MAX_MESSAGE_LEN: usize = 64 * 1024;
+/// Longest message in either direction, in bytes: a config.json, or a long list of processes.
+pub(crate) const MAX_MESSAGE_LEN: usize = 32 << 20;
 
-/// A request to a sandbox process.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "request")]
-pub enum Request {
-    /// Starts the container's process.
-    Start,
-    /// Sends a signal to the container's process, or to all processes of the container.
-    Kill {
-        /// Number of the signal, 0 to 64. 0 only checks that the process is there.
-        signal: u32,
-        /// True for every process of the container.
-        all: bool,
-    },
-    /// Ends the container and the microVM, whatever the state. The answer comes at once. The work
-    /// is done when the sandbox process ends.
-    Destroy,
-    /// Waits for the end of the container. The answer is [`Message::Ended`]: the microVM is gone by
-    /// then, and the sandbox process is about to end.
+/// A call to a sandbox process, about one of its containers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Call {
+    /// Id of the container.
+    pub container: ContainerId,
+    /// The call itself.
+    pub verb: Verb,
+}
+
+/// A call to a sandbox process.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verb {
+    /// Has a request carried out. The answer is [`Message::Done`].
+    Ask(Request),
+    /// Waits for the end of the container. The answer is [`Message::Ended`].
     Wait,
-    /// Pauses the container's processes.
-    Pause,
-    /// Resumes the container's processes.
-    Resume,
-    /// Changes the container's limits.
-    Update {
-        /// The limits to change. Processors are those of the host.
-        resources: Box<LinuxResources>,
+    /// Lists the processes. The answer is [`Message::Processes`].
+    Processes,
+    /// Reads the resource use. The answer is [`Message::Stats`].
+    Stats,
+    /// Waits for a kill at the memory limit, or the end. The answer is [`Message::Oom`].
+    WaitOom {
+        /// Number of kills that the client knows of.
+        seen: u64,
     },
-    /// Gives the container's terminal a new size.
+    /// Runs a further process. Beside the message come the descriptors of its streams. The answer is
+    /// [`Message::Created`], and [`Message::Exited`] at the end. When the client goes, the process
+    /// is killed.
+    Exec {
+        /// The process.
+        spec: Box<ExecSpec>,
+        /// Its streams.
+        io: IoPlan,
+    },
+    /// Makes a further container in the microVM. Beside the message come the descriptors of its
+    /// streams, of its namespaces for hooks, and of its trees. The answer is [`Message::Created`],
+    /// and [`Message::Ended`] at the end. When the client goes, the container is ended.
+    Create(Box<Create>),
+    /// Passes a signal on to the process whose end the client waits for, after [`Self::Exec`] or
+    /// [`Self::Create`]. Has no answer.
+    Signal {
+        /// Number of the signal.
+        number: u32,
+    },
+    /// Gives the terminal of the same process a new size. Has no answer.
     Resize {
         /// The new size.
         size: Size,
     },
 }
 
-/// A message of a sandbox process.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "message")]
-pub enum Message {
-    /// The container is created.
-    Created,
-    /// The request was carried out.
-    Done,
-    /// The creation or a request failed.
-    Failed {
-        /// The reason.
-        error: Error,
-    },
-    /// The container has ended, and the sandbox process is about to end.
-    Ended(Box<Ended>),
-}
-
-/// The end of a container.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Ended {
-    /// The exit, if it is known.
-    pub exit: Option<Exit>,
-    /// Reason why there is no exit.
-    pub error: Option<Error>,
-    /// Times of the container's steps.
+/// A further container of a microVM.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Create {
+    /// The record as the client has written it.
+    pub record: Record,
+    /// State directory of the container.
+    pub dir: std::path::PathBuf,
+    /// The container as the agent makes it.
+    pub guest: GuestContainer,
+    /// Streams of the first process.
+    pub io: IoPlan,
+    /// True if the output is to end with the reason for a loss of the microVM.
+    pub loss_notice: bool,
+    /// Surroundings that hooks run in, if there are hooks.
+    pub origin: Option<RuntimeNamespacePlan>,
+    /// The trees.
+    pub trees: TreesPlan,
+    /// Times of the steps so far.
     pub timeline: Timeline,
 }
 
+/// A message of a sandbox process.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Message {
+    /// The container is created, or the process is started.
+    Created,
+    /// The request was carried out.
+    Done,
+    /// The call failed.
+    Failed(Error),
+    /// The container has ended. If it is the first of its sandbox, the microVM is gone too, and the
+    /// sandbox process is about to end.
+    Ended(Box<Ended>),
+    /// The process has ended.
+    Exited(Exit),
+    /// The processes of the container.
+    Processes(Vec<ProcessInfo>),
+    /// The resource use of the container.
+    Stats(Box<Stats>),
+    /// Kills at the memory limit.
+    Oom {
+        /// Their number.
+        count: u64,
+        /// True if the container has ended.
+        ended: bool,
+    },
+}
+
 /// Encodes a message as a line.
-pub fn line(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
+pub(crate) fn line(message: &impl Serialize) -> std::io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     Ok(line)
 }
 
 /// Sends one message.
-pub fn send(socket: &mut impl Write, message: &impl Serialize) -> std::io::Result<()> {
+pub(crate) fn send(socket: &mut impl Write, message: &impl Serialize) -> std::io::Result<()> {
     socket.write_all(&line(message)?)
 }
 
 /// Reads one line, with its newline; `None` at the end of the connection. A line that is cut off or
 /// longer than [`MAX_MESSAGE_LEN`] is an error.
-pub fn read_line(socket: &mut impl BufRead) -> std::io::Result<Option<Vec<u8>>> {
+pub(crate) fn read_line(socket: &mut impl BufRead) -> std::io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     socket.take(MAX_MESSAGE_LEN as u64).read_until(b'\n', &mut line)?;
-    whole(line)
-}
-
-/// As [`read_line`]. If the future is dropped, `line` keeps the bytes read so far for the next call.
-pub(crate) async fn next_line(
-    reader: &mut (impl AsyncBufRead + Unpin),
-    line: &mut Vec<u8>,
-) -> std::io::Result<Option<Vec<u8>>> {
-    let left = MAX_MESSAGE_LEN.saturating_sub(line.len());
-    tokio::io::AsyncReadExt::take(reader, left as u64).read_until(b'\n', line).await?;
-    whole(std::mem::take(line))
-}
-
-/// Tells a whole line from the end of the connection and from a part of a line.
-fn whole(line: Vec<u8>) -> std::io::Result<Option<Vec<u8>>> {
     match line {
         line if line.is_empty() => Ok(None),
         line if line.ends_with(b"\n") => Ok(Some(line)),
@@ -119,7 +150,7 @@ mod tests {
 
     #[test]
     fn lines_are_bounded() {
-        let mut long = std::io::Cursor::new(vec![b'a'; MAX_MESSAGE_LEN * 2]);
+        let mut long = std::io::Cursor::new(vec![b'a'; MAX_MESSAGE_LEN + 10]);
         assert!(read_line(&mut long).is_err());
         let mut cut = std::io::Cursor::new(b"abc".to_vec());
         assert!(read_line(&mut cut).is_err());

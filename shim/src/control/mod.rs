@@ -1,22 +1,25 @@
-//! The control socket of a sandbox process: requests from other invocations of `isopod`.
+//! The control socket of a sandbox process: calls from other invocations of `isopod`.
 //!
-//! Each message is a line of JSON. A connection carries requests one at a time. The answer is
-//! [`Message::Done`] or [`Message::Failed`], and to [`Request::Wait`] it is [`Message::Ended`].
+//! Each message is a line of JSON. A connection carries calls one at a time. Each call names a
+//! container: a pod's sandbox process has several.
 //!
-//! `create` and `run` have a connection to the sandbox process that they started. Its first message
-//! is [`Message::Created`] or [`Message::Failed`]. After that it carries the same requests and
-//! answers, and [`Message::Ended`] at the end.
+//! `create` and `run` have a connection to the sandbox process that they started. It carries no
+//! calls: its first message is [`Message::Created`] or [`Message::Failed`], and its last is
+//! [`Message::Ended`].
 //!
-//! Requests that change nothing go to the agent directly (`engine::query`).
+//! `exec`, and the process of a container that lives in its pod's microVM, stay at their connection
+//! until the end of the process that they stand for ([`attend`]).
 
-pub mod client;
-pub mod message;
-pub mod server;
-pub mod spawn;
-pub mod versions;
-pub mod wait;
+pub(crate) mod attend;
+pub(crate) mod client;
+pub(crate) mod connection;
+pub(crate) mod follow;
+pub(crate) mod message;
+mod serve;
+pub(crate) mod server;
+pub(crate) mod spawn;
 
-pub use self::{
+pub(crate) use self::{
     client::{ANSWER_TIMEOUT, Answer, ask, ask_within, is_answered},
-    message::{Ended, MAX_MESSAGE_LEN, Message, Request},
+    message::{Call, Message, Verb},
 };

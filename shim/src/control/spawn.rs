@@ -28,7 +28,7 @@ use crate::{
 
 /// A process that was started with a document to work from.
 #[derive(Debug)]
-pub struct Launched {
+pub(crate) struct Launched {
     /// The process.
     pub child: Child,
     /// The connection to the process.
@@ -37,7 +37,7 @@ pub struct Launched {
 
 /// Descriptors that a launched process finds on its command line.
 #[derive(Debug, Clone, Copy, clap::Args)]
-pub struct Descriptors {
+pub(crate) struct Descriptors {
     /// The connection to the launching process.
     #[arg(long)]
     pub control_fd: RawFd,
@@ -53,7 +53,7 @@ pub struct Descriptors {
 ///
 /// The new process has this process's standard streams and the preserved descriptors. With `unit`
 /// it runs in a scope of systemd.
-pub fn spawn(
+pub(crate) fn spawn(
     verb: &str,
     id: &ContainerId,
     dir: &StateDir,
@@ -118,7 +118,7 @@ fn is_regular(fd: BorrowedFd<'_>) -> bool {
 
 /// Descriptors of a launched process.
 #[derive(Debug)]
-pub struct Given {
+pub(crate) struct Given {
     /// The connection to the launching process.
     pub socket: UnixStream,
     /// The state directory, opened in the mount namespace of the launching process. It has the lock
@@ -128,7 +128,7 @@ pub struct Given {
 
 impl Descriptors {
     /// Copies the log file's descriptor.
-    pub fn log_file(&self) -> Result<Option<File>> {
+    pub(crate) fn log_file(&self) -> Result<Option<File>> {
         let Some(number) = self.log_fd else { return Ok(None) };
         // SAFETY: borrowed for one call, which fails if the descriptor is not open. Nothing of this
         // process can have closed it, since nothing has run yet.
@@ -140,7 +140,7 @@ impl Descriptors {
 
     /// Takes the descriptors over. Fails if one of them is not open, as when a person types the
     /// hidden verb.
-    pub fn take(self) -> Result<Given> {
+    pub(crate) fn take(self) -> Result<Given> {
         let take = |fd: RawFd| {
             if fd <= 2 {
                 return Err(Error::new(format!("descriptor {fd} is a standard stream")));
@@ -165,7 +165,7 @@ impl Descriptors {
 }
 
 /// Reads the document that [`spawn`] sent, and nothing behind it.
-pub fn read_document<T: DeserializeOwned>(socket: &UnixStream) -> Result<T> {
+pub(crate) fn read_document<T: DeserializeOwned>(socket: &UnixStream) -> Result<T> {
     let what = || "cannot read the launch document".to_owned();
     let mut json = Vec::new();
     // The launching process sends nothing more until it has an answer, so all buffered bytes belong

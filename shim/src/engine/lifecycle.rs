@@ -10,35 +10,39 @@
 //! Pause and resume lead from Created or Running to Paused and back ([`crate::engine::updates`]).
 //!
 //! "Ending" is not visible. The output of the process is still on its way, and then the guest is
-//! shut down. The state becomes `stopped` only when the VMM has ended.
+//! shut down, or forgets a container that is not the first of its sandbox. Only then the state
+//! becomes `stopped`.
 
-use std::{pin::pin, time::Duration};
+use std::{
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::{
+    sync::mpsc,
     task::JoinHandle,
     time::{Instant, sleep_until, timeout},
 };
 
 use crate::{
     clock,
-    control::{
-        Ended, Request,
-        server::{Command, Server},
-    },
+    container_id::ContainerId,
     engine::{
-        guest_process::GuestProcess,
-        hooks::{self, Point, RuntimeNamespace},
-        microvm::{Microvm, loss},
+        hooks::{self, Point},
+        microvm::Microvm,
         record::Record,
+        request::{Command, Ended, Request},
+        runtime_namespace::RuntimeNamespace,
         starting::{Starting, Step, finish},
         stdio::Relay,
         updates::Updates,
     },
-    error::{EXIT_VM_LOST, Error, ErrorKind, Result},
-    microvm::share::Share,
-    network::Network,
-    signals::{self, Signals, WINCH},
-    state::{CONTROL_SOCKET, Exit, StateDir, Status, VSOCK_SOCKET},
+    error::{Error, ErrorKind, Result},
+    event_loop::{AbortOnDrop, blocking},
+    microvm::{agent::Agent, share::Attached},
+    signals::KILL,
+    state::{Exit, StateDir, Status},
     timeline::Timeline,
 };
 
@@ -58,18 +62,31 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(6);
 /// Longest time for a reader to take the rest of the output, if the microVM was lost.
 const LOSS_NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A created container.
+/// Longest time for the guest to end and forget a container. Together with the time that a process
+/// has to die, this is less than a forced deletion waits.
+pub(crate) const DELETE_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// A created container, and all that ends with it.
 pub(crate) struct Lifecycle {
-    pub(crate) dir: StateDir,
+    pub(crate) dir: Arc<StateDir>,
     pub(crate) record: Record,
     /// The namespaces and the cgroup for hooks, if there are hooks.
     pub(crate) origin: Option<RuntimeNamespace>,
-    pub(crate) microvm: Microvm,
-    pub(crate) network: Network,
-    pub(crate) share: Option<Share>,
-    pub(crate) process: GuestProcess,
+    pub(crate) microvm: Arc<Microvm>,
+    /// The first container of the sandbox, if this is another.
+    pub(crate) first: Option<ContainerId>,
+    pub(crate) attached: Attached,
+    pub(crate) covers: AbortOnDrop<()>,
+    pub(crate) agent: Agent,
     pub(crate) relay: Relay,
     pub(crate) timeline: Timeline,
+}
+
+/// The loss of a container with the microVM of its pod, because of `error`.
+pub(crate) fn lost_with(first: &ContainerId, error: Error) -> Error {
+    let what = "the microVM of the pod has ended with its first container";
+    let message = format!("{what}, {first}: {}", error.message);
+    Error::with_kind(ErrorKind::VmLost, message).details(error.details)
 }
 
 /// The end of a container's process.
@@ -83,55 +100,78 @@ enum Outcome {
 }
 
 impl Lifecycle {
-    /// Owns the container until it has ended and the microVM has ended too. Returns the exit status
-    /// of this process.
-    pub(crate) async fn run(mut self, mut server: Server, mut signals: Signals) -> u8 {
-        let outcome = self.live(&mut server, &mut signals).await;
+    /// Owns the container until it has ended. With the first container of a sandbox, the microVM
+    /// has ended too by then.
+    pub(crate) async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> Ended {
+        let outcome = self.live(&mut commands).await;
         let lost = matches!(outcome, Outcome::Lost(_));
-        self.microvm.leave(&self.process.agent, lost).await;
-        if let Outcome::Lost(error) = &outcome {
+        let given_up = self.microvm.given_up.load(Ordering::Relaxed);
+        let leaving = async {
+            match &self.first {
+                None => self.microvm.shut_down(!lost).await,
+                Some(_) => self.leave().await,
+            }
+        };
+        answer_while(leaving, &mut commands, &self.record).await;
+        self.relay.end_inputs();
+        if let (Outcome::Lost(error), false) = (&outcome, given_up) {
             self.relay.say(format!("isopod: container {}: {error}\n", self.record.id));
             // The output of the process comes first, then the loss notice.
             let written = self.relay.finished(self.record.vm.memory_mib << 20);
             let _ = timeout(LOSS_NOTICE_TIMEOUT, written).await;
         }
-        self.microvm.fill_timeline(&mut self.timeline);
+        if self.first.is_none() {
+            self.microvm.fill_timeline(&mut self.timeline);
+        }
         self.timeline.ended = Some(clock::monotonic_us());
-        let (exit, error, code) = match outcome {
-            Outcome::Exited(exit) => (Some(exit), None, exit.status),
-            Outcome::NotStarted(error) => {
-                let code = error.exit_code();
-                (None, Some(error), code)
-            }
-            Outcome::Lost(error) => (None, Some(error), EXIT_VM_LOST),
+        let (exit, error) = match outcome {
+            Outcome::Exited(exit) => (Some(exit), None),
+            Outcome::NotStarted(error) => (None, Some(error)),
+            // Whatever broke the connection: the exit status is unknown.
+            Outcome::Lost(error) => (None, Some(Error { kind: ErrorKind::VmLost, ..error })),
         };
-        if exit.is_some_and(|exit| exit.oom_killed) {
-            log::warn!(
-                "container {}: the kernel killed a process of it: it went over its memory limit",
-                self.record.id
-            );
+        let Self { dir, mut record, attached, covers, timeline, .. } = self;
+        // An engine may unmount the sources once the container is known to have stopped.
+        drop(covers);
+        let detached = blocking(move || {
+            drop(attached);
+            Ok(())
+        });
+        if let Err(error) = detached.await {
+            log::warn!("{error}");
         }
-        // The VMM needs none of these any more.
-        self.network.disconnect();
-        self.share = None;
-        self.dir.remove_file(CONTROL_SOCKET);
-        self.dir.remove_file(VSOCK_SOCKET);
-        self.record.status = Status::Stopped;
-        self.record.exit = exit;
-        self.record.lost = lost;
-        self.record.error = error.as_ref().map(|error| error.message.clone());
-        self.record.save(&self.dir);
-        let ended = Ended { exit, error: error.clone(), timeline: self.timeline };
-        let heard = server.close(ended).await;
-        if let Some(error) = error.filter(|_| !heard) {
-            log::error!("container {}: {error}", self.record.id);
+        record.status = Status::Stopped;
+        record.exit = exit;
+        record.lost = lost;
+        record.error = error.as_ref().map(|error| error.message.clone());
+        record.save(&dir);
+        Ended { exit, error, timeline }
+    }
+
+    /// Has the guest end and forget a container that is not the sandbox's first.
+    async fn leave(&self) {
+        let deleted = async {
+            tokio::select! {
+                deleted = timeout(DELETE_TIMEOUT, self.agent.delete_container()) => deleted,
+                _ = self.microvm.ended() => Ok(Ok(())),
+            }
+        };
+        match deleted.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) if error.kind == ErrorKind::VmLost => log::debug!("{error}"),
+            Ok(Err(error)) => log::warn!("{error}"),
+            Err(_) => log::warn!(
+                "the guest did not end container {} within {} seconds: it ends with the microVM of \
+                 its pod",
+                self.record.id,
+                DELETE_TIMEOUT.as_secs()
+            ),
         }
-        code
     }
 
     /// Runs the container, from its creation to the end of the process.
-    async fn live(&mut self, server: &mut Server, signals: &mut Signals) -> Outcome {
-        let agent = self.process.agent.clone();
+    async fn live(&mut self, commands: &mut mpsc::Receiver<Command>) -> Outcome {
+        let agent = self.agent.clone();
         let mut waiting = pin!(async move { agent.wait().await });
         let mut exit: Option<Exit> = None;
         let mut starting: Option<Starting> = None;
@@ -139,12 +179,10 @@ impl Lifecycle {
         let mut deadline: Option<Instant> = None;
         let mut killed: Option<Instant> = None;
         let memory = self.record.vm.memory_mib << 20;
-        // The terminal's size may have changed while the container was created.
-        self.process.pass_on(WINCH);
         loop {
             // Hooks may ask for changes too.
             if starting.as_ref().is_none_or(|starting| starting.step == Step::Hooks) {
-                updates.begin(&self.record, &self.process.agent, exit);
+                updates.begin(&self.record, &self.agent, exit);
             }
             let give_up = async {
                 // A client that kills waits for the output, a client that destroys does not.
@@ -156,14 +194,14 @@ impl Lifecycle {
             tokio::select! {
                 biased;
                 result = &mut waiting, if exit.is_none() => match result {
-                    Ok(ended) => {
+                    Ok((ended, _)) => {
                         self.timeline.exited = Some(clock::monotonic_us());
                         self.relay.process_ended();
                         exit = Some(ended);
                     }
                     Err(error) => {
-                        let error = loss(&self.microvm, error).await;
-                        return self.lost(error).await;
+                        let error = self.microvm.loss(error).await;
+                        return self.lost(error);
                     }
                 },
                 result = finish(&mut starting) => {
@@ -201,7 +239,7 @@ impl Lifecycle {
                         log::warn!("some of the output may be lost: {}", end.explain());
                         Outcome::Exited(exit)
                     }
-                    None => self.lost(end.explain()).await,
+                    None => self.lost(end.explain()),
                 },
                 () = give_up => return match exit {
                     Some(exit) => Outcome::Exited(exit),
@@ -209,12 +247,11 @@ impl Lifecycle {
                         ErrorKind::VmLost,
                         format!(
                             "the container did not end when it was killed, {}",
-                            self.microvm.fate()
+                            self.fate()
                         ),
                     )),
                 },
-                command = server.next() => {
-                    let Command { request, answer } = command;
+                Some(Command { request, answer }) = commands.recv() => {
                     match request {
                         Request::Start
                             if starting.is_none()
@@ -228,11 +265,14 @@ impl Lifecycle {
                         }
                         Request::Destroy => {
                             deadline.get_or_insert(Instant::now() + DESTROY_TIMEOUT);
-                            self.process.pass_on(signals::KILL);
+                            let agent = self.agent.clone();
+                            tokio::spawn(async move {
+                                if let Err(error) = agent.signal(KILL, false).await {
+                                    log::debug!("{error}");
+                                }
+                            });
                             let _ = answer.send(Ok(()));
                         }
-                        // The server answers this request when it closes.
-                        Request::Wait => {}
                         Request::Pause | Request::Resume | Request::Update { .. } => {
                             updates.push(Command { request, answer });
                         }
@@ -243,15 +283,15 @@ impl Lifecycle {
                             let _ = answer.send(Ok(()));
                         }
                         Request::Kill { signal, all } => {
-                            if signal == signals::KILL {
+                            if signal == KILL {
                                 killed.get_or_insert(Instant::now() + KILL_TIMEOUT);
                             }
-                            let agent = self.process.agent.clone();
+                            let agent = self.agent.clone();
                             tokio::spawn(async move {
                                 let sent = match agent.signal(signal, all).await {
                                     // The process has ended with its microVM.
                                     Err(error)
-                                        if signal == signals::KILL
+                                        if signal == KILL
                                             && error.kind == ErrorKind::VmLost =>
                                     {
                                         Ok(())
@@ -262,23 +302,32 @@ impl Lifecycle {
                             });
                         }
                         Request::Resize { size } => {
-                            let agent = self.process.agent.clone();
+                            let agent = self.agent.clone();
                             tokio::spawn(async move {
                                 let _ = answer.send(agent.resize(size).await);
                             });
                         }
                     }
                 }
-                number = signals.next() => self.process.pass_on(number),
             }
         }
     }
 
-    /// Outcome of a container that is not heard of any more.
-    async fn lost(&self, error: Error) -> Outcome {
-        match self.microvm.exit().await {
-            Some(exit) => Outcome::Exited(exit),
+    /// Outcome of a container that is not heard of any more. If the sandbox's first container has
+    /// ended in order, all processes were killed with it.
+    fn lost(&self, error: Error) -> Outcome {
+        match &self.first {
+            Some(_) if self.microvm.ends_in_order() => Outcome::Exited(Exit::KILLED),
+            Some(first) => Outcome::Lost(lost_with(first, error)),
             None => Outcome::Lost(error),
+        }
+    }
+
+    /// The fate of a container that did not end when it was killed: part of an error text.
+    fn fate(&self) -> &'static str {
+        match self.first {
+            None => "so its microVM was ended",
+            Some(_) => "and is left to end with the microVM of its pod",
         }
     }
 
@@ -290,10 +339,11 @@ impl Lifecycle {
     /// container whose start hangs can still be killed.
     ///
     /// An engine may have added the container's network only now.
-    fn start(&mut self) -> JoinHandle<Result<()>> {
-        let (agent, network) = (self.process.agent.clone(), self.network.complete());
+    fn start(&self) -> JoinHandle<Result<()>> {
+        let (agent, first) = (self.agent.clone(), self.first.is_none());
+        let microvm = Arc::clone(&self.microvm);
         tokio::spawn(async move {
-            if let Some(network) = network? {
+            if first && let Some(network) = microvm.complete_network().await? {
                 agent.setup_network(network).await?;
             }
             agent.start_container().await
@@ -310,5 +360,37 @@ impl Lifecycle {
     fn poststart(&self) -> JoinHandle<Result<()>> {
         let (record, origin) = (self.record.clone(), self.origin.clone());
         tokio::spawn(async move { hooks::run(Point::Poststart, &record, origin.as_ref()).await })
+    }
+}
+
+/// Answers requests while the container is ending, so that nobody takes a slow end for a sandbox
+/// process that has stopped.
+async fn answer_while(
+    ending: impl Future<Output = ()>,
+    commands: &mut mpsc::Receiver<Command>,
+    record: &Record,
+) {
+    let mut ending = pin!(ending);
+    loop {
+        tokio::select! {
+            biased;
+            () = &mut ending => return,
+            Some(Command { request, answer }) = commands.recv() => {
+                let verb = match request {
+                    Request::Kill { signal: 0, .. } | Request::Destroy => {
+                        let _ = answer.send(Ok(()));
+                        continue;
+                    }
+                    Request::Start => "start",
+                    Request::Kill { .. } => "kill",
+                    Request::Pause => "pause",
+                    Request::Resume => "resume",
+                    Request::Update { .. } => "update",
+                    Request::Resize { .. } => "resize",
+                };
+                let why = format!("cannot {verb} container {}: container not running", record.id);
+                let _ = answer.send(Err(Error::new(why)));
+            }
+        }
     }
 }

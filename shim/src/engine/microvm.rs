@@ -1,132 +1,157 @@
-//! The microVM that a container lives in: its own, or that of its pod.
+//! The microVM of a sandbox, as all of its containers share it.
 
-use std::time::Duration;
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
-use tokio::time::timeout;
+use tokio::{
+    runtime::Handle,
+    sync::{Mutex, watch},
+    time::timeout,
+};
+
+use isopod_protocol::agent;
 
 use crate::{
-    engine::pod::PodVm,
     error::{Error, ErrorKind, Result},
+    event_loop::blocking,
     microvm::{
         agent::Agent,
+        share::Share,
         vmm::{Vmm, VmmEnd},
     },
-    state::Exit,
+    network::Network,
+    state::{StateDir, VSOCK_SOCKET},
     timeline::Timeline,
 };
 
 /// Longest time for the guest to flush its file systems and to shut down.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Longest time for the sandbox process of a pod's first container to report that container's end.
-const END_TIMEOUT: Duration = Duration::from_secs(20);
-
 /// Longest time for the VMM to give the reason for a broken connection to the guest.
 const REASON_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The microVM of a container.
-#[derive(Debug)]
-pub(crate) enum Microvm {
-    /// Made for the container, and ends with it.
-    Own(Vmm),
-    /// Made for the first container of the pod, and ends with that container.
-    Pod(PodVm),
+/// A running microVM, with all that ends with it.
+pub(crate) struct Microvm {
+    pub(crate) vmm: Vmm,
+    /// Calls about the guest as a whole.
+    pub(crate) agent: Agent,
+    /// State directory of the sandbox.
+    pub(crate) dir: Arc<StateDir>,
+    pub(crate) share: Arc<Share>,
+    /// Taken by a thread while it is looked at.
+    pub(crate) network: Mutex<Option<Network>>,
+    /// Set once the microVM is being ended: true if its first container has ended in order.
+    pub(crate) ending: watch::Sender<Option<bool>>,
+    /// True if nobody wants the sandbox any more: its end is no loss.
+    pub(crate) given_up: AtomicBool,
+    /// Number of further processes whose output may still be on its way.
+    pub(crate) busy: watch::Sender<usize>,
+    /// The event loop of the thread that owns the sandbox.
+    pub(crate) event_loop: Handle,
 }
 
 impl Microvm {
     /// Waits for the end of the microVM.
     pub(crate) async fn ended(&self) -> VmmEnd {
-        match self {
-            Self::Own(vmm) => vmm.ended().await,
-            Self::Pod(pod) => VmmEnd::of_pod(pod.ended().await.why),
-        }
+        self.vmm.ended().await
     }
 
-    /// Exit of a container whose agent no longer answers: SIGKILL if its pod ended in order,
-    /// otherwise `None`.
-    pub(crate) async fn exit(&self) -> Option<Exit> {
-        let Self::Pod(pod) = self else { return None };
-        let end = timeout(END_TIMEOUT, pod.ended()).await.ok()?;
-        end.in_order.then_some(Exit::KILLED)
+    /// Tells whether the microVM is being ended, or has ended, in order.
+    pub(crate) fn ends_in_order(&self) -> bool {
+        *self.ending.borrow() == Some(true)
     }
 
-    /// The fate of a microVM whose container did not end when it was killed: part of an error text.
-    pub(crate) fn fate(&self) -> &'static str {
-        match self {
-            Self::Own(_) => "so its microVM was ended",
-            Self::Pod(_) => "and is left to end with the microVM of its pod",
-        }
+    /// Tells whether the microVM is being ended, or has ended.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.ending.borrow().is_some() || self.vmm.has_ended()
     }
 
-    /// Fills in the times of the microVM's start, if it was made for the container.
-    pub(crate) fn fill_timeline(&self, timeline: &mut Timeline) {
-        if let Self::Own(vmm) = self {
-            vmm.fill_timeline(timeline);
-        }
-    }
-
-    /// Ends the container in the microVM: in order if possible, otherwise by force.
-    pub(crate) async fn leave(&mut self, agent: &Agent, lost: bool) {
-        match self {
-            Self::Own(vmm) => shut_down(vmm, agent, lost).await,
-            Self::Pod(pod) => pod.leave().await,
-        }
-    }
-}
-
-/// Ends a microVM: by the guest if it can, otherwise by the VMM.
-async fn shut_down(vmm: &Vmm, agent: &Agent, lost: bool) {
-    if lost {
-        vmm.stop().await;
-        return;
-    }
-    let shutdown = async {
+    /// Runs an action that needs the guest, within `limit`. If the microVM ends meanwhile, the error
+    /// has the reason for that.
+    pub(crate) async fn within<T>(
+        &self,
+        what: &str,
+        limit: Duration,
+        action: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         tokio::select! {
-            end = vmm.ended() => end,
-            result = agent.shutdown() => {
-                if let Err(error) = result {
-                    log::debug!("{error}");
-                    return vmm.stop().await;
+            biased;
+            result = timeout(limit, action) => match result {
+                Ok(Err(error)) if error.kind == ErrorKind::VmLost => Err(self.loss(error).await),
+                Ok(result) => result,
+                Err(_) => Err(Error::new(format!(
+                    "{what} took longer than {} seconds in the guest", limit.as_secs()
+                ))),
+            },
+            end = self.ended() => Err(end.explain()),
+        }
+    }
+
+    /// The reason why a connection to the guest broke: the VMM's if it ends too, otherwise `error`.
+    pub(crate) async fn loss(&self, error: Error) -> Error {
+        match timeout(REASON_TIMEOUT, self.ended()).await {
+            Ok(end) => end.explain(),
+            Err(_) => Error { kind: ErrorKind::VmLost, ..error },
+        }
+    }
+
+    /// Looks for interfaces that the network namespace has got since the boot. Returns the guest's
+    /// part of their setup.
+    pub(crate) async fn complete_network(&self) -> Result<Option<agent::Network>> {
+        let mut place = self.network.lock().await;
+        let network = place.take_if(|network| network.has_namespace());
+        let Some(mut network) = network else { return Ok(None) };
+        let (network, completed) = blocking(move || {
+            let completed = network.complete();
+            Ok((network, completed))
+        })
+        .await?;
+        *place = Some(network);
+        completed
+    }
+
+    /// Ends the microVM: by the guest if `in_order`, otherwise by the VMM. Then removes everything
+    /// that the VMM needed.
+    pub(crate) async fn shut_down(&self, in_order: bool) {
+        self.ending.send_replace(Some(in_order));
+        self.end(in_order).await;
+        // The drop removes the redirects.
+        drop(self.network.lock().await.take());
+        self.share.unmount();
+        self.dir.remove_file(VSOCK_SOCKET);
+    }
+
+    async fn end(&self, in_order: bool) {
+        if !in_order {
+            self.vmm.stop().await;
+            return;
+        }
+        let shutdown = async {
+            tokio::select! {
+                end = self.ended() => end,
+                result = self.agent.shutdown() => {
+                    if let Err(error) = result {
+                        log::debug!("{error}");
+                        return self.vmm.stop().await;
+                    }
+                    self.ended().await
                 }
-                vmm.ended().await
+            }
+        };
+        match timeout(SHUTDOWN_TIMEOUT, shutdown).await {
+            Ok(end) if end.is_shutdown() => {}
+            Ok(end) => log::debug!("the microVM did not shut down in order: {}", end.explain()),
+            Err(_) => {
+                log::warn!("the guest did not shut down, so its microVM was ended");
+                self.vmm.stop().await;
             }
         }
-    };
-    match timeout(SHUTDOWN_TIMEOUT, shutdown).await {
-        Ok(end) if end.is_shutdown() => {}
-        Ok(end) => log::debug!("the microVM did not shut down in order: {}", end.explain()),
-        Err(_) => {
-            log::warn!("the guest did not shut down, so its microVM was ended");
-            vmm.stop().await;
-        }
     }
-}
 
-/// Runs an action that needs the guest, within `limit`. If the microVM ends meanwhile, the error
-/// has the reason for that.
-pub(crate) async fn in_guest<T>(
-    microvm: &Microvm,
-    what: &str,
-    limit: Duration,
-    action: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    tokio::select! {
-        biased;
-        result = timeout(limit, action) => match result {
-            Ok(Err(error)) if error.kind == ErrorKind::VmLost => Err(loss(microvm, error).await),
-            Ok(result) => result,
-            Err(_) => Err(Error::new(format!(
-                "{what} took longer than {} seconds in the guest", limit.as_secs()
-            ))),
-        },
-        end = microvm.ended() => Err(end.explain()),
-    }
-}
-
-/// The reason why a connection to the guest broke: the VMM's if it ends too, otherwise `error`.
-pub(crate) async fn loss(microvm: &Microvm, error: Error) -> Error {
-    match timeout(REASON_TIMEOUT, microvm.ended()).await {
-        Ok(end) => end.explain(),
-        Err(_) => Error { kind: ErrorKind::VmLost, ..error },
+    /// Fills in the times of the microVM's start.
+    pub(crate) fn fill_timeline(&self, timeline: &mut Timeline) {
+        self.vmm.fill_timeline(timeline);
     }
 }

@@ -1,33 +1,35 @@
-//! The sandbox process: the host side of one microVM and its container.
+//! The engine: sandboxes, their containers, and the processes in these.
 //!
 //! ```text
-//!  isopod create/run ── launch socket ──► sandbox process ── control socket ──► isopod-vmm
-//!  isopod start/kill/delete ─ control.sock ─┘   │  └── stdio relay threads           │
-//!                                                └── ttrpc, streams ── vsock.sock ────┘
+//!  front end ── Sandbox::boot ──► microVM: VMM process, share, network
+//!      │              │
+//!      │              └─ create ──► Container ── requests ──► the task that owns it (lifecycle)
+//!      │                               │                        │ pause, update (updates)
+//!      │                               └─ exec ──► Exec         │ start (starting), hooks
+//!      └── Io: where the streams of a process go                └ record on disk
 //! ```
 //!
-//! `create` and `run` start the sandbox process by executing `isopod` again, with a [`launch`]
-//! document. Its `main` is in [`create`]. It enters a mount namespace of its own, builds the share
-//! (`microvm::share`) and starts the VMM (`microvm::vmm`). It waits for the agent (`microvm::boot`)
-//! and has the agent build the container.
+//! A [`Sandbox`] belongs to the event loop of one thread. That thread is in the sandbox's mount and
+//! network namespaces, and the VMM ends with it. All work is done there. The handles [`Sandbox`],
+//! [`Container`] and [`Exec`] may be used on any thread, and what may block has threads of its own:
+//! so no container waits for another.
 //!
-//! From then on one task owns the container's state ([`lifecycle`]). The sandbox process exits with
-//! the container's exit status, because callers of runc wait for that status. `exec` has a process
-//! of its own for each program ([`exec`]). A container of a pod has no VMM of its own: it lives in
-//! the microVM of the pod's first container ([`pod`]).
+//! The microVM ends with the first container of a sandbox, and all others with it. The engine never
+//! moves the process that it runs in: its cgroup and its `oom_score_adj` are the front end's.
 
-pub mod create;
-pub mod exec;
-mod guest_process;
+mod container;
+mod exec;
+mod hook_process;
 pub(crate) mod hooks;
-pub mod launch;
 mod lifecycle;
 mod microvm;
-pub mod pod;
-pub mod query;
-pub mod record;
+mod process_info;
+mod record;
+mod request;
+mod runtime_namespace;
+mod sandbox;
 mod starting;
-pub mod stdio;
+pub(crate) mod stdio;
 mod updates;
 
 use std::time::Duration;
@@ -35,15 +37,24 @@ use std::time::Duration;
 use oci_spec::runtime::Hooks;
 
 use self::lifecycle::START_TIMEOUT;
-use crate::control::ANSWER_TIMEOUT;
+pub(crate) use self::{
+    container::{Container, NewContainer},
+    exec::{Exec, ExecSpec},
+    process_info::ProcessInfo,
+    record::{Pod, Record, Remains},
+    request::{Ended, Request},
+    runtime_namespace::{RuntimeNamespace, RuntimeNamespacePlan},
+    sandbox::{NewSandbox, Sandbox},
+    stdio::{Io, IoPlan},
+};
 
-/// Longest time until a start is answered; `None` if there are hooks without a timeout.
-pub fn start_limit(hooks: Option<&Hooks>) -> Option<Duration> {
+/// Longest time until a start has been carried out; `None` if there are hooks without a timeout.
+pub(crate) fn start_limit(hooks: Option<&Hooks>) -> Option<Duration> {
     let hooks = hooks.map_or(Some(Duration::ZERO), |hooks| {
         let both = [hooks.start_container(), hooks.poststart()];
         both.into_iter().flatten().try_fold(Duration::ZERO, |sum, hooks| {
             Some(sum.saturating_add(hooks::time_limit(hooks)?))
         })
     });
-    hooks?.checked_add(START_TIMEOUT + ANSWER_TIMEOUT)
+    hooks?.checked_add(START_TIMEOUT)
 }

@@ -13,17 +13,16 @@ use crate::{
     bundle::{VmSize, is_first_of_pod},
     cgroup::Cgroup,
     container_id::ContainerId,
-    control::versions::{Protocols, Versions},
     error::{Error, Explain, Result},
     network::RedirectRecord,
     process_id::ProcessId,
-    state::{Exit, RECORD_FILE, StateDir, Status},
+    state::{Exit, RECORD_FILE, StateDir, Status, versions::Versions},
 };
 
 /// The readable part of a record that cannot be read as a whole, such as the record of another
 /// version of isopod.
 #[derive(Debug, Default)]
-pub struct Remains {
+pub(crate) struct Remains {
     /// The sandbox process.
     pub sandbox: Option<ProcessId>,
     /// The VMM.
@@ -36,7 +35,7 @@ pub struct Remains {
 
 impl Remains {
     /// Reads the known fields of the record in `dir`, whatever its version.
-    pub fn read(dir: &StateDir) -> Self {
+    pub(crate) fn read(dir: &StateDir) -> Self {
         dir.read(RECORD_FILE).ok().flatten().map(|json| Self::of(&json)).unwrap_or_default()
     }
 
@@ -56,7 +55,7 @@ impl Remains {
 
 /// The microVM that a container of a pod lives in.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pod {
+pub(crate) struct Pod {
     /// The container that the microVM was made for.
     pub sandbox: ContainerId,
     /// State directory of that container.
@@ -67,12 +66,12 @@ pub struct Pod {
 
 /// All that is known of a container.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
-    /// [`STATE_VERSION`](crate::control::versions::STATE_VERSION) of the isopod that created the
+pub(crate) struct Record {
+    /// [`STATE_VERSION`](crate::state::versions::STATE_VERSION) of the isopod that created the
     /// container.
     pub version: u32,
-    /// Versions of the sandbox's protocols.
-    pub protocols: Protocols,
+    /// [`CONTROL_VERSION`](crate::state::versions::CONTROL_VERSION) of the same isopod.
+    pub control_version: u32,
     /// Id of the container.
     pub id: ContainerId,
     /// `ociVersion` of config.json.
@@ -120,7 +119,7 @@ pub struct Record {
 /// The object that `state` and `list` print, with its members in runc's order.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct OciState<'a> {
+pub(crate) struct OciState<'a> {
     oci_version: &'a str,
     id: &'a ContainerId,
     pid: i32,
@@ -139,7 +138,7 @@ impl Record {
     /// # Errors
     ///
     /// If the record cannot be read, is not valid, or was written by another version of isopod.
-    pub fn read(dir: &StateDir) -> Result<Option<Self>> {
+    pub(crate) fn read(dir: &StateDir) -> Result<Option<Self>> {
         let Some(json) = dir.read(RECORD_FILE)? else { return Ok(None) };
         let what = || dir.path().join(RECORD_FILE).display().to_string();
         // Checked first: the record of another version may have another form.
@@ -149,20 +148,20 @@ impl Record {
     }
 
     /// Writes the record. A reader sees the old or the new record, whole.
-    pub fn write(&self, dir: &StateDir) -> Result<()> {
+    pub(crate) fn write(&self, dir: &StateDir) -> Result<()> {
         let json = serde_json::to_vec(self).explain(|| "cannot write the state".into())?;
         dir.write(RECORD_FILE, &json)
     }
 
     /// The status now. A container whose sandbox process is gone is stopped, whatever the record
     /// says.
-    pub fn current_status(&self) -> Status {
+    pub(crate) fn current_status(&self) -> Status {
         if self.sandbox.is_alive() { self.status } else { Status::Stopped }
     }
 
     /// The OCI state object as `state` prints it, with the fields that runc adds: rootfs, created,
     /// owner. Annotations of our own tell how a stopped container ended.
-    pub fn to_oci(&self) -> OciState<'_> {
+    pub(crate) fn to_oci(&self) -> OciState<'_> {
         let status = self.current_status();
         let mut annotations = self.annotations.clone();
         if let Some(exit) = self.exit.filter(|_| status == Status::Stopped) {
@@ -188,7 +187,7 @@ impl Record {
     }
 
     /// The specification's state object and no more, for hooks. `status` is known where hooks run.
-    pub fn state_at(&self, status: Status) -> Value {
+    pub(crate) fn state_at(&self, status: Status) -> Value {
         let pid = if status == Status::Stopped { 0 } else { self.sandbox.pid };
         json!({
             "ociVersion": self.oci_version,
@@ -229,8 +228,17 @@ impl Record {
         self.pod.is_none() && !is_first_of_pod(&self.annotations)
     }
 
+    /// Sends SIGCONT to the processes that have to answer for the container, if a signal has stopped
+    /// them.
+    pub(crate) fn let_go_on(&self) {
+        self.sandbox.let_go_on();
+        if let Some(pod) = &self.pod {
+            pod.process.let_go_on();
+        }
+    }
+
     /// The pid that callers know; 0 once the container has stopped.
-    pub fn current_pid(&self) -> i32 {
+    pub(crate) fn current_pid(&self) -> i32 {
         match self.current_status() {
             Status::Stopped => 0,
             _ => self.sandbox.pid,
@@ -238,7 +246,7 @@ impl Record {
     }
 
     /// Name of the user who created the container, or the uid if there is no name.
-    pub fn owner(&self) -> String {
+    pub(crate) fn owner(&self) -> String {
         let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
         let uid = self.owner_uid.to_string();
         passwd
@@ -250,7 +258,7 @@ impl Record {
     }
 
     /// Returns true if the container stopped because its microVM or its sandbox process is gone.
-    pub fn is_lost(&self) -> bool {
+    pub(crate) fn is_lost(&self) -> bool {
         let unsaid = self.exit.is_none() && self.error.is_none();
         self.current_status() == Status::Stopped && (self.lost || unsaid)
     }

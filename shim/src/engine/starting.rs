@@ -8,7 +8,10 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    event_loop::AbortOnDrop,
+};
 
 /// A step of a start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,15 +51,6 @@ impl Starting {
             Ok(Err(_)) => Err(Error::new("the start of the process was aborted")),
             Err(_) => Err(Error::new("the process was not started in time by the guest")),
         }
-    }
-}
-
-/// A task that is aborted when this handle is dropped.
-struct AbortOnDrop<T>(JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
     }
 }
 

@@ -13,9 +13,12 @@ use tokio::{
 use crate::{
     bundle::{guest_processors, update_resources},
     cgroup::CpuLimits,
-    control::{Request, server::Command},
-    engine::record::Record,
+    engine::{
+        record::Record,
+        request::{Command, Request},
+    },
     error::{Error, Result},
+    event_loop::blocking,
     microvm::agent::Agent,
     state::{Exit, StateDir, Status},
 };
@@ -152,11 +155,16 @@ fn ask(
             let limits = CpuLimits::of(&after);
             let task = tokio::spawn(async move {
                 let Some(cgroup) = host else { return agent.update(&guest).await };
-                let before = cgroup.limits_now(&limits);
-                cgroup.limit(&limits)?;
+                // systemd's client is waited for.
+                let (cgroup, before) = blocking(move || {
+                    let before = cgroup.limits_now(&limits);
+                    cgroup.limit(&limits)?;
+                    Ok((cgroup, before))
+                })
+                .await?;
                 let updated = agent.update(&guest).await;
                 if updated.is_err()
-                    && let Err(error) = cgroup.limit(&before)
+                    && let Err(error) = blocking(move || cgroup.limit(&before)).await
                 {
                     log::warn!("{error}");
                 }

@@ -1,8 +1,7 @@
 //! Calls to the agent. Its answers come from the guest, so they are not trusted.
 
-use std::{future::poll_fn, task::Poll};
-
-use oci_spec::runtime::{LinuxResources, Process, Spec};
+use oci_spec::runtime::{LinuxResources, Process};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use ttrpc::{Code, r#async::transport::Socket, context::Context};
 
@@ -18,7 +17,7 @@ use isopod_protocol::{
 };
 
 use crate::{
-    bundle::{Bundle, Filter, Shm},
+    bundle::{Filter, GuestContainer, Shm},
     clock,
     container_id::ContainerId,
     error::{Error, ErrorKind, Explain, Result},
@@ -36,6 +35,7 @@ const ENTROPY_LEN: usize = 64;
 #[derive(Clone)]
 pub(crate) struct Agent {
     client: AgentClient,
+    /// Empty for calls about the guest as a whole.
     container_id: String,
     /// Empty for the container's first process.
     exec_id: String,
@@ -43,10 +43,21 @@ pub(crate) struct Agent {
 
 impl Agent {
     /// Connects to the agent of the sandbox whose state directory is `dir`.
-    pub(crate) async fn connect(dir: &StateDir, id: &ContainerId, exec_id: String) -> Result<Self> {
+    pub(crate) async fn connect(dir: &StateDir) -> Result<Self> {
         let stream = vsock::connect(dir, AGENT_PORT).await?;
         let client = AgentClient::new(ttrpc::r#async::Client::new(Socket::new(stream)));
-        Ok(Self { client, container_id: id.to_string(), exec_id })
+        Ok(Self { client, container_id: String::new(), exec_id: String::new() })
+    }
+
+    /// The same connection, about a container and its first process.
+    pub(crate) fn of_container(&self, id: &ContainerId) -> Self {
+        let client = self.client.clone();
+        Self { client, container_id: id.to_string(), exec_id: String::new() }
+    }
+
+    /// The same connection, about a further process of the container.
+    pub(crate) fn of_process(&self, exec_id: String) -> Self {
+        Self { exec_id, ..self.clone() }
     }
 
     /// Prepares the guest: the share, the clock, randomness.
@@ -74,29 +85,27 @@ impl Agent {
         reading.map(|reading| reading.realtime_ns).map_err(|e| explain("cannot set the clock", e))
     }
 
-    /// Builds the container of a bundle from `spec`, the guest's config.json. `state` is for hooks
-    /// in the guest.
+    /// Builds a container. `state` is for hooks in the guest.
     pub(crate) async fn create_container(
         &self,
-        bundle: &Bundle,
-        spec: &Spec,
+        container: &GuestContainer,
         state: Option<&Value>,
         streams: StreamTokens,
         screen: Screen,
         network: Option<Network>,
     ) -> Result<()> {
-        let seccomp = bundle.seccomp.as_ref();
-        let memories = bundle.binds.iter().filter_map(|bind| bind.shm.as_ref());
+        let seccomp = container.seccomp.as_ref();
         let request = CreateContainerRequest {
             container_id: self.container_id.clone(),
-            spec_json: serde_json::to_vec(spec).explain(|| "cannot write config.json".into())?,
+            spec_json: serde_json::to_vec(&container.spec)
+                .explain(|| "cannot write config.json".into())?,
             streams: Some(streams).into(),
             terminal_size: screen.size.map(terminal_size).into(),
             plain_newlines: screen.plain_newlines,
             seccomp_filter: seccomp.map(Filter::bytes).unwrap_or_default(),
             seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
             network: network.into(),
-            shared_memory: memories.map(memory).collect(),
+            shared_memory: container.shared_memory.iter().map(memory).collect(),
             state_json: state.map(|state| state.to_string().into_bytes()).unwrap_or_default(),
             ..Default::default()
         };
@@ -130,27 +139,6 @@ impl Agent {
             .map_err(|e| explain("cannot start the container", e))
     }
 
-    /// Makes this connection the owner of an exec process that is to be started. The guest kills
-    /// the process when the connection closes.
-    pub(crate) async fn hold(&self) -> Result<()> {
-        let request = self.process();
-        let client = self.client.clone();
-        let mut call =
-            Box::pin(async move { client.hold_process(Context::default(), &request).await });
-        // The call has no answer. This poll sends it before the calls that follow.
-        let sent = poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await;
-        match sent {
-            Poll::Pending => {
-                tokio::spawn(call);
-                Ok(())
-            }
-            Poll::Ready(Err(e)) => Err(explain("cannot run the process", e)),
-            Poll::Ready(Ok(_)) => {
-                Err(Error::new("cannot run the process: the agent does not own it"))
-            }
-        }
-    }
-
     /// Runs another process in the container. `cgroup` is a group below the container's own.
     pub(crate) async fn exec_process(
         &self,
@@ -177,14 +165,10 @@ impl Agent {
             .map_err(|e| explain("cannot run the process", e))
     }
 
-    /// Waits for the end of the process, however long it takes.
-    pub(crate) async fn wait(&self) -> Result<Exit> {
-        self.wait_with_output().await.map(|(exit, _)| exit)
-    }
-
-    /// Like [`Self::wait`]. Also returns the number of bytes that had been written by then to each
-    /// output, in the order of [`Streams`](crate::engine::stdio::Streams).
-    pub(crate) async fn wait_with_output(&self) -> Result<(Exit, Vec<u64>)> {
+    /// Waits for the end of the process, however long it takes. Also returns the number of bytes
+    /// that had been written by then to each output: to the descriptors from 3 on, then to standard
+    /// output and standard error.
+    pub(crate) async fn wait(&self) -> Result<(Exit, Vec<u64>)> {
         let exit = self
             .client
             .wait_process(Context::default(), &self.process())
@@ -285,6 +269,12 @@ impl Agent {
         answer.map(drop).map_err(|e| explain("cannot have the guest forget files", e))
     }
 
+    /// Ends and forgets a further process, if the guest has it.
+    pub(crate) async fn delete_process(&self) -> Result<()> {
+        let answer = self.client.delete_process(Context::default(), &self.process()).await;
+        answer.map(drop).map_err(|e| explain("cannot end the process", e))
+    }
+
     /// Ends and forgets the container, if the guest has it.
     pub(crate) async fn delete_container(&self) -> Result<()> {
         let answer = self.client.delete_container(Context::default(), &self.container()).await;
@@ -326,7 +316,7 @@ impl Agent {
 }
 
 /// Settings with which a process's terminal begins.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Screen {
     size: Option<Size>,
     plain_newlines: bool,

@@ -20,7 +20,9 @@ use crate::{
     container_id::ContainerId,
     error::{Error, Explain, Result},
     host,
-    microvm::{dns_proxy::DnsProxy, hello::GuestConnections, share::Share, vmm::Vmm},
+    microvm::{
+        dns_proxy::DnsProxy, hello::GuestConnections, placement::Placement, share::Share, vmm::Vmm,
+    },
     network::Network,
     settings::Artifacts,
     state::{CONSOLE_LOG, StateDir, VSOCK_SOCKET},
@@ -34,7 +36,7 @@ const MAX_FS_WORKERS: u8 = 4;
 
 /// Settings for making a microVM, beside those of its container.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct BootSettings {
+pub(crate) struct BootSettings {
     /// The files that the microVM is made of.
     pub artifacts: Artifacts,
     /// Parameters that the operator adds to the guest kernel's command line.
@@ -55,6 +57,7 @@ pub(crate) fn start(
     dir: &StateDir,
     share: &Share,
     network: &mut Network,
+    place: &Placement,
 ) -> Result<(Vmm, GuestConnections)> {
     let kvm = host::open_kvm()?;
     let kernel = open(&settings.artifacts.kernel, "the guest kernel")?;
@@ -99,7 +102,7 @@ pub(crate) fn start(
     };
     let connections = GuestConnections::new(connections)?;
     // All descriptors stay open up to here. From here on the VMM has its own copies.
-    let vmm = Vmm::spawn(&settings.artifacts.vmm, config)?;
+    let vmm = Vmm::spawn(&settings.artifacts.vmm, config, place)?;
     network.hand_over();
     Ok((vmm, connections))
 }

@@ -8,6 +8,7 @@ pub(crate) mod drop_caches;
 pub(crate) mod guest_clock;
 mod hello;
 pub(crate) mod mount_view;
+pub(crate) mod placement;
 pub(crate) mod share;
 pub(crate) mod vmm;
 pub(crate) mod vsock;

@@ -5,7 +5,7 @@
 //!
 //! - `state.json`, the record of the container
 //! - `process.json`, the process of config.json, for `exec`
-//! - `control.sock` and `vsock.sock`
+//! - `control.sock` and `vsock.sock`, if the container is the first of its sandbox
 //! - `shared/`, the mount point of the share, empty on the host
 //! - `console.log`, the guest's console, with `--debug`
 //!
@@ -13,6 +13,7 @@
 //! sandbox process while it lives, then the process that deletes the container.
 
 mod status;
+pub mod versions;
 
 use std::{
     ffi::OsStr,

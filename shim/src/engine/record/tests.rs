@@ -3,14 +3,14 @@ use std::{collections::BTreeMap, time::Duration};
 use serde_json::Value;
 
 use crate::{
-    control::versions::{self, STATE_VERSION},
     engine::record::*,
+    state::versions::{self, CONTROL_VERSION, STATE_VERSION},
 };
 
 fn record(id: &ContainerId, sandbox: ProcessId) -> Record {
     Record {
         version: STATE_VERSION,
-        protocols: Protocols::OWN,
+        control_version: CONTROL_VERSION,
         id: id.clone(),
         oci_version: "1.0.2".into(),
         bundle: "/b".into(),
@@ -79,11 +79,11 @@ fn other_versions_are_named() {
     record(&id, own).write(&dir).unwrap();
     versions::check(&dir).unwrap();
 
-    let protocols = Protocols { agent: Protocols::OWN.agent - 1, ..Protocols::OWN };
-    (Record { protocols, ..record(&id, own) }).write(&dir).unwrap();
+    let control_version = CONTROL_VERSION - 1;
+    (Record { control_version, ..record(&id, own) }).write(&dir).unwrap();
     assert!(Record::read(&dir).unwrap().is_some(), "the state can be read");
     let error = versions::check(&dir).unwrap_err().message;
-    let version = format!("version {} (agent)", protocols.agent);
+    let version = format!("control socket has version {control_version}");
     assert!(error.contains(&version) && error.contains("isopod delete --force one"), "{error}");
 
     let version = STATE_VERSION + 1;

@@ -57,6 +57,21 @@ pub(crate) fn is_wanted(mut remote: &UnixStream) -> bool {
     remote.read_exact(&mut [0]).is_ok()
 }
 
+/// Says that input is waited for, to a client that passes it on.
+pub(crate) fn want(client: &OwnedFd) -> io::Result<()> {
+    Ok(rustix::io::write(client, &[0]).map(drop)?)
+}
+
+/// Passes the input of a terminal on to the process that relays the streams, in the place of that
+/// process: a terminal's job control holds for the processes of its session. Nothing is read before
+/// the input is wanted.
+pub(crate) fn pass_on(terminal: &OwnedFd, relay: &UnixStream) {
+    if is_wanted(relay) && copy_input(terminal, relay) == InputEnd::HungUp {
+        // The other end tells this from the end of the input.
+        let _ = relay.shutdown(Shutdown::Both);
+    }
+}
+
 /// The end of an input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum InputEnd {
@@ -67,7 +82,7 @@ pub(crate) enum InputEnd {
 }
 
 /// Copies from `local` to `remote` until either ends, and passes the end of input on.
-pub(crate) fn relay_input(local: &OwnedFd, remote: &UnixStream) -> InputEnd {
+pub(crate) fn copy_input(local: &OwnedFd, remote: &UnixStream) -> InputEnd {
     let mut buffer = vec![0; BUFFER_LEN];
     let mut remote_out = remote;
     let mut end = InputEnd::Plain;
@@ -116,7 +131,7 @@ fn wait_for_input(local: &OwnedFd, remote: &UnixStream) -> io::Result<Option<Inp
 }
 
 /// Copies from the guest to `local` until either ends.
-pub(crate) fn relay_output(flow: &Flow, local: &OwnedFd) {
+pub(crate) fn copy_output(flow: &Flow, local: &OwnedFd) {
     let mut buffer = vec![0; BUFFER_LEN];
     loop {
         let length = match flow.receive(&mut buffer) {

@@ -1,7 +1,11 @@
 //! Local ends of a process's streams, and their connections to the guest.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::{
+    fd::{AsFd, BorrowedFd, OwnedFd},
+    unix::net::UnixStream,
+};
 
+use serde::{Deserialize, Serialize};
 use tokio::io::AsyncWriteExt;
 
 use isopod_protocol::{
@@ -12,8 +16,12 @@ use isopod_protocol::{
 use crate::{
     console_socket,
     descriptor::is_null,
-    engine::stdio::streams::{Stream, Streams},
-    error::{Explain, Result},
+    engine::stdio::{
+        completion::start,
+        copy,
+        streams::{Stream, Streams},
+    },
+    error::{Error, Explain, Result},
     microvm::{agent::Screen, vsock},
     preserved::Preserved,
     random::random_u64,
@@ -23,10 +31,12 @@ use crate::{
 
 /// Local ends of a process's standard streams. A missing stream is `/dev/null` in the guest.
 #[derive(Debug, Default)]
-pub(crate) struct Local {
+struct Local {
     stdin: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+    /// True if a client passes standard input on, and waits until it is wanted.
+    client: bool,
     /// True if standard input and output are a terminal. Standard error is then the same terminal.
     terminal: bool,
     /// Descriptors from 3 on.
@@ -42,24 +52,69 @@ struct Further {
     socket: bool,
 }
 
-/// The local ends of a process that is about to be made.
+/// The local ends of a process that is about to be made, and the terminal at its begin.
 #[derive(Debug)]
-pub(crate) struct Ends {
-    /// The ends.
-    pub(crate) local: Local,
-    /// The terminal at its begin.
-    pub(crate) screen: Screen,
-    /// The host's end of a new terminal.
-    pub(crate) console: Option<OwnedFd>,
+pub(crate) struct Io {
+    local: Local,
+    screen: Screen,
 }
 
-impl Ends {
-    /// Opens the ends where the caller wants them. `size` is for a new terminal.
+/// An [`Io`] without its descriptors, for another process that gets these beside it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct IoPlan {
+    stdin: bool,
+    stdout: bool,
+    stderr: bool,
+    client: bool,
+    terminal: bool,
+    further: Vec<FurtherPlan>,
+    screen: Screen,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct FurtherPlan {
+    input: bool,
+    output: bool,
+    socket: bool,
+}
+
+impl IoPlan {
+    /// The local ends of this plan, from descriptors in the order of [`Io::into_parts`].
+    ///
+    /// # Errors
+    ///
+    /// If a descriptor is missing.
+    pub(crate) fn with(self, descriptors: &mut impl Iterator<Item = OwnedFd>) -> Result<Io> {
+        let mut next = |wanted: bool| match wanted {
+            false => Ok(None),
+            true => descriptors
+                .next()
+                .map(Some)
+                .ok_or_else(|| Error::new("a descriptor of the process's streams was not passed")),
+        };
+        let (stdin, stdout, stderr) = (next(self.stdin)?, next(self.stdout)?, next(self.stderr)?);
+        let further = self.further.iter().map(|one| {
+            Ok(Further { input: next(one.input)?, output: next(one.output)?, socket: one.socket })
+        });
+        let further = further.collect::<Result<_>>()?;
+        let (client, terminal) = (self.client, self.terminal);
+        let local = Local { stdin, stdout, stderr, client, terminal, further };
+        Ok(Io { local, screen: self.screen })
+    }
+}
+
+impl Io {
+    /// Opens the ends where the caller of this process wants them. `size` is for a new terminal.
+    /// Returns the host's end of a new terminal too.
+    ///
+    /// # Errors
+    ///
+    /// If a stream or a preserved descriptor cannot be duplicated, or the terminal cannot be made.
     pub(crate) fn open(
         terminal: Option<&Terminal>,
         size: Option<Size>,
         preserved: &[Preserved],
-    ) -> Result<Self> {
+    ) -> Result<(Self, Option<OwnedFd>)> {
         let (local, size, console) = match terminal {
             None => (Local::inherited()?, None, None),
             Some(Terminal::Inherited { size }) => (Local::inherited_terminal()?, *size, None),
@@ -69,7 +124,51 @@ impl Ends {
             }
         };
         let screen = Screen::of(terminal, size);
-        Ok(Self { local: local.with(preserved)?, screen, console })
+        Ok((Self { local: local.with(preserved)?, screen }, console))
+    }
+
+    /// Passes standard input on by a thread of this process, if it is a terminal. So the terminal's
+    /// job control holds, although another process relays the streams: whoever is in the background
+    /// reads nothing.
+    pub(crate) fn keep_terminal(&mut self) -> Result<()> {
+        let terminal = self.local.stdin.take_if(|stdin| rustix::termios::isatty(stdin));
+        let Some(terminal) = terminal else { return Ok(()) };
+        let (ours, theirs) = UnixStream::pair().explain(|| "cannot make a socket pair".into())?;
+        start("input", move || copy::pass_on(&terminal, &ours))?;
+        self.local.stdin = Some(theirs.into());
+        self.local.client = true;
+        Ok(())
+    }
+
+    /// Takes the ends apart, to be passed to another process.
+    pub(crate) fn into_parts(self) -> (IoPlan, Vec<OwnedFd>) {
+        let Local { stdin, stdout, stderr, client, terminal, further } = self.local;
+        let plan = IoPlan {
+            stdin: stdin.is_some(),
+            stdout: stdout.is_some(),
+            stderr: stderr.is_some(),
+            client,
+            terminal,
+            further: further
+                .iter()
+                .map(|one| FurtherPlan {
+                    input: one.input.is_some(),
+                    output: one.output.is_some(),
+                    socket: one.socket,
+                })
+                .collect(),
+            screen: self.screen,
+        };
+        let further = further.into_iter().flat_map(|one| [one.input, one.output]);
+        let all = [stdin, stdout, stderr].into_iter().chain(further).flatten().collect();
+        (plan, all)
+    }
+
+    /// Opens the streams to the guest of the sandbox whose state directory is `dir`. The caller has
+    /// to send the tokens to the agent.
+    pub(crate) async fn connect(self, dir: &StateDir) -> Result<(StreamTokens, Screen, Streams)> {
+        let (tokens, streams) = self.local.connect(dir).await?;
+        Ok((tokens, self.screen, streams))
     }
 }
 
@@ -111,11 +210,11 @@ impl Local {
         Ok(self)
     }
 
-    /// Opens the streams to the guest. The caller has to send the tokens to the agent.
-    pub(crate) async fn connect(self, dir: &StateDir) -> Result<(StreamTokens, Streams)> {
+    async fn connect(self, dir: &StateDir) -> Result<(StreamTokens, Streams)> {
         let mut stdin = connect(dir, self.stdin).await?;
         if let Some(stdin) = &mut stdin {
             stdin.on_demand = !self.terminal;
+            stdin.client = self.client;
         }
         let stdout = connect(dir, self.stdout).await?;
         let stderr = connect(dir, self.stderr).await?;
@@ -160,7 +259,15 @@ async fn connect(dir: &StateDir, local: Option<OwnedFd>) -> Result<Option<Stream
     stream.write_all(&token.to_le_bytes()).await.explain(what)?;
     let remote = stream.into_std().explain(what)?;
     remote.set_nonblocking(false).explain(what)?;
-    Ok(Some(Stream { local, remote, token, socket: false, on_demand: false, listener: None }))
+    Ok(Some(Stream {
+        local,
+        remote,
+        token,
+        socket: false,
+        on_demand: false,
+        client: false,
+        listener: None,
+    }))
 }
 
 fn duplicate(fd: BorrowedFd<'_>) -> Result<Option<OwnedFd>> {

@@ -5,20 +5,17 @@
 //! included. Their file status flags are shared with other processes, so they cannot be made
 //! non-blocking.
 
-mod apart;
+mod completion;
 mod copy;
 mod local;
 mod loss_notice;
-mod relay;
 mod release;
 mod streams;
 
-pub(crate) use self::local::Ends;
-pub use self::{
-    apart::Apart,
-    relay::Relay,
+pub(crate) use self::{
+    completion::Relay,
+    local::{Io, IoPlan},
     release::{Release, release},
-    streams::Streams,
 };
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use crate::{
 
 /// The standard streams that this process gives up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Release {
+pub(crate) enum Release {
     /// Standard input and output. Standard error stays, for messages to a person.
     InputAndOutput,
     /// All three, for a process whose caller does not stay. The caller waits for the end of
@@ -23,7 +23,7 @@ impl Release {
     ///
     /// With a log file, standard error is given up too: containerd waits for the end of a standard
     /// error that it does not pass on.
-    pub fn but_for_messages() -> Self {
+    pub(crate) fn but_for_messages() -> Self {
         match logger::file() {
             Some(_) => Self::All,
             None => Self::InputAndOutput,
@@ -35,7 +35,7 @@ impl Release {
 ///
 /// So the other ends see the end of a stream when the relay closes its copy, and not only when this
 /// process ends.
-pub fn release(streams: Release) -> Result<()> {
+pub(crate) fn release(streams: Release) -> Result<()> {
     let what = || "cannot use /dev/null".to_owned();
     let null = File::options().read(true).write(true).open("/dev/null").explain(what)?;
     rustix::stdio::dup2_stdin(&null).explain(what)?;

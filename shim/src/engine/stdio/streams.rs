@@ -2,10 +2,7 @@
 
 use std::{
     net::Shutdown,
-    os::{
-        fd::{AsRawFd, OwnedFd, RawFd},
-        unix::net::UnixStream,
-    },
+    os::{fd::OwnedFd, unix::net::UnixStream},
     sync::Arc,
 };
 
@@ -13,9 +10,9 @@ use tokio::sync::oneshot;
 
 use crate::{
     engine::stdio::{
-        copy::{Flow, InputEnd, is_wanted, relay_input, relay_output},
+        completion::{Output, Relay, start},
+        copy::{self, Flow, InputEnd, copy_input, copy_output, is_wanted},
         loss_notice::{Listener, LossNotice},
-        relay::{Output, Relay, start},
     },
     error::Result,
 };
@@ -30,13 +27,15 @@ pub(super) struct Stream {
     pub(super) socket: bool,
     /// True if nothing is read from `local` before the guest's process waits for input.
     pub(super) on_demand: bool,
+    /// True if a client passes the input on, and waits until it is wanted.
+    pub(super) client: bool,
     /// Waits for a loss notice at the end of the output.
     pub(super) listener: Option<Listener>,
 }
 
 /// Connected streams that are not relayed yet.
 #[derive(Debug)]
-pub struct Streams {
+pub(crate) struct Streams {
     pub(super) inputs: Vec<Stream>,
     /// Outputs: descriptors from 3 on, then standard output and standard error.
     pub(super) outputs: Vec<Stream>,
@@ -49,7 +48,7 @@ pub struct Streams {
 
 impl Streams {
     /// Has standard error, or the terminal, wait at its end for the notice of [`Relay::say`].
-    pub fn with_loss_notice(mut self) -> Self {
+    pub(crate) fn with_loss_notice(mut self) -> Self {
         if let Some(stream) = self.outputs.last_mut().filter(|_| self.last_is_for_messages) {
             let (words, listener) = LossNotice::new();
             (self.loss_notice, stream.listener) = (Some(words), Some(listener));
@@ -57,20 +56,9 @@ impl Streams {
         self
     }
 
-    /// Returns true if there are outputs, whose bytes may outlive the process.
-    pub fn have_output(&self) -> bool {
-        !self.outputs.is_empty()
-    }
-
-    /// All descriptors of the streams.
-    pub(super) fn descriptors(&self) -> Vec<RawFd> {
-        let streams = self.inputs.iter().chain(&self.outputs);
-        streams.flat_map(|stream| [stream.local.as_raw_fd(), stream.remote.as_raw_fd()]).collect()
-    }
-
     /// Starts to relay, with a thread for each stream.
-    pub fn relay(self) -> Result<Relay> {
-        let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
+    pub(crate) fn relay(self) -> Result<Relay> {
+        let mut outputs = Vec::new();
         for stream in self.outputs {
             let (done, finished) = oneshot::channel();
             let Stream { local, remote, socket, listener, .. } = stream;
@@ -78,7 +66,7 @@ impl Streams {
             let flow = Arc::new(flow);
             let looked_at = Arc::downgrade(&flow);
             start("output", move || {
-                relay_output(&flow, &local);
+                copy_output(&flow, &local);
                 if let Some(listener) = listener {
                     listener.write(&local);
                 }
@@ -94,24 +82,26 @@ impl Streams {
         }
         let mut terminal =
             self.terminal.then(|| outputs.last().map(|last| last.flow.clone())).flatten();
-        for Stream { local, remote, on_demand, .. } in self.inputs.into_iter().rev() {
-            let (done, finished) = oneshot::channel();
-            let shown = terminal.take().filter(|_| rustix::termios::isatty(&local));
-            // As a rule nobody waits for this thread. It may be blocked in a read that never
-            // returns, and ends with the process.
+        let mut inputs = Vec::new();
+        for Stream { local, remote, on_demand, client, .. } in self.inputs.into_iter().rev() {
+            let shown = terminal.take().filter(|_| client || rustix::termios::isatty(&local));
+            let remote = Arc::new(remote);
+            inputs.push(Arc::downgrade(&remote));
+            // Nobody waits for this thread. It ends when the guest's process has ended.
             start("input", move || {
                 let wanted = !on_demand || is_wanted(&remote);
+                if wanted && client {
+                    // A client that is gone sends nothing anyway.
+                    let _ = copy::want(&local);
+                }
                 if wanted
-                    && relay_input(&local, &remote) == InputEnd::HungUp
+                    && copy_input(&local, &remote) == InputEnd::HungUp
                     && let Some(flow) = shown.and_then(|shown| shown.upgrade())
                 {
                     // The guest hangs up its terminal in turn.
                     let _ = flow.remote.shutdown(Shutdown::Both);
                 }
-                drop((local, remote));
-                let _ = done.send(());
             })?;
-            inputs.push(finished);
         }
         Ok(Relay { inputs, outputs, loss_notice: self.loss_notice, next_look: None })
     }

@@ -19,8 +19,8 @@ use crate::{
     descriptor::is_null,
     engine::stdio::{
         Relay,
-        copy::{Flow, relay_input, relay_output, write_all},
-        relay::Patience,
+        completion::Patience,
+        copy::{Flow, copy_input, copy_output, pass_on, write_all},
         streams::{Stream, Streams},
     },
 };
@@ -36,7 +36,15 @@ fn pipe() -> (File, OwnedFd) {
 }
 
 fn stream(local: OwnedFd, remote: UnixStream) -> Stream {
-    Stream { local, remote, token: 1, socket: false, on_demand: false, listener: None }
+    Stream {
+        local,
+        remote,
+        token: 1,
+        socket: false,
+        on_demand: false,
+        client: false,
+        listener: None,
+    }
 }
 
 fn streams(inputs: Vec<Stream>, output: Stream) -> Streams {
@@ -176,7 +184,7 @@ fn what_was_written_in_time_is_told_from_what_follows() {
     read.read_exact(&mut all).unwrap();
     assert_eq!(&all, b"in time, late");
     drop(there);
-    runtime().block_on(relay.all_ended());
+    runtime().block_on(relay.outputs_ended());
 }
 
 #[test]
@@ -196,7 +204,7 @@ fn a_file_as_input_ends_with_a_half_close() {
     io::Seek::rewind(&mut file).unwrap();
     let (here, mut there) = UnixStream::pair().unwrap();
     thread::scope(|scope| {
-        scope.spawn(|| relay_input(&file.into(), &here));
+        scope.spawn(|| copy_input(&file.into(), &here));
         let mut all = String::new();
         there.read_to_string(&mut all).unwrap();
         assert_eq!(all, "content");
@@ -210,7 +218,7 @@ fn input_is_left_alone_when_nobody_reads_it() {
     let (mut read, write) = pipe();
     let (here, there) = UnixStream::pair().unwrap();
     let local = OwnedFd::from(read.try_clone().unwrap());
-    let relay = thread::spawn(move || relay_input(&local, &here));
+    let relay = thread::spawn(move || copy_input(&local, &here));
     drop(there);
     relay.join().unwrap();
     let mut writer = File::from(write);
@@ -227,7 +235,7 @@ fn a_reader_that_goes_away_closes_the_stream() {
     drop(read);
     let (here, mut there) = UnixStream::pair().unwrap();
     there.write_all(b"x").unwrap();
-    relay_output(&Flow::new(here).0, &write);
+    copy_output(&Flow::new(here).0, &write);
     assert_eq!(there.read(&mut [0]).unwrap(), 0);
 }
 
@@ -257,4 +265,46 @@ fn null_devices_are_recognised() {
     assert!(!is_null(File::open("/dev/zero").unwrap().as_fd()));
     let (read, _write) = pipe();
     assert!(read.as_raw_fd() > 2 && !is_null(read.as_fd()));
+}
+
+/// Others may read the same input: a shell whose terminal a command was given.
+#[test]
+fn an_ended_input_is_left_to_others_whatever_the_guest_does() {
+    let (input_read, input_write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let mut others = File::from(input_read.try_clone().unwrap());
+    let (here, mut there) = UnixStream::pair().unwrap();
+    let (_read, write) = pipe();
+    let (out_here, _out_there) = UnixStream::pair().unwrap();
+    let streams = streams(vec![stream(input_read, here)], stream(write, out_here));
+    let mut relay = streams.relay().unwrap();
+    let mut input = File::from(input_write);
+    input.write_all(b"first").unwrap();
+    let mut first = [0; 5];
+    there.read_exact(&mut first).unwrap();
+
+    relay.end_inputs();
+    // The guest keeps its end open.
+    assert_eq!(there.read(&mut [0]).unwrap(), 0);
+    input.write_all(b"second").unwrap();
+    drop(input);
+    assert_eq!(io::read_to_string(&mut others).unwrap(), "second");
+}
+
+/// A client reads its terminal itself, and not before the input is wanted.
+#[test]
+fn a_client_passes_input_on_once_it_is_wanted() {
+    let (input_read, input_write) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let others = input_read.try_clone().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let client = thread::spawn(move || pass_on(&input_read, &ours));
+    File::from(input_write).write_all(b"typed").unwrap();
+    let (here, mut there) = UnixStream::pair().unwrap();
+    let (_read, write) = pipe();
+    let (out_here, _out_there) = UnixStream::pair().unwrap();
+    let input = Stream { client: true, on_demand: true, ..stream(theirs.into(), here) };
+    let _relay = streams(vec![input], stream(write, out_here)).relay().unwrap();
+    assert_eq!(rustix::io::ioctl_fionread(&others).unwrap(), 5);
+    there.write_all(&[0]).unwrap();
+    assert_eq!(io::read_to_string(&mut there).unwrap(), "typed");
+    client.join().unwrap();
 }

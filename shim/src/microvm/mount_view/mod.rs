@@ -10,7 +10,7 @@
 //!
 //! `/proc/PID/root` is the root of that process's first thread. Others take it for the container's
 //! root as well. So the first thread gets the same root and does nothing else.
-//! [`WORKER`](crate::microvm::share::WORKER) does everything.
+//! Another thread does everything.
 
 mod processes;
 
@@ -33,7 +33,7 @@ use tokio::sync::oneshot;
 use crate::{
     bundle::{Bind, Bundle, Propagation},
     error::{Error, Explain, Result},
-    microvm::share,
+    microvm::share::{self, Depth},
 };
 
 /// Covers the root of this process's mount namespace with the container's root, and returns that
@@ -44,11 +44,14 @@ use crate::{
 pub(crate) fn cover(bundle: &Bundle, pids: &[i32]) -> Result<OwnedFd> {
     let read_only = bundle.spec.root().as_ref().and_then(|root| root.readonly()).unwrap_or(false);
     let propagation = Propagation::of_root(&bundle.spec);
-    let root = share::clone(&bundle.rootfs, true, read_only, propagation)?;
+    let root = share::clone(&bundle.rootfs, Depth::Whole, read_only, propagation)?;
     // The bind mounts are opened before the root is covered. From then on this process counts as
     // one with a changed root, and may make no user namespace for mapped ids.
     let binds = bundle.binds.iter().filter(|bind| bind.shm.is_none());
-    let binds = binds.map(|bind| Ok((bind, share::clone_bind(bind, bind.recursive)?)));
+    let binds = binds.map(|bind| {
+        let depth = if bind.recursive { Depth::Whole } else { Depth::Top };
+        Ok((bind, share::clone_bind(bind, depth)?))
+    });
     let binds: Vec<(&Bind, OwnedFd)> = binds.collect::<Result<_>>()?;
     let what = || "cannot mount the container's root in its mount namespace".into();
     move_mount(root.as_fd(), "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)

@@ -17,19 +17,28 @@ use crate::{
     mount::{change_attributes, mount_setattr},
 };
 
+/// Extent of a detached mount.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Depth {
+    /// Without the mounts below its source.
+    Top,
+    /// With all mounts below its source.
+    Whole,
+}
+
 /// Makes a detached mount of `source`.
 ///
 /// Device nodes cannot be opened through the mount, so a guest that makes a node gets no device of
 /// the host. The guest's own devices work, since the guest's kernel opens these itself.
 pub(crate) fn clone(
     source: &Path,
-    recursive: bool,
+    depth: Depth,
     read_only: bool,
     propagation: Propagation,
 ) -> Result<OwnedFd> {
     let what = || cannot_share(source);
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    if recursive {
+    if depth == Depth::Whole {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
     let tree = open_tree(CWD, source, flags).explain(what)?;
@@ -38,8 +47,8 @@ pub(crate) fn clone(
 }
 
 /// Makes a detached mount of a bind mount's source, with its mapped ids.
-pub(crate) fn clone_bind(bind: &Bind, recursive: bool) -> Result<OwnedFd> {
-    let tree = clone(&bind.source, recursive, bind.read_only, bind.propagation)?;
+pub(crate) fn clone_bind(bind: &Bind, depth: Depth) -> Result<OwnedFd> {
+    let tree = clone(&bind.source, depth, bind.read_only, bind.propagation)?;
     if let Some(map) = &bind.id_map {
         id_mapped::apply(tree.as_fd(), map, &bind.source)?;
     }

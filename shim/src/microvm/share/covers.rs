@@ -18,7 +18,6 @@ use std::{
     fs::File,
     io,
     os::fd::{AsRawFd, OwnedFd},
-    path::PathBuf,
 };
 
 use rustix::mount::{MoveMountFlags, UnmountFlags, move_mount, unmount};
@@ -35,10 +34,8 @@ use crate::{
         share::{
             clone::clone_of,
             mount_table::{Mount, MountTable, mount_of},
-            origin::Origin,
         },
     },
-    process_id::ProcessId,
 };
 
 /// A tree of the share that follows the host.
@@ -116,14 +113,13 @@ impl Covers {
         changed
     }
 
-    /// Keeps the covers up to date for as long as the container exists. With `process`, the share
-    /// is in the mount namespace of that sandbox process. The guest is asked to forget files of
-    /// mounts that have gone.
-    pub(crate) async fn keep(mut self, process: Option<ProcessId>, drop_caches: DropCaches) {
+    /// Keeps the covers up to date for as long as the container exists. The guest is asked to forget
+    /// files of mounts that have gone.
+    pub(crate) async fn keep(mut self, drop_caches: DropCaches) {
         if self.followers.is_empty() {
             return;
         }
-        let table = match watch(process) {
+        let table = match watch() {
             Ok(table) => table,
             Err(e) => return log::warn!("cannot watch the mount table: {e}"),
         };
@@ -131,14 +127,7 @@ impl Covers {
             // A file system that does not answer blocks this pass, so the pass has a thread of its
             // own.
             let pass = spawn_blocking(move || {
-                let result = match process {
-                    None => self.refresh(),
-                    Some(process) => match Origin::of(process) {
-                        Ok(Some(origin)) => origin.within(|| self.refresh()),
-                        Ok(None) => Ok(()),
-                        Err(error) => Err(error),
-                    },
-                };
+                let result = self.refresh();
                 (self, result)
             });
             let Ok((again, result)) = pass.await else { return };
@@ -157,14 +146,12 @@ impl Covers {
     }
 }
 
-/// Opens the mount table of a process. The file is readable with priority when the table changes.
-fn watch(process: Option<ProcessId>) -> io::Result<AsyncFd<File>> {
-    let of = process.map_or_else(|| "self".to_owned(), |process| process.pid.to_string());
-    let path = PathBuf::from("/proc").join(of).join("mountinfo");
+/// Opens this thread's mount table. The file is readable with priority when the table changes.
+fn watch() -> io::Result<AsyncFd<File>> {
+    let file = File::open("/proc/thread-self/mountinfo")?;
     // SAFETY: the returned value owns the file and gives it out only by reference. So the
     // descriptor stays open, and refers to the same file, as long as it is registered.
-    unsafe { AsyncFd::register_with_interest(File::open(path)?, Interest::PRIORITY) }
-        .map_err(Into::into)
+    unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.map_err(Into::into)
 }
 
 /// Covers a mount. Returns the id and the descriptor of the cover, or `None` if another mount hides

@@ -22,16 +22,17 @@ mod clone;
 mod covers;
 mod id_mapped;
 mod mount_table;
-mod origin;
 mod trees;
 
 use std::{
     fs,
+    io::ErrorKind,
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::DirBuilderExt,
     },
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use rustix::{
@@ -44,13 +45,11 @@ use rustix::{
 };
 
 pub(crate) use self::{
-    clone::{clone, clone_bind},
+    clone::{Depth, clone, clone_bind},
     covers::Covers,
-    origin::{Origin, WORKER, cannot_enter},
-    trees::Trees,
+    trees::{Trees, TreesPlan},
 };
 use crate::{
-    bundle::{Bundle, Inner},
     container_id::ContainerId,
     error::{Error, Explain, Result},
     mount::change_attributes,
@@ -77,13 +76,12 @@ pub(crate) fn enter_namespace() -> Result<()> {
 pub(crate) struct Share {
     path: PathBuf,
     root: OwnedFd,
-    inner: Vec<Inner>,
-    covers: Covers,
 }
 
 impl Share {
-    /// Builds the share of the sandbox. A failure leaves nothing mounted.
-    pub(crate) fn build(id: &ContainerId, bundle: &Bundle, dir: &StateDir) -> Result<Self> {
+    /// Builds an empty share in the state directory of the sandbox. A failure leaves nothing
+    /// mounted.
+    pub(crate) fn build(dir: &StateDir) -> Result<Self> {
         let path = dir.path().join(SHARED);
         let what = || format!("cannot make the shared directory {}", path.display());
         fs::DirBuilder::new().mode(0o755).create(&path).explain(what)?;
@@ -94,14 +92,7 @@ impl Share {
         mount_change(&path, MountPropagationFlags::SHARED).explain(what)?;
         // From here on dropping `share` unmounts it.
         let root = open_path(&path, OFlags::DIRECTORY).explain(what)?;
-        let mut share = Self { root, path, inner: Vec::new(), covers: Covers::default() };
-        let mut trees = Trees::open(bundle)?;
-        share.inner = trees.take_inner();
-        let container = share.path.join(id.as_str());
-        trees.make_places(&container)?;
-        trees.attach(&container)?;
-        share.covers = trees.covers()?;
-        share.covers.refresh()?;
+        let share = Self { root, path };
         // Nothing but mounts belongs in the share. Read-only, so the guest cannot fill the host's
         // memory through it.
         mount_remount(&share.path, flags() | MountFlags::BIND | MountFlags::RDONLY, c"")
@@ -109,14 +100,25 @@ impl Share {
         Ok(share)
     }
 
-    /// Mounts of the host below the container's root file system and bind mounts.
-    pub(crate) fn inner(&self) -> &[Inner] {
-        &self.inner
+    /// Adds the trees of a container. A failure leaves nothing of them mounted.
+    pub(crate) fn attach(self: &Arc<Self>, id: &ContainerId, trees: &Trees) -> Result<Attached> {
+        let what = || format!("cannot add to the share {}", self.path.display());
+        let view = writable(&self.path).explain(what)?;
+        // From here on dropping `attached` removes everything that has been made.
+        let mut attached =
+            Attached { share: Arc::clone(self), id: id.clone(), covers: Covers::default() };
+        trees.make_places(&within(&view).join(id.as_str()))?;
+        trees.attach(&self.path.join(id.as_str()))?;
+        attached.covers = trees.covers()?;
+        attached.covers.refresh()?;
+        Ok(attached)
     }
 
-    /// Takes the covers of the host's mounts, to be kept up to date.
-    pub(crate) fn take_covers(&mut self) -> Covers {
-        std::mem::take(&mut self.covers)
+    /// Unmounts the share, with everything in it. Once more does nothing.
+    pub(crate) fn unmount(&self) {
+        // If this fails, the end of the process unmounts it.
+        let _ = unmount(&self.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+        let _ = fs::remove_dir(&self.path);
     }
 
     /// The root directory of the share.
@@ -127,10 +129,66 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        // If this fails, the end of the process unmounts it.
-        let _ = unmount(&self.path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-        let _ = fs::remove_dir(&self.path);
+        self.unmount();
     }
+}
+
+/// The trees of a container in the share, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    share: Arc<Share>,
+    /// Id of the container, and name of its folder in the share.
+    id: ContainerId,
+    covers: Covers,
+}
+
+impl Attached {
+    /// Takes the covers of the host's mounts, to be kept up to date.
+    pub(crate) fn take_covers(&mut self) -> Covers {
+        std::mem::take(&mut self.covers)
+    }
+
+    fn remove(&self) -> Result<()> {
+        let container = self.share.path.join(self.id.as_str());
+        let what = || format!("cannot remove {}", container.display());
+        let view = match writable(&self.share.path) {
+            // The share is gone, and the trees with it.
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            view => view.explain(what)?,
+        };
+        // Nothing is mounted in this view, so it has nothing but mount points.
+        let places = within(&view).join(self.id.as_str());
+        if !places.exists() {
+            return Ok(());
+        }
+        for folder in ["hooks", "mounts"] {
+            for entry in fs::read_dir(places.join(folder)).into_iter().flatten().flatten() {
+                detach(&container.join(folder).join(entry.file_name()));
+            }
+        }
+        detach(&container.join("rootfs"));
+        // Fails while something is mounted there.
+        fs::remove_dir_all(&places).explain(what)
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            log::warn!("{error}");
+        }
+    }
+}
+
+/// Unmounts everything at `place`. Several mounts may lie on each other: mounts of the host on a
+/// volume's source arrive here too.
+fn detach(place: &Path) {
+    while unmount(place, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok() {}
+}
+
+/// The path of an open directory.
+fn within(directory: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/thread-self/fd/{}", directory.as_raw_fd()))
 }
 
 fn flags() -> MountFlags {
@@ -138,7 +196,7 @@ fn flags() -> MountFlags {
 }
 
 /// Makes another mount of the share at `path`: writable, and without the mounts in it.
-pub(crate) fn writable(path: &Path) -> std::io::Result<OwnedFd> {
+fn writable(path: &Path) -> std::io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, path, flags)?;
     change_attributes(tree.as_fd(), 0, libc::MOUNT_ATTR_RDONLY, libc::MS_PRIVATE)?;

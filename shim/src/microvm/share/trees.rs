@@ -14,12 +14,13 @@ use rustix::{
     fs::{CWD, FileType, fstat},
     mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::{
     bundle::{Bind, Bundle, Inner, InnerOf, Propagation, shared_hook, shared_inner, shared_name},
-    error::{Explain, Result},
+    error::{Error, Explain, Result},
     microvm::share::{
-        clone::{cannot_share, clone, clone_bind, clone_of},
+        clone::{Depth, cannot_share, clone, clone_bind, clone_of},
         covers::{Covers, Follower},
         id_mapped,
         mount_table::{Mount, MountTable, mount_at, mount_of},
@@ -37,12 +38,34 @@ pub(crate) struct Trees {
 #[derive(Debug)]
 struct Tree {
     mount: OwnedFd,
+    plan: TreePlan,
+}
+
+/// Trees without their mounts, for another process that gets these as descriptors.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct TreesPlan(Vec<TreePlan>);
+
+#[derive(Debug, Serialize, Deserialize)]
+struct TreePlan {
     directory: bool,
     source: PathBuf,
     /// Place in the share, relative to the container's folder.
     place: PathBuf,
     /// Set if the host's mounts and unmounts arrive in the tree: true for a read-only tree.
     follows: Option<bool>,
+}
+
+impl TreesPlan {
+    /// The trees of this plan, with their mounts in the same order. Fails if a mount is missing.
+    pub(crate) fn with(self, mounts: &mut impl Iterator<Item = OwnedFd>) -> Result<Trees> {
+        let trees = self.0.into_iter().map(|plan| {
+            let missing =
+                || Error::new(format!("{}: it was not passed", cannot_share(&plan.source)));
+            let mount = mounts.next().ok_or_else(missing)?;
+            Ok(Tree { mount, plan })
+        });
+        Ok(Trees { trees: trees.collect::<Result<_>>()?, inner: Vec::new() })
+    }
 }
 
 /// A tree that is shared mount by mount. The mounts in it are not below it in the share.
@@ -73,12 +96,14 @@ impl Trees {
             bind: None,
         };
         all.trees.push(Tree {
-            mount: clone(&bundle.rootfs, false, false, root.propagation)?,
-            directory: true,
-            source: bundle.rootfs.clone(),
-            place: "rootfs".into(),
-            // Nobody mounts anything in there by its path on the host.
-            follows: None,
+            mount: clone(&bundle.rootfs, Depth::Top, root.read_only, root.propagation)?,
+            plan: TreePlan {
+                directory: true,
+                source: bundle.rootfs.clone(),
+                place: "rootfs".into(),
+                // Nobody mounts anything in there by its path on the host.
+                follows: None,
+            },
         });
         all.add_inner(&table, &root)?;
         for bind in bundle.binds.iter().filter(|bind| bind.shm.is_none()) {
@@ -88,12 +113,15 @@ impl Trees {
             // A tree that follows the host stays whole: the host's mounts and unmounts have their
             // places in it.
             let split = bind.recursive && bind.propagation != Propagation::Slave;
+            let depth = if bind.recursive && !split { Depth::Whole } else { Depth::Top };
             all.trees.push(Tree {
-                mount: clone_bind(bind, bind.recursive && !split)?,
-                directory: bind.directory,
-                source: bind.source.clone(),
-                place: shared_name(bind),
-                follows: follows(of, bind.propagation, bind.read_only),
+                mount: clone_bind(bind, depth)?,
+                plan: TreePlan {
+                    directory: bind.directory,
+                    source: bind.source.clone(),
+                    place: shared_name(bind),
+                    follows: follows(of, bind.propagation, bind.read_only),
+                },
             });
             if let Some(mount) = of.filter(|mount| !mount.options.is_empty()) {
                 let (of, options) = (InnerOf::Mount(bind.mount), mount.options.clone());
@@ -117,11 +145,13 @@ impl Trees {
         }
         for (index, program) in bundle.hooks.iter().enumerate() {
             all.trees.push(Tree {
-                mount: clone(program, false, true, Propagation::Private)?,
-                directory: false,
-                source: program.clone(),
-                place: shared_hook(index),
-                follows: None,
+                mount: clone(program, Depth::Top, true, Propagation::Private)?,
+                plan: TreePlan {
+                    directory: false,
+                    source: program.clone(),
+                    place: shared_hook(index),
+                    follows: None,
+                },
             });
         }
         Ok(all)
@@ -157,22 +187,28 @@ impl Trees {
             let follows =
                 split.bind.and_then(|_| follows(Some(mount), split.propagation, split.read_only));
             let source = mount.point.clone();
-            self.trees.push(Tree { mount: tree, directory, source, place, follows });
+            let plan = TreePlan { directory, source, place, follows };
+            self.trees.push(Tree { mount: tree, plan });
         }
         Ok(())
     }
 
-    /// Takes the list of mounts with a tree of their own. Each comes after the mount that it lies
-    /// on.
-    pub(crate) fn take_inner(&mut self) -> Vec<Inner> {
-        std::mem::take(&mut self.inner)
+    /// Mounts of the host with a tree of their own. Each comes after the mount that it lies on.
+    pub(crate) fn inner(&self) -> &[Inner] {
+        &self.inner
+    }
+
+    /// Takes the trees apart, to be passed to another process.
+    pub(crate) fn into_parts(self) -> (TreesPlan, Vec<OwnedFd>) {
+        let (plans, mounts) = self.trees.into_iter().map(|tree| (tree.plan, tree.mount)).unzip();
+        (TreesPlan(plans), mounts)
     }
 
     /// Makes the covers for the host's mounts in the trees. The trees have to be attached.
     pub(crate) fn covers(&self) -> Result<Covers> {
-        let followers = self.trees.iter().filter_map(|tree| Some((tree, tree.follows?)));
+        let followers = self.trees.iter().filter_map(|tree| Some((tree, tree.plan.follows?)));
         let followers = followers.map(|(tree, read_only)| {
-            let mount = mount_of(&tree.mount).explain(|| cannot_share(&tree.source))?;
+            let mount = mount_of(&tree.mount).explain(|| cannot_share(&tree.plan.source))?;
             Ok(Follower { mount, read_only })
         });
         followers.collect::<Result<_>>().map(Covers::new)
@@ -182,17 +218,17 @@ impl Trees {
     pub(crate) fn make_places(&self, container: &Path) -> Result<()> {
         make_dir(container)?;
         for folder in ["mounts", "hooks"] {
-            if self.trees.iter().any(|tree| tree.place.starts_with(folder)) {
+            if self.trees.iter().any(|tree| tree.plan.place.starts_with(folder)) {
                 make_dir(&container.join(folder))?;
             }
         }
         for tree in &self.trees {
-            let place = container.join(&tree.place);
-            if tree.directory {
+            let place = container.join(&tree.plan.place);
+            if tree.plan.directory {
                 make_dir(&place)?;
                 continue;
             }
-            if let Some(directory) = tree.own_directory() {
+            if let Some(directory) = tree.plan.own_directory() {
                 make_dir(&container.join(directory))?;
             }
             make_file(&place)?;
@@ -204,18 +240,18 @@ impl Trees {
     /// attached.
     pub(crate) fn attach(&self, container: &Path) -> Result<()> {
         for tree in &self.trees {
-            let what = || cannot_share(&tree.source);
-            if let Some(directory) = tree.own_directory() {
+            let what = || cannot_share(&tree.plan.source);
+            if let Some(directory) = tree.plan.own_directory() {
                 let directory = container.join(directory);
                 attach(&itself(&directory).explain(what)?, &directory).explain(what)?;
             }
-            attach(&tree.mount, &container.join(&tree.place)).explain(what)?;
+            attach(&tree.mount, &container.join(&tree.plan.place)).explain(what)?;
         }
         Ok(())
     }
 }
 
-impl Tree {
+impl TreePlan {
     /// The directory of a bound file, which is a mount of its own.
     ///
     /// The guest makes a file system of each directory that is a mount. Only so can it tell two

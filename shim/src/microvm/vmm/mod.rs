@@ -34,7 +34,7 @@ use crate::{
     descriptor::{inherit_only, wait_for},
     error::{Error, ErrorKind, Explain, Result},
     exit_text::exit_text,
-    microvm::drop_caches::DropCaches,
+    microvm::{drop_caches::DropCaches, placement::Placement},
     process_id::ProcessId,
     signals,
     text::printable,
@@ -85,14 +85,12 @@ pub(crate) struct VmmEnd {
     killed: bool,
     /// The last lines of its standard error.
     stderr: Vec<String>,
-    /// Reason for the end of a pod's microVM, which another sandbox process owns.
-    of_pod: Option<String>,
 }
 
 impl Vmm {
     /// Starts the VMM `program` with `config`, and fills in its `control_fd`. The other descriptors
     /// must stay open until this returns.
-    pub(crate) fn spawn(program: &Path, mut config: VmConfig) -> Result<Self> {
+    pub(crate) fn spawn(program: &Path, mut config: VmConfig, place: &Placement) -> Result<Self> {
         let what = || format!("cannot start the VMM {}", program.display());
         let (control, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
@@ -106,6 +104,7 @@ impl Vmm {
         let mut inherited = config.descriptors();
         inherited.push(document.as_raw_fd());
         let own = rustix::process::getpid();
+        let place = place.open()?;
         let mut command = Command::new(program);
         command
             .arg0("isopod-vmm")
@@ -115,9 +114,9 @@ impl Vmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        // SAFETY: prctl, getppid, signal, setrlimit, close_range and fcntl are async-signal-safe.
-        // `inherited` was allocated before the fork: the closure allocates nothing and takes no
-        // lock.
+        // SAFETY: prctl, getppid, open, write, signal, setrlimit, close_range and fcntl are
+        // async-signal-safe. What the closure uses was allocated before the fork: it allocates
+        // nothing and takes no lock.
         unsafe {
             command.pre_exec(move || {
                 // The VMM must not outlive the sandbox process, in whatever way that ends.
@@ -125,6 +124,7 @@ impl Vmm {
                 if rustix::process::getppid() != Some(own) {
                     return Err(io::Error::from(rustix::io::Errno::SRCH));
                 }
+                place.enter()?;
                 // A signal to every process of the cgroup is for the container. The container's end
                 // is also the end of the VMM.
                 signals::ignore()?;
@@ -186,6 +186,11 @@ impl Vmm {
         }
     }
 
+    /// Tells whether the VMM has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.progress.borrow().end.is_some()
+    }
+
     /// Fills in the times that the VMM has reported.
     pub(crate) fn fill_timeline(&self, timeline: &mut Timeline) {
         if let Some(VmmEvent::Started { exec_us, running_us }) = self.progress.borrow().started {
@@ -221,11 +226,6 @@ impl Drop for Vmm {
 }
 
 impl VmmEnd {
-    /// The end of a microVM that another sandbox process owns.
-    pub(crate) fn of_pod(why: String) -> Self {
-        Self { of_pod: Some(why), ..Self::default() }
-    }
-
     /// Returns true if the guest ended as it was asked to.
     pub(crate) fn is_shutdown(&self) -> bool {
         self.reason == Some(EndReason::GuestShutdown)
@@ -242,9 +242,6 @@ impl VmmEnd {
 
     /// Explains the end of the microVM to a person, with the last lines of the console or the VMM.
     pub(crate) fn explain(&self) -> Error {
-        if let Some(why) = &self.of_pod {
-            return Error::with_kind(ErrorKind::VmLost, why.clone());
-        }
         let message = match (&self.failure, &self.reason) {
             (Some(failure), _) => format!("the microVM could not be started: {failure}"),
             (None, Some(reason)) => describe(reason),

@@ -36,7 +36,7 @@ fn run_as_vmm(script: &str) -> (Timeline, VmmEnd) {
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let vmm = Vmm::spawn(&program, config).unwrap();
+        let vmm = Vmm::spawn(&program, config, &Placement::default()).unwrap();
         let end = timeout(Duration::from_secs(30), vmm.ended()).await.unwrap();
         let mut timeline = Timeline::default();
         vmm.fill_timeline(&mut timeline);

@@ -2,6 +2,7 @@
 
 use std::{
     net::Shutdown,
+    os::unix::net::UnixStream,
     sync::{Weak, atomic::Ordering},
     thread,
     time::Duration,
@@ -60,21 +61,39 @@ impl Output {
 
 /// Running relays.
 #[derive(Debug, Default)]
-pub struct Relay {
-    pub(crate) inputs: Vec<oneshot::Receiver<()>>,
+pub(crate) struct Relay {
+    /// Connections of the inputs. The threads own them, and close them at the end.
+    pub(crate) inputs: Vec<Weak<UnixStream>>,
     pub(crate) outputs: Vec<Output>,
     pub(crate) loss_notice: Option<LossNotice>,
     pub(crate) next_look: Option<Instant>,
 }
 
 impl Relay {
+    /// Ends the inputs, whatever the guest does: nothing more is read from the local descriptors,
+    /// which others read too.
+    pub(crate) fn end_inputs(&mut self) {
+        for input in self.inputs.drain(..).filter_map(|input| input.upgrade()) {
+            // It may be closed already.
+            let _ = input.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Ends all streams of a process that nobody waits for any more.
+    pub(crate) fn cut_off(&mut self) {
+        self.end_inputs();
+        for flow in self.outputs.iter().filter_map(|output| output.flow.upgrade()) {
+            let _ = flow.remote.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Notes that the process has ended: then there is no loss notice.
-    pub fn process_ended(&mut self) {
+    pub(crate) fn process_ended(&mut self) {
         self.loss_notice = None;
     }
 
     /// Sends the loss notice, to be written after all output that has arrived.
-    pub fn say(&mut self, text: String) {
+    pub(crate) fn say(&mut self, text: String) {
         if let Some(words) = self.loss_notice.take() {
             words.say(text);
         }
@@ -85,24 +104,15 @@ impl Relay {
     ///
     /// The guest cannot have kept more than `most` bytes, the size of its memory. A cancelled wait
     /// can be repeated.
-    pub async fn finished(&mut self, most: u64) {
+    pub(crate) async fn finished(&mut self, most: u64) {
         self.finished_within(most, PATIENCE).await;
     }
 
     /// Waits until all output has ended, however long this takes. A cancelled wait can be repeated.
-    pub async fn outputs_ended(&mut self) {
+    pub(crate) async fn outputs_ended(&mut self) {
         while let Some(output) = self.outputs.last_mut() {
             let _ = (&mut output.finished).await;
             self.outputs.pop();
-        }
-    }
-
-    /// Like [`Self::outputs_ended`], for all input as well.
-    pub(crate) async fn all_ended(&mut self) {
-        self.outputs_ended().await;
-        while let Some(input) = self.inputs.last_mut() {
-            let _ = input.await;
-            self.inputs.pop();
         }
     }
 

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bundle::Bundle, cgroup::CgroupPlan, container_id::ContainerId, engine::pod::Membership,
-    microvm::boot::BootSettings, preserved::Preserved, terminal::Terminal,
+    bundle::Bundle, cgroup::CgroupPlan, container_id::ContainerId, microvm::boot::BootSettings,
+    preserved::Preserved, sandbox_process::pod_lookup::Membership, terminal::Terminal,
 };
 
 /// The launch document of a sandbox process. All paths are absolute.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Launch {
+pub(crate) struct Launch {
     /// Id of the container.
     pub id: ContainerId,
     /// The container's bundle, with the size of the container's microVM.

@@ -1,0 +1,178 @@
+//! A container, as its front end holds it.
+
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use isopod_protocol::agent::ContainerStats;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
+
+use crate::{
+    bundle::GuestContainer,
+    container_id::ContainerId,
+    engine::{
+        microvm::Microvm,
+        process_info::ProcessInfo,
+        record::Record,
+        request::{Command, Ended, Request},
+        runtime_namespace::RuntimeNamespace,
+        stdio::Io,
+    },
+    error::{Error, ErrorKind, Result},
+    microvm::agent::Agent,
+    state::StateDir,
+    timeline::Timeline,
+};
+
+/// Longest time for an answer of the agent that changes nothing.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A container to make.
+pub(crate) struct NewContainer {
+    /// The record, which the engine keeps up to date from then on.
+    pub record: Record,
+    /// State directory of the container.
+    pub dir: Arc<StateDir>,
+    /// The container as the agent makes it.
+    pub guest: GuestContainer,
+    /// Streams of the first process.
+    pub io: Io,
+    /// True if the output is to end with the reason for a loss of the microVM.
+    pub loss_notice: bool,
+    /// Namespaces and cgroup that the hooks run in, if there are hooks.
+    pub origin: Option<RuntimeNamespace>,
+    /// Times of the steps so far.
+    pub timeline: Timeline,
+}
+
+/// A container of a sandbox. Clones are about the same container, and may be used on any thread.
+#[derive(Clone)]
+pub(crate) struct Container {
+    pub(super) id: ContainerId,
+    pub(super) agent: Agent,
+    pub(super) microvm: Arc<Microvm>,
+    pub(super) commands: mpsc::Sender<Command>,
+    pub(super) end: watch::Receiver<Option<Ended>>,
+    /// Kills at the memory limit, once somebody has asked. One call to the agent serves all who ask.
+    pub(super) kills: Arc<OnceLock<Kills>>,
+    /// Size of the microVM's memory in bytes.
+    pub(super) memory: u64,
+}
+
+impl Container {
+    /// Has a request carried out. A dropped future does not take the request back.
+    ///
+    /// # Errors
+    ///
+    /// If the request is refused or fails. Of the kind [`ErrorKind::Ended`] if the container has
+    /// ended.
+    pub(crate) async fn ask(&self, request: Request) -> Result<()> {
+        let (answer, answered) = oneshot::channel();
+        match self.commands.send(Command { request, answer }).await {
+            Ok(()) => answered.await.unwrap_or_else(|_| Err(self.has_ended())),
+            Err(_) => Err(self.has_ended()),
+        }
+    }
+
+    /// Waits for the end of the container.
+    pub(crate) async fn ended(&self) -> Ended {
+        let mut end = self.end.clone();
+        match end.wait_for(Option::is_some).await.map(|end| end.clone()) {
+            Ok(Some(ended)) => ended,
+            // Unreachable: the task that owns the container cannot end before it has said how.
+            _ => Ended {
+                exit: None,
+                error: Some(Error::new("the sandbox process has lost the container")),
+                timeline: Timeline::default(),
+            },
+        }
+    }
+
+    /// Lists the container's processes, as its guest reports them.
+    pub(crate) async fn processes(&self) -> Result<Vec<ProcessInfo>> {
+        let processes = self.answer(self.agent.processes()).await?;
+        Ok(processes.into_iter().map(ProcessInfo::from).collect())
+    }
+
+    /// Reads the resource use of the container, as its guest reports it.
+    pub(crate) async fn stats(&self) -> Result<ContainerStats> {
+        self.answer(self.agent.stats()).await
+    }
+
+    /// Waits until the container has ended, or the count of its processes that the kernel has
+    /// killed for its memory limit is not `seen`. Returns the count, and true if the container has
+    /// ended.
+    pub(crate) async fn wait_oom(&self, seen: u64) -> Result<(u64, bool)> {
+        let mut kills = self.kills.get_or_init(|| watch_kills(self)).clone();
+        loop {
+            if let Some((count, ended)) = *kills.borrow_and_update()
+                && (count != seen || ended)
+            {
+                return Ok((count, ended));
+            }
+            if kills.changed().await.is_err() {
+                break;
+            }
+        }
+        // The guest is being shut down, or is lost.
+        match self.ended().await {
+            Ended { exit: None, error: Some(error), .. } => Err(error),
+            _ => Ok((seen, true)),
+        }
+    }
+
+    async fn answer<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let answered = timeout(ANSWER_TIMEOUT, call).await.unwrap_or_else(|_| {
+            Err(Error::new(format!(
+                "the guest of container {} does not answer within {} seconds",
+                self.id,
+                ANSWER_TIMEOUT.as_secs()
+            )))
+        });
+        match answered {
+            Err(error) if error.kind == ErrorKind::VmLost && self.microvm.is_ending() => {
+                log::debug!("{error}");
+                Err(self.has_ended())
+            }
+            answered => answered,
+        }
+    }
+
+    pub(super) fn has_ended(&self) -> Error {
+        Error::with_kind(
+            ErrorKind::Ended,
+            format!("container {}: container not running (it is ending or has ended)", self.id),
+        )
+    }
+}
+
+/// The kills at a container's memory limit, and true once the container has ended. `None` until the
+/// first answer.
+type Kills = watch::Receiver<Option<(u64, bool)>>;
+
+/// Starts to watch the kills at a container's memory limit.
+fn watch_kills(container: &Container) -> Kills {
+    let (tell, told) = watch::channel(None);
+    let agent = container.agent.clone();
+    container.microvm.event_loop.spawn(async move {
+        // No container has so many kills, so the first call returns at once.
+        let mut seen = u64::MAX;
+        loop {
+            match agent.wait_oom(seen).await {
+                Ok((count, ended)) => {
+                    tell.send_replace(Some((count, ended)));
+                    if ended {
+                        return;
+                    }
+                    seen = count;
+                }
+                Err(error) => return log::debug!("{error}"),
+            }
+        }
+    });
+    told
+}

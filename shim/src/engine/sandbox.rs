@@ -1,0 +1,372 @@
+//! A sandbox: a booted microVM and the containers in it.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use isopod_protocol::agent;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc, watch},
+    time::timeout,
+};
+
+use crate::{
+    bundle::Bundle,
+    clock,
+    container_id::ContainerId,
+    engine::{
+        container::{Container, NewContainer},
+        hooks,
+        lifecycle::{DELETE_TIMEOUT, Lifecycle, START_TIMEOUT, lost_with},
+        microvm::Microvm,
+        stdio::Relay,
+    },
+    error::{Error, ErrorKind, Result},
+    event_loop::{AbortOnDrop, blocking},
+    microvm::{
+        agent::Agent,
+        boot::{self, BootSettings},
+        dns_proxy::DnsProxy,
+        drop_caches::DropCaches,
+        guest_clock,
+        placement::Placement,
+        share::{Attached, Share, Trees},
+    },
+    network::{self, Network},
+    process_id::ProcessId,
+    state::{StateDir, Status},
+    timeline::{GuestBoot, Timeline},
+};
+
+/// Longest time for a reader to take output of further processes that is left when the microVM has
+/// ended. After that it is cut off: a reader that has stopped reading must not keep the container
+/// from ending.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Most requests to a container that wait for its task.
+const MAX_COMMANDS: usize = 16;
+
+/// A sandbox. Clones are the same sandbox, and may be used on any thread. The work is done in the
+/// event loop of the thread that has booted the sandbox: only this thread needs to be in the
+/// sandbox's namespaces, and the VMM ends with it.
+#[derive(Clone)]
+pub(crate) struct Sandbox {
+    microvm: Arc<Microvm>,
+    drop_caches: DropCaches,
+    /// Longest time for the guest to build a container without hooks.
+    create_timeout: Duration,
+    containers: Arc<Mutex<Containers>>,
+    /// Notified when a creation has come to its end.
+    created: Arc<Notify>,
+}
+
+#[derive(Default)]
+struct Containers {
+    /// The container that the microVM was made for, and ends with.
+    first: Option<ContainerId>,
+    /// All containers that have not ended, and the first.
+    all: HashMap<ContainerId, Container>,
+    /// Further containers that are being made.
+    creating: HashSet<ContainerId>,
+}
+
+/// All that a microVM is made of.
+pub(crate) struct NewSandbox<'a> {
+    /// Id of the first container, which names the microVM.
+    pub id: &'a ContainerId,
+    /// Bundle of the first container.
+    pub bundle: &'a Bundle,
+    /// Further settings.
+    pub settings: &'a BootSettings,
+    /// State directory of the sandbox.
+    pub dir: Arc<StateDir>,
+    /// Trees of the first container. They are in the share before the VMM sees it.
+    pub trees: Trees,
+    /// Number of spare devices for a network namespace without interfaces.
+    pub spare_nics: u8,
+    /// The network of the namespace that this thread is in.
+    pub network: Network,
+    /// Place of the VMM on the host.
+    pub place: Placement,
+}
+
+/// A sandbox whose first container is to be made.
+pub(crate) struct Booted {
+    /// The sandbox.
+    pub sandbox: Sandbox,
+    /// Trees of the first container in the share.
+    first: Attached,
+    /// The guest's part of the network's setup, for the first container.
+    guest_network: Option<agent::Network>,
+}
+
+impl Sandbox {
+    /// Boots a microVM, in the event loop that owns the sandbox from then on. `made` is told of the
+    /// VMM once it runs. Dropping the future takes everything down again.
+    ///
+    /// # Errors
+    ///
+    /// If something that the microVM needs is missing, or the guest does not become ready.
+    pub(crate) async fn boot(
+        new: NewSandbox<'_>,
+        timeline: &mut Timeline,
+        made: impl FnOnce(ProcessId) -> Result<()>,
+    ) -> Result<Booted> {
+        let NewSandbox { id, bundle, settings, dir, trees, spare_nics, mut network, place } = new;
+        let guest_network = network.connect(bundle.vm.vcpus, spare_nics)?;
+        let share = Arc::new(Share::build(&dir)?);
+        let first = share.attach(id, &trees)?;
+        drop(trees);
+        timeline.shared = Some(clock::monotonic_us());
+        let (vmm, connections) =
+            boot::start(id, bundle, settings, &dir, &share, &mut network, &place)?;
+        made(vmm.id())?;
+        let resolver = network.has_namespace().then(|| DnsProxy::new(network::RESOLVER));
+        let hello = boot::wait_for_agent(&vmm, connections, resolver, settings.timeout).await?;
+        timeline.ready = Some(clock::monotonic_us());
+        timeline.guest = Some(GuestBoot {
+            kernel: hello.kernel,
+            init_us: hello.init_us,
+            ready_us: hello.ready_us,
+            memory_used_kib: hello.memory_used_kib,
+        });
+        let create_timeout = START_TIMEOUT.max(settings.timeout);
+        let agent = tokio::select! {
+            agent = timeout(create_timeout, Agent::connect(&dir)) => agent.unwrap_or_else(|_| {
+                Err(Error::new("the guest became ready, and then took no connection to its agent"))
+            })?,
+            end = vmm.ended() => return Err(end.explain()),
+        };
+        let drop_caches = vmm.drop_caches();
+        let microvm = Microvm {
+            vmm,
+            agent,
+            dir,
+            share,
+            network: tokio::sync::Mutex::new(Some(network)),
+            ending: watch::Sender::new(None),
+            busy: watch::Sender::new(0),
+            given_up: AtomicBool::new(false),
+            event_loop: Handle::current(),
+        };
+        microvm.within("setting up the guest", create_timeout, set_up(&microvm.agent)).await?;
+        tokio::spawn(drop_caches.clone().serve(microvm.agent.clone()));
+        let sandbox = Self {
+            microvm: Arc::new(microvm),
+            drop_caches,
+            create_timeout,
+            containers: Arc::default(),
+            created: Arc::default(),
+        };
+        Ok(Booted { sandbox, first, guest_network })
+    }
+
+    /// Notes that a further container is about to be made.
+    ///
+    /// # Errors
+    ///
+    /// If there is a container of this id.
+    pub(crate) fn reserve(&self, id: &ContainerId) -> Result<Creating> {
+        let mut containers = self.containers();
+        if containers.all.contains_key(id) || !containers.creating.insert(id.clone()) {
+            return Err(Error::new(format!("there is a container {id} in the microVM already")));
+        }
+        Ok(Creating { sandbox: self.clone(), id: id.clone() })
+    }
+
+    /// Waits until a container is made, if it is being made.
+    pub(crate) async fn settled(&self, id: &ContainerId) {
+        loop {
+            let created = self.created.notified();
+            if !self.containers().creating.contains(id) {
+                return;
+            }
+            created.await;
+        }
+    }
+
+    /// Has a creation that is under way fail.
+    pub(crate) async fn abandon(&self, id: &ContainerId) {
+        let agent = self.microvm.agent.of_container(id);
+        let _ = timeout(DELETE_TIMEOUT, agent.delete_container()).await;
+    }
+
+    /// The container of this id, unless it has ended.
+    pub(crate) fn container(&self, id: &ContainerId) -> Option<Container> {
+        self.containers().all.get(id).cloned()
+    }
+
+    /// Waits until all containers have ended, and their output has been passed on. The first
+    /// container takes the others along.
+    pub(crate) async fn ended(&self) {
+        let all: Vec<Container> = self.containers().all.values().cloned().collect();
+        for container in all {
+            container.ended().await;
+        }
+        let mut busy = self.microvm.busy.subscribe();
+        if timeout(LINGER, busy.wait_for(|busy| *busy == 0)).await.is_err() {
+            log::warn!("output of a process that nobody reads is cut off");
+        }
+    }
+
+    /// Gives the sandbox up: ends the microVM without telling the guest.
+    pub(crate) async fn stop(&self) {
+        self.microvm.given_up.store(true, Ordering::Relaxed);
+        self.microvm.shut_down(false).await;
+    }
+
+    async fn build(
+        &self,
+        new: NewContainer,
+        mut attached: Attached,
+        network: Option<agent::Network>,
+    ) -> Result<Container> {
+        let NewContainer { mut record, dir, guest, io, loss_notice, origin, mut timeline } = new;
+        let id = record.id.clone();
+        let agent = self.microvm.agent.of_container(&id);
+        let covers = tokio::spawn(attached.take_covers().keep(self.drop_caches.clone()));
+        let covers = AbortOnDrop(covers);
+        let hooks = record.hooks.as_ref().and_then(|hooks| hooks.create_container().as_deref());
+        // If one of the hooks may take for ever, so may the creation.
+        let hooks = hooks::time_limit(hooks.unwrap_or_default()).unwrap_or(Duration::MAX);
+        let limit = self.create_timeout.saturating_add(hooks);
+        let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
+        let building = async {
+            let (tokens, screen, mut streams) = io.connect(&self.microvm.dir).await?;
+            if loss_notice {
+                streams = streams.with_loss_notice();
+            }
+            agent.create_container(&guest, state.as_ref(), tokens, screen, network).await?;
+            record.status = Status::Created;
+            record.write(&dir)?;
+            streams.relay()
+        };
+        let built = self.microvm.within("creating the container", limit, building).await;
+        let relay: Relay = match built {
+            Ok(relay) => relay,
+            Err(error) => {
+                // After that the guest uses no tree any more. Without a first container the microVM
+                // is not needed any more either.
+                let first = self.containers().first.clone();
+                let Some(first) = first else { return Err(error) };
+                self.abandon(&id).await;
+                blocking(move || {
+                    drop(attached);
+                    Ok(())
+                })
+                .await?;
+                return Err(match error.kind {
+                    ErrorKind::VmLost => lost_with(&first, error),
+                    _ => error,
+                });
+            }
+        };
+        timeline.created = Some(clock::monotonic_us());
+        let (commands, receiver) = mpsc::channel(MAX_COMMANDS);
+        let (tell, end) = watch::channel(None);
+        let memory = record.vm.memory_mib << 20;
+        let container = Container {
+            id: id.clone(),
+            agent: agent.clone(),
+            microvm: Arc::clone(&self.microvm),
+            commands,
+            end,
+            kills: Arc::default(),
+            memory,
+        };
+        let first = {
+            let mut containers = self.containers();
+            containers.all.insert(id.clone(), container.clone());
+            let first = containers.first.get_or_insert_with(|| id.clone()).clone();
+            Some(first).filter(|first| *first != id)
+        };
+        let lifecycle = Lifecycle {
+            dir,
+            record,
+            origin,
+            microvm: Arc::clone(&self.microvm),
+            first,
+            attached,
+            covers,
+            agent,
+            relay,
+            timeline,
+        };
+        let sandbox = self.clone();
+        tokio::spawn(async move {
+            let ended = lifecycle.run(receiver).await;
+            tell.send_replace(Some(ended));
+            let mut containers = sandbox.containers();
+            if containers.first.as_ref() != Some(&id) {
+                containers.all.remove(&id);
+            }
+        });
+        Ok(container)
+    }
+
+    fn containers(&self) -> MutexGuard<'_, Containers> {
+        // Whoever panicked has left the table whole: each change is one call.
+        self.containers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A further container that is being made, until this is dropped.
+pub(crate) struct Creating {
+    sandbox: Sandbox,
+    id: ContainerId,
+}
+
+impl Creating {
+    /// Makes the container, up to a process that waits to be started.
+    ///
+    /// # Errors
+    ///
+    /// If a tree cannot be shared, or the guest cannot build the container. Nothing of the container
+    /// is left then.
+    pub(crate) async fn create(self, new: NewContainer, trees: Trees) -> Result<Container> {
+        let event_loop = self.sandbox.microvm.event_loop.clone();
+        let created = event_loop.spawn(async move {
+            let (share, id) = (Arc::clone(&self.sandbox.microvm.share), self.id.clone());
+            let attached = blocking(move || share.attach(&id, &trees)).await?;
+            self.sandbox.build(new, attached, None).await
+        });
+        created.await.unwrap_or_else(|_| Err(Error::new("the sandbox process is ending")))
+    }
+}
+
+impl Drop for Creating {
+    fn drop(&mut self) {
+        self.sandbox.containers().creating.remove(&self.id);
+        self.sandbox.created.notify_waiters();
+    }
+}
+
+impl Booted {
+    /// Makes the first container, up to a process that waits to be started.
+    ///
+    /// # Errors
+    ///
+    /// If the guest cannot build the container.
+    pub(crate) async fn create(self, new: NewContainer) -> Result<(Sandbox, Container)> {
+        let Self { sandbox, first, guest_network } = self;
+        let container = sandbox.build(new, first, guest_network).await?;
+        Ok((sandbox, container))
+    }
+}
+
+/// Sets up the guest as a whole, and keeps its clock right from then on.
+async fn set_up(agent: &Agent) -> Result<()> {
+    let steps = guest_clock::Steps::watch()?;
+    let began = Instant::now();
+    agent.setup_guest().await?;
+    // The guest's clock was set at some moment of this call.
+    let ask = began.elapsed() > guest_clock::WELL_SET;
+    tokio::spawn(guest_clock::keep(agent.clone(), steps, ask));
+    Ok(())
+}
