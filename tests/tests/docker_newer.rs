@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use isopod_tests::case;
-use isopod_tests::engine::cases::{build, exec, files, life, limits, network, process, security};
-use isopod_tests::engine::cases::{page, watch};
+use isopod_tests::engine::cases::{build, containerd, exec, files, life, limits, network};
+use isopod_tests::engine::cases::{page, process, security, watch};
 use isopod_tests::engine::{Case, Engine, main as suite, tree};
 
 /// Cases whose way through engine, shim or runtime differs from the older version's: Docker 26
@@ -44,6 +44,8 @@ const CASES: &[Case] = &[
     // The newer client: its own builder, and the commands of the documentation's page.
     case!(build::build),
     case!(page::page).isopod_only(),
+    // Docker's own containerd, without Docker.
+    case!(containerd::containerd_task),
 ];
 
 fn start() -> Engine {

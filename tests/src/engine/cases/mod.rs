@@ -1,6 +1,7 @@
 //! Expectations of any engine's containers, one function a case.
 
 pub mod build;
+pub mod containerd;
 pub mod exec;
 pub mod files;
 pub mod life;
