@@ -9,10 +9,10 @@ use crate::{
         connection::Connection,
         message::{Call, Message, Verb},
     },
+    engine::Request,
     error::{Error, Result},
     signals::{Signals, WINCH},
     state::StateDir,
-    terminal::{self, Size},
 };
 
 /// A connection to the sandbox process of a container, about one process in the guest.
@@ -80,15 +80,9 @@ impl Attendance {
         }
     }
 
-    /// `SIGWINCH` is not passed on: the terminal in the guest gets the size of the host's.
     async fn pass_on(&self, number: u32, console: Option<&OwnedFd>) {
-        let size = console.and_then(terminal::size).filter(|size| *size != Size::default());
-        let verb = match (number, size) {
-            (WINCH, None) => return,
-            (WINCH, Some(size)) => Verb::Resize { size },
-            (number, _) => Verb::Signal { number },
-        };
-        let call = Call { container: self.container.clone(), verb };
+        let Some(request) = Request::of_signal(number, console) else { return };
+        let call = Call { container: self.container.clone(), verb: Verb::PassOn(request) };
         if let Err(error) = self.connection.send(&call).await {
             // The next message is the end.
             log::debug!("cannot pass signal {number} on: {error}");

@@ -12,7 +12,6 @@ use crate::{
     microvm::share::TreesPlan,
     state::Exit,
     stats::Stats,
-    terminal::Size,
     timeline::Timeline,
 };
 
@@ -58,17 +57,9 @@ pub(crate) enum Verb {
     /// streams, of its namespaces for hooks, and of its trees. The answer is [`Message::Created`],
     /// and [`Message::Ended`] at the end. When the client goes, the container is ended.
     Create(Box<Create>),
-    /// Passes a signal on to the process whose end the client waits for, after [`Self::Exec`] or
-    /// [`Self::Create`]. Has no answer.
-    Signal {
-        /// Number of the signal.
-        number: u32,
-    },
-    /// Gives the terminal of the same process a new size. Has no answer.
-    Resize {
-        /// The new size.
-        size: Size,
-    },
+    /// Passes a signal or a size on to the process whose end the client waits for, after
+    /// [`Self::Exec`] or [`Self::Create`]. Has no answer.
+    PassOn(Request),
 }
 
 /// A further container of a microVM.

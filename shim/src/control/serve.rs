@@ -125,7 +125,7 @@ impl Client {
                 .map(|(count, ended)| Message::Oom { count, ended }),
             Verb::Exec { spec, io } => return self.exec(&container, *spec, io, descriptors).await,
             // Of a process that has ended meanwhile.
-            Verb::Signal { .. } | Verb::Resize { .. } | Verb::Create(_) => return Ok(()),
+            Verb::PassOn(_) | Verb::Create(_) => return Ok(()),
         };
         match answer {
             Ok(message) => self.tell(&message).await,
@@ -162,8 +162,8 @@ impl Client {
                 exit = exec.wait() => break exit,
                 // The drop of `exec` ends the process.
                 packet = next(&mut self.ahead, &mut self.connection) => match verb(packet)? {
-                    Verb::Signal { number } => exec.signal(number),
-                    Verb::Resize { size } => exec.resize(size),
+                    Verb::PassOn(Request::Kill { signal, all: false }) => exec.signal(signal),
+                    Verb::PassOn(Request::Resize { size }) => exec.resize(size),
                     _ => return Err(Close),
                 },
                 // The rest of its output is cut off.
@@ -227,21 +227,16 @@ impl Client {
     async fn attend(&mut self, container: &Container) -> Result<Message, Close> {
         self.tell(&Message::Created).await?;
         loop {
-            let request = tokio::select! {
+            tokio::select! {
                 biased;
                 ended = container.ended() => return Ok(Message::Ended(Box::new(ended))),
                 packet = next(&mut self.ahead, &mut self.connection) => match verb(packet)? {
-                    Verb::Signal { number: signal } => Request::Kill { signal, all: false },
-                    Verb::Resize { size } => Request::Resize { size },
+                    Verb::PassOn(
+                        request @ (Request::Kill { all: false, .. } | Request::Resize { .. }),
+                    ) => container.pass_on(request),
                     _ => return Err(Close),
                 },
-            };
-            let container = container.clone();
-            tokio::spawn(async move {
-                if let Err(error) = container.ask(request).await {
-                    log::debug!("{error}");
-                }
-            });
+            }
         }
     }
 }

@@ -49,8 +49,8 @@ impl Server {
         Self { connections, closing }
     }
 
-    /// Leaves all further calls unanswered, and lets out the answers that are on their way. Those
-    /// who wait for the end of a container hear of it.
+    /// Leaves all further calls unanswered, and lets out the answers that are on their way. Clients
+    /// that wait for the end of a container hear of it.
     pub(crate) async fn close(mut self) {
         self.closing.send_replace(true);
         let all = async { while self.connections.join_next().await.is_some() {} };

@@ -78,6 +78,16 @@ impl Container {
         }
     }
 
+    /// Passes a request on. A task of its own waits for the answer.
+    pub(crate) fn pass_on(&self, request: Request) {
+        let container = self.clone();
+        self.microvm.event_loop.spawn(async move {
+            if let Err(error) = container.ask(request).await {
+                log::debug!("{error}");
+            }
+        });
+    }
+
     /// Waits for the end of the container.
     pub(crate) async fn ended(&self) -> Ended {
         let mut end = self.end.clone();

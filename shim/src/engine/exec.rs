@@ -17,6 +17,7 @@ use tokio::{
 use crate::{
     engine::{
         container::Container,
+        lifecycle::START_TIMEOUT,
         microvm::Microvm,
         stdio::{Io, Relay},
     },
@@ -27,9 +28,6 @@ use crate::{
     state::Exit,
     terminal::Size,
 };
-
-/// Longest time for a process to be started by the guest.
-const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Longest time for the guest to kill a process that nobody wants any more.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -200,7 +198,6 @@ impl Task {
             // Nobody reads the output any more, and nobody may read the input.
             _ = given_up => relay.cut_off(),
         }
-        relay.end_inputs();
         self.delete().await;
         relay.outputs_ended().await;
     }
@@ -241,12 +238,13 @@ impl Task {
 
     /// Waits for the end of the process, and passes on its output.
     async fn attend(&self, relay: &mut Relay) -> Result<Exit> {
-        let (exit, written) = match self.agent.wait().await {
+        let waited = self.agent.wait().await;
+        relay.end_inputs();
+        let (exit, written) = match waited {
             Ok((exit, written)) => (exit, Some(written)),
             Err(error) => (exit_with_container(&self.container, Some(error)).await?, None),
         };
         self.ended.get_or_init(|| exit);
-        relay.end_inputs();
         match written {
             Some(written) if self.detached => relay.written(&written, self.container.memory).await,
             Some(_) => tokio::select! {

@@ -70,6 +70,13 @@ pub(crate) fn time_limit(hooks: &[Hook]) -> Option<Duration> {
     hooks.iter().try_fold(Duration::ZERO, |sum, hook| Some(sum.saturating_add(limit_of(hook)?)))
 }
 
+/// Longest time that the createContainer hooks may take. If one of them may take for ever, so may
+/// the creation.
+pub(crate) fn creation_limit(hooks: Option<&Hooks>) -> Duration {
+    let hooks = hooks.and_then(|hooks| hooks.create_container().as_deref());
+    time_limit(hooks.unwrap_or_default()).unwrap_or(Duration::MAX)
+}
+
 fn limit_of(hook: &Hook) -> Option<Duration> {
     hook.timeout().and_then(|seconds| u64::try_from(seconds).ok()).map(Duration::from_secs)
 }

@@ -13,11 +13,7 @@
 //! shut down, or forgets a container that is not the first of its sandbox. Only then the state
 //! becomes `stopped`.
 
-use std::{
-    pin::pin,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::mpsc,
@@ -30,7 +26,7 @@ use crate::{
     container_id::ContainerId,
     engine::{
         hooks::{self, Point},
-        microvm::Microvm,
+        microvm::{Ending, Microvm},
         record::Record,
         request::{Command, Ended, Request},
         runtime_namespace::RuntimeNamespace,
@@ -39,7 +35,7 @@ use crate::{
         updates::Updates,
     },
     error::{Error, ErrorKind, Result},
-    event_loop::{AbortOnDrop, blocking},
+    event_loop::AbortOnDrop,
     microvm::{agent::Agent, share::Attached},
     signals::KILL,
     state::{Exit, StateDir, Status},
@@ -105,10 +101,11 @@ impl Lifecycle {
     pub(crate) async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> Ended {
         let outcome = self.live(&mut commands).await;
         let lost = matches!(outcome, Outcome::Lost(_));
-        let given_up = self.microvm.given_up.load(Ordering::Relaxed);
+        let given_up = self.microvm.is_given_up();
+        let ending = if lost { Ending::Lost } else { Ending::InOrder };
         let leaving = async {
             match &self.first {
-                None => self.microvm.shut_down(!lost).await,
+                None => self.microvm.shut_down(ending).await,
                 Some(_) => self.leave().await,
             }
         };
@@ -133,13 +130,7 @@ impl Lifecycle {
         let Self { dir, mut record, attached, covers, timeline, .. } = self;
         // An engine may unmount the sources once the container is known to have stopped.
         drop(covers);
-        let detached = blocking(move || {
-            drop(attached);
-            Ok(())
-        });
-        if let Err(error) = detached.await {
-            log::warn!("{error}");
-        }
+        attached.detach().await;
         record.status = Status::Stopped;
         record.exit = exit;
         record.lost = lost;
@@ -388,8 +379,7 @@ async fn answer_while(
                     Request::Update { .. } => "update",
                     Request::Resize { .. } => "resize",
                 };
-                let why = format!("cannot {verb} container {}: container not running", record.id);
-                let _ = answer.send(Err(Error::new(why)));
+                let _ = answer.send(Err(record.not_running(verb)));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The microVM of a sandbox, as all of its containers share it.
 
 use std::{
-    sync::{Arc, atomic::AtomicBool},
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -42,14 +42,23 @@ pub(crate) struct Microvm {
     pub(crate) share: Arc<Share>,
     /// Taken by a thread while it is looked at.
     pub(crate) network: Mutex<Option<Network>>,
-    /// Set once the microVM is being ended: true if its first container has ended in order.
-    pub(crate) ending: watch::Sender<Option<bool>>,
-    /// True if nobody wants the sandbox any more: its end is no loss.
-    pub(crate) given_up: AtomicBool,
+    /// Set once the microVM is being ended. The first reason counts.
+    pub(crate) ending: OnceLock<Ending>,
     /// Number of further processes whose output may still be on its way.
     pub(crate) busy: watch::Sender<usize>,
     /// The event loop of the thread that owns the sandbox.
     pub(crate) event_loop: Handle,
+}
+
+/// The reason why a microVM is being ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Its first container has ended in order.
+    InOrder,
+    /// It is lost.
+    Lost,
+    /// Nobody wants the sandbox any more: its end is no loss.
+    GivenUp,
 }
 
 impl Microvm {
@@ -60,12 +69,12 @@ impl Microvm {
 
     /// Tells whether the microVM is being ended, or has ended, in order.
     pub(crate) fn ends_in_order(&self) -> bool {
-        *self.ending.borrow() == Some(true)
+        self.ending.get() == Some(&Ending::InOrder)
     }
 
     /// Tells whether the microVM is being ended, or has ended.
     pub(crate) fn is_ending(&self) -> bool {
-        self.ending.borrow().is_some() || self.vmm.has_ended()
+        self.ending.get().is_some() || self.vmm.has_ended()
     }
 
     /// Runs an action that needs the guest, within `limit`. If the microVM ends meanwhile, the error
@@ -112,11 +121,17 @@ impl Microvm {
         completed
     }
 
-    /// Ends the microVM: by the guest if `in_order`, otherwise by the VMM. Then removes everything
-    /// that the VMM needed.
-    pub(crate) async fn shut_down(&self, in_order: bool) {
-        self.ending.send_replace(Some(in_order));
-        self.end(in_order).await;
+    /// Tells whether nobody wants the sandbox any more.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.ending.get() == Some(&Ending::GivenUp)
+    }
+
+    /// Ends the microVM: by the guest if it ends in order, otherwise by the VMM. Then removes
+    /// everything that the VMM needed.
+    pub(crate) async fn shut_down(&self, ending: Ending) {
+        // An earlier reason stays.
+        let _ = self.ending.set(ending);
+        self.end(ending == Ending::InOrder).await;
         // The drop removes the redirects.
         drop(self.network.lock().await.take());
         self.share.unmount();

@@ -37,6 +37,7 @@ use std::time::Duration;
 use oci_spec::runtime::Hooks;
 
 use self::lifecycle::START_TIMEOUT;
+pub(crate) use self::lifecycle::lost_with;
 pub(crate) use self::{
     container::{Container, NewContainer},
     exec::{Exec, ExecSpec},

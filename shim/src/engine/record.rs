@@ -210,14 +210,17 @@ impl Record {
     pub(crate) fn wrong_state(&self, verb: &str, exit: Option<Exit>) -> Error {
         let id = &self.id;
         match (exit, self.status) {
-            (Some(_), _) => {
-                Error::new(format!("cannot {verb} container {id}: container not running"))
-            }
+            (Some(_), _) => self.not_running(verb),
             (None, Status::Created) => {
                 Error::new(format!("cannot {verb} container {id}: it is being started or changed"))
             }
             (None, status) => Error::new(format!("cannot {verb} container {id}: it is {status}")),
         }
+    }
+
+    /// The error for a verb about a container whose process has ended.
+    pub(crate) fn not_running(&self, verb: &str) -> Error {
+        Error::new(format!("cannot {verb} container {}: container not running", self.id))
     }
 
     /// Returns true if the container's limits are those of a whole microVM on the host.

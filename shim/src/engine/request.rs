@@ -1,13 +1,16 @@
 //! Requests to the task that owns a container, and the container's end.
 
+use std::os::fd::OwnedFd;
+
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use crate::{
     error::{Error, Result},
+    signals::WINCH,
     state::Exit,
-    terminal::Size,
+    terminal::{self, Size},
     timeline::Timeline,
 };
 
@@ -41,6 +44,19 @@ pub(crate) enum Request {
         /// The new size.
         size: Size,
     },
+}
+
+impl Request {
+    /// The request by which a process that stands for one in the guest passes a signal on.
+    /// `SIGWINCH` is not passed on: the terminal in the guest gets the size of the host's, whose end
+    /// is `console`. `None` if there is nothing to pass on.
+    pub(crate) fn of_signal(number: u32, console: Option<&OwnedFd>) -> Option<Self> {
+        if number != WINCH {
+            return Some(Self::Kill { signal: number, all: false });
+        }
+        let size = console.and_then(terminal::size).filter(|size| *size != Size::default());
+        size.map(|size| Self::Resize { size })
+    }
 }
 
 /// A request, and the channel for its answer. The channel is dropped without an answer when the

@@ -2,10 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -24,7 +21,7 @@ use crate::{
         container::{Container, NewContainer},
         hooks,
         lifecycle::{DELETE_TIMEOUT, Lifecycle, START_TIMEOUT, lost_with},
-        microvm::Microvm,
+        microvm::{Ending, Microvm},
         stdio::Relay,
     },
     error::{Error, ErrorKind, Result},
@@ -150,9 +147,8 @@ impl Sandbox {
             dir,
             share,
             network: tokio::sync::Mutex::new(Some(network)),
-            ending: watch::Sender::new(None),
+            ending: OnceLock::new(),
             busy: watch::Sender::new(0),
-            given_up: AtomicBool::new(false),
             event_loop: Handle::current(),
         };
         microvm.within("setting up the guest", create_timeout, set_up(&microvm.agent)).await?;
@@ -217,8 +213,7 @@ impl Sandbox {
 
     /// Gives the sandbox up: ends the microVM without telling the guest.
     pub(crate) async fn stop(&self) {
-        self.microvm.given_up.store(true, Ordering::Relaxed);
-        self.microvm.shut_down(false).await;
+        self.microvm.shut_down(Ending::GivenUp).await;
     }
 
     async fn build(
@@ -232,9 +227,7 @@ impl Sandbox {
         let agent = self.microvm.agent.of_container(&id);
         let covers = tokio::spawn(attached.take_covers().keep(self.drop_caches.clone()));
         let covers = AbortOnDrop(covers);
-        let hooks = record.hooks.as_ref().and_then(|hooks| hooks.create_container().as_deref());
-        // If one of the hooks may take for ever, so may the creation.
-        let hooks = hooks::time_limit(hooks.unwrap_or_default()).unwrap_or(Duration::MAX);
+        let hooks = hooks::creation_limit(record.hooks.as_ref());
         let limit = self.create_timeout.saturating_add(hooks);
         let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
         let building = async {
@@ -256,11 +249,7 @@ impl Sandbox {
                 let first = self.containers().first.clone();
                 let Some(first) = first else { return Err(error) };
                 self.abandon(&id).await;
-                blocking(move || {
-                    drop(attached);
-                    Ok(())
-                })
-                .await?;
+                attached.detach().await;
                 return Err(match error.kind {
                     ErrorKind::VmLost => lost_with(&first, error),
                     _ => error,

@@ -14,7 +14,6 @@ use crate::{
     sandbox_process::{launch::Launch, place::Place, streams},
     signals::{Signals, WINCH},
     state::{CONTROL_SOCKET, StateDir},
-    terminal::{self, Size},
     timeline::Timeline,
 };
 
@@ -100,19 +99,9 @@ impl First {
     }
 }
 
-/// Passes a signal of this process on. `SIGWINCH` is not passed on: the terminal in the guest gets
-/// the size of the host's. A task of its own waits for the answer.
+/// Passes a signal of this process on.
 fn pass_on(container: &Container, number: u32, console: Option<&OwnedFd>) {
-    let size = console.and_then(terminal::size).filter(|size| *size != Size::default());
-    let request = match (number, size) {
-        (WINCH, None) => return,
-        (WINCH, Some(size)) => Request::Resize { size },
-        (signal, _) => Request::Kill { signal, all: false },
-    };
-    let container = container.clone();
-    tokio::spawn(async move {
-        if let Err(error) = container.ask(request).await {
-            log::debug!("{error}");
-        }
-    });
+    if let Some(request) = Request::of_signal(number, console) {
+        container.pass_on(request);
+    }
 }

@@ -12,13 +12,14 @@ use tokio::time::timeout;
 use crate::{
     bundle::GuestContainer,
     clock,
+    container_id::ContainerId,
     control::{
         attend::Attendance,
         client,
         message::{Create, Message, Verb},
     },
-    engine::{Ended, Record, RuntimeNamespace, hooks::time_limit},
-    error::{Error, ErrorKind, Result},
+    engine::{Ended, Record, RuntimeNamespace, hooks::creation_limit, lost_with},
+    error::{Error, Result},
     event_loop::blocking,
     microvm::share::Trees,
     sandbox_process::{launch::Launch, place::Place, pod_lookup::Membership, streams},
@@ -33,6 +34,8 @@ const BEGIN_TIMEOUT: Duration = Duration::from_secs(90);
 /// A container in the microVM of its pod.
 pub(super) struct Member {
     attendance: Attendance,
+    /// The first container of the pod.
+    first: ContainerId,
     dir: Arc<StateDir>,
     /// The host's end of a new terminal.
     console: Option<OwnedFd>,
@@ -78,9 +81,7 @@ pub(super) async fn create(
         .chain(origin.iter().copied())
         .chain(mounts.iter().map(AsFd::as_fd))
         .collect();
-    let hooks = launch.bundle.spec.hooks().as_ref().and_then(|h| h.create_container().as_deref());
-    // If one of the hooks may take for ever, so may the creation.
-    let hooks = time_limit(hooks.unwrap_or_default()).unwrap_or(Duration::MAX);
+    let hooks = creation_limit(launch.bundle.spec.hooks().as_ref());
     let limit = BEGIN_TIMEOUT.max(launch.boot.timeout).saturating_add(hooks);
     // A signal may have stopped it.
     pod.pod.process.let_go_on();
@@ -93,7 +94,10 @@ pub(super) async fn create(
         )))
     });
     match begun? {
-        Some(()) => Ok(Member { attendance, dir: Arc::clone(&place.dir), console }),
+        Some(()) => {
+            let first = pod.pod.sandbox.clone();
+            Ok(Member { attendance, first, dir: Arc::clone(&place.dir), console })
+        }
         None => Err(gone()),
     }
 }
@@ -103,8 +107,8 @@ impl Member {
     pub(super) async fn attend(self, place: &Place, signals: &mut Signals) -> Ended {
         match self.attendance.attend(signals, self.console.as_ref()).await {
             Ok(Some(Message::Ended(ended))) => *ended,
-            Ok(_) => lost(place, "its sandbox process has ended"),
-            Err(error) => lost(place, &error.message),
+            Ok(_) => lost(place, &self.first, "its sandbox process has ended"),
+            Err(error) => lost(place, &self.first, &error.message),
         }
     }
 
@@ -128,15 +132,10 @@ pub(super) async fn let_go(dir: &Arc<StateDir>) {
 
 /// The end of a container whose sandbox process went without a word. It may have written the record
 /// before.
-fn lost(place: &Place, why: &str) -> Ended {
+fn lost(place: &Place, first: &ContainerId, why: &str) -> Ended {
     let record = Record::read(&place.dir).ok().flatten();
     let exit = record.as_ref().and_then(|record| record.exit);
-    let first = place.record.pod.as_ref().map(|pod| pod.sandbox.to_string()).unwrap_or_default();
-    let error = exit.is_none().then(|| {
-        let message =
-            format!("the microVM of the pod has ended with its first container, {first}: {why}");
-        Error::with_kind(ErrorKind::VmLost, message)
-    });
+    let error = exit.is_none().then(|| lost_with(first, Error::new(why)));
     if let (Some(error), Some(mut record)) = (&error, record.filter(|r| r.error.is_none())) {
         record.status = Status::Stopped;
         record.lost = true;

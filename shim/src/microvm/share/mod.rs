@@ -52,6 +52,7 @@ pub(crate) use self::{
 use crate::{
     container_id::ContainerId,
     error::{Error, Explain, Result},
+    event_loop::blocking,
     mount::change_attributes,
     state::{SHARED, StateDir},
 };
@@ -146,6 +147,17 @@ impl Attached {
     /// Takes the covers of the host's mounts, to be kept up to date.
     pub(crate) fn take_covers(&mut self) -> Covers {
         std::mem::take(&mut self.covers)
+    }
+
+    /// Removes the trees on another thread: the kernel waits for each mount.
+    pub(crate) async fn detach(self) {
+        let detached = blocking(move || {
+            drop(self);
+            Ok(())
+        });
+        if let Err(error) = detached.await {
+            log::warn!("{error}");
+        }
     }
 
     fn remove(&self) -> Result<()> {
