@@ -11,7 +11,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use isopod_protocol::agent::{Network, SharedMemory};
+use isopod_protocol::agent::{HostSocket, Network, SharedMemory};
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::sync::Notify;
@@ -21,7 +21,9 @@ use crate::container::stdio::Connections;
 use crate::container::terminal::Screen;
 use crate::container::{Container, Document, blocking};
 use crate::error::{Code, Context as _, Error, Result};
+use crate::host_sockets::HostSockets;
 use crate::log::log_warn;
+use crate::network::Forwards;
 use crate::reaper::Reaper;
 use crate::share::{self, CacheDrops};
 use crate::shm::SharedMemories;
@@ -34,12 +36,20 @@ const MAX_ID: usize = 255;
 pub(crate) struct Guest {
     pub(crate) reaper: Arc<Reaper>,
     pub(crate) streams: Arc<Streams>,
+    pub(crate) forwards: Forwards,
     containers: Mutex<HashMap<String, Known>>,
     /// Notified when a creation proceeds, succeeds or fails.
     settled: Notify,
     set_up: AtomicBool,
     cache_drops: Arc<CacheDrops>,
     memories: Arc<SharedMemories>,
+    host_sockets: HostSockets,
+}
+
+/// Sources of a container's mounts that the guest has in place of the host's.
+pub(crate) struct Sources {
+    pub(crate) memory: Vec<SharedMemory>,
+    pub(crate) sockets: Vec<HostSocket>,
 }
 
 /// An entry of the table of containers.
@@ -64,11 +74,13 @@ impl Guest {
         Self {
             reaper,
             streams,
+            forwards: Forwards::default(),
             containers: Mutex::default(),
             settled: Notify::new(),
             set_up,
             cache_drops: Arc::default(),
             memories: Arc::default(),
+            host_sockets: HostSockets::default(),
         }
     }
 
@@ -103,8 +115,9 @@ impl Guest {
         connections: Connections,
         screen: Screen,
         network: Option<Network>,
-        memory: Vec<SharedMemory>,
+        sources: Sources,
     ) -> Result<i32> {
+        let Sources { memory, sockets } = sources;
         check_id(&id)?;
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => {
@@ -112,13 +125,17 @@ impl Guest {
             }
             Entry::Vacant(vacant) => vacant.insert(Known::Creating(None)),
         };
-        let created = self.build(&id, document, connections, screen, network, memory).await;
+        let created = match self.host_sockets.join(&id, &sockets) {
+            Ok(()) => self.build(&id, document, connections, screen, network, memory).await,
+            Err(error) => Err(error),
+        };
         let pid = created.and_then(|container| {
             let pid = container.process("")?.pid();
             self.containers().insert(id.clone(), Known::There(Arc::new(container)));
             Ok(pid)
         });
         if pid.is_err() {
+            self.host_sockets.leave(&id);
             self.containers().remove(&id);
         }
         self.settled.notify_waiters();
@@ -184,6 +201,7 @@ impl Guest {
         };
         container.end().await?;
         container.remove().await?;
+        self.host_sockets.leave(id);
         self.leave_memory(id).await?;
         release(id).await?;
         let mut containers = self.containers();

@@ -12,8 +12,10 @@
 mod clock;
 mod container;
 mod demand;
+mod disk;
 mod error;
 mod guest;
+mod host_sockets;
 mod init;
 mod log;
 mod network;

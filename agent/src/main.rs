@@ -4,10 +4,15 @@
 // it. In a guest without a console the streams are closed, and this program is to mount /dev.
 #![no_main]
 
+use std::os::unix::ffi::OsStrExt as _;
+
 /// Entry point for the C library, which has already passed the arguments to the standard library.
 #[unsafe(no_mangle)]
 extern "C" fn main() -> libc::c_int {
-    if std::env::args_os().next().is_some_and(|name| name == isopod_agent::INIT_NAME) {
+    if std::env::args_os()
+        .next()
+        .is_some_and(|name| name.as_bytes() == isopod_agent::INIT_NAME.to_bytes())
+    {
         isopod_agent::run_init();
     }
     // SAFETY: takes no arguments and cannot fail.

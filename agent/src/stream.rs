@@ -11,6 +11,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use isopod_protocol::text::seconds;
 use rustix::net::SocketFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -166,8 +167,8 @@ impl Streams {
         }
         self.lock().awaited.remove(&token);
         Err(Error::internal(format!(
-            "stdio stream {token:#x} was not connected within {} s",
-            CLAIM_TIMEOUT.as_secs()
+            "stdio stream {token:#x} was not connected within {}",
+            seconds(CLAIM_TIMEOUT)
         )))
     }
 
@@ -193,6 +194,14 @@ pub(crate) fn is_transient(e: &io::Error) -> bool {
     let transient =
         [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::ECONNABORTED, libc::EINTR];
     e.raw_os_error().is_some_and(|errno| transient.contains(&errno))
+}
+
+/// A connection by vsock, for the event loop. Reads, writes and shutdowns are those of unix stream
+/// sockets too.
+pub(crate) fn in_event_loop(connection: OwnedFd) -> io::Result<tokio::net::UnixStream> {
+    let connection = std::os::unix::net::UnixStream::from(connection);
+    connection.set_nonblocking(true)?;
+    tokio::net::UnixStream::from_std(connection)
 }
 
 async fn read_token(connection: &Connection) -> io::Result<u64> {

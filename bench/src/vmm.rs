@@ -77,6 +77,7 @@ pub(crate) fn boot(programs: &Path) -> Result<VmmBoot> {
         }),
         block: Vec::new(),
         net: Vec::new(),
+        disk_slots: 0,
         jail_root_fd: Some(root.as_raw_fd()),
     };
     let config_file = config_file(&config)?;

@@ -6,9 +6,10 @@
 pub mod capability;
 pub mod mount_option;
 pub mod sysctl;
+pub mod text;
 
 /// Version of everything in this crate. Raised by any change that one side alone cannot handle.
-pub const PROTOCOL_VERSION: u32 = 5;
+pub const PROTOCOL_VERSION: u32 = 7;
 
 /// vsock port in the guest on which the agent serves [`agent_ttrpc::Agent`].
 pub const AGENT_PORT: u32 = 1024;
@@ -28,6 +29,13 @@ pub const READY_PORT: u32 = 1024;
 /// its length in two bytes, big endian. [`RESOLVE_STREAM`] comes before a stream.
 pub const RESOLVER_PORT: u32 = 1025;
 
+/// vsock port on the host for connections of containers to unix sockets of the host. A connection
+/// begins with the socket's token, [`HOST_SOCKET_TOKEN_LEN`] bytes.
+pub const HOST_SOCKET_PORT: u32 = 1026;
+
+/// Bytes of a token.
+pub const HOST_SOCKET_TOKEN_LEN: usize = 16;
+
 /// Kind of a question that came in a datagram.
 pub const RESOLVE_DATAGRAM: u8 = b'd';
 
@@ -46,6 +54,10 @@ pub const SHARED_DIR: &str = "/run/isopod/shared";
 
 /// Directory of the shared memory of a pod's containers in the guest.
 pub const SHM_DIR: &str = "/run/isopod/shm";
+
+/// Directory in the guest of the sockets that stand for sockets of the host, each below its
+/// container's id, by the position of its mount.
+pub const HOST_SOCKETS_DIR: &str = "/run/isopod/host-sockets";
 
 /// Prefix of the `path` of a namespace that belongs to another container of the sandbox, in the
 /// agent's specification. The other container's id follows.

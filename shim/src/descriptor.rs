@@ -3,13 +3,16 @@
 use std::{
     io::{self, IoSlice},
     mem::MaybeUninit,
-    os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd},
+    os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd},
 };
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use tokio::io::unix::AsyncFd;
 
-use crate::limits;
+use crate::{
+    error::{Error, Explain, Result},
+    limits,
+};
 
 /// Sends a descriptor over a unix socket, with a text of at least one byte.
 pub(crate) fn send(socket: impl AsFd, descriptor: impl AsFd, text: &[u8]) -> io::Result<()> {
@@ -42,6 +45,29 @@ pub(crate) fn inherit_only(descriptors: &[RawFd]) -> io::Result<()> {
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
     }
     Ok(())
+}
+
+/// Takes over a descriptor that this process finds by its number on its command line.
+///
+/// # Errors
+///
+/// If the descriptor is a standard stream or not open, as when a person types the number.
+pub(crate) fn take_inherited(number: RawFd) -> Result<OwnedFd> {
+    if number <= 2 {
+        return Err(Error::new(format!("descriptor {number} is a standard stream")));
+    }
+    // SAFETY: the number comes from the command line that was made for this process, and callers
+    // take it before they open anything that could get it. So nothing else owns the descriptor. The
+    // next call checks that it is open, before it is used for anything.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    match rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC) {
+        Ok(()) => Ok(fd),
+        Err(e) => {
+            // Closing a descriptor that is not open would abort.
+            let number = fd.into_raw_fd();
+            Err(e).explain(|| format!("descriptor {number} cannot be used"))
+        }
+    }
 }
 
 /// Registers a descriptor that tasks can wait for.

@@ -5,7 +5,10 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::error::{Error, Explain, Result};
+use crate::{
+    error::{Error, Explain, Result},
+    logger::Subject,
+};
 
 /// Makes the event loop of the calling thread.
 pub(crate) fn event_loop() -> Result<Runtime> {
@@ -30,7 +33,8 @@ impl<T> Drop for AbortOnDrop<T> {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    tokio::task::spawn_blocking(work)
+    let subject = Subject::now();
+    tokio::task::spawn_blocking(move || subject.run(work))
         .await
         .unwrap_or_else(|_| Err(Error::new("a thread of the sandbox process failed")))
 }

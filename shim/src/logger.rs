@@ -4,9 +4,14 @@
 //! Without `--log`, only warnings, errors and (with `--debug`) debug records are shown, on standard
 //! error. With `--log`, all records go to the file. Warnings and errors are for the person too, so
 //! they still show on standard error.
+//!
+//! Records of a process that owns a sandbox name it in the field `sandbox`. The field `container`
+//! names the container that the work is about ([`about`]). A task or thread that the work starts is
+//! about the same container only if it is told so ([`inherit`], [`Subject::run`]).
 
 use std::{
     fs::{File, OpenOptions},
+    future::Future,
     io::{self, Write},
     os::fd::{AsFd, BorrowedFd},
     path::Path,
@@ -39,6 +44,59 @@ struct Logger {
 }
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
+
+/// The sandbox that this process owns a part of.
+static SANDBOX: OnceLock<String> = OnceLock::new();
+
+tokio::task_local! {
+    static CONTAINER: String;
+}
+
+/// Names the sandbox that all records of this process are about. Later calls change nothing.
+pub(crate) fn set_sandbox(id: &str) {
+    SANDBOX.get_or_init(|| id.to_owned());
+}
+
+/// Does work about a container.
+pub(crate) async fn about<T>(container: &str, work: impl Future<Output = T>) -> T {
+    CONTAINER.scope(container.to_owned(), work).await
+}
+
+/// Has work, which is to run as a task of its own, be about the container that the caller's work is
+/// about.
+pub(crate) fn inherit<F: Future>(work: F) -> impl Future<Output = F::Output> {
+    let subject = Subject::now();
+    async move {
+        match subject.0 {
+            Some(container) => CONTAINER.scope(container, work).await,
+            None => work.await,
+        }
+    }
+}
+
+/// The container that some work is about, if it is about one.
+#[derive(Debug, Clone)]
+pub(crate) struct Subject(Option<String>);
+
+impl Subject {
+    /// The container that the caller's work is about.
+    pub(crate) fn now() -> Self {
+        Self(CONTAINER.try_with(String::clone).ok())
+    }
+
+    /// A container.
+    pub(crate) fn of(container: &str) -> Self {
+        Self(Some(container.to_owned()))
+    }
+
+    /// Does work about this container on the calling thread.
+    pub(crate) fn run<T>(self, work: impl FnOnce() -> T) -> T {
+        match self.0 {
+            Some(container) => CONTAINER.sync_scope(container, work),
+            None => work(),
+        }
+    }
+}
 
 /// Opens the file given by `--log` for appending.
 pub fn open(path: &Path) -> Result<File> {
@@ -80,7 +138,10 @@ impl Log for Logger {
         }
         let message = record.args().to_string();
         if let Some(file) = &self.file {
-            write_record(file, self.format, record.level(), &message);
+            let subject = Subject::now();
+            let sandbox = SANDBOX.get().map(String::as_str);
+            let fields = [("sandbox", sandbox), ("container", subject.0.as_deref())];
+            write_record(file, self.format, record.level(), &message, fields);
         }
         let shown = match record.level() {
             // Most containers have such a warning, so a terminal is not the place for it.
@@ -100,16 +161,19 @@ impl Log for Logger {
 
 /// Writes an error to a log file that is not this process's log.
 pub(crate) fn record_error(file: &File, format: Format, message: &str) {
-    write_record(file, format, Level::Error, message);
+    write_record(file, format, Level::Error, message, [("sandbox", None), ("container", None)]);
 }
 
-fn write_record(mut file: &File, format: Format, level: Level, message: &str) {
+/// Names and values of the fields behind the message.
+type Fields<'a> = [(&'static str, Option<&'a str>); 2];
+
+fn write_record(mut file: &File, format: Format, level: Level, message: &str, fields: Fields<'_>) {
     // One write, so that lines of several processes do not mix. If the log cannot be written, there
     // is nowhere to report it.
-    let _ = file.write_all(line(format, level, message).as_bytes());
+    let _ = file.write_all(line(format, level, message, fields).as_bytes());
 }
 
-fn line(format: Format, level: Level, message: &str) -> String {
+fn line(format: Format, level: Level, message: &str, fields: Fields<'_>) -> String {
     let level = match level {
         Level::Error => "error",
         Level::Warn => "warning",
@@ -117,14 +181,22 @@ fn line(format: Format, level: Level, message: &str) -> String {
         Level::Debug | Level::Trace => "debug",
     };
     let time = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
+    let fields = fields.into_iter().filter_map(|(name, value)| value.map(|value| (name, value)));
     match format {
         Format::Json => {
-            let record = serde_json::json!({
+            let mut record = serde_json::json!({
                 "level": level, "msg": message, "time": time.to_string(),
             });
+            for (name, value) in fields {
+                record[name] = value.into();
+            }
             format!("{record}\n")
         }
-        Format::Text => format!("time=\"{time}\" level={level} msg={message:?}\n"),
+        Format::Text => {
+            // Ids have no character that needs quotes.
+            let fields: String = fields.map(|(name, value)| format!(" {name}={value}")).collect();
+            format!("time=\"{time}\" level={level} msg={message:?}{fields}\n")
+        }
     }
 }
 
@@ -132,9 +204,11 @@ fn line(format: Format, level: Level, message: &str) -> String {
 mod tests {
     use super::*;
 
+    const NONE: Fields<'_> = [("sandbox", None), ("container", None)];
+
     #[test]
     fn json_lines_have_the_three_keys_that_callers_read() {
-        let line = line(Format::Json, Level::Error, "a \"b\"\nc");
+        let line = line(Format::Json, Level::Error, "a \"b\"\nc", NONE);
         assert!(line.ends_with('\n') && line.matches('\n').count() == 1);
         let value: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["level"], "error");
@@ -144,7 +218,33 @@ mod tests {
 
     #[test]
     fn text_lines_stay_one_line() {
-        let line = line(Format::Text, Level::Warn, "a\nb");
-        assert!(line.contains("level=warning msg=\"a\\nb\""), "{line}");
+        let line = line(Format::Text, Level::Warn, "a\nb", NONE);
+        assert!(line.ends_with("level=warning msg=\"a\\nb\"\n"), "{line}");
+    }
+
+    #[test]
+    fn fields_name_what_a_line_is_about() {
+        let fields = [("sandbox", Some("pod")), ("container", Some("web"))];
+        let text = line(Format::Text, Level::Warn, "a", fields);
+        assert!(text.ends_with("msg=\"a\" sandbox=pod container=web\n"), "{text}");
+        let json: serde_json::Value =
+            serde_json::from_str(&line(Format::Json, Level::Warn, "a", fields)).unwrap();
+        assert_eq!((&json["sandbox"], &json["container"]), (&"pod".into(), &"web".into()));
+    }
+
+    #[test]
+    fn work_that_is_passed_on_is_about_the_same_container() {
+        let now = || Subject::now().0;
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let web = Some("web".to_owned());
+        runtime.block_on(about("web", async {
+            assert_eq!(now(), web);
+            assert_eq!(tokio::spawn(async move { now() }).await.unwrap(), None);
+            assert_eq!(tokio::spawn(inherit(async move { now() })).await.unwrap(), web);
+            let subject = Subject::now();
+            assert_eq!(std::thread::spawn(move || subject.run(now)).join().unwrap(), web);
+        }));
+        assert_eq!(Subject::of("web").run(now), web);
+        assert_eq!(now(), None);
     }
 }

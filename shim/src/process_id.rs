@@ -66,6 +66,15 @@ impl ProcessId {
         }
     }
 
+    /// Asks the process to end, and kills it after `timeout`. False if it still runs after another
+    /// `timeout`.
+    pub fn end(self, timeout: Duration) -> bool {
+        let Some(fd) = self.pidfd() else { return true };
+        // The process may have ended in between, and that was wanted.
+        let _ = rustix::process::pidfd_send_signal(fd, Signal::TERM);
+        self.wait(timeout) || self.kill(timeout)
+    }
+
     /// Kills the process and waits until it has ended. False if it still runs after `timeout`.
     pub fn kill(self, timeout: Duration) -> bool {
         let Some(fd) = self.pidfd() else { return true };

@@ -4,17 +4,13 @@
 //! The figures are files of the guest's kernel, and come from the guest. A figure that cannot be
 //! read is left out or 0. At worst a figure is wrong.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 use isopod_protocol::agent::ContainerStats;
 
-/// Largest number of interfaces, devices or processors that are shown.
-const MAX_SHOWN: usize = 1024;
-
-/// A limit that does not limit.
-const UNLIMITED: u64 = u64::MAX;
+use crate::guest_figures::{Device, Files, Interface, MAX_SHOWN, UNLIMITED, devices, interfaces};
 
 /// A line of `events`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -194,7 +190,7 @@ fn is_zero(number: &u64) -> bool {
 impl Stats {
     /// The figures that the agent has read, in runc's form.
     pub fn of(read: &ContainerStats) -> Self {
-        let files = Files(&read.cgroup_files);
+        let files = Files::of(read);
         Self {
             cpu: cpu(&files),
             cpuset: Cpuset {
@@ -211,35 +207,11 @@ impl Stats {
             blkio: blkio(files.text("io.stat")),
             hugetlb: hugetlb(&files),
             intel_rdt: IntelRdt::default(),
-            network_interfaces: Some(interfaces(&read.network_devices))
-                .filter(|interfaces| !interfaces.is_empty()),
+            network_interfaces: Some(
+                interfaces(&read.network_devices).into_iter().map(Into::into).collect(),
+            )
+            .filter(|interfaces: &Vec<_>| !interfaces.is_empty()),
         }
-    }
-}
-
-/// Interface files by their names.
-struct Files<'a>(&'a HashMap<String, String>);
-
-impl<'a> Files<'a> {
-    fn text(&self, name: &str) -> &'a str {
-        self.0.get(name).map_or("", |text| text.trim())
-    }
-
-    /// A number, or `max`.
-    fn number(&self, name: &str) -> u64 {
-        match self.text(name) {
-            "max" => UNLIMITED,
-            text => text.parse().unwrap_or(0),
-        }
-    }
-
-    /// The lines `key number` of a file.
-    fn fields(&self, name: &str) -> BTreeMap<String, u64> {
-        let field = |line: &str| {
-            let (key, number) = line.split_once(' ')?;
-            Some((key.to_owned(), number.trim().parse().ok()?))
-        };
-        self.text(name).lines().take(MAX_SHOWN).filter_map(field).collect()
     }
 }
 
@@ -263,6 +235,7 @@ fn cpu(files: &Files<'_>) -> Cpu {
 
 fn memory(files: &Files<'_>) -> Memory {
     let raw = files.fields("memory.stat");
+    let raw: BTreeMap<String, u64> = raw.into_iter().map(|(k, n)| (k.to_owned(), n)).collect();
     let events = files.fields("memory.events");
     let usage = MemoryEntry {
         limit: files.number("memory.max"),
@@ -280,37 +253,18 @@ fn memory(files: &Files<'_>) -> Memory {
     Memory { cache, usage, swap, raw, ..Memory::default() }
 }
 
-/// Parses lines such as `254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0`.
 fn blkio(text: &str) -> Blkio {
     let mut found = Blkio::default();
-    for line in text.lines().take(MAX_SHOWN) {
-        let mut words = line.split_ascii_whitespace();
-        let device = words.next().and_then(|device| {
-            let (major, minor) = device.split_once(':')?;
-            Some((major.parse().ok()?, minor.parse().ok()?))
-        });
-        let Some((major, minor)) = device else { continue };
-        for (key, value) in words.filter_map(|word| word.split_once('=')) {
-            let (entries, op) = match key {
-                "rbytes" => (&mut found.io_service_bytes_recursive, "Read"),
-                "wbytes" => (&mut found.io_service_bytes_recursive, "Write"),
-                "rios" => (&mut found.io_serviced_recursive, "Read"),
-                "wios" => (&mut found.io_serviced_recursive, "Write"),
-                _ => continue,
-            };
-            entries.push(BlkioEntry {
-                major,
-                minor,
-                op: op.to_owned(),
-                value: value.parse().unwrap_or(0),
-            });
-        }
+    for Device { major, minor, rbytes, wbytes, rios, wios } in devices(text) {
+        let entry = |op: &str, value| BlkioEntry { major, minor, op: op.to_owned(), value };
+        found.io_service_bytes_recursive.extend([entry("Read", rbytes), entry("Write", wbytes)]);
+        found.io_serviced_recursive.extend([entry("Read", rios), entry("Write", wios)]);
     }
     found
 }
 
 fn hugetlb(files: &Files<'_>) -> BTreeMap<String, Hugetlb> {
-    let sizes = files.0.keys().filter_map(|name| {
+    let sizes = files.names().filter_map(|name| {
         let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
         size.bytes().all(|b| b.is_ascii_alphanumeric()).then_some(size)
     });
@@ -325,32 +279,22 @@ fn hugetlb(files: &Files<'_>) -> BTreeMap<String, Hugetlb> {
         .collect()
 }
 
-/// The interfaces in /proc/net/dev without loopback. A line has a name, eight figures about
-/// received data, and eight about sent data.
-fn interfaces(text: &str) -> Vec<NetworkInterface> {
-    let interface = |line: &str| {
-        let (name, figures) = line.trim().split_once(':')?;
-        let figures: Vec<u64> =
-            figures.split_ascii_whitespace().map_while(|n| n.parse().ok()).collect();
-        let ([rx_bytes, rx_packets, rx_errors, rx_dropped, ..], sent) =
-            figures.split_at_checked(8)?
-        else {
-            return None;
-        };
-        let [tx_bytes, tx_packets, tx_errors, tx_dropped, ..] = sent else { return None };
-        (name != "lo").then(|| NetworkInterface {
-            name: name.to_owned(),
-            rx_bytes: *rx_bytes,
-            rx_packets: *rx_packets,
-            rx_errors: *rx_errors,
-            rx_dropped: *rx_dropped,
-            tx_bytes: *tx_bytes,
-            tx_packets: *tx_packets,
-            tx_errors: *tx_errors,
-            tx_dropped: *tx_dropped,
-        })
-    };
-    text.lines().filter_map(interface).take(MAX_SHOWN).collect()
+impl From<Interface> for NetworkInterface {
+    fn from(interface: Interface) -> Self {
+        let [rx_bytes, rx_packets, rx_errors, rx_dropped] = interface.received;
+        let [tx_bytes, tx_packets, tx_errors, tx_dropped] = interface.sent;
+        Self {
+            name: interface.name,
+            rx_bytes,
+            rx_packets,
+            rx_errors,
+            rx_dropped,
+            tx_bytes,
+            tx_packets,
+            tx_errors,
+            tx_dropped,
+        }
+    }
 }
 
 /// Numbers in a list such as `0-3,8`.

@@ -1,5 +1,6 @@
-//! Text of guests and images, before it reaches a terminal or a log.
+//! Text for messages. Text of guests and images is made safe for a terminal and a log.
 
+pub(crate) use isopod_protocol::text::seconds;
 use isopod_vmm::text::is_showable;
 
 /// Makes text from the guest safe to show: one line, no control or format characters, bounded.

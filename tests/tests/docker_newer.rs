@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use isopod_tests::case;
 use isopod_tests::engine::cases::{build, containerd, exec, files, life, limits, network};
-use isopod_tests::engine::cases::{page, process, security, watch};
+use isopod_tests::engine::cases::{page, process, security, shim, watch};
 use isopod_tests::engine::{Case, Engine, main as suite, tree};
 
 /// Cases whose way through engine, shim or runtime differs from the older version's: Docker 26
@@ -15,22 +15,15 @@ const CASES: &[Case] = &[
     // The network is connected between `create` and `start`, at each start, and no longer by a
     // hook.
     case!(network::bridge),
-    case!(network::publish),
-    case!(network::names_on_a_network),
     case!(network::none),
     case!(network::host),
     case!(network::of_another_container),
-    case!(network::connect),
     case!(life::created_and_started),
     case!(life::restart),
-    case!(life::restart_policy),
     // The newer shim reports exits, executions and terminals in another order. It counts a cgroup's
     // memory in another way.
     case!(process::terminal),
     case!(exec::exec),
-    case!(exec::exec_detached),
-    case!(life::stop),
-    case!(life::attach),
     case!(limits::out_of_memory),
     case!(watch::stats),
     // The configuration differs: mounts that are read-only down to their last submount, another
@@ -44,6 +37,8 @@ const CASES: &[Case] = &[
     // The newer client: its own builder, and the commands of the documentation's page.
     case!(build::build),
     case!(page::page).isopod_only(),
+    // Isopod's own shim.
+    case!(shim::docker_shim).isopod_only(),
     // Docker's own containerd, without Docker.
     case!(containerd::containerd_task),
 ];

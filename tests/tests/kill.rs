@@ -72,3 +72,15 @@ fn a_created_container_can_be_killed() {
     assert_eq!(container.status(), "stopped");
     container.delete().ok();
 }
+
+/// A caller of runc reads the pipe when it likes, and a killed container is dead before.
+#[test]
+fn a_killed_container_ends_although_nobody_reads_its_output() {
+    let scope = Scope::alone();
+    let container = scope.container().args(["yes"]);
+    let mut run = container.command_with_bundle("run", &[]).spawn();
+    run.stdout.line_with("y");
+    container.kill("KILL").ok();
+    assert_eq!(run.wait().status(), 128 + 9, "{}", run.stderr.so_far());
+    scope.assert_nothing_left();
+}

@@ -404,7 +404,15 @@ fn what_a_running_microvm_cannot_give_is_refused() {
             c["linux"]["uidMappings"] = map.clone();
             c["linux"]["gidMappings"] = map;
         }),
-        &["user namespace", "cannot be shared"],
+        &["linux.uidMappings", "whose user namespace it shares"],
+    );
+    refused(
+        one().edit(|c| {
+            let path = format!("/proc/{}/ns/time", created.pid);
+            let namespace = json!({ "type": "time", "path": path });
+            c["linux"]["namespaces"].as_array_mut().unwrap().push(namespace);
+        }),
+        &["time namespace", "cannot be shared"],
     );
     // A process of the host, and a container without an annotation of its pod.
     refused(sharing(one(), 1, &SHARED), &["process 1 is no container's"]);

@@ -39,7 +39,7 @@ fn the_last_line_before_exit_is_never_lost() {
     let scope = Scope::in_pod();
     let container = scope.container().args(["sleep", "1000"]);
     let _created = container.start_new();
-    for run in 0..200 {
+    for run in 0..100 {
         let script = format!("echo first; echo error >&2; echo last of {run}; exit 3");
         let out = container.exec(["sh", "-c", &script]);
         assert_eq!(out.status, 3, "run {run}: {out}");

@@ -2,10 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests fail by panics")]
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{MetadataExt, PermissionsExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 
 use isopod_tests::{Container, Scope, bounded, runtime, skip};
+use serde_json::{Value, json};
 
 /// A directory of the host with mounts of its own below it. Unmounted when dropped.
 struct Volume<'a> {
@@ -100,6 +103,145 @@ fn a_volume_follows_the_host_as_its_propagation_says() {
     }
     container.delete_force().ok();
     drop(volumes);
+    scope.assert_nothing_left();
+}
+
+/// A loop device of the host over a new file. Detached when dropped.
+struct Loop<'a> {
+    scope: &'a Scope,
+    path: String,
+    numbers: (u64, u64),
+}
+
+impl<'a> Loop<'a> {
+    fn new(scope: &'a Scope, name: &str, mib: u32) -> Self {
+        let file = scope.dir().join(name);
+        let script = format!(
+            "modprobe loop; truncate -s {mib}M '{0}' && losetup --find --show '{0}'",
+            file.display()
+        );
+        let path = scope.program(&["sh", "-c", &script]).output().ok().stdout.trim().to_owned();
+        let device = fs::metadata(&path).unwrap().rdev();
+        let numbers = (device >> 8 & 0xfff, device & 0xff);
+        Self { scope, path, numbers }
+    }
+
+    /// Adds the device to a container's configuration, with these letters of access.
+    fn add(&self, config: &mut Value, path: &str, access: &str) {
+        let (major, minor) = self.numbers;
+        let device = json!({ "path": path, "type": "b", "major": major, "minor": minor,
+            "fileMode": 0o600 });
+        let rule = json!({ "allow": true, "type": "b", "major": major, "minor": minor,
+            "access": access });
+        for (list, entry) in [("/linux/devices", device), ("/linux/resources/devices", rule)] {
+            let (parent, name) = list.rsplit_once('/').unwrap();
+            let list = &mut config.pointer_mut(parent).unwrap()[name];
+            if !list.is_array() {
+                *list = json!([]);
+            }
+            list.as_array_mut().unwrap().push(entry);
+        }
+    }
+
+    #[track_caller]
+    fn host(&self, program: &[&str]) -> String {
+        let program: Vec<&str> = program.iter().copied().chain([&*self.path]).collect();
+        self.scope.program(&program).output().ok().stdout
+    }
+}
+
+impl Drop for Loop<'_> {
+    fn drop(&mut self) {
+        self.scope.program(&["losetup", "--detach", &self.path]).output();
+    }
+}
+
+/// A block device of the host, and a file system on another: what the container writes is there
+/// for the host and for the next container. A device without write access stays as it is.
+#[test]
+fn block_devices_of_the_host() {
+    let scope = Scope::new();
+    let [raw, files] = ["raw", "files"].map(|name| Loop::new(&scope, name, 16));
+    files.host(&["mkfs.ext4", "-q"]);
+    let run = |access: &str, script: &str| {
+        let container = scope.container().mount("/data", "ext4", &files.path, &["rw"]);
+        let container = container.edit(|config| raw.add(config, "/dev/disk", access)).shell(script);
+        container.run()
+    };
+    let script = "echo hello | dd of=/dev/disk bs=512 seek=2 conv=notrunc,fsync 2>/dev/null; \
+        blockdev --getsize64 /dev/disk; stat -f -c %T /data; mkdir /data/dir; echo rows >/data/dir/file";
+    let out = run("rwm", script).ok();
+    assert_eq!(out.stdout, "16777216\next2/ext3\n");
+    files.host(&["fsck.ext4", "-fn"]);
+    let read = "dd bs=512 skip=2 count=1 2>/dev/null </dev/disk | head -n 1; cat /data/dir/file; \
+        echo lost | dd of=/dev/disk bs=512 seek=2 conv=notrunc,fsync && echo written; true";
+    let out = run("r", read).ok();
+    assert_eq!(out.stdout, "hello\nrows\n");
+    assert!(out.stderr.contains("not permitted"), "{out}");
+    drop((raw, files));
+    scope.assert_nothing_left();
+}
+
+/// Runs a program with other settings of Isopod, in a mount namespace of its own: `$0` is the text
+/// of the settings file.
+const WITH_SETTINGS: &str = "mount -t tmpfs none /mnt && cp -a /etc/. /mnt && mkdir -p /mnt/isopod \\
+    && echo \"$0\" >/mnt/isopod/config.toml && mount --move /mnt /etc && exec \"$@\"";
+
+/// Asks a unix socket three things, one of them an answer, and prints the answers. The program is the
+/// host's, started once: it is large.
+const CLIENT: &str = r#"L=/host/lib/x86_64-linux-gnu; $L/ld-linux-x86-64.so.2 --library-path $L \
+    /host/bin/perl -I $L/perl-base -MSocket -e '
+    sub ask {
+        socket(my $s, PF_UNIX, SOCK_STREAM, 0); connect($s, pack_sockaddr_un("/socket")) or die "$!";
+        syswrite $s, $_[0]; shutdown $s, 1;
+        chomp(my $answer = <$s>); eof $s or die "more"; $answer
+    }
+    print ask("one"), "\n", ask("two"), "\n", ask(ask("three")), "\n"'"#;
+
+/// Sends each question back with a mark, until it is "end". Starts again after the first one.
+fn answer(mut listener: UnixListener, path: &Path) {
+    for number in 0.. {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut question = String::new();
+        stream.read_to_string(&mut question).unwrap();
+        if question == "end" {
+            return;
+        }
+        // With runc a bind mount shows the old socket for ever.
+        if number == 0 && runtime().is_isopod() {
+            fs::remove_file(path).unwrap();
+            listener = UnixListener::bind(path).unwrap();
+        }
+        writeln!(stream, "{question}!").unwrap();
+    }
+}
+
+/// A socket of the host that the operator shares: bytes go both ways, each direction has an end of
+/// its own, and a daemon that starts again is found again. Any other socket is refused by name.
+#[test]
+fn a_socket_of_the_host() {
+    let scope = Scope::new();
+    let path = scope.dir().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    let container = || {
+        let container = scope.container().mount("/host", "bind", "/usr", &["bind", "ro"]);
+        let script = format!("stat -c %F,%a /socket; {CLIENT}");
+        container.mount("/socket", "bind", path.to_str().unwrap(), &["bind"]).shell(&script)
+    };
+    let settings = format!("host_sockets = [\"{}/*\"]", scope.dir().display());
+    let through = ["unshare", "--mount", "sh", "-c", WITH_SETTINGS, &settings];
+    let out = std::thread::scope(|threads| {
+        threads.spawn(|| answer(listener, &path));
+        let out = container().command_with_bundle("run", &[]).through(&through).output();
+        UnixStream::connect(&path).unwrap().write_all(b"end").unwrap();
+        out
+    });
+    assert_eq!(out.ok().stdout, "socket,640\none!\ntwo!\nthree!!\n");
+    if runtime().is_isopod() {
+        container().run().one_line_error(&["mounts[", "(/socket)", "host_sockets"]);
+    }
+    fs::remove_file(&path).unwrap();
     scope.assert_nothing_left();
 }
 

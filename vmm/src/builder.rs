@@ -20,14 +20,14 @@ use crate::devices::virtio::device::VirtioDevice;
 use crate::devices::virtio::fs::{Fs, Share};
 use crate::devices::virtio::net::{Net, NetError};
 use crate::devices::virtio::rng::Rng;
-use crate::devices::virtio::vsock::Vsock;
+use crate::devices::virtio::vsock::{StreamBytes, Vsock};
 use crate::end::EndSignal;
 use crate::inherited::{Descriptors, Inherited};
 use crate::jail::{self, JailError};
 use crate::memory::{GuestRam, MemoryError};
 use crate::usage::{MemoryMeter, VcpuStats};
 use crate::vcpu::Vcpus;
-use crate::vm::{Vm, VmError};
+use crate::vm::{MmioSlot, Vm, VmError};
 
 /// Parameters of every kernel command line.
 ///
@@ -115,8 +115,10 @@ pub struct Microvm {
     pub stats: Vec<VcpuStats>,
     /// The shared directory, if there is one.
     pub share: Option<Share>,
-    /// Keeps KVM's machine, its event descriptors and its memory alive.
-    _vm: Vm,
+    /// Bytes of the socket device's streams.
+    pub stream_bytes: Arc<StreamBytes>,
+    /// KVM's machine, with its event descriptors and its memory.
+    pub vm: Vm,
 }
 
 /// Builds the microVM and enters the jail.
@@ -152,7 +154,7 @@ pub fn build(
 
     let mut cmdline = boot::new_cmdline()?;
     cmdline.insert_str(CMDLINE).map_err(boot::BootError::from)?;
-    let share = add_devices(&mut vm, config, &mut descriptors, &mut cmdline)?;
+    let (share, stream_bytes) = add_devices(&mut vm, config, &mut descriptors, &mut cmdline)?;
     if !config.cmdline.is_empty() {
         cmdline.insert_str(&config.cmdline).map_err(boot::BootError::from)?;
     }
@@ -170,7 +172,7 @@ pub fn build(
     let end = Arc::clone(vm.end());
     let vcpus = Vcpus::spawn(vcpus, vm.mmio.clone(), vm.ports.clone(), Arc::clone(&end))
         .map_err(host("start the vCPU threads"))?;
-    Ok(Microvm { vcpus, end, console, memory_meter, stats, share, _vm: vm })
+    Ok(Microvm { vcpus, end, console, memory_meter, stats, share, stream_bytes, vm })
 }
 
 fn add_ports(vm: &mut Vm, console: &SharedLog, reset: vmm_sys_util::eventfd::EventFd) {
@@ -196,22 +198,23 @@ fn enter_jail(root: Option<OwnedFd>, share: Option<&Share>) -> Result<(), BuildE
     Ok(outer_root.enter_share()?)
 }
 
-/// Adds the virtio devices. Returns a handle of the share, which is opened in the jail.
+/// Adds the virtio devices. Returns a handle of the share, which is opened in the jail, and the
+/// counters of the socket device.
 fn add_devices(
     vm: &mut Vm,
     config: &VmConfig,
     descriptors: &mut Descriptors,
     cmdline: &mut Cmdline,
-) -> Result<Option<Share>, BuildError> {
+) -> Result<(Option<Share>, Arc<StreamBytes>), BuildError> {
     let mut add = |device: Box<dyn VirtioDevice>| -> Result<(), BuildError> {
         let slot = vm.add_virtio(device)?;
-        let parameter = format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq);
-        Ok(cmdline.insert_str(parameter).map_err(boot::BootError::from)?)
+        add_parameter(cmdline, slot)
     };
     let listener = UnixListener::from(descriptors.take(config.vsock.listen_fd)?);
     let connector = UnixDatagram::from(descriptors.take(config.vsock.connect_fd)?);
     let vsock = Vsock::new(config.vsock.guest_cid, listener, connector)
         .map_err(host("set up the vsock device's sockets"))?;
+    let bytes = vsock.bytes();
     add(Box::new(vsock))?;
     let mut share = None;
     if let Some(fs) = &config.fs {
@@ -221,7 +224,7 @@ fn add_devices(
     }
     for block in &config.block {
         let file = File::from(descriptors.take(block.file.fd)?);
-        let device = Block::new(file, block)
+        let device = Block::new(file, &block.serial, block.read_only)
             .map_err(|source| BuildError::Block { path: block.file.path.clone(), source })?;
         add(Box::new(device))?;
     }
@@ -230,7 +233,17 @@ fn add_devices(
     }
     add(Box::<Rng>::default())?;
     add(Box::<Balloon>::default())?;
-    Ok(share)
+    for _ in 0..config.disk_slots {
+        let slot = vm.add_slot()?;
+        add_parameter(cmdline, slot)?;
+    }
+    Ok((share, bytes))
+}
+
+/// Tells the guest's kernel of a device, or of a place for one.
+fn add_parameter(cmdline: &mut Cmdline, slot: MmioSlot) -> Result<(), BuildError> {
+    let parameter = format!("virtio_mmio.device=4K@{:#x}:{}", slot.address, slot.irq);
+    Ok(cmdline.insert_str(parameter).map_err(boot::BootError::from)?)
 }
 
 fn new_net(
@@ -337,6 +350,7 @@ mod tests {
             }),
             block: (0..MAX_BLOCK_AND_NET_DEVICES).map(|_| block()).collect(),
             net: Vec::new(),
+            disk_slots: 0,
             jail_root_fd: None,
         }
     }
@@ -351,7 +365,8 @@ mod tests {
         let mut vm = Vm::new(&kvm, ram).unwrap();
         let mut cmdline = boot::new_cmdline().unwrap();
         cmdline.insert_str(CMDLINE).unwrap();
-        assert!(add_devices(&mut vm, &config, &mut descriptors, &mut cmdline).unwrap().is_some());
+        let (share, _) = add_devices(&mut vm, &config, &mut descriptors, &mut cmdline).unwrap();
+        assert!(share.is_some());
         cmdline.insert_str(&config.cmdline).unwrap();
         write_boot_tables(&vm, &config, &cmdline, boot::Initramfs { start: 0, len: 0 }).unwrap();
         let one_more = vm.add_virtio(Box::<Rng>::default());
@@ -359,6 +374,33 @@ mod tests {
         // A descriptor can be taken once.
         let again = descriptors.take(config.block[0].file.fd);
         assert!(matches!(again, Err(ConfigError::Closed(_))));
+    }
+
+    #[test]
+    fn a_disk_comes_and_goes_while_the_machine_lives() {
+        let Ok(kvm) = Kvm::new() else { return eprintln!("left out: needs /dev/kvm") };
+        let mut vm = Vm::new(&kvm, GuestRam::new(config::MIN_MEMORY_MIB).unwrap()).unwrap();
+        let place = vm.add_slot().unwrap();
+        let id = |vm: &Vm| {
+            let mut id = [0; 4];
+            vm.mmio.read(place.address + 8, &mut id);
+            u32::from_le_bytes(id)
+        };
+        let disk = || {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(4096).unwrap();
+            Box::new(Block::new(file, "", false).unwrap())
+        };
+        assert!(matches!(vm.unplug(0), Err(VmError::Busy(0))));
+        assert!(matches!(vm.plug(1, disk()), Err(VmError::NoSlot(1))));
+        for _ in 0..3 {
+            assert_eq!((id(&vm), vm.plug(0, disk()).unwrap()), (0, 0));
+            assert_eq!(id(&vm), 2);
+            assert!(matches!(vm.plug(0, disk()), Err(VmError::NoSlot(0))));
+            // A driver that has begun loses the device as well.
+            vm.mmio.write(place.address + 0x70, &3u32.to_le_bytes());
+            vm.unplug(0).unwrap();
+        }
     }
 
     #[test]

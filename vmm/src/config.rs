@@ -16,7 +16,11 @@ pub const MIN_MEMORY_MIB: u64 = 64;
 /// Most guest memory in MiB (1 TiB).
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 
-/// Most block and network devices of a microVM: the interrupt lines that other devices leave.
+/// Most disk slots of a microVM.
+pub const MAX_DISK_SLOTS: u8 = 7;
+
+/// Most block and network devices of a microVM, disk slots included: the interrupt lines that other
+/// devices leave.
 pub const MAX_BLOCK_AND_NET_DEVICES: usize = 15;
 
 /// Most network devices of a microVM.
@@ -72,6 +76,10 @@ pub struct VmConfig {
     /// The virtio-net devices, in the order in which the guest finds them.
     #[serde(default)]
     pub net: Vec<NetConfig>,
+    /// Number of places for disks that come while the guest runs
+    /// ([`crate::control::VmmAction::AttachDisk`]).
+    #[serde(default)]
+    pub disk_slots: u8,
     /// Descriptor of the directory that becomes the VMM's root before the guest runs. Its mount
     /// must be shared, so that later mounts below it arrive in the VMM. Without a descriptor the
     /// VMM keeps the caller's root, which is for experiments only.
@@ -237,7 +245,9 @@ impl VmConfig {
         in_range("memory_mib", self.memory_mib, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?;
         in_range("vsock.guest_cid", self.vsock.guest_cid.into(), 3, u64::from(u32::MAX) - 1)?;
         in_range("number of network devices", self.net.len() as u64, 0, MAX_NET_DEVICES.into())?;
-        let block_and_net = (self.block.len() + self.net.len()) as u64;
+        in_range("disk_slots", self.disk_slots.into(), 0, MAX_DISK_SLOTS.into())?;
+        let slots = usize::from(self.disk_slots);
+        let block_and_net = (self.block.len() + self.net.len() + slots) as u64;
         let max = MAX_BLOCK_AND_NET_DEVICES as u64;
         in_range("number of block and network devices", block_and_net, 0, max)?;
         text("id", &self.id, "1 to 1024 printable ASCII characters", |s| {

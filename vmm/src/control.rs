@@ -5,12 +5,14 @@
 //! [`VmmMessage::Reply`], in order. [`VmmMessage::Event`]s come in between, without a request. When
 //! the sandbox process closes its end, the VMM ends the microVM and exits.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Longest message in either direction, in bytes.
 pub const MAX_MESSAGE_LEN: usize = 32 * 1024;
@@ -20,7 +22,7 @@ pub const MAX_MESSAGE_LEN: usize = 32 * 1024;
 pub const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// Requests of the sandbox process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "action")]
 pub enum VmmAction {
     /// Reports [`VmmReply::Status`].
@@ -29,6 +31,21 @@ pub enum VmmAction {
     Pause,
     /// Continues paused vCPUs.
     Resume,
+    /// Puts a disk into a slot. The descriptor of the disk comes with the message (`SCM_RIGHTS`).
+    /// Answered by [`VmmReply::Attached`].
+    AttachDisk {
+        /// Number of the slot, less than [`crate::config::VmConfig::disk_slots`].
+        slot: u8,
+        /// Path by which the disk was opened, for messages.
+        path: String,
+        /// True if the guest may not write.
+        read_only: bool,
+    },
+    /// Takes a disk out of its slot, and closes it. The guest should have given it up before.
+    DetachDisk {
+        /// Number of the slot.
+        slot: u8,
+    },
     /// Ends the microVM now, without a message to the guest.
     Stop,
 }
@@ -49,6 +66,19 @@ pub enum VmmReply {
         overhead_kib: u64,
         /// Resident guest memory in KiB.
         guest_resident_kib: u64,
+        /// Requests to the file system device since the start, by class. Classes without a request
+        /// are left out.
+        fs_requests: std::collections::BTreeMap<String, u64>,
+        /// Bytes of data in the streams of the socket device since the start, to the guest.
+        stream_bytes_to_guest: u64,
+        /// The same, from the guest.
+        stream_bytes_to_host: u64,
+    },
+    /// Answer to [`VmmAction::AttachDisk`].
+    Attached {
+        /// Number of the virtio-mmio device in the guest: `virtio-mmio.<number>` of its platform
+        /// bus.
+        number: u32,
     },
     /// The action failed.
     Failed {
@@ -135,18 +165,20 @@ impl ControlSocket {
         Self(socket)
     }
 
-    /// Receives one action. `Ok(None)` when the sandbox process has closed its end.
+    /// Receives one action, and the descriptor that came with it. `Ok(None)` when the sandbox
+    /// process has closed its end.
     ///
     /// # Errors
     ///
     /// When the packet is not an action. The sandbox process cannot be trusted to steer then.
-    pub fn receive(&self) -> io::Result<Option<VmmAction>> {
+    pub fn receive(&self) -> io::Result<Option<(VmmAction, Option<File>)>> {
         let mut packet = vec![0u8; MAX_MESSAGE_LEN];
-        let len = self.0.recv(&mut packet)?;
+        let received = self.0.recv_with_fd(&mut packet);
+        let (len, file) = received.map_err(|e| io::Error::from_raw_os_error(e.errno()))?;
         if len == 0 {
             return Ok(None);
         }
-        Ok(Some(serde_json::from_slice(&packet[..len])?))
+        Ok(Some((serde_json::from_slice(&packet[..len])?, file)))
     }
 
     /// Sends one message.

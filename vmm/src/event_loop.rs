@@ -1,8 +1,10 @@
 //! The main thread. It waits for the sandbox process, the guest's reset, and the end.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -10,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::builder::Microvm;
 use crate::control::{ControlSocket, EndReason, VmmAction, VmmEvent, VmmMessage, VmmReply};
+use crate::devices::virtio::block::Block;
 
 const CONTROL: u64 = 0;
 const RESET: u64 = 1;
@@ -86,8 +89,8 @@ pub fn ended(vm: &Microvm, reason: EndReason) -> VmmEvent {
 /// Executes an action of the sandbox process. Returns a reason to end.
 fn serve(vm: &mut Microvm, control: &ControlSocket) -> Option<EndReason> {
     let reply = match control.receive() {
-        Ok(Some(VmmAction::Stop)) | Ok(None) => return Some(EndReason::Stopped),
-        Ok(Some(VmmAction::Pause)) => {
+        Ok(Some((VmmAction::Stop, _))) | Ok(None) => return Some(EndReason::Stopped),
+        Ok(Some((VmmAction::Pause, _))) => {
             if vm.vcpus.pause(PAUSE_LIMIT) {
                 VmmReply::Done
             } else {
@@ -95,11 +98,21 @@ fn serve(vm: &mut Microvm, control: &ControlSocket) -> Option<EndReason> {
                 VmmReply::Failed { message: format!("a vCPU did not stop within {limit} seconds") }
             }
         }
-        Ok(Some(VmmAction::Resume)) => {
+        Ok(Some((VmmAction::Resume, _))) => {
             vm.vcpus.resume();
             VmmReply::Done
         }
-        Ok(Some(VmmAction::Status)) => status(vm),
+        Ok(Some((VmmAction::Status, _))) => status(vm),
+        Ok(Some((VmmAction::AttachDisk { slot, path, read_only }, file))) => {
+            match attach_disk(vm, slot, &path, read_only, file) {
+                Ok(number) => VmmReply::Attached { number },
+                Err(message) => VmmReply::Failed { message },
+            }
+        }
+        Ok(Some((VmmAction::DetachDisk { slot }, _))) => match vm.vm.unplug(slot) {
+            Ok(()) => VmmReply::Done,
+            Err(e) => VmmReply::Failed { message: e.to_string() },
+        },
         Err(e) => {
             let message = format!("cannot read the control socket: {e}");
             return Some(EndReason::VmmFailed { message });
@@ -109,6 +122,19 @@ fn serve(vm: &mut Microvm, control: &ControlSocket) -> Option<EndReason> {
         Ok(()) => None,
         Err(_) => Some(EndReason::Stopped),
     }
+}
+
+/// Puts a disk into a slot. Returns the number of its device in the guest.
+fn attach_disk(
+    vm: &Microvm,
+    slot: u8,
+    path: &str,
+    read_only: bool,
+    file: Option<File>,
+) -> Result<u32, String> {
+    let file = file.ok_or_else(|| format!("{path}: its descriptor did not come"))?;
+    let disk = Block::new(file, "", read_only).map_err(|e| format!("{path}: {e}"))?;
+    vm.vm.plug(slot, Box::new(disk)).map_err(|e| format!("{path}: {e}"))
 }
 
 fn status(vm: &mut Microvm) -> VmmReply {
@@ -121,6 +147,9 @@ fn status(vm: &mut Microvm) -> VmmReply {
             exits,
             overhead_kib: resident.overhead_kib,
             guest_resident_kib: resident.guest_kib,
+            fs_requests: vm.share.as_ref().map(|s| s.requests().read()).unwrap_or_default(),
+            stream_bytes_to_guest: vm.stream_bytes.to_guest.load(Ordering::Relaxed),
+            stream_bytes_to_host: vm.stream_bytes.to_host.load(Ordering::Relaxed),
         },
         Err(e) => VmmReply::Failed { message: format!("cannot read /proc/self/smaps: {e}") },
     }

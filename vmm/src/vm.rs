@@ -17,7 +17,8 @@ use crate::bus::{Bus, BusDevice};
 use crate::devices::virtio::device::{VirtioDevice, device_name};
 use crate::devices::virtio::interrupt::Interrupt;
 use crate::devices::virtio::mmio::{INTERRUPT_ACK, MmioTransport, QUEUE_NOTIFY};
-use crate::devices::virtio::registers::RegisterPages;
+use crate::devices::virtio::registers::{RegisterPages, RegisterWindow};
+use crate::devices::virtio::slot::{Plugged, Slot};
 use crate::end::EndSignal;
 use crate::memory::GuestRam;
 use crate::sync::lock;
@@ -59,6 +60,12 @@ pub enum VmError {
         layout::IRQ_LAST - layout::VIRTIO_IRQ_FIRST + 1
     )]
     TooManyDevices,
+    /// There is no such slot, or it has a device already.
+    #[error("disk slot {0} is in use, or there is no such slot")]
+    NoSlot(u8),
+    /// A device does not come out of its slot.
+    #[error("disk slot {0} is empty, or its device is still busy")]
+    Busy(u8),
 }
 
 fn ioctl(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
@@ -80,6 +87,8 @@ pub struct Vm {
     /// Takes the driver's acknowledgement of each interrupt, which has no effect. So the
     /// acknowledgement is an exit to KVM, but not to this process.
     acknowledged: EventFd,
+    /// Places for devices that come later, with their numbers in the order of all devices.
+    slots: Vec<(u32, Arc<Mutex<Slot>>)>,
     end: Arc<EndSignal>,
 }
 
@@ -165,6 +174,7 @@ impl Vm {
             registers: RegisterPages::new(layout::VIRTIO_MMIO_LEN as usize)
                 .map_err(VmError::Event)?,
             acknowledged: EventFd::new(libc::EFD_NONBLOCK).map_err(VmError::Event)?,
+            slots: Vec::new(),
             end,
         };
         vm.register_ram()?;
@@ -251,38 +261,142 @@ impl Vm {
     ///
     /// When no line is free, or KVM or the host refuses an event descriptor.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<MmioSlot, VmError> {
-        let irq = layout::VIRTIO_IRQ_FIRST + self.devices;
-        if irq > layout::IRQ_LAST {
+        let (_, place, window) = self.next_place()?;
+        let Plugged { transport, .. } = self.connect(device, place, window)?;
+        let device: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(transport));
+        self.mmio.insert(place.address, layout::VIRTIO_MMIO_SIZE, device);
+        Ok(place)
+    }
+
+    /// Reserves the next free window and interrupt line for a device that may come later. KVM has
+    /// nothing of it until then.
+    ///
+    /// # Errors
+    ///
+    /// When no line is free.
+    pub fn add_slot(&mut self) -> Result<MmioSlot, VmError> {
+        let (number, place, window) = self.next_place()?;
+        let slot = Arc::new(Mutex::new(Slot::new(window)));
+        self.slots.push((number, Arc::clone(&slot)));
+        self.mmio.insert(place.address, layout::VIRTIO_MMIO_SIZE, slot);
+        Ok(place)
+    }
+
+    /// Puts a device into a slot. Returns the device's number in the order of all devices, which is
+    /// its number in the guest. The guest looks at it only when it is told to.
+    ///
+    /// # Errors
+    ///
+    /// When the slot is in use, or KVM or the host refuses an event descriptor.
+    pub fn plug(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Result<u32, VmError> {
+        let (number, found) = self.slots.get(usize::from(slot)).ok_or(VmError::NoSlot(slot))?;
+        let mut found = lock(found);
+        if found.is_in_use() {
+            return Err(VmError::NoSlot(slot));
+        }
+        let (place, window) = self.place_of(*number);
+        match self.connect(device, place, window) {
+            Ok(plugged) => found.plug(plugged),
+            Err(error) => {
+                // The device has shown itself already.
+                found.show_empty();
+                return Err(error);
+            }
+        }
+        Ok(*number)
+    }
+
+    /// Resets the device in a slot, and takes it out.
+    ///
+    /// # Errors
+    ///
+    /// When the slot is empty, or the device is busy. The device is still there then.
+    pub fn unplug(&self, slot: u8) -> Result<(), VmError> {
+        let (number, found) = self.slots.get(usize::from(slot)).ok_or(VmError::NoSlot(slot))?;
+        let plugged = lock(found).unplug().ok_or(VmError::Busy(slot))?;
+        let (place, _) = self.place_of(*number);
+        self.disconnect(&plugged, place)
+    }
+
+    /// Takes the next free window and interrupt line.
+    fn next_place(&mut self) -> Result<(u32, MmioSlot, RegisterWindow), VmError> {
+        let number = self.devices;
+        let (place, window) = self.place_of(number);
+        if place.irq > layout::IRQ_LAST {
             return Err(VmError::TooManyDevices);
         }
-        let offset = u64::from(self.devices) * layout::VIRTIO_MMIO_SIZE;
-        let address = layout::VIRTIO_MMIO_START + offset;
         self.devices += 1;
-        lock(&self.ioapic).add_line(irq);
+        lock(&self.ioapic).add_line(place.irq);
+        Ok((number, place, window))
+    }
+
+    fn place_of(&self, number: u32) -> (MmioSlot, RegisterWindow) {
+        let offset = u64::from(number) * layout::VIRTIO_MMIO_SIZE;
+        let address = layout::VIRTIO_MMIO_START + offset;
+        let place = MmioSlot { address, irq: layout::VIRTIO_IRQ_FIRST + number };
+        (place, self.registers.window(offset as usize))
+    }
+
+    /// Puts a device behind a transport, and connects both with KVM.
+    fn connect(
+        &self,
+        device: Box<dyn VirtioDevice>,
+        place: MmioSlot,
+        window: RegisterWindow,
+    ) -> Result<Plugged, VmError> {
         let name = device_name(device.device_type());
         let failed = |source| VmError::Device { device: name, source };
         let line = EventFd::new(libc::EFD_NONBLOCK).map_err(failed)?;
-        self.fd.register_irqfd(&line, irq).map_err(ioctl("register an interrupt"))?;
         let transport = MmioTransport::new(
             device,
             self.ram.memory().clone(),
-            Interrupt::new(line),
-            self.registers.window(offset as usize),
+            Interrupt::new(line.try_clone().map_err(failed)?),
+            window,
             Arc::clone(&self.end),
         )
         .map_err(failed)?;
-        let notify = IoEventAddress::Mmio(address + QUEUE_NOTIFY);
+        let plugged = Plugged { transport, line };
+        match self.register(&plugged, place) {
+            Ok(()) => Ok(plugged),
+            Err(error) => {
+                // Only registered parts can be taken back. The others fail here.
+                let _ = self.disconnect(&plugged, place);
+                Err(error)
+            }
+        }
+    }
+
+    fn register(&self, plugged: &Plugged, place: MmioSlot) -> Result<(), VmError> {
+        let Plugged { transport, line } = plugged;
+        self.fd.register_irqfd(line, place.irq).map_err(ioctl("register an interrupt"))?;
+        let notify = IoEventAddress::Mmio(place.address + QUEUE_NOTIFY);
         for (queue, kick) in transport.worker_kicks() {
             self.fd
                 .register_ioevent(kick, &notify, queue)
                 .map_err(ioctl("register a queue's kick"))?;
         }
-        let acknowledge = IoEventAddress::Mmio(address + INTERRUPT_ACK);
+        let acknowledge = IoEventAddress::Mmio(place.address + INTERRUPT_ACK);
         self.fd
             .register_ioevent(&self.acknowledged, &acknowledge, NoDatamatch)
-            .map_err(ioctl("register the acknowledgement of interrupts"))?;
-        let device: Arc<Mutex<dyn BusDevice>> = Arc::new(Mutex::new(transport));
-        self.mmio.insert(address, layout::VIRTIO_MMIO_SIZE, device);
-        Ok(MmioSlot { address, irq })
+            .map_err(ioctl("register the acknowledgement of interrupts"))
+    }
+
+    /// Takes back the connections of [`Self::connect`]: all of them, even if one fails.
+    fn disconnect(&self, plugged: &Plugged, place: MmioSlot) -> Result<(), VmError> {
+        let Plugged { transport, line } = plugged;
+        let interrupt =
+            self.fd.unregister_irqfd(line, place.irq).map_err(ioctl("take back an interrupt"));
+        let notify = IoEventAddress::Mmio(place.address + QUEUE_NOTIFY);
+        let mut kicks = Ok(());
+        for (queue, kick) in transport.worker_kicks() {
+            let taken = self.fd.unregister_ioevent(kick, &notify, queue);
+            kicks = kicks.and(taken.map_err(ioctl("take back a queue's kick")));
+        }
+        let acknowledge = IoEventAddress::Mmio(place.address + INTERRUPT_ACK);
+        let acknowledged = self
+            .fd
+            .unregister_ioevent(&self.acknowledged, &acknowledge, NoDatamatch)
+            .map_err(ioctl("take back the acknowledgement of interrupts"));
+        interrupt.and(kicks).and(acknowledged)
     }
 }

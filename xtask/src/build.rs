@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
@@ -76,7 +77,7 @@ pub(crate) fn main(
     Ok(0)
 }
 
-/// Builds all five files of the product. Returns their folder.
+/// Builds all files of the product. Returns their folder.
 pub(crate) fn build() -> Result<PathBuf> {
     let began = std::time::Instant::now();
     apt::ensure(needs())?;
@@ -92,6 +93,7 @@ pub(crate) fn build() -> Result<PathBuf> {
     for name in ["isopod", "isopod-vmm"] {
         place(&binaries.join(name), &product.join(name))?;
     }
+    link_shim(&product)?;
     place_image(&binaries)?;
     say(format!("built {} in {}", product.display(), seconds(began)));
     Ok(product)
@@ -112,7 +114,13 @@ pub(crate) fn image() -> Result<PathBuf> {
 }
 
 fn binaries(packages: &[&str]) -> Result<PathBuf> {
-    step(&format!("compile {}", packages.join(", ")), || compile(packages))
+    let programs: Vec<&str> = packages.iter().map(|package| program(package)).collect();
+    step(&format!("compile {}", programs.join(", ")), || compile(packages))
+}
+
+/// Name of a package's program.
+fn program(package: &str) -> &str {
+    if package == "isopod-shim" { "isopod" } else { package }
 }
 
 fn place_image(binaries: &Path) -> Result<PathBuf> {
@@ -157,6 +165,19 @@ pub(crate) fn patient_cargo() -> Command {
 
 fn cargo_program() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// Name under which `isopod` is containerd's shim.
+const SHIM: &str = "containerd-shim-isopod-v2";
+
+/// Makes the link by which containerd finds its shim, beside `isopod` in `folder`. Returns its path.
+pub(crate) fn link_shim(folder: &Path) -> Result<PathBuf> {
+    let (link, new) = (folder.join(SHIM), folder.join(format!(".{SHIM}.new")));
+    let _ = fs::remove_file(&new);
+    symlink("isopod", &new)
+        .and_then(|()| fs::rename(&new, &link))
+        .with_context(|| format!("cannot make the link {}", link.display()))?;
+    Ok(link)
 }
 
 /// Copies `from` to `to`, replacing `to` atomically.

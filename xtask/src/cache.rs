@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
 use sha2::{Digest as _, Sha256};
 
-use crate::progress::step;
+use crate::progress::{short_step, step};
 
 /// `$XDG_CACHE_HOME/isopod`, or `~/.cache/isopod`.
 pub(crate) fn root() -> Result<PathBuf> {
@@ -107,11 +107,11 @@ pub(crate) fn forget_unused(shelf: &Path, kept: Duration) {
         // Names with a dot in front are locks; another process may wait for one.
         if age > kept && !entry.file_name().as_encoded_bytes().starts_with(b".") {
             let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            let _ = if is_dir {
-                fs::remove_dir_all(entry.path())
+            if is_dir {
+                let _ = remove(&entry.path());
             } else {
-                fs::remove_file(entry.path())
-            };
+                let _ = fs::remove_file(entry.path());
+            }
         }
     }
 }
@@ -156,7 +156,8 @@ pub(crate) fn lock(path: &Path) -> Result<Flock<File>> {
 
 /// Removes a directory and its contents, if it exists.
 fn remove(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
+    let removed = short_step(&format!("remove {}", path.display()), || fs::remove_dir_all(path));
+    match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("cannot remove {}", path.display()))
         }

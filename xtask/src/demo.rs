@@ -9,6 +9,7 @@ use lexopt::prelude::*;
 use crate::apt::{self, Need};
 use crate::bundle::Given;
 use crate::lab::{self, Ended, Input, LabOptions, Run, Show};
+use crate::process::shell_line;
 use crate::progress::{say, step};
 use crate::target::{self, Target};
 use crate::{build, bundle};
@@ -29,7 +30,7 @@ const NEEDS: [Need; 1] =
 const SCRIPT: &str = "\
 echo \"Hello from process $$ on $(hostname), Linux $(uname -r).\"
 echo 'Processes here:'
-ps -o pid,args
+ps -o pid,comm
 echo 'Mounted as /:'
 grep ' / ' /proc/mounts
 ";
@@ -72,7 +73,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         argv.push("--".to_owned());
         argv.extend_from_slice(command);
     }
-    say(format!("isopod run {}", argv.join(" ")));
+    say(format!("isopod run {}", shell_line(&argv)));
     let status = run(&target, &isopod, &argv, target.input(), &mut Show::Through)?;
 
     let mut guest = Vec::new();
@@ -100,10 +101,21 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         bail!("the microVM has the kernel of its host");
     }
     if words.is_empty() {
-        println!("\nThat ran in a microVM with its own kernel. `cargo xtask demo -- BUNDLE` runs");
-        println!("your bundle, and `cargo xtask install` installs the runtime on this machine.");
+        println!("\n{}", next_steps());
     }
     Ok(status)
+}
+
+/// Advice for the reader of the demo's output.
+fn next_steps() -> &'static str {
+    if target::has_hardware_kvm() {
+        "That ran in a microVM with its own kernel. `cargo xtask demo -- BUNDLE` runs your bundle,
+and `cargo xtask install` installs the runtime on this machine."
+    } else {
+        "That ran in a microVM with its own kernel, in the lab. `cargo xtask demo -- BUNDLE` runs your
+bundle. This machine has no hardware KVM, so an installed isopod cannot run sandboxes here. The lab
+can: `cargo xtask lab --help` says how to run commands in it."
+    }
 }
 
 /// The bundle to run, and the command that replaces its process (empty: none).
@@ -119,8 +131,11 @@ fn choose(words: &[String]) -> Result<(PathBuf, &[String])> {
         [given, command @ ..] => {
             let given = fs::canonicalize(given)
                 .with_context(|| format!("cannot find the bundle {given}"))?;
+            if !given.is_dir() {
+                bail!("{} is not a bundle: it is not a directory", given.display());
+            }
             if !given.join("config.json").is_file() {
-                bail!("{} is no bundle: it has no config.json", given.display());
+                bail!("{} is not a bundle: it has no config.json", given.display());
             }
             Ok((given, command))
         }

@@ -16,12 +16,13 @@ Usage: cargo xtask install [--prefix DIR]
 
   --prefix DIR   install below DIR [/usr/local]
 
-Builds and installs isopod in DIR/bin, the VMM in DIR/libexec/isopod, and guest kernel and guest
-image in DIR/share/isopod. Man pages and completions of bash, fish and zsh go below DIR/share.
-isopod finds the other files relative to itself, so DIR may be moved.";
+Builds and installs isopod in DIR/bin, with a link for containerd's shim beside it. The VMM goes to
+DIR/libexec/isopod, guest kernel and guest image to DIR/share/isopod. Man pages and completions of
+bash, fish and zsh go below DIR/share. isopod finds the other files relative to itself, so DIR may
+be moved.";
 
 /// Files of the product, each with its folder below the prefix.
-const FILES: [(&str, &str); 4] = [
+pub(crate) const FILES: [(&str, &str); 4] = [
     ("isopod", "bin"),
     ("isopod-vmm", "libexec/isopod"),
     ("vmlinux", "share/isopod"),
@@ -56,7 +57,12 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
         build::place(&product.join(name), &folder.join(name))?;
         say(format!("installed {}", folder.join(name).display()));
     }
+    let link = build::link_shim(&prefix.join("bin"))?;
+    say(format!("installed {}", link.display()));
     pages(&product.join("isopod"), &prefix)?;
+    let isopod = prefix.join("bin/isopod");
+    let isopod = isopod.display();
+    say(format!("next: {isopod} check; then {isopod} install registers it with the engines"));
     Ok(0)
 }
 

@@ -65,16 +65,25 @@ fn build(pin: &Pin, patches: &Patches, options: &KernelOptions, dir: &Path) -> R
     let package =
         step(&format!("download {} {}", offer.package, offer.version), || offer.download(&work))?;
     step("unpack the guest kernel's source", || source::unpack(&package, &offer.package, &tree))?;
-    patches.apply(&tree, &repository::target().join("kernel.log"))?;
-    let image = compile::compile(&tree, &work, options, &offer.version)?;
+    step("patch and configure the guest kernel", || {
+        patches.apply(&tree, &repository::target().join("kernel.log"))?;
+        compile::configure(&tree, &work, options, &offer.version)
+    })?;
+    let image = compile::compile(&tree, &work, &offer.version)?;
+    step("check the guest kernel, and remove its source", || {
+        keep(&image, &work, &offer.version, dir)?;
+        fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))
+    })
+}
+
+/// Checks the compiled `image` and copies the files of the cache entry from `work` to `dir`.
+fn keep(image: &Path, work: &Path, built: &str, dir: &Path) -> Result<()> {
     let vmlinux = dir.join("vmlinux");
-    compile::strip(&image, &vmlinux)?;
+    compile::strip(image, &vmlinux)?;
     elf::check(&vmlinux)?;
     let config = dir.join("config");
     fs::copy(work.join(compile::CONFIG), &config)
         .with_context(|| format!("cannot write {}", config.display()))?;
     let version = dir.join("version");
-    fs::write(&version, &offer.version)
-        .with_context(|| format!("cannot write {}", version.display()))?;
-    fs::remove_dir_all(&work).with_context(|| format!("cannot remove {}", work.display()))
+    fs::write(&version, built).with_context(|| format!("cannot write {}", version.display()))
 }

@@ -7,6 +7,7 @@ mod bundle;
 mod cache;
 mod demo;
 mod dependencies;
+mod deploy_image;
 #[cfg(test)]
 mod floors;
 mod image;
@@ -34,6 +35,8 @@ Usage: cargo xtask COMMAND [...]
   kernel    build the guest kernel only
   image     build the guest image only
   install   build, and install below /usr/local
+  deploy-image
+            build the image that installs Isopod on nodes of Kubernetes
   bench     run a benchmark, in a lab that counts instructions
   lab       boot a machine with nested KVM and run commands in it
 
@@ -69,6 +72,7 @@ fn run() -> Result<i32> {
         "kernel" => build::main(args, build::KERNEL_HELP, build::kernel),
         "image" => build::main(args, build::IMAGE_HELP, build::image),
         "install" => install::main(args),
+        "deploy-image" => build::main(args, deploy_image::HELP, deploy_image::build),
         "bench" => bench::main(args),
         "lab" => lab::cli::main(args),
         // Programs of the lab itself: its PID 1 and the servers of its ports; see lab/init.rs.

@@ -121,7 +121,34 @@ pub(crate) fn shell_status(status: ExitStatus) -> i32 {
 
 /// Name of a command for messages: its program and its first three arguments.
 fn name(command: &Command) -> String {
-    let mut words = vec![command.get_program().to_string_lossy().into_owned()];
-    words.extend(command.get_args().take(3).map(|arg| arg.to_string_lossy().into_owned()));
-    words.join(" ")
+    let mut words = vec![command.get_program().to_string_lossy()];
+    words.extend(command.get_args().take(3).map(|arg| arg.to_string_lossy()));
+    shell_line(words)
+}
+
+/// Words as one line for a shell.
+pub(crate) fn shell_line(words: impl IntoIterator<Item = impl AsRef<str>>) -> String {
+    words.into_iter().map(|word| shell_word(word.as_ref())).collect::<Vec<_>>().join(" ")
+}
+
+/// `text` as one word for a shell, in quotes if it needs them.
+pub(crate) fn shell_word(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"%+,-./:=@_".contains(&byte);
+    if !text.is_empty() && text.bytes().all(is_plain) {
+        return text.to_owned();
+    }
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_survive_a_shell() {
+        assert_eq!(shell_line(["sh", "-c", "echo a b", ""]), "sh -c 'echo a b' ''");
+        assert_eq!(shell_word("/a-b/c.d"), "/a-b/c.d");
+        assert_eq!(shell_word("it's"), r"'it'\''s'");
+        assert_eq!(shell_word("$x"), "'$x'");
+    }
 }

@@ -23,22 +23,28 @@ pub(crate) fn say(text: impl AsRef<str>) {
 pub(crate) fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     say(format!("{what} ..."));
     let began = Instant::now();
-    let (finished, waiting) = channel::<()>();
-    let result = thread::scope(|scope| {
-        scope.spawn(move || {
-            while waiting.recv_timeout(REMINDER) == Err(RecvTimeoutError::Timeout) {
-                say(format!("{what} ... {} so far", seconds(began)));
-            }
-        });
-        let result = work();
-        drop(finished);
-        result
-    });
+    let result = short_step(what, work);
     match &result {
         Ok(_) => say(format!("{what}: done in {}", seconds(began))),
         Err(_) => say(format!("{what}: failed after {}", seconds(began))),
     }
     result
+}
+
+/// Runs a step that is usually short. Prints its progress every ten seconds, and else nothing.
+pub(crate) fn short_step<T>(what: &str, work: impl FnOnce() -> T) -> T {
+    let began = Instant::now();
+    let (finished, waiting) = channel::<()>();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while waiting.recv_timeout(REMINDER) == Err(RecvTimeoutError::Timeout) {
+                say(format!("{what} ... {} so far", seconds(began)));
+            }
+        });
+        // Dropped at the end of the work, also by a panic: the thread above then ends.
+        let _finished = finished;
+        work()
+    })
 }
 
 /// Time since `began` as text.

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::apt::Need;
 use crate::lab::{self, Ended, Input, Lab, LabOptions, Run, Show};
 use crate::process;
-use crate::progress::say;
+use crate::progress::{say, short_step, step};
 
 /// Environment variable that overrides the choice: `force` for a lab, `off` for this machine.
 const CHOICE: &str = "ISOPOD_LAB";
@@ -71,8 +71,10 @@ impl Target {
         }
         let name = from.file_name().context("a directory to copy has no name")?;
         let to = Path::new(BROUGHT).join(name);
-        self.must(&["mkdir", "-p", BROUGHT])?;
-        self.must(&["cp", "-a", "--", lab::text(from)?, lab::text(&to)?])?;
+        step(&format!("copy {} to the lab", from.display()), || {
+            self.must(&["mkdir", "-p", BROUGHT])?;
+            self.must(&["cp", "-a", "--", lab::text(from)?, lab::text(&to)?])
+        })?;
         Ok(to)
     }
 
@@ -87,8 +89,10 @@ impl Target {
         for (number, path) in lab::hidden(paths).into_iter().enumerate() {
             let path = lab::text(&path)?;
             // EXPOSE names the lower directory `.`: overlay options could not quote every `path`.
-            self.must(&["sh", "-c", EXPOSE, "expose", path, &number.to_string()])
-                .with_context(|| format!("cannot show {path} to the lab"))?;
+            short_step(&format!("show {path} to the lab"), || {
+                self.must(&["sh", "-c", EXPOSE, "expose", path, &number.to_string()])
+            })
+            .with_context(|| format!("cannot show {path} to the lab"))?;
         }
         Ok(())
     }
@@ -107,7 +111,7 @@ impl Target {
         match self.run(&run, Input::Nothing, &mut Show::Through)? {
             Ended::Status(0) => Ok(()),
             Ended::Status(status) => {
-                bail!("{} ended with status {status} {}", argv.join(" "), self.name())
+                bail!("{} ended with status {status} {}", process::shell_line(argv), self.name())
             }
             Ended::Refused(why) => bail!("{why}"),
         }
@@ -130,7 +134,7 @@ fn reason_for_lab(counting: bool) -> Result<Option<String>> {
     let choice = std::env::var(CHOICE).unwrap_or_default();
     match choice.as_str() {
         "" if counting => Ok(Some("it counts instructions".to_owned())),
-        "" if hardware_kvm() => Ok(None),
+        "" if has_hardware_kvm() => Ok(None),
         "" => Ok(Some("this machine has no hardware KVM".to_owned())),
         "off" => Ok(None),
         "force" => Ok(Some(format!("{CHOICE}=force"))),
@@ -187,7 +191,7 @@ fn pass_on(mut output: ChildStdout, show: &mut Show<'_>) -> Result<()> {
 }
 
 /// Tells if processor and kernel have KVM. `/dev/kvm` alone is not enough: it may be emulated.
-fn hardware_kvm() -> bool {
+pub(crate) fn has_hardware_kvm() -> bool {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or("");
     let flag = |name: &str| flags.split_whitespace().any(|flag| flag == name);

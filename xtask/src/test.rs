@@ -34,8 +34,9 @@ Usage: cargo xtask test [--unit | --e2e] [--proofs] [FILTER]
 
   FILTER    only tests whose names contain FILTER; all tests of an end-to-end program if FILTER is
             its name (`stdio` for tests/tests/stdio.rs)
-            docker, docker_newer, podman, workloads, `runc::` and `isopod::`: tests of container
-            engines; other filters leave these tests out
+            docker, docker_newer, podman, containerd, containerd_older, containerd_newer,
+            workloads, `runc::` and `isopod::`: tests of container engines; other filters leave
+            these tests out
   --unit    only the unit tests
   --e2e     only the end-to-end tests
   --proofs  also the cases of engines that runc has proven in an earlier run
@@ -74,8 +75,9 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     }
     let later = run_packages(&choice)?;
     // Before anything is installed: the error for users other than root names all missing packages.
-    apt::missing(build::needs().chain(later.iter().copied()))?;
-    apt::ensure(build::needs())?;
+    let compile = || build::needs().chain(needs::COMPILE.filter(|_| choice.e2e));
+    apt::missing(compile().chain(later.iter().copied()))?;
+    apt::ensure(compile())?;
     let report = run(&choice, &later);
     let total = report.total();
     total.details().iter().for_each(|detail| println!("\n{detail}"));

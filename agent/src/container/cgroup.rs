@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use isopod_protocol::text::seconds;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -228,9 +229,9 @@ impl Cgroup {
         }
         self.write("cgroup.freeze", "0")?;
         frozen?;
-        let seconds = FREEZE_TIMEOUT.as_secs();
+        let limit = seconds(FREEZE_TIMEOUT);
         Err(Error::internal(format!(
-            "a process does not stop within {seconds} s: it is in a call that cannot be interrupted"
+            "a process does not stop within {limit}: it is in a call that cannot be interrupted"
         )))
     }
 
@@ -271,9 +272,9 @@ impl Cgroup {
             result => result?,
         }
         if !wait_for_event(&self.path, "populated", 0, KILL_TIMEOUT)? {
-            let (path, seconds) = (self.path.display(), KILL_TIMEOUT.as_secs());
+            let (path, limit) = (self.path.display(), seconds(KILL_TIMEOUT));
             return Err(Error::internal(format!(
-                "killed processes of {path} have not ended after {seconds} s"
+                "killed processes of {path} have not ended after {limit}"
             )));
         }
         for group in self.tree()?.iter().rev() {

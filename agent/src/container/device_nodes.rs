@@ -75,7 +75,8 @@ pub(crate) fn check_present(device: &Device) -> Result<()> {
     });
     // /sys/dev does not list pseudo-terminals.
     let there = major == 136 || Path::new(&format!("/sys/dev/{kind}/{major}:{minor}")).exists();
-    if portable && there {
+    // Every other block device is a disk that the host has given to this container.
+    if (portable || node.kind == FileType::BlockDevice) && there {
         return Ok(());
     }
     let why = format!(

@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use isopod_protocol::text::seconds;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Access, AtFlags, CWD, MemfdFlags, Mode, OFlags, SeekFrom, memfd_create};
 use rustix::io::{Errno, retry_on_intr};
@@ -77,9 +78,9 @@ fn run_one(name: &str, hook: &Hook, env: &[String], state: &[u8]) -> Result<()> 
     let ended = wait(pid, &output, hook.timeout.map(Duration::from_secs), &mut said)
         .context(|| format!("wait for {name}"))?;
     let Some(status) = ended else {
-        let limit = hook.timeout.unwrap_or_default();
+        let limit = seconds(Duration::from_secs(hook.timeout.unwrap_or_default()));
         return Err(Error::internal(format!(
-            "{name} was killed: it took longer than its timeout of {limit} seconds"
+            "{name} was killed: it took longer than its timeout of {limit}"
         )));
     };
     let how = match (status.exit_status(), status.terminating_signal()) {

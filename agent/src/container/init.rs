@@ -4,7 +4,7 @@
 //! cgroup. So all of it happens in a process with one thread and none of the agent's state.
 
 use std::convert::Infallible;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::path::Path;
 
@@ -25,7 +25,7 @@ use crate::error::{Context as _, Error, Result};
 use crate::oci::{Hook, HookState, NamespaceKind, ProcessSpec};
 
 /// `argv[0]` of the agent's program when it is to become a container's process.
-pub const INIT_NAME: &str = "isopod-init";
+pub const INIT_NAME: &CStr = c"isopod-init";
 
 /// Descriptor of the [`Channel`] to the agent.
 pub(crate) const CHANNEL_FD: i32 = 3;

@@ -44,6 +44,7 @@ mod stats;
 pub(crate) mod stdio;
 pub(crate) mod terminal;
 
+use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -169,7 +170,7 @@ impl Container {
     /// The container's namespaces, for another container that shares them.
     fn share(&self, join: &Join) -> Result<Shared> {
         let init = self.init.pidfd().try_clone().context(|| "duplicate a descriptor")?;
-        Ok(Shared { container: self.id.clone(), init, bits: join.bits })
+        Ok(Shared { container: self.id.clone(), pid: self.init.pid(), init, bits: join.bits })
     }
 
     /// Adds devices, addresses and routes to the container's network namespace after its creation.
@@ -183,6 +184,14 @@ impl Container {
         }
         let init = Arc::clone(&self.init);
         blocking(move || crate::network::set_up(&network, init.pid(), init.pidfd())).await
+    }
+
+    /// Connects to a TCP port at loopback in the container's network namespace, which may be another
+    /// container's. The container must not have ended.
+    pub(crate) async fn connect(&self, port: u16, ipv6: bool) -> Result<TcpStream> {
+        self.check_not_ended()?;
+        let init = Arc::clone(&self.init);
+        blocking(move || crate::network::connect(init.pidfd(), port, ipv6)).await
     }
 
     /// Lets the first process call `execve`. Fails in every state but Created.
@@ -312,7 +321,7 @@ impl Container {
     }
 }
 
-/// Applies the limits and launches the first process. Blocks.
+/// Applies the limits, launches the first process, and applies the device rules. Blocks.
 fn prepare(
     reaper: &Reaper,
     cgroup: &Cgroup,
@@ -326,7 +335,7 @@ fn prepare(
     let Document { spec_json, state, filter } = document;
     let request = InitRequest::Create { cgroup: path, filter, screen, state };
     resources::apply(cgroup, &spec.linux.resources)?;
-    launch::launch(
+    let launched = launch::launch(
         reaper,
         Launch {
             step_timeout: spec
@@ -340,7 +349,16 @@ fn prepare(
             oom_score_adj: spec.process.oom_score_adj.unwrap_or(0),
             rlimits: spec.process.rlimits.as_deref().unwrap_or_default(),
         },
-    )
+    )?;
+    // The process has mounted its file systems, and waits for the start. The rules need not allow it
+    // the disks of these file systems.
+    match devices::attach(cgroup.dir(), &spec.linux.resources.devices) {
+        Ok(()) => Ok(launched),
+        Err(e) => {
+            clone::kill(&launched.pidfd);
+            Err(e)
+        }
+    }
 }
 
 /// Kills the remaining processes when the first one ends. Only a pid namespace would end them by

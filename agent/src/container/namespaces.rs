@@ -28,8 +28,10 @@ pub(crate) struct Join {
     pub(crate) bits: u32,
 }
 
-/// Namespaces that containers can share: those of processes and of communication between them.
-const JOINABLE: u32 = bit(NamespaceKind::Network)
+/// Namespaces that containers can share: those of processes, of communication between them, and the
+/// user namespace that these belong to.
+const JOINABLE: u32 = bit(NamespaceKind::User)
+    | bit(NamespaceKind::Network)
     | bit(NamespaceKind::Ipc)
     | bit(NamespaceKind::Uts)
     | bit(NamespaceKind::Pid);
@@ -118,15 +120,12 @@ pub(crate) fn check(spec: &Spec, linux: &Linux, namespaces: Namespaces) -> Resul
             }
         }
     }
-    let user = namespaces.has(NamespaceKind::User);
-    for (field, maps) in
-        [("linux.uidMappings", &linux.uid_mappings), ("linux.gidMappings", &linux.gid_mappings)]
-    {
+    for (_, field, maps) in mappings(linux) {
         let given = !maps.is_empty();
-        if given && !user {
+        if given && !namespaces.has(NamespaceKind::User) {
             return Err(Error::invalid(field, "needs a namespace of type user"));
         }
-        if user && !given {
+        if namespaces.is_own(NamespaceKind::User) && !given {
             return Err(Error::invalid(field, "a namespace of type user needs mappings"));
         }
     }
@@ -162,14 +161,35 @@ fn check_sysctl(key: &str, namespaces: Namespaces) -> Result<()> {
     refusal(&format!("needs a namespace of type {}", kind.word()))
 }
 
-/// Writes `/proc/<pid>/{uid,gid}_map` of a process that was just cloned into a user namespace.
-pub(crate) fn map_ids(pid: i32, linux: &Linux) -> Result<()> {
-    for (file, field, maps) in [
+/// The id mappings: the file in `/proc/<pid>`, the field, and the mappings themselves.
+fn mappings(linux: &Linux) -> [(&'static str, &'static str, &[IdMapping]); 2] {
+    [
         ("uid_map", "linux.uidMappings", &linux.uid_mappings),
         ("gid_map", "linux.gidMappings", &linux.gid_mappings),
-    ] {
+    ]
+}
+
+/// Writes `/proc/<pid>/{uid,gid}_map` of a process that was just cloned into a user namespace.
+pub(crate) fn map_ids(pid: i32, linux: &Linux) -> Result<()> {
+    for (file, field, maps) in mappings(linux) {
         let text = id_map(maps);
         fs::write(format!("/proc/{pid}/{file}"), text).context(|| format!("apply {field}"))?;
+    }
+    Ok(())
+}
+
+/// Refuses mappings that are not those of the shared user namespace, which `pid` is in. None at all
+/// are fine.
+pub(super) fn check_shared_ids(pid: i32, container: &str, linux: &Linux) -> Result<()> {
+    for (file, field, maps) in mappings(linux).into_iter().filter(|(_, _, maps)| !maps.is_empty()) {
+        let path = format!("/proc/{pid}/{file}");
+        let real = fs::read_to_string(&path).context(|| format!("read {path}"))?;
+        let fields = |text: &str| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        if fields(&real) != fields(&id_map(maps)) {
+            let why =
+                format!("not that of container {container:?}, whose user namespace it shares");
+            return Err(Error::invalid(field, why));
+        }
     }
     Ok(())
 }
@@ -264,12 +284,27 @@ mod tests {
         assert!(namespaces.has(NamespaceKind::Uts) && !namespaces.is_own(NamespaceKind::Uts));
         let join = |container: &str, bits| Join { container: container.to_owned(), bits };
         assert_eq!(joins, [join("a", 0x4800_0000), join("b", 0x0400_0000)]);
-        for kind in ["user", "mount", "time", "cgroup"] {
+        for kind in ["mount", "time", "cgroup"] {
             let json =
                 format!(r#"{{"namespaces": [{{"type": "{kind}", "path": "container:a"}}]}}"#);
             let e = Namespaces::of(&serde_json::from_str(&json).unwrap()).unwrap_err();
             assert!(e.message.contains("cannot be joined"), "{e}");
         }
+    }
+
+    #[test]
+    fn a_shared_user_namespace_has_the_mappings_of_its_owner() {
+        let mut linux = linux(
+            r#"{"namespaces": [{"type": "mount"}, {"type": "user", "path": "container:a"}]}"#,
+        );
+        let (namespaces, _) = Namespaces::of(&linux).unwrap();
+        assert!(namespaces.has(NamespaceKind::User) && !namespaces.is_own(NamespaceKind::User));
+        let pid = std::process::id().cast_signed();
+        check_shared_ids(pid, "a", &linux).unwrap();
+        linux.uid_mappings =
+            serde_json::from_str(r#"[{"containerID": 7, "hostID": 9, "size": 3}]"#).unwrap();
+        let e = check_shared_ids(pid, "a", &linux).unwrap_err();
+        assert!(e.message.starts_with("linux.uidMappings: not that of container"), "{e}");
     }
 
     #[test]

@@ -34,12 +34,12 @@ pub(crate) fn check(resources: &Resources) -> Result<()> {
     Ok(())
 }
 
-/// Applies all limits to a group without processes.
+/// Applies all limits but the device rules to a group without processes.
 pub(crate) fn apply(cgroup: &Cgroup, resources: &Resources) -> Result<()> {
     for (file, value) in all_settings(cgroup, resources)? {
         write(cgroup, &file, &value)?;
     }
-    devices::attach(cgroup.dir(), &resources.devices)
+    Ok(())
 }
 
 /// All settings of a group, in the order of writing.

@@ -1,6 +1,7 @@
 //! The network of a container. Devices of the guest become interfaces of the container's network
 //! namespace, with addresses and routes from the host.
 
+mod forward;
 mod loopback;
 mod netlink;
 mod resolver;
@@ -13,6 +14,7 @@ use std::path::Path;
 use isopod_protocol::agent::{Network, NetworkInterface};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
+pub(crate) use self::forward::{Forwards, connect};
 pub(crate) use self::loopback::loopback_up;
 use self::netlink::{LinkRequest, Netlink};
 use crate::error::{Context as _, Error, Result};

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 
 use isopod_protocol::agent::{
-    ContainerRef, ContainerStats, CreateContainerRequest, Empty, OomKills, ProcessList,
-    ProcessStarted, SetupNetworkRequest, UpdateContainerRequest, WaitOomRequest,
+    ContainerRef, ContainerStats, CreateContainerRequest, Empty, ForwardPortRequest, OomKills,
+    ProcessList, ProcessStarted, SetupNetworkRequest, UpdateContainerRequest, WaitOomRequest,
 };
 
 use crate::container::Document;
 use crate::container::seccomp::SeccompFilter;
 use crate::container::terminal::Screen;
-use crate::error::Result;
-use crate::guest::Guest;
+use crate::error::{Code, Error, Result};
+use crate::guest::{Guest, Sources};
 
 pub(super) async fn create(
     guest: Arc<Guest>,
@@ -24,8 +24,8 @@ pub(super) async fn create(
     let document = Document::of(request.spec_json, &request.state_json, filter)?;
     let id = request.container_id;
     let network = request.network.into_option();
-    let memory = request.shared_memory;
-    let pid = guest.create(id, document, streams, screen, network, memory).await?;
+    let sources = Sources { memory: request.shared_memory, sockets: request.host_sockets };
+    let pid = guest.create(id, document, streams, screen, network, sources).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }
 
@@ -35,6 +35,19 @@ pub(super) async fn set_up_network(
 ) -> Result<Empty> {
     let network = request.network.unwrap_or_default();
     guest.container(&request.container_id)?.set_up_network(network).await?;
+    Ok(Empty::default())
+}
+
+pub(super) async fn forward_port(guest: Arc<Guest>, request: ForwardPortRequest) -> Result<Empty> {
+    let port = u16::try_from(request.port).map_err(|_| {
+        Error::new(Code::InvalidArgument, format!("there is no port {}", request.port))
+    })?;
+    let stream = guest.streams.claim(request.stream).await?;
+    let stream = stream.ok_or_else(|| {
+        Error::new(Code::InvalidArgument, "a connection without a stream".to_owned())
+    })?;
+    let connected = guest.container(&request.container_id)?.connect(port, request.ipv6).await?;
+    guest.forwards.start(stream, connected)?;
     Ok(Empty::default())
 }
 

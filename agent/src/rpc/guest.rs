@@ -2,10 +2,14 @@
 
 use std::sync::Arc;
 
-use isopod_protocol::agent::{AdjustClockRequest, ClockReading, Empty, SetupGuestRequest};
+use isopod_protocol::agent::{
+    AdjustClockRequest, ClockReading, Disk, DiskRef, Empty, SetupGuestRequest,
+};
 use tokio::sync::oneshot;
 
 use crate::clock;
+use crate::container::blocking;
+use crate::disk;
 use crate::error::{Context as _, Error, Result};
 use crate::guest::{Guest, power_off};
 
@@ -21,6 +25,17 @@ pub(super) async fn set_up(guest: Arc<Guest>, request: SetupGuestRequest) -> Res
 pub(super) fn adjust_clock(request: &AdjustClockRequest) -> Result<ClockReading> {
     let realtime_ns = clock::adjust(request.difference_ns, request.gradually)?;
     Ok(ClockReading { realtime_ns, ..ClockReading::default() })
+}
+
+pub(super) async fn attach_disk(request: DiskRef) -> Result<Disk> {
+    let disk = blocking(move || disk::attach(request.number)).await?;
+    let disk::Disk { major, minor, name } = disk;
+    Ok(Disk { major, minor, name, ..Disk::default() })
+}
+
+pub(super) async fn detach_disk(request: DiskRef) -> Result<Empty> {
+    blocking(move || disk::detach(request.number)).await?;
+    Ok(Empty::default())
 }
 
 pub(super) async fn drop_caches(guest: Arc<Guest>) -> Result<Empty> {

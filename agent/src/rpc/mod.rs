@@ -12,10 +12,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use isopod_protocol::agent::{
-    AdjustClockRequest, ClockReading, ContainerRef, ContainerStats, CreateContainerRequest, Empty,
-    ExecProcessRequest, OomKills, ProcessExit, ProcessList, ProcessRef, ProcessStarted,
-    ResizeTerminalRequest, SetupGuestRequest, SetupNetworkRequest, SignalProcessRequest,
-    StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
+    AdjustClockRequest, ClockReading, ContainerRef, ContainerStats, CreateContainerRequest, Disk,
+    DiskRef, Empty, ExecProcessRequest, ForwardPortRequest, OomKills, ProcessExit, ProcessList,
+    ProcessRef, ProcessStarted, ResizeTerminalRequest, SetupGuestRequest, SetupNetworkRequest,
+    SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
 };
 use isopod_protocol::agent_ttrpc::Agent;
 use protobuf::MessageField;
@@ -58,6 +58,10 @@ impl Agent for AgentService {
         r: SetupNetworkRequest,
     ) -> ttrpc::Result<Empty> {
         self.run(move |guest| container::set_up_network(guest, r)).await
+    }
+
+    async fn forward_port(&self, _: &TtrpcContext, r: ForwardPortRequest) -> ttrpc::Result<Empty> {
+        self.run(move |guest| container::forward_port(guest, r)).await
     }
 
     async fn start_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
@@ -137,6 +141,14 @@ impl Agent for AgentService {
 
     async fn delete_container(&self, _: &TtrpcContext, r: ContainerRef) -> ttrpc::Result<Empty> {
         self.run(move |guest| container::delete(guest, r)).await
+    }
+
+    async fn attach_disk(&self, _: &TtrpcContext, r: DiskRef) -> ttrpc::Result<Disk> {
+        self.run(move |_| guest::attach_disk(r)).await
+    }
+
+    async fn detach_disk(&self, _: &TtrpcContext, r: DiskRef) -> ttrpc::Result<Empty> {
+        self.run(move |_| guest::detach_disk(r)).await
     }
 
     async fn drop_caches(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -22,7 +22,7 @@ use driver::{Driver, INIT_NAME};
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().collect();
-    if args[0] == INIT_NAME {
+    if args[0].as_bytes() == INIT_NAME.to_bytes() {
         isopod_agent::run_init();
     }
     if args.get(1).is_some_and(|arg| arg == "agent") {
@@ -80,6 +80,7 @@ fn run_all(filter: &str) -> ExitCode {
             settings::capabilities,
             settings::namespaces_are_own,
             settings::user_namespace,
+            settings::a_user_namespace_is_shared,
             settings::devices_outside_the_rules,
             settings::refused_by_name,
             settings::limits_are_not_the_containers_to_change,

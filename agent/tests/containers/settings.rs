@@ -89,13 +89,18 @@ pub(crate) async fn namespaces_are_own(d: &Driver) {
     }
 }
 
-pub(crate) async fn user_namespace(d: &Driver) {
-    let id = d.name();
+/// A container with a user namespace.
+fn mapped(d: &Driver) -> Value {
     let mut spec = d.spec("sleep 1000");
     spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
     let map = json!([{"containerID": 0, "hostID": 100_000, "size": 1000}]);
     spec["linux"]["uidMappings"] = map.clone();
     spec["linux"]["gidMappings"] = map;
+    spec
+}
+
+pub(crate) async fn user_namespace(d: &Driver) {
+    let (id, mut spec) = (d.name(), mapped(d));
     // /dev is a tmpfs of the container's own; the test's root belongs to nobody in there.
     d.create(&id, &spec, None).await.unwrap();
     d.start_container(&id).await.unwrap();
@@ -109,6 +114,35 @@ pub(crate) async fn user_namespace(d: &Driver) {
     spec["linux"]["uidMappings"] = json!([one, one]);
     let e = d.create(&d.name(), &spec, None).await.unwrap_err();
     assert!(e.1.starts_with("apply linux.uidMappings: "), "{e:?}");
+}
+
+/// The network of a pod belongs to its user namespace, and so do the namespaces of each container.
+pub(crate) async fn a_user_namespace_is_shared(d: &Driver) {
+    let (owner, mut spec) = (d.name(), mapped(d));
+    d.create(&owner, &spec, None).await.unwrap();
+    d.start_container(&owner).await.unwrap();
+
+    let joined = |kind: &str| json!({"type": kind, "path": format!("container:{owner}")});
+    spec["linux"]["namespaces"] = json!([
+        {"type": "mount"}, {"type": "pid"}, joined("user"), joined("network"), joined("ipc")
+    ]);
+    spec.as_object_mut().unwrap().remove("hostname");
+    for kind in ["permitted", "effective", "bounding"] {
+        spec["process"]["capabilities"][kind] = json!(["CAP_NET_ADMIN"]);
+    }
+    let script = "echo $$; id -u; readlink /proc/self/ns/user; ip link set lo down; \
+                  ip link set lo up; cat /proc/self/uid_map; exit 7";
+    spec["process"]["args"] = json!(["/bin/sh", "-c", script]);
+    let done = d.run(&spec).await;
+    assert_eq!(done.exit.status, 7, "{done:?}");
+    let namespace = d.exec_sh(&owner, "readlink /proc/self/ns/user").await.out;
+    let words: Vec<&str> = done.out.split_whitespace().collect();
+    assert_eq!(words, ["1", "0", namespace.trim(), "0", "100000", "1000"], "{done:?}");
+
+    spec["linux"]["uidMappings"][0]["size"] = json!(999);
+    let e = d.create(&d.name(), &spec, None).await.unwrap_err();
+    assert!(e.1.starts_with("linux.uidMappings: not that of container"), "{e:?}");
+    d.end(&owner).await;
 }
 
 pub(crate) async fn devices_outside_the_rules(d: &Driver) {

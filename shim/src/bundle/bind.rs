@@ -9,7 +9,12 @@ use std::{
 use oci_spec::runtime::{Mount, Spec};
 use serde::{Deserialize, Serialize};
 
-use super::{id_map::IdMap, propagation::Propagation, shm::Shm};
+use super::{
+    host_socket::{self, HostSocket},
+    id_map::IdMap,
+    propagation::Propagation,
+    shm::{self, Shm},
+};
 use crate::error::{Error, Explain, Result};
 
 /// A bind mount's host side.
@@ -33,6 +38,16 @@ pub struct Bind {
     /// The guest's tmpfs in place of the source, for shared memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shm: Option<Shm>,
+    /// The source is a unix socket that the agent stands for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<HostSocket>,
+}
+
+impl Bind {
+    /// Tells whether the guest has something of its own in place of the source.
+    pub fn is_of_the_guest(&self) -> bool {
+        self.shm.is_some() || self.socket.is_some()
+    }
 }
 
 /// Finds the sources of the bind mounts and checks that the guest can be given them.
@@ -57,8 +72,11 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
     let kind = found.file_type();
     let special = if kind.is_block_device() || kind.is_char_device() {
         Some("a device: list it under linux.devices")
-    } else if kind.is_socket() {
-        Some("a socket, and connections to the host's sockets do not reach out of a microVM")
+    } else if kind.is_socket() && !host_socket::is_listed(&source)? {
+        Some(
+            "a socket that the host does not share: an administrator can list it under \
+             host_sockets in /etc/isopod/config.toml",
+        )
     } else if kind.is_fifo() {
         Some("a named pipe, which cannot connect a microVM with the host")
     } else {
@@ -68,11 +86,20 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
         return Err(Error::new(format!("{name}: its source {} is {special}", source.display())));
     }
     let id_map = IdMap::of(&name, mount, true, spec)?;
-    // An id-mapped mount is about the owners of files, so a tmpfs stays on the host.
-    let shm = match &id_map {
-        None => Shm::of(mount.destination(), &source, &found).explain(what)?,
-        Some(_) => None,
+    let map = id_map.as_ref();
+    let socket = match kind.is_socket() {
+        true => Some(HostSocket::of(index, &source, &found, map)?),
+        false => None,
     };
+    let shm = Shm::of(mount.destination(), &source, &found, map).explain(what)?;
+    if let Some(whole) = shm::part_of_memory(&source).explain(what)? {
+        return Err(Error::new(format!(
+            "{name}: its source {} is a part (subPath) of the emptyDir {}, whose medium is Memory: \
+             such a volume is in the guest's memory and can be mounted as a whole only",
+            source.display(),
+            whole.display()
+        )));
+    }
     Ok(Bind {
         mount: index,
         source,
@@ -82,6 +109,7 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
         propagation: Propagation::of_bind(spec, mount),
         id_map,
         shm,
+        socket,
     })
 }
 

@@ -11,6 +11,7 @@ use oci_spec::runtime::{Capability, Hook, Hooks, LinuxNamespaceType, Process, Sp
 use crate::{
     bundle::{
         bind::{has_option, is_bind},
+        disk,
         id_map::IdMap,
         mount_options, owner, pod, resources, scheduling,
     },
@@ -208,7 +209,9 @@ fn namespaces(spec: &Spec) -> Result<()> {
         }
         // The network namespace, and those of a pod, are checked by `NetworkNamespace` and `pod`.
         let joins = namespace.typ() != LinuxNamespaceType::Network
-            && pod::of_pod(spec, namespace).is_none();
+            && !pod::is_user_namespace_of_pod(spec, namespace)
+            && pod::holder(spec, namespace).is_none()
+            && !pod::is_pinned(spec, namespace);
         if let Some(path) = namespace.path().as_ref().filter(|p| joins && !p.as_os_str().is_empty())
         {
             return Err(Error::new(format!(
@@ -287,10 +290,12 @@ fn mounts(spec: &Spec) -> Result<()> {
             continue;
         }
         let kind = mount.typ().as_deref().unwrap_or_default();
-        if !GUEST_MOUNTS.contains(&kind) {
+        if !GUEST_MOUNTS.contains(&kind) && !disk::is_of_disk(mount) {
             return Err(Error::new(format!(
-                "{name} has type {kind:?}, which is not supported: bind, {} are",
-                GUEST_MOUNTS.join(", ")
+                "{name} has type {kind:?}, which is not supported: bind, {}, and {} on a block device \
+                 are",
+                GUEST_MOUNTS.join(", "),
+                disk::FILE_SYSTEMS.join(", ")
             )));
         }
     }

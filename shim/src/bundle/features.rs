@@ -14,12 +14,8 @@ use serde_json::json;
 use isopod_protocol::capability;
 
 use super::{
-    check,
-    default::default_spec,
-    mount_options,
-    oci_spec_quirks::SPEC_VERSION,
-    pod, refused_fields, seccomp,
-    vm_size::{MEMORY_ANNOTATION, NESTED_ANNOTATION, NICS_ANNOTATION, VCPUS_ANNOTATION},
+    annotations::ANNOTATIONS, check, default::default_spec, mount_options,
+    oci_spec_quirks::SPEC_VERSION, pod, refused_fields, seccomp,
 };
 
 /// The oldest version of the specification whose config.json is understood.
@@ -56,11 +52,7 @@ pub fn features() -> Features {
             ("io.github.seccomp.libseccomp.version".to_owned(), seccomp::library_version()),
         ])))
         .set_potentially_unsafe_config_annotations(Some(
-            [MEMORY_ANNOTATION, NESTED_ANNOTATION, VCPUS_ANNOTATION, NICS_ANNOTATION]
-                .into_iter()
-                .chain(pod::CONTAINER_TYPES)
-                .map(str::to_owned)
-                .collect(),
+            ANNOTATIONS.into_iter().chain(pod::CONTAINER_TYPES).map(str::to_owned).collect(),
         ));
     features
 }

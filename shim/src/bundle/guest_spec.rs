@@ -5,10 +5,19 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hook, Hooks, LinuxNamespaceType, LinuxResources, Mount, Spec};
 use serde::{Deserialize, Serialize};
 
-use isopod_protocol::{JOIN_PREFIX, SHARED_DIR, SHM_DIR};
+use isopod_protocol::{HOST_SOCKETS_DIR, JOIN_PREFIX, SHARED_DIR, SHM_DIR};
 
 use crate::{
-    bundle::{bind::Bind, id_map, load::Bundle, mount_options, seccomp::Filter, shm::Shm},
+    bundle::{
+        bind::Bind,
+        disk::{self, Disk, DiskField},
+        host_socket::HostSocket,
+        id_map,
+        load::Bundle,
+        mount_options,
+        seccomp::Filter,
+        shm::Shm,
+    },
     container_id::ContainerId,
     cpu_list::cpu_list_len,
 };
@@ -22,6 +31,12 @@ pub struct GuestContainer {
     pub seccomp: Option<Filter>,
     /// Shared memory that the guest has in place of the host's.
     pub shared_memory: Vec<Shm>,
+    /// Block devices whose numbers and names in the guest are not in `spec` yet.
+    #[serde(default)]
+    pub disks: Vec<Disk>,
+    /// Sockets of the host that the agent stands for.
+    #[serde(default)]
+    pub host_sockets: Vec<HostSocket>,
 }
 
 impl GuestContainer {
@@ -34,12 +49,28 @@ impl GuestContainer {
         joins: &[(LinuxNamespaceType, ContainerId)],
     ) -> Self {
         let (spec, binds, vcpus) = (&bundle.spec, &bundle.binds, bundle.vm.vcpus);
+        let mut spec = spec.clone();
+        name_disks(&mut spec, &bundle.disks);
         Self {
-            spec: guest_spec(spec, id.as_str(), binds, inner, vcpus, joins),
+            spec: guest_spec(&spec, id.as_str(), binds, inner, vcpus, joins),
             seccomp: bundle.seccomp.clone(),
             shared_memory: binds.iter().filter_map(|bind| bind.shm.clone()).collect(),
+            disks: bundle.disks.clone(),
+            host_sockets: binds.iter().filter_map(|bind| bind.socket.clone()).collect(),
         }
     }
+}
+
+/// Names the disks in place of the host's devices.
+fn name_disks(spec: &mut Spec, disks: &[Disk]) {
+    for (index, disk) in disks.iter().enumerate() {
+        let DiskField::Mount(mount) = disk.field else { continue };
+        let mounts = spec.mounts_mut().as_mut();
+        if let Some(mount) = mounts.and_then(|mounts| mounts.get_mut(mount)) {
+            mount.set_source(Some(disk::source_of(index)));
+        }
+    }
+    disk::forget_others(spec, disks);
 }
 
 /// Adapts `spec` to the guest:
@@ -67,9 +98,12 @@ fn guest_spec(
     if let Some(mounts) = spec.mounts_mut().as_mut() {
         for bind in binds {
             if let Some(mount) = mounts.get_mut(bind.mount) {
-                let source = match &bind.shm {
-                    Some(shm) => Path::new(SHM_DIR).join(&shm.key),
-                    None => shared.join(shared_name(bind)),
+                let source = match (&bind.shm, &bind.socket) {
+                    (Some(shm), _) => Path::new(SHM_DIR).join(&shm.key),
+                    (None, Some(_)) => {
+                        Path::new(HOST_SOCKETS_DIR).join(id).join(bind.mount.to_string())
+                    }
+                    (None, None) => shared.join(shared_name(bind)),
                 };
                 mount.set_source(Some(source));
                 id_map::forget(mount);
@@ -77,12 +111,10 @@ fn guest_spec(
         }
         add_inner(mounts, inner, &shared);
     }
-    // The guest's network namespace stands for any network namespace of the host.
+    // A namespace of the guest stands for each namespace of the host.
     let linux = spec.linux_mut().as_mut();
     for namespace in linux.and_then(|linux| linux.namespaces_mut().as_mut()).into_iter().flatten() {
-        if namespace.typ() == LinuxNamespaceType::Network {
-            namespace.set_path(None);
-        }
+        namespace.set_path(None);
         if let Some((_, container)) = joins.iter().find(|(kind, _)| *kind == namespace.typ()) {
             namespace.set_path(Some(format!("{JOIN_PREFIX}{container}").into()));
         }
@@ -237,6 +269,7 @@ mod tests {
             propagation: Propagation::Slave,
             id_map: None,
             shm: None,
+            socket: None,
         };
         let guest = guest_spec(&spec, "web", &[bind], &[], 1, &[]);
         let root = guest.root().as_ref().unwrap();

@@ -1,5 +1,7 @@
 //! Id-mapped mounts: files of the host that have other owners in the container.
 
+use std::{fs::Metadata, os::unix::fs::MetadataExt};
+
 use oci_spec::runtime::{LinuxIdMapping, Mount, Spec};
 use serde::{Deserialize, Serialize};
 
@@ -7,6 +9,9 @@ use crate::error::{Error, Result};
 
 /// Options that ask for an id mapping: of the mount alone, and of all mounts below it too.
 pub(super) const OPTIONS: [&str; 2] = ["idmap", "ridmap"];
+
+/// The id in place of one without a mapping (`/proc/sys/kernel/overflowuid`, its default).
+const OVERFLOW_ID: u32 = 65534;
 
 /// The id mapping of a mount.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +62,24 @@ impl IdMap {
     }
 }
 
+/// User and group of a file with the metadata `found`, as a mapping gives them to the file. An id
+/// without a mapping becomes [`OVERFLOW_ID`].
+pub(super) fn owner(map: Option<&IdMap>, found: &Metadata) -> (u32, u32) {
+    let Some(map) = map else { return (found.uid(), found.gid()) };
+    let uid = mapped(&map.uids, found.uid());
+    let gid = mapped(&map.gids, found.gid());
+    (uid.unwrap_or(OVERFLOW_ID), gid.unwrap_or(OVERFLOW_ID))
+}
+
+fn mapped(mappings: &str, id: u32) -> Option<u32> {
+    mappings.lines().find_map(|line| {
+        let mut fields = line.split(' ').map(|field| field.parse::<u32>().ok());
+        let (first, host, size) = (fields.next()??, fields.next()??, fields.next()??);
+        let offset = id.checked_sub(first).filter(|offset| *offset < size)?;
+        host.checked_add(offset)
+    })
+}
+
 /// Removes the id mapping from a mount, because the host has applied it.
 pub(super) fn forget(mount: &mut Mount) {
     mount.set_uid_mappings(None).set_gid_mappings(None);
@@ -76,6 +99,13 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+
+    #[test]
+    fn an_id_has_one_place_on_the_host_or_none() {
+        let mappings = "0 100000 10\n20 7 1\n";
+        let found = [0, 9, 10, 20, 21].map(|id| mapped(mappings, id));
+        assert_eq!(found, [Some(100_000), Some(100_009), None, Some(7), None]);
+    }
 
     fn of(mount: Value, user: bool) -> Result<Option<IdMap>> {
         let mut spec = json!({"ociVersion": "1.2.0", "linux": {}});

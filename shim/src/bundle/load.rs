@@ -11,8 +11,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
 use super::{
+    annotations,
     bind::{self, Bind},
     check,
+    disk::{self, Disk},
     network_namespace::NetworkNamespace,
     oci_spec_quirks,
     pod::{self, Joined},
@@ -36,6 +38,8 @@ pub struct Bundle {
     pub rootfs: PathBuf,
     /// The bind mounts, in the order of `mounts`.
     pub binds: Vec<Bind>,
+    /// The block devices of the host that the guest gets.
+    pub disks: Vec<Disk>,
     /// The programs of the createContainer hooks, which the guest runs: absolute paths on the host.
     pub hooks: Vec<PathBuf>,
     /// Size of the microVM.
@@ -74,10 +78,13 @@ impl Bundle {
         if let (Some(command), Some(process)) = (command, spec.process_mut()) {
             process.set_args(Some(command));
         }
+        pod::check(&spec)?;
+        annotations::check(&spec)?;
         check::spec(&spec)?;
         let root = spec.root().as_ref().ok_or_else(|| Error::new("config.json has no root"))?;
         let rootfs = canonical_dir(&dir.join(root.path()), "root.path")?;
         let binds = bind::binds(&dir, &spec)?;
+        let disks = disk::disks(&dir, &spec)?;
         let hooks = check::guest_hooks(&spec)?;
         let vm = VmSize::of(&spec)?;
         let nested = vm_size::nested(&spec)?;
@@ -89,7 +96,20 @@ impl Bundle {
             seccomp = linux.seccomp().as_ref().map(seccomp::compile).transpose()?;
             linux.set_seccomp(None);
         }
-        Ok(Self { dir, spec, seccomp, rootfs, binds, hooks, vm, nested, network, nics, joined })
+        Ok(Self {
+            dir,
+            spec,
+            seccomp,
+            rootfs,
+            binds,
+            disks,
+            hooks,
+            vm,
+            nested,
+            network,
+            nics,
+            joined,
+        })
     }
 }
 
@@ -101,13 +121,18 @@ const WHAT_A_BUNDLE_IS: &str = "name a directory with a config.json and a root f
 /// as that of [`Bundle::load`].
 pub fn load_process(path: &Path) -> Result<Process> {
     let text = fs::read(path).explain(|| format!("cannot read {}", path.display()))?;
-    let what = || path.display().to_string();
-    let mut raw: Value = serde_json::from_slice(&text).explain(what)?;
+    parse_process(&path.display().to_string(), &text)
+}
+
+/// Like [`load_process`], of the text of the object, which errors call `name`.
+pub fn parse_process(name: &str, text: &[u8]) -> Result<Process> {
+    let what = || name.to_owned();
+    let mut raw: Value = serde_json::from_slice(text).explain(what)?;
     oci_spec_quirks::correct_process(&mut raw);
-    let process: Process = typed(&text, &raw).explain(what)?;
+    let process: Process = typed(text, &raw).explain(what)?;
     refused_fields::refuse_process(&raw)?;
     let kept = serde_json::to_value(&process).explain(what)?;
-    unknown_fields::warn(&what(), &raw, &kept);
+    unknown_fields::warn(name, &raw, &kept);
     check::process(&process)?;
     Ok(process)
 }

@@ -11,7 +11,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bundle::pod::of_pod,
+    bundle::pod::{Holder, holder},
     error::{Error, Explain, Result},
 };
 
@@ -55,7 +55,9 @@ impl NetworkNamespace {
         };
         match network.path().as_deref().filter(|path| !path.as_os_str().is_empty()) {
             None => Ok(Self::Own),
-            Some(path) if of_pod(spec, network).is_some() => Ok(Self::Pod(path.to_owned())),
+            Some(path) if matches!(holder(spec, network), Some(Holder::Process(_))) => {
+                Ok(Self::Pod(path.to_owned()))
+            }
             Some(path) => {
                 check(path)?;
                 Ok(Self::Path(path.to_owned()))

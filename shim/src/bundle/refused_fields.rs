@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 
 /// The reason to refuse limits on devices of the host.
-pub(super) const NO_HOST_DEVICE: &str = "block devices of the host are not in the microVM";
+pub(super) const NO_HOST_DEVICE: &str =
+    "limits of a block device do not reach from the host into the microVM";
 
 const NO_LISTENER: &str = "a listener on the host cannot reach system calls in a microVM";
 
@@ -182,7 +183,7 @@ mod tests {
                 json!({"linux": {"resources": {"blockIO":
                     {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}}}}),
                 "config.json sets linux.resources.blockIO.throttleReadBpsDevice, which is not \
-                 supported: block devices of the host are not in the microVM",
+                 supported: limits of a block device do not reach from the host into the microVM",
             ),
             (
                 json!({"process": {"commandLine": "x"}}),

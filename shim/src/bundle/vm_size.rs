@@ -23,6 +23,12 @@ pub(super) const NESTED_ANNOTATION: &str = "dev.isopod.nested";
 /// Annotation that sets the number of interfaces that a namespace may get between create and start.
 pub const NICS_ANNOTATION: &str = "dev.isopod.nics";
 
+/// Prefix of containerd's annotations with the limits of a pod, each a number.
+const CONTAINERD_LIMITS: &str = "io.kubernetes.cri.sandbox-";
+
+/// CRI-O's annotation with the limits of a pod: the `LinuxContainerResources` of CRI as JSON.
+const CRIO_LIMITS: &str = "io.kubernetes.cri-o.PodLinuxResources";
+
 /// Memory beyond the container's limit, in MiB. The guest's kernel and agent use it, and the kernel
 /// keeps some of it back for itself.
 const OVERHEAD_MIB: u64 = 64;
@@ -62,6 +68,15 @@ impl VmSize {
         limit
     }
 
+    /// The size of a microVM for this and other containers: at least that without a limit.
+    pub(super) fn for_a_pod(self) -> Self {
+        let vcpus = host::online_cpus().min(DEFAULT_VCPUS);
+        Self {
+            vcpus: self.vcpus.max(u8::try_from(vcpus).unwrap_or(1)),
+            memory_mib: self.memory_mib.max(host::memory_mib().min(DEFAULT_MEMORY_MIB)),
+        }
+    }
+
     /// The size by the limits and annotations of config.json and by the size of this host. The
     /// error names a limit or annotation that cannot be read or is out of range.
     pub(super) fn of(spec: &Spec) -> Result<Self> {
@@ -71,7 +86,10 @@ impl VmSize {
     fn on_host(spec: &Spec, host_cpus: u64, host_memory_mib: u64) -> Result<Self> {
         let vcpus = match annotation(spec, VCPUS_ANNOTATION, 1, MAX_VCPUS.into())? {
             Some(vcpus) => vcpus,
-            None => vcpus(spec, host_cpus)?.clamp(1, MAX_VCPUS.into()),
+            None => {
+                let limits = pod_limits(spec)?.map(|limits| limits.vcpus(host_cpus));
+                limits.map_or_else(|| vcpus(spec, host_cpus), Ok)?.clamp(1, MAX_VCPUS.into())
+            }
         };
         let memory_mib = match annotation(spec, MEMORY_ANNOTATION, MIN_MEMORY_MIB, MAX_MEMORY_MIB)?
         {
@@ -82,10 +100,62 @@ impl VmSize {
                 )));
             }
             Some(memory_mib) => memory_mib,
-            None => memory_mib(spec).min(host_memory_mib).clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB),
+            None => {
+                let limits = pod_limits(spec)?.map(|limits| limits.memory_mib());
+                let wanted = limits.unwrap_or_else(|| memory_mib(spec));
+                wanted.min(host_memory_mib).clamp(MIN_MEMORY_MIB, MAX_MEMORY_MIB)
+            }
         };
         Ok(Self { vcpus: u8::try_from(vcpus).unwrap_or(MAX_VCPUS), memory_mib })
     }
+}
+
+/// The limits of a whole pod, which a kubelet sums up over its containers. 0 is no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+struct PodLimits {
+    cpu_period: i64,
+    cpu_quota: i64,
+    #[serde(rename = "memory_limit_in_bytes")]
+    memory: i64,
+}
+
+impl PodLimits {
+    fn vcpus(self, host_cpus: u64) -> u64 {
+        let positive = |value: i64| u64::try_from(value).ok().filter(|value| *value > 0);
+        match positive(self.cpu_quota) {
+            Some(quota) => quota.div_ceil(positive(self.cpu_period).unwrap_or(DEFAULT_PERIOD_US)),
+            None => host_cpus.min(DEFAULT_VCPUS),
+        }
+    }
+
+    fn memory_mib(self) -> u64 {
+        match u64::try_from(self.memory) {
+            Ok(limit) if limit > 0 => with_overhead(limit.div_ceil(1 << 20)),
+            _ => DEFAULT_MEMORY_MIB,
+        }
+    }
+}
+
+/// The limits of the pod whose first container this is, by the annotations of containerd or CRI-O.
+fn pod_limits(spec: &Spec) -> Result<Option<PodLimits>> {
+    let malformed = |key: &str, value: &str| {
+        Error::new(format!("annotation {key} is {value:?}, which are no limits of a pod"))
+    };
+    if let Some(json) = text(spec, CRIO_LIMITS) {
+        return serde_json::from_str(json).map(Some).map_err(|_| malformed(CRIO_LIMITS, json));
+    }
+    let number = |name: &str| {
+        let key = format!("{CONTAINERD_LIMITS}{name}");
+        let value = text(spec, &key).map(|value| value.trim().to_owned());
+        value.map(|value| value.parse().map_err(|_| malformed(&key, &value))).transpose()
+    };
+    let limits = [number("cpu-period")?, number("cpu-quota")?, number("memory")?];
+    if limits.iter().all(Option::is_none) {
+        return Ok(None);
+    }
+    let [cpu_period, cpu_quota, memory] = limits.map(Option::unwrap_or_default);
+    Ok(Some(PodLimits { cpu_period, cpu_quota, memory }))
 }
 
 fn vcpus(spec: &Spec, host_cpus: u64) -> Result<u64> {
@@ -210,6 +280,34 @@ mod tests {
         assert_eq!(unified(r#"{"memory.max":"209715200"}"#).memory_mib, 269);
         assert_eq!(unified(r#"{"memory.max":"max"}"#).memory_mib, 2048);
         assert_eq!(unified(r#"{"memory.high":"1","cpuset.cpus":"3,4,9"}"#).vcpus, 3);
+    }
+
+    #[test]
+    fn the_limits_of_a_pod_decide() {
+        let pod = |annotations: &str| {
+            size(&format!(
+                r#"{{"ociVersion":"1.0.2","annotations":{{{annotations}}},
+                    "linux":{{"resources":{{"memory":{{"limit":1048576}},"cpu":{{"quota":1}}}}}}}}"#
+            ))
+        };
+        let of = |quota: &str, memory: &str| {
+            let prefix = CONTAINERD_LIMITS;
+            pod(&format!(
+                r#""{prefix}cpu-period":"100000","{prefix}cpu-quota":"{quota}","{prefix}memory":"{memory}""#
+            ))
+        };
+        let limited = VmSize { vcpus: 3, memory_mib: 167 };
+        assert_eq!(of("250000", "104857600").unwrap(), limited);
+        assert_eq!(of("0", "0").unwrap(), VmSize { vcpus: 4, memory_mib: 2048 });
+        assert_eq!(of("-1", "0").unwrap().vcpus, 4);
+        assert!(of("x", "0").unwrap_err().message.contains("sandbox-cpu-quota"));
+        let crio = r#"{\"cpu_period\":100000,\"cpu_quota\":250000,\"memory_limit_in_bytes\":104857600,\"cpu_shares\":2}"#;
+        assert_eq!(pod(&format!(r#""{CRIO_LIMITS}":"{crio}""#)).unwrap(), limited);
+        assert!(pod(&format!(r#""{CRIO_LIMITS}":"[1""#)).is_err());
+        // An annotation of ours has precedence.
+        let ours =
+            pod(&format!(r#""{CONTAINERD_LIMITS}memory":"0","dev.isopod.memory_mib":"300""#));
+        assert_eq!(ours.unwrap().memory_mib, 300);
     }
 
     #[test]

@@ -65,8 +65,17 @@ impl Cgroup {
     /// Makes the cgroup, with all controllers that there are, and moves this process into it. A
     /// cgroup of somebody else is an error.
     pub(crate) fn enter(&self) -> Result<()> {
+        self.make_with(join)
+    }
+
+    /// Like [`Self::enter`], for processes that are started later.
+    pub(crate) fn make(&self) -> Result<()> {
+        self.make_with(|_| Ok(()))
+    }
+
+    fn make_with(&self, join: fn(&Path) -> io::Result<()>) -> Result<()> {
         let mut made = Vec::new();
-        self.make_and_join(&mut made).inspect_err(|_| {
+        self.make_and_join(&mut made, join).inspect_err(|_| {
             if made.contains(&self.dir) {
                 let _ = fs::remove_dir(&self.dir);
             }
@@ -74,7 +83,11 @@ impl Cgroup {
         })
     }
 
-    fn make_and_join(&self, made: &mut Vec<PathBuf>) -> Result<()> {
+    fn make_and_join(
+        &self,
+        made: &mut Vec<PathBuf>,
+        join: fn(&Path) -> io::Result<()>,
+    ) -> Result<()> {
         let what = || format!("cannot make the cgroup {}", self.dir.display());
         let mut tried = make(&self.dir, made);
         for _ in 1..MAKE_ATTEMPTS {
@@ -85,7 +98,7 @@ impl Cgroup {
         }
         tried.explain(what)?;
         if self.unit.is_some() {
-            // systemd has moved this process there.
+            // systemd has made it, and has put a process there.
             return Ok(());
         }
         let what = || format!("cannot enter the cgroup {}", self.dir.display());
@@ -124,17 +137,6 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Moves this process to the cgroup `home`, or to the root cgroup if `home` does not take it.
-    pub(crate) fn leave(&self, home: &Path) {
-        if let Err(error) = join(home) {
-            log::debug!("cannot go back to the cgroup {}: {error}", home.display());
-            // The root cgroup always takes processes.
-            if let Err(error) = join(Path::new(MOUNT_POINT)) {
-                log::warn!("cannot leave the cgroup {}: {error}", self.dir.display());
-            }
-        }
-    }
-
     /// Removes the cgroup and the directories made for it. Its processes have ended, or are about
     /// to end. A cgroup that is gone already is not an error.
     pub(crate) fn remove(&self) -> Result<()> {
@@ -158,6 +160,17 @@ impl Cgroup {
                 Err(e) if e.kind() != ErrorKind::NotFound => break,
                 _ => {}
             }
+        }
+    }
+}
+
+/// Moves this process to the cgroup `home`, or to the root cgroup if `home` does not take it.
+pub(super) fn leave_for(home: &Path) {
+    if let Err(error) = join(home) {
+        log::debug!("cannot go back to the cgroup {}: {error}", home.display());
+        // The root cgroup always takes processes.
+        if let Err(error) = join(Path::new(MOUNT_POINT)) {
+            log::warn!("cannot leave the container's cgroup: {error}");
         }
     }
 }

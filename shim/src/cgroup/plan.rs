@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     fs::{Cgroup, MOUNT_POINT, own_path},
-    systemd::{self, Unit},
+    systemd::{self, Held, Unit},
 };
 use crate::{
     container_id::ContainerId,
@@ -70,6 +70,11 @@ impl CgroupPlan {
         self.unit.as_ref()
     }
 
+    /// Moves this process back to the caller's cgroup.
+    pub(crate) fn leave(&self) {
+        super::fs::leave_for(&self.caller);
+    }
+
     /// The cgroup of the command that creates the container.
     pub fn caller(&self) -> &Path {
         &self.caller
@@ -91,6 +96,23 @@ impl CgroupPlan {
         })?;
         Ok(Cgroup::plan(&dir, Some(unit)))
     }
+
+    /// Like [`Self::plan`], for a process that stays where it is. What it starts is to go there
+    /// before the second value is dropped: systemd ends an empty scope.
+    pub(crate) fn plan_for_others(&self) -> Result<(Cgroup, Option<Held>)> {
+        let Some(unit) = &self.unit else { return Ok((Cgroup::plan(&self.dir, None), None)) };
+        let held = unit.hold()?;
+        let path = held.path().ok_or_else(|| {
+            Error::new(format!("systemd has not made the cgroup of {}", unit.name()))
+        })?;
+        Ok((Cgroup::plan(&Path::new(MOUNT_POINT).join(path), Some(unit)), Some(held)))
+    }
+
+    /// Tells whether a value of `linux.cgroupsPath` is systemd's form, `slice:prefix:name`.
+    pub(crate) fn is_systemds(path: Option<&Path>) -> bool {
+        let text = path.map(Path::to_string_lossy).unwrap_or_default();
+        !text.starts_with('/') && text.split(':').count() == 3
+    }
 }
 
 /// A path without `.` and `..`, relative to the root. A `..` does not lead out of the root.
@@ -109,6 +131,14 @@ fn clean(path: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_forms_of_a_path_are_told_apart() {
+        let is = |text: &str| CgroupPlan::is_systemds(Some(Path::new(text)));
+        assert!(is("kubepods-pod1.slice:cri-containerd:web") && is(":docker:web"));
+        assert!(!is("/kubepods/pod1/web") && !is("/a:b:c") && !is("a:b"));
+        assert!(!CgroupPlan::is_systemds(None));
+    }
 
     #[test]
     fn no_path_leads_out_of_the_root() {

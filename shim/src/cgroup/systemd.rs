@@ -5,16 +5,27 @@
 //! there, with itself in it. Then it executes the program, so the pid stays the same.
 
 use std::{
+    fs,
+    io::{Read, Write},
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
+    time::Duration,
 };
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     container_id::ContainerId,
-    error::{Error, Result},
+    error::{Error, Explain, Result},
 };
+
+/// Longest time for systemd to make a scope.
+const SCOPE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Most bytes of systemd-run's message.
+const MAX_WORDS: u64 = 4096;
 
 /// A transient scope.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -74,6 +85,66 @@ impl Unit {
             .arg("--")
             .arg(program);
         command
+    }
+}
+
+/// A process that keeps a scope alive, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Held(Child);
+
+impl Unit {
+    /// Has systemd make the scope for processes that are started later.
+    ///
+    /// # Errors
+    ///
+    /// If systemd refuses.
+    pub(super) fn hold(&self) -> Result<Held> {
+        let what = || format!("cannot have systemd make {}", self.name);
+        // It sends back what it gets, and ends at the end of its input.
+        let mut command = self.command(Path::new("cat"));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().explain(what)?;
+        let echoed = child.stdin.as_mut().zip(child.stdout.as_mut()).is_some_and(|(to, from)| {
+            let limit = Timespec::try_from(SCOPE_TIMEOUT).ok();
+            // The answer comes from the scope: systemd-run becomes the program there.
+            to.write_all(b".").is_ok()
+                && poll(&mut [PollFd::new(from, PollFlags::IN)], limit.as_ref()) == Ok(1)
+                && from.read_exact(&mut [0]).is_ok()
+        });
+        let mut held = Held(child);
+        if echoed {
+            return Ok(held);
+        }
+        // It may wait for systemd still.
+        let _ = held.0.kill();
+        Err(Error::new(format!("{}: {}", what(), held.last_words())))
+    }
+}
+
+impl Held {
+    /// Directory of the scope's cgroup, relative to the root of all cgroups. systemd escapes
+    /// characters that its names cannot hold, so only systemd knows it.
+    pub(super) fn path(&self) -> Option<PathBuf> {
+        let text = fs::read_to_string(format!("/proc/{}/cgroup", self.0.id())).ok()?;
+        Some(PathBuf::from(text.strip_prefix("0::/")?.lines().next()?))
+    }
+
+    fn last_words(mut self) -> String {
+        drop(self.0.stdin.take());
+        let mut text = String::new();
+        if let Some(stderr) = self.0.stderr.take() {
+            let _ = stderr.take(MAX_WORDS).read_to_string(&mut text);
+        }
+        text.lines().collect::<Vec<_>>().join(" ")
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        if let Err(error) = self.0.wait() {
+            log::debug!("the process that held a scope: {error}");
+        }
     }
 }
 

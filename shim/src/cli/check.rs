@@ -9,6 +9,7 @@ use std::{
 use rustix::process::{Resource, getrlimit};
 
 use crate::{
+    bundle::check_allowed_list,
     cli::{exposure, list::columns, print},
     error::Result,
     host::{self, Kvm},
@@ -31,9 +32,39 @@ const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 /// One line of the table.
 struct Finding {
     what: &'static str,
-    /// True if a sandbox can run with the finding, false if it cannot. `None` if it can either way.
-    good: Option<bool>,
+    mark: Mark,
     found: String,
+}
+
+/// Second column of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mark {
+    /// There, needed or not.
+    Ok,
+    /// Needed by every sandbox, and not there.
+    Missing,
+    /// Optional and not there, or not tried, or information only.
+    Note,
+}
+
+impl Mark {
+    /// Mark of something that every sandbox needs.
+    fn needed(there: bool) -> Self {
+        if there { Self::Ok } else { Self::Missing }
+    }
+
+    /// Mark of something that a sandbox can do without.
+    fn optional(there: bool) -> Self {
+        if there { Self::Ok } else { Self::Note }
+    }
+
+    fn text(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Missing => "MISSING",
+            Self::Note => "-",
+        }
+    }
 }
 
 /// Prints the table. Returns 0 if a sandbox can run on this host, else 1.
@@ -42,15 +73,10 @@ pub(super) fn run() -> Result<u8> {
     let rows: Vec<[String; 3]> = findings
         .iter()
         .map(|finding| {
-            let mark = match finding.good {
-                Some(true) => "ok",
-                Some(false) => "MISSING",
-                None => "-",
-            };
-            [finding.what.to_owned(), mark.to_owned(), finding.found.clone()]
+            [finding.what.to_owned(), finding.mark.text().to_owned(), finding.found.clone()]
         })
         .collect();
-    let able = findings.iter().all(|finding| finding.good != Some(false));
+    let able = findings.iter().all(|finding| finding.mark != Mark::Missing);
     print(&columns(&rows))?;
     print(if able { "a sandbox can run here\n" } else { "a sandbox cannot run here\n" })?;
     Ok(u8::from(!able))
@@ -65,14 +91,18 @@ fn findings() -> Vec<Finding> {
         artifact("vmm", vmm, true),
         artifact("guest kernel", kernel, false),
         artifact("guest image", initramfs, false),
-        Finding { what: "vsock", good: None, found: "not needed: the VMM has its own".into() },
+        Finding {
+            what: "vsock",
+            mark: Mark::Note,
+            found: "not needed: the VMM has its own".into(),
+        },
         settings(),
         vhost_net(),
-        cgroups(),
+        cgroups(Path::new("/sys/fs/cgroup")),
         descriptors(),
         Finding {
             what: "size",
-            good: None,
+            mark: Mark::Note,
             found: format!("{} CPUs, {} MiB of memory", host::online_cpus(), host::memory_mib()),
         },
     ];
@@ -82,7 +112,7 @@ fn findings() -> Vec<Finding> {
 }
 
 fn kvm() -> Finding {
-    let finding = |good, found| Finding { what: "kvm", good: Some(good), found };
+    let finding = |good, found| Finding { what: "kvm", mark: Mark::needed(good), found };
     match host::open_kvm() {
         Err(error) => finding(false, error.message),
         Ok(_) => match host::kvm_kind(Path::new("/proc/cpuinfo"), Path::new("/sys/module")) {
@@ -100,21 +130,30 @@ fn host_kernel() -> Finding {
     let (major, minor) = LEAST_KERNEL;
     let good = version >= LEAST_KERNEL;
     let needed = if good { String::new() } else { format!(" (needs {major}.{minor} or newer)") };
-    Finding { what: "host kernel", good: Some(good), found: format!("Linux {release}{needed}") }
+    Finding {
+        what: "host kernel",
+        mark: Mark::needed(good),
+        found: format!("Linux {release}{needed}"),
+    }
 }
 
 /// Tells whether the settings of the operator can be used. Files are rows of their own.
 fn settings() -> Finding {
-    let checked = settings::nics().and(settings::boot_timeout()).and(settings::kernel_params());
-    let good = checked.is_ok();
-    let found = checked.map_or_else(|error| error.message, |_| "can be used".to_owned());
-    Finding { what: "settings", good: Some(good), found }
+    let checked = settings::nics()
+        .and(settings::disks())
+        .and(settings::host_sockets())
+        .and(settings::boot_timeout())
+        .and(settings::kernel_params())
+        .and_then(|_| check_allowed_list(settings::allowed_annotations()?));
+    let mark = Mark::needed(checked.is_ok());
+    let found = checked.map_or_else(|error| error.message, |()| "can be used".to_owned());
+    Finding { what: "settings", mark, found }
 }
 
 fn permission() -> Finding {
     let root = rustix::process::geteuid().is_root();
     let found = if root { "root" } else { "not root: mount namespaces cannot be made" };
-    Finding { what: "user", good: Some(root), found: found.into() }
+    Finding { what: "user", mark: Mark::needed(root), found: found.into() }
 }
 
 fn artifact(what: &'static str, path: Result<PathBuf>, program: bool) -> Finding {
@@ -124,10 +163,8 @@ fn artifact(what: &'static str, path: Result<PathBuf>, program: bool) -> Finding
         let version = if program { version(&path)? } else { String::new() };
         Ok(format!("{}, {} KiB{version}", path.display(), size.div_ceil(1024)))
     });
-    match found {
-        Ok(found) => Finding { what, good: Some(true), found },
-        Err(error) => Finding { what, good: Some(false), found: error.message },
-    }
+    let mark = Mark::needed(found.is_ok());
+    Finding { what, mark, found: found.unwrap_or_else(|error| error.message) }
 }
 
 /// Returns the first line that a program prints for `--version`, after a comma.
@@ -144,31 +181,26 @@ fn version(program: &Path) -> Result<String> {
 
 /// Tries taps and redirects in a network namespace that ends with the trial.
 fn network() -> [Finding; 3] {
-    let finding = |what, result: Result<&str>| match result {
-        Ok(found) => Finding { what, good: Some(true), found: found.into() },
-        Err(error) => Finding { what, good: Some(false), found: error.message },
+    let finding = |what, mark: fn(bool) -> Mark, tried: Option<Result<()>>, found: &str| match tried
+    {
+        None => Finding { what, mark: Mark::Note, found: "not tried".into() },
+        Some(Ok(())) => Finding { what, mark: mark(true), found: found.into() },
+        Some(Err(error)) => Finding { what, mark: mark(false), found: error.message },
     };
     let Trial { taps, redirects, names } = network::try_out();
-    let not_tried = |what| Finding { what, good: None, found: "not tried".into() };
-    let redirects = match redirects {
-        None => not_tried("traffic control"),
-        Some(tried) => {
-            finding("traffic control", tried.map(|()| "sch_ingress, cls_matchall, act_mirred"))
-        }
-    };
-    let names = match names {
-        None => not_tried("name service"),
-        // A sandbox can run without it.
-        Some(tried) => Finding {
-            good: None,
-            ..finding("name service", tried.map(|()| "cls_u32, for networks of Docker's users"))
-        },
-    };
-    [finding("tun", taps.map(|()| "/dev/net/tun")), redirects, names]
+    let modules = "sch_ingress, cls_matchall, act_mirred";
+    let for_names = "cls_u32, for networks of Docker's users";
+    [
+        finding("tun", Mark::needed, Some(taps), "/dev/net/tun"),
+        finding("traffic control", Mark::needed, redirects, modules),
+        finding("name service", Mark::optional, names, for_names),
+    ]
 }
 
 fn vhost_net() -> Finding {
-    let found = match fs::File::options().read(true).write(true).open(network::VHOST_NET) {
+    let opened = fs::File::options().read(true).write(true).open(network::VHOST_NET);
+    let mark = Mark::optional(opened.is_ok());
+    let found = match opened {
         Ok(_) => network::VHOST_NET.to_owned(),
         Err(error) => format!(
             "cannot open {}, so the VMM moves the packets, which takes more time (`modprobe vhost_net` \
@@ -176,29 +208,28 @@ fn vhost_net() -> Finding {
             network::VHOST_NET
         ),
     };
-    Finding { what: "vhost-net", good: None, found }
+    Finding { what: "vhost-net", mark, found }
 }
 
-/// Looks for cgroups v2 on the host. A sandbox runs without them too, but then nothing limits it on
-/// the host.
-fn cgroups() -> Finding {
-    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
-    let found = match controllers {
+/// Looks for cgroups v2 at their mount point on the host. A sandbox runs without them too, but then
+/// nothing limits it on the host.
+fn cgroups(mount: &Path) -> Finding {
+    let (there, found) = match fs::read_to_string(mount.join("cgroup.controllers")) {
         Ok(controllers) => {
-            let has = |name: &&&str| !controllers.split_whitespace().any(|one| one == **name);
-            let missing: Vec<&str> = CONTROLLERS.iter().filter(has).copied().collect();
+            let lacks = |name: &&&str| !controllers.split_whitespace().any(|one| one == **name);
+            let missing: Vec<&str> = CONTROLLERS.iter().filter(lacks).copied().collect();
             match missing[..] {
-                [] => "version 2".to_owned(),
-                _ => format!("version 2, without the controllers {}", missing.join(", ")),
+                [] => (true, "version 2".to_owned()),
+                _ => (false, format!("version 2, without the controllers {}", missing.join(", "))),
             }
         }
         Err(_) => {
-            "not version 2: sandboxes stay in the cgroup of their caller, and limits hold in \
-                   their microVMs only"
-                .to_owned()
+            let found = "not version 2: sandboxes stay in the cgroup of their caller, and limits \
+                         hold in their microVMs only";
+            (false, found.to_owned())
         }
     };
-    Finding { what: "cgroups", good: None, found }
+    Finding { what: "cgroups", mark: Mark::optional(there), found }
 }
 
 fn descriptors() -> Finding {
@@ -212,7 +243,7 @@ fn descriptors() -> Finding {
         _ => String::new(),
     };
     let found = format!("at most {hard}, {soft} at first{note}");
-    Finding { what: "descriptors", good: Some(hard >= LEAST_DESCRIPTORS), found }
+    Finding { what: "descriptors", mark: Mark::needed(hard >= LEAST_DESCRIPTORS), found }
 }
 
 fn exposure() -> [Finding; 3] {
@@ -222,5 +253,23 @@ fn exposure() -> [Finding; 3] {
         ("KSM", exposure::ksm(Path::new("/sys/kernel/mm/ksm"))),
         ("mitigations", exposure::mitigations(&cpu.join("vulnerabilities"))),
     ]
-    .map(|(what, found)| Finding { what, good: None, found })
+    .map(|(what, found)| Finding { what, mark: Mark::Note, found })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_optional_feature_is_ok_only_if_it_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let mark = || cgroups(dir.path()).mark;
+        assert_eq!(mark(), Mark::Note);
+        for (controllers, expected) in
+            [("cpu memory\n", Mark::Note), ("cpuset cpu io memory pids\n", Mark::Ok)]
+        {
+            fs::write(dir.path().join("cgroup.controllers"), controllers).unwrap();
+            assert_eq!(mark(), expected, "{controllers}");
+        }
+    }
 }

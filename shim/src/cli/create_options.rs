@@ -3,42 +3,25 @@
 use std::{
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
-    process::{Child, ExitStatus},
-    time::Duration,
 };
 
 use crate::{
     bundle::Bundle,
-    cgroup::{Cgroup, CgroupPlan},
-    cli::{Global, pidfd},
+    cgroup::CgroupPlan,
+    cli::{Global, new_container::NewContainer, pidfd, pod_microvm},
     container_id::ContainerId,
-    control::{
-        Message, client,
-        connection::Connection,
-        spawn::{self, Launched},
-    },
-    engine::{Record, hooks},
+    control::remains::remove_killed_holder,
     error::{Error, Explain, Result},
-    exit_text::exit_text,
     host,
-    microvm::boot::BootSettings,
-    network::RedirectRecord,
+    microvm::{boot::BootSettings, disks::spare_disks},
     preserved,
-    process_id::ProcessId,
-    sandbox_process::{Launch, Membership},
+    sandbox_process::Launch,
     settings,
     signals::Signals,
     state::{StateDir, write_whole},
     terminal::{self, Terminal},
 };
 use clap::Args;
-
-/// Longest time for a sandbox process to end after it has said that it ends, or has lost the
-/// command that launched it.
-const END_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Longest time for the processes of a sandbox to end after SIGKILL.
-const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Options of `create` and `run`.
 #[derive(Debug, Args)]
@@ -75,17 +58,6 @@ pub(super) enum Caller {
     Run,
     /// `run --detach`.
     RunDetached,
-}
-
-/// A created container, and the sandbox process that owns it.
-pub(super) struct NewContainer {
-    pub(super) dir: StateDir,
-    pub(super) terminal: Option<Terminal>,
-    signals: Signals,
-    child: Child,
-    /// The connection to the sandbox process, which says when the container is created and how it
-    /// has ended.
-    launched: Connection,
 }
 
 /// Finds the host side of a process's terminal by `terminal: true`, `--detach` and
@@ -141,21 +113,10 @@ impl CreateOptions {
             let env = process.env_mut().get_or_insert_default();
             env.extend([format!("LISTEN_FDS={listening}"), "LISTEN_PID=1".to_owned()]);
         }
-        let pod = Membership::find(&global.root, &bundle.joined)?;
-        if let Some(pod) = &pod {
-            pod.check(&bundle.network, &bundle.spec)?;
-            bundle.vm = pod.vm;
-        }
         let wanted = bundle.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal);
         let terminal =
             find_terminal(wanted.unwrap_or(false), detached, self.console_socket.as_deref())?;
-        let boot = BootSettings {
-            artifacts: settings::Artifacts::find()?,
-            kernel_params: settings::kernel_params()?,
-            share_kernel: settings::share_kernel()?,
-            timeout: settings::boot_timeout()?,
-            console_log: global.debug,
-        };
+        let boot = BootSettings::of_host(global.debug)?;
         let linux = bundle.spec.linux().as_ref();
         let path = linux.and_then(|linux| linux.cgroups_path().as_deref());
         let cgroup = CgroupPlan::find(path, global.systemd_cgroup, &id)?;
@@ -163,48 +124,48 @@ impl CreateOptions {
             Caller::Create => bundle.nics.map_or_else(settings::nics, Ok)?,
             Caller::Run | Caller::RunDetached => 0,
         };
-        if pod.is_none() {
-            // The sandbox process opens it again. This call makes a failure come before anything is
-            // made.
-            drop(host::open_kvm()?);
-        }
+        let spare_disks = spare_disks(&bundle)?;
+        let lock = pod_microvm::lock(&bundle).await?;
         // From here on no signal may end this process and leave behind the things that are made
         // next.
         let signals = Signals::new()?;
+        // Held until the container is in the pod's microVM.
+        let (pod, _held, signals) = pod_microvm::find(global, &bundle, signals).await?;
+        drop(lock);
+        match &pod {
+            Some(pod) => pod.fit(&mut bundle)?,
+            // The sandbox process opens it again. This call makes a failure come before anything is
+            // made.
+            None => drop(host::open_kvm()?),
+        }
         let dir = StateDir::create(&global.root, &id)?;
         let launch = Launch {
             id: id.clone(),
             bundle,
             pod,
+            holder: false,
             spare_nics,
+            spare_disks,
             boot,
             cgroup,
             terminal: terminal.clone(),
             detached,
             preserved,
             made: dir.made().to_vec(),
-            owner_uid: rustix::process::getuid().as_raw(),
             command_us: global.began_us,
         };
-        let unit = launch.cgroup.as_ref().and_then(CgroupPlan::unit);
-        let launched = match spawn::spawn("sandbox", &id, &dir, unit, &launch.preserved, &launch) {
-            Ok(launched) => launched,
+        let container = match NewContainer::launch(dir, &launch, signals).await {
+            Ok(container) => container,
             Err(error) => {
-                dir.remove()?;
+                if let Some(pod) = &launch.pod
+                    && let Err(left) = remove_killed_holder(&pod.pod).await
+                {
+                    log::warn!("{left}");
+                }
                 return Err(error);
             }
         };
-        // From here on the sandbox process must be the only holder of the lock: `adopt` takes no
-        // lock.
-        let adopted = StateDir::adopt(dir.path(), launch.made)?;
-        drop(dir);
-        let dir = adopted;
-        let mut container = NewContainer::new(dir, terminal, signals, launched)?;
-        let created = match container.wait_created().await {
-            Ok(()) => self.tell_pid(&container),
-            Err(error) => Err(error),
-        };
-        match created {
+        match self.tell_pid(&container) {
             Ok(()) => Ok(container),
             Err(error) => {
                 container.abandon().await;
@@ -214,7 +175,7 @@ impl CreateOptions {
     }
 
     fn tell_pid(&self, container: &NewContainer) -> Result<()> {
-        let pid = container.child.id();
+        let pid = container.pid();
         if let Some(socket) = &self.pidfd_socket {
             pidfd::send(socket, pid, pidfd::Of::Container)?;
         }
@@ -229,156 +190,4 @@ impl CreateOptions {
 pub(super) fn write_pid(path: &Path, pid: u32) -> Result<()> {
     write_whole(path, pid.to_string().as_bytes())
         .explain(|| format!("cannot write the pid file {}", path.display()))
-}
-
-impl NewContainer {
-    fn new(
-        dir: StateDir,
-        terminal: Option<Terminal>,
-        signals: Signals,
-        launched: Launched,
-    ) -> Result<Self> {
-        let Launched { child, socket } = launched;
-        Ok(Self { dir, terminal, signals, child, launched: Connection::new(socket)? })
-    }
-
-    /// The sandbox process's pid. The kernel does not reuse it before [`Self::wait`] has returned.
-    pub(super) fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Waits for the next message or signal. A message of `None` means that the sandbox process has
-    /// ended.
-    pub(super) async fn next(&mut self) -> Result<Next> {
-        tokio::select! {
-            message = self.launched.message() => message.map(Next::Message),
-            number = self.signals.next() => Ok(Next::Signal(number)),
-        }
-    }
-
-    /// Waits until the container is created. A signal that asks this process to end aborts the
-    /// creation.
-    async fn wait_created(&mut self) -> Result<()> {
-        let message = tokio::select! {
-            message = self.launched.message() => message?,
-            number = self.signals.next_ending() => return Err(Error::new(format!(
-                "interrupted by signal {number} while the container was created"
-            ))),
-        };
-        match message {
-            Some(Message::Created) => Ok(()),
-            Some(Message::Failed(error)) => Err(error),
-            Some(_) => Err(Error::new("the sandbox process said something unexpected")),
-            None => Err(Error::new(format!(
-                "the sandbox process ended before the container was created: {}",
-                exit_text(self.wait()?)
-            ))),
-        }
-    }
-
-    /// Ends and removes a container after an error. The caller reports the error.
-    pub(super) async fn abandon(self) {
-        let Self { dir, mut child, launched, .. } = self;
-        // A sandbox process that still creates the container ends when the connection closes. After
-        // the creation it has to be told by SIGKILL, which it cannot miss.
-        drop(launched);
-        if Record::read(&dir)
-            .ok()
-            .flatten()
-            .is_some_and(|r| r.status != crate::state::Status::Creating)
-        {
-            let _ = child.kill();
-        }
-        // The sandbox process runs its poststop hooks before it ends.
-        let hooks = Record::read(&dir).ok().flatten().and_then(|record| record.hooks);
-        let hooks =
-            hooks.as_ref().and_then(|hooks| hooks.poststop().as_deref()).unwrap_or_default();
-        let limit = hooks::time_limit(hooks).unwrap_or(END_TIMEOUT).saturating_add(END_TIMEOUT);
-        let removed = match wait_within(&mut child, limit).and_then(|_| Record::read(&dir)) {
-            Ok(record) => remove(&dir, record.as_ref()).await,
-            Err(error) => Err(error),
-        };
-        if let Err(left) = removed {
-            log::warn!("{left}");
-        }
-    }
-
-    /// Waits for the end of the sandbox process, and kills it after `END_TIMEOUT`.
-    pub(super) fn wait(&mut self) -> Result<ExitStatus> {
-        wait_within(&mut self.child, END_TIMEOUT)
-    }
-}
-
-/// Waits for the end of a sandbox process that is about to end. Kills it after `limit`, because a
-/// signal may have stopped it.
-fn wait_within(child: &mut Child, limit: Duration) -> Result<ExitStatus> {
-    let process = i32::try_from(child.id()).ok().and_then(ProcessId::of);
-    if process.is_some_and(|process| !process.wait(limit)) {
-        log::warn!(
-            "the sandbox process {} does not end within {} seconds, so it is killed",
-            child.id(),
-            limit.as_secs()
-        );
-        let _ = child.kill();
-    }
-    child.wait().explain(|| "cannot wait for the sandbox process".into())
-}
-
-/// The next event for a command that waits for its sandbox process.
-pub(super) enum Next {
-    /// The sandbox process has sent a message, or has ended.
-    Message(Option<Message>),
-    /// This process has got a signal.
-    Signal(u32),
-}
-
-/// Removes the remains of a container, by its record, and runs its poststop hooks. First kills a
-/// sandbox process that still runs.
-///
-/// A part that cannot be removed does not keep the other parts. Only the state directory stays
-/// then, for the next attempt. The error is the first failure.
-pub(super) async fn remove(dir: &StateDir, record: Option<&Record>) -> Result<()> {
-    let network = match record {
-        Some(record) => {
-            end_processes(record)?;
-            record.network.as_ref().map_or(Ok(()), RedirectRecord::remove)
-        }
-        None => Ok(()),
-    };
-    // Another process has the lock, and is about to remove the container too.
-    if !dir.try_lock()? {
-        return network;
-    }
-    // The sandbox process of a pod lets a member go when the member's own process has gone. If it
-    // cannot do so now, it does so later, and that keeps nobody from removing the rest.
-    if record.is_some_and(|record| record.pod.is_some())
-        && let Err(error) = client::wait_gone(dir)
-    {
-        log::warn!("{error}");
-    }
-    let cgroup = record.and_then(|record| record.cgroup.as_ref()).map_or(Ok(()), Cgroup::remove);
-    // Everything that can be removed is removed. The rest stays for the next attempt.
-    let mut failures = [network, cgroup].into_iter().filter_map(Result::err);
-    if let Some(first) = failures.next() {
-        failures.for_each(|other| log::warn!("{other}"));
-        return Err(first);
-    }
-    if let (true, Some(record)) = (dir.remove()?, record) {
-        hooks::run_poststop(record, None).await;
-    }
-    Ok(())
-}
-
-/// Kills the sandbox process and the VMM. While one of them lives, its resources cannot be removed.
-pub(super) fn end_processes(record: &Record) -> Result<()> {
-    let processes = [Some(record.sandbox), record.vmm].into_iter().flatten();
-    // Both are killed, even if the first does not end.
-    let left: Vec<_> = processes.filter(|process| !process.kill(KILL_TIMEOUT)).collect();
-    match left.first() {
-        None => Ok(()),
-        Some(process) => Err(Error::new(format!(
-            "process {} of container {} does not end when it is killed",
-            process.pid, record.id
-        ))),
-    }
 }

@@ -5,9 +5,12 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::{
-    cli::{Global, create_options::remove},
+    cli::Global,
     container_id::ContainerId,
-    control::is_answered,
+    control::{
+        is_answered,
+        remains::{remove, remove_unread},
+    },
     engine::{Record, Remains, Request},
     error::{Error, Result},
     event_loop::event_loop,
@@ -17,6 +20,9 @@ use crate::{
 /// Longest time for a sandbox process to end its microVM in order. The sandbox process gives itself
 /// less.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longest time for a creation to be taken down.
+const CREATION_END_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub(super) struct Delete {
@@ -53,37 +59,24 @@ impl Delete {
     }
 
     /// Deletes a container whose record cannot be read because of `error`. The container has to
-    /// have ended, or `--force` is needed. Poststop hooks are not run. Processes in a pod's microVM
-    /// end with that microVM.
+    /// have ended, or `--force` is needed.
     fn delete_remains(&self, dir: &StateDir, error: Error) -> Result<u8> {
-        let Remains { sandbox, vmm, cgroup, network } = Remains::read(dir);
-        let ended = sandbox.is_some_and(|sandbox| !sandbox.is_alive());
+        let ended = Remains::read(dir).sandbox.is_some_and(|sandbox| !sandbox.is_alive());
         if !self.force && !ended {
             return Err(error);
         }
-        for process in [sandbox, vmm].into_iter().flatten() {
-            process.kill(END_TIMEOUT);
-        }
-        // If the lock is free, the sandbox process is gone, and the VMM with it.
-        if !dir.try_lock()? {
-            return Err(error);
-        }
-        match (&cgroup, &network) {
-            (Some(_), _) | (_, Some(_)) => log::warn!("{error}"),
-            (None, None) => log::warn!(
-                "{error}; its cgroup, and its redirects in a network namespace of others, are \
-                 unknown and stay"
-            ),
-        }
-        let network = network.map_or(Ok(()), |taken| taken.remove());
-        let cgroup = cgroup.map_or(Ok(()), |cgroup| cgroup.remove());
-        network.and(cgroup)?;
-        dir.remove()?;
-        Ok(0)
+        remove_unread(dir, error, END_TIMEOUT).map(|()| 0)
     }
 
     /// Ends the sandbox process, if the container's status or `--force` permits it.
     fn end(&self, dir: &StateDir, record: &Record) -> Result<()> {
+        if record.is_of_a_shim() && record.sandbox.is_alive() {
+            return Err(Error::new(format!(
+                "container {} is a task of containerd (its shim is process {}): delete it by a \
+                 client of containerd",
+                record.id, record.sandbox.pid
+            )));
+        }
         match record.current_status() {
             Status::Stopped => {}
             // As with runc: a container whose process was never started is killed without --force.
@@ -97,7 +90,9 @@ impl Delete {
             }
             // Nothing can be lost yet, and there is no control socket for a request.
             Status::Creating => {
-                record.sandbox.kill(END_TIMEOUT);
+                // Asked first: so it ends its hooks, and their children with them.
+                record.sandbox.let_go_on();
+                record.sandbox.end(CREATION_END_TIMEOUT);
             }
             Status::Running | Status::Paused => {}
         }

@@ -32,6 +32,7 @@ use crate::{
     signals::Signals,
     state::{Exit, StateDir, versions},
     terminal::{self, Terminal},
+    text::seconds,
 };
 
 /// Longest time for the start of the process. The guest has less: after that the sandbox process is
@@ -145,8 +146,8 @@ impl ExecRelay {
         let begun = tokio::select! {
             begun = timeout(BEGIN_TIMEOUT, attendance.begin(verb, &descriptors)) => {
                 begun.unwrap_or_else(|_| Err(Error::new(format!(
-                    "the sandbox process of container {} does not answer within {} seconds",
-                    self.id, BEGIN_TIMEOUT.as_secs()
+                    "the sandbox process of container {} does not answer within {}",
+                    self.id, seconds(BEGIN_TIMEOUT)
                 ))))?
             }
             number = signals.next_ending() => {

@@ -5,9 +5,9 @@ use std::time::Duration;
 use clap::Args;
 
 use crate::{
-    cli::{Global, create_options::end_processes},
+    cli::Global,
     container_id::ContainerId,
-    control::{Answer, ask, is_answered},
+    control::{Answer, ask, is_answered, remains::end_processes},
     engine::{Record, Remains, Request},
     error::{Error, Result},
     signal_names,

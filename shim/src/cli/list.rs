@@ -1,18 +1,28 @@
-//! `list`: lists the containers below the root directory.
+//! `list`: lists the containers below the root directory, or those of all front ends.
 
 use std::path::Path;
 
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use crate::{
-    cli::{Global, print},
-    engine::Record,
+    cli::{
+        Global,
+        all_roots::{Found, below, everywhere},
+        print,
+    },
+    container_id::ContainerId,
+    engine::{OciState, Record},
     error::{Error, Explain, Result},
-    state::{DEFAULT_ROOT, StateDir, ids},
+    state::DEFAULT_ROOT,
+    text::printable,
 };
 
 #[derive(Debug, Args)]
 pub(super) struct List {
+    /// List the containers of all front ends: the command line, containerd, Docker, Podman, CRI-O.
+    #[arg(short, long)]
+    all: bool,
     /// Format of the list.
     #[arg(short, long, value_name = "FORMAT", default_value = "table")]
     format: Format,
@@ -29,7 +39,6 @@ enum Format {
 
 impl List {
     pub(super) fn run(self, global: &Global) -> Result<u8> {
-        let mut records = Vec::new();
         // The first container makes the default root. Another root that is missing is a mistake.
         if global.root != Path::new(DEFAULT_ROOT) && !global.root.exists() {
             return Err(Error::new(format!(
@@ -37,32 +46,82 @@ impl List {
                 global.root.display()
             )));
         }
-        for id in ids(&global.root)? {
-            // A container that is being made has no record yet. A container that is being deleted
-            // may have lost its record.
-            match StateDir::open(&global.root, &id).and_then(|dir| Record::read(&dir)) {
-                Ok(Some(record)) => records.push(record),
-                Ok(None) => {}
-                Err(error) => log::warn!("{error}"),
-            }
-        }
+        let found = if self.all { everywhere(&global.root) } else { below(&global.root) }?;
+        let records = || found.iter().map(|found| &found.record);
         let text = match (self.quiet, self.format) {
-            (true, _) => records.iter().map(|record| format!("{}\n", record.id)).collect(),
-            (false, Format::Json) => {
-                let states: Vec<_> = records.iter().map(Record::to_oci).collect();
-                format!("{}\n", serde_json::to_string(&states).explain(|| "the list".into())?)
-            }
-            (false, Format::Table) => table(&records),
+            (true, _) => records().map(|record| format!("{}\n", record.id)).collect(),
+            (false, Format::Json) if self.all => json(found.iter().map(Entry::of))?,
+            (false, Format::Json) => json(records().map(Record::to_oci))?,
+            (false, Format::Table) if self.all => table_of_all(&found),
+            (false, Format::Table) => table(records()),
         };
         print(&text)?;
         Ok(0)
     }
 }
 
-fn table(records: &[Record]) -> String {
+/// A container of a list of all front ends.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Entry<'a> {
+    #[serde(flatten)]
+    state: OciState<'a>,
+    /// The front end that has made the container.
+    front_end: &'a str,
+    /// Namespace of the front end, if it has any.
+    namespace: Option<&'a str>,
+    /// The container that the microVM was made for.
+    sandbox: &'a ContainerId,
+    /// The state root, for `--root` of other verbs.
+    root: &'a Path,
+}
+
+impl<'a> Entry<'a> {
+    fn of(found: &'a Found) -> Self {
+        let (front_end, namespace) = found.front_end();
+        let (state, sandbox) = (found.record.to_oci(), found.sandbox());
+        Self { state, front_end, namespace, sandbox, root: &found.root }
+    }
+}
+
+fn json(states: impl Iterator<Item = impl Serialize>) -> Result<String> {
+    let states: Vec<_> = states.collect();
+    let json = serde_json::to_string(&states).explain(|| "cannot write the list".into())?;
+    Ok(format!("{json}\n"))
+}
+
+/// The containers of all front ends. Those of a microVM follow each other, the first one first.
+fn table_of_all(found: &[Found]) -> String {
+    let heading =
+        ["FRONTEND", "NAMESPACE", "SANDBOX", "ID", "PID", "STATUS", "BUNDLE", "CREATED", "ROOT"];
+    let mut rows = vec![heading.map(str::to_owned)];
+    let mut found: Vec<&Found> = found.iter().collect();
+    found.sort_by_key(|found| {
+        let is_member = found.record.pod.is_some();
+        (found.root.clone(), found.sandbox().clone(), is_member, found.record.id.clone())
+    });
+    rows.extend(found.iter().map(|found| {
+        let (front_end, namespace) = found.front_end();
+        let record = &found.record;
+        [
+            front_end.to_owned(),
+            namespace.unwrap_or("-").to_owned(),
+            found.sandbox().to_string(),
+            record.id.to_string(),
+            record.current_pid().to_string(),
+            status(record),
+            printable(&record.bundle.display().to_string()),
+            record.created.clone(),
+            printable(&found.root.display().to_string()),
+        ]
+    }));
+    columns(&rows)
+}
+
+fn table<'r>(records: impl Iterator<Item = &'r Record>) -> String {
     let heading = ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned);
     let mut rows = vec![heading];
-    rows.extend(records.iter().map(|record| {
+    rows.extend(records.map(|record| {
         [
             record.id.to_string(),
             record.current_pid().to_string(),

@@ -1,9 +1,11 @@
 //! The OCI command line, with runc's verbs and options. Each verb has a file.
 
+mod all_roots;
 mod bundle;
 mod check;
 mod checkpoint;
 mod completions;
+mod config;
 mod create;
 mod create_options;
 mod delete;
@@ -12,17 +14,23 @@ mod exec;
 mod exec_relay;
 mod exposure;
 mod features;
+mod install;
 mod kill;
 mod list;
+mod logs;
 mod man;
+mod metrics;
+mod new_container;
 mod pause;
 mod pidfd;
+mod pod_microvm;
 mod ps;
 mod resume;
 mod run;
 mod spec;
 mod start;
 mod state;
+mod timeline;
 mod update;
 mod usage;
 mod users;
@@ -54,17 +62,19 @@ use crate::{
     args_override_self = true
 )]
 struct Cli {
-    #[command(flatten)]
-    global: Global,
+    // Before the global options, because their heading holds for everything after them.
     /// Print the versions of isopod and of the OCI runtime specification.
     #[arg(short = 'v', long)]
     version: bool,
+    #[command(flatten)]
+    global: Global,
     #[command(subcommand)]
     verb: Option<Verb>,
 }
 
 /// Options of every verb, accepted before and after it.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
 struct Global {
     /// Directory for the state of containers; should be on a tmpfs.
     #[arg(long, global = true, value_name = "DIR", default_value = DEFAULT_ROOT)]
@@ -83,7 +93,7 @@ struct Global {
     systemd_cgroup: bool,
     /// Accepted for callers of runc, and without effect: isopod has to run as root. Before the verb
     /// only: `spec` has an option of this name.
-    #[arg(long, value_name = "true|false|auto")]
+    #[arg(long, value_name = "true|false|auto", help_heading = None)]
     rootless: Option<String>,
     /// Accepted for callers of runc, and without effect: CRIU is not used.
     #[arg(long, global = true, value_name = "PATH")]
@@ -110,8 +120,14 @@ enum Verb {
     Delete(delete::Delete),
     /// Run another process in a running container.
     Exec(exec::Exec),
-    /// List the containers below the root directory.
+    /// List the containers below the root directory, or those of all front ends.
     List(list::List),
+    /// Print the log of a container's guest.
+    Logs(logs::Logs),
+    /// Draw the start of a container: the time that each part took.
+    Timeline(timeline::Timeline),
+    /// Print figures of running sandboxes, in Prometheus's text format.
+    Metrics(metrics::Metrics),
     /// Pause the processes of a container.
     Pause(pause::Pause),
     /// Resume the processes of a paused container.
@@ -137,6 +153,12 @@ enum Verb {
     Restore(checkpoint::Refused),
     /// Show what this host has and lacks for running microVMs.
     Check,
+    /// Print the settings file with its defaults, or check one.
+    Config(config::Config),
+    /// Register isopod with containerd, Docker, Podman and CRI-O.
+    Install(install::Install),
+    /// Remove what `install` has registered.
+    Uninstall(install::Install),
     /// Print the completions of a shell.
     Completions(completions::Completions),
     /// Write the man pages into a directory.
@@ -230,6 +252,9 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         Verb::Delete(delete) => delete.run(&global),
         Verb::Exec(exec) => exec.run(&global),
         Verb::List(list) => list.run(&global),
+        Verb::Logs(logs) => logs.run(&global),
+        Verb::Timeline(timeline) => timeline.run(&global),
+        Verb::Metrics(metrics) => metrics.run(&global),
         Verb::Pause(pause) => pause.run(&global),
         Verb::Resume(resume) => resume.run(&global),
         Verb::Update(update) => update.run(&global),
@@ -241,6 +266,9 @@ fn carry_out(verb: Verb, mut global: Global) -> Result<u8> {
         Verb::Checkpoint(refused) => refused.run("checkpoint"),
         Verb::Restore(refused) => refused.run("restore"),
         Verb::Check => check::run(),
+        Verb::Config(config) => config.run(),
+        Verb::Install(install) => install.install(),
+        Verb::Uninstall(uninstall) => uninstall.uninstall(),
         Verb::Completions(completions) => completions.run(),
         Verb::Man(man) => man.run(),
         Verb::Sandbox(_) | Verb::ExecRelay(_) => Ok(1),

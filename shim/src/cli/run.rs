@@ -11,10 +11,13 @@ use clap::Args;
 use crate::{
     cli::{
         Global,
-        create_options::{Caller, CreateOptions, NewContainer, Next, remove},
+        create_options::{Caller, CreateOptions},
+        new_container::{NewContainer, Next},
     },
     container_id::ContainerId,
-    control::{Call, Message, Verb, client::connect_to_sandbox, connection::Connection},
+    control::{
+        Call, Message, Verb, client::connect_to_sandbox, connection::Connection, remains::remove,
+    },
     engine::{Ended, Record, Request, stdio},
     error::{Error, ErrorKind, Result},
     event_loop::event_loop,
@@ -24,6 +27,10 @@ use crate::{
 };
 
 #[derive(Debug, Args)]
+// The derived usage shows neither that the two forms differ nor, in the man page, the `--`.
+#[command(override_usage = "\
+isopod run [OPTIONS] ID
+       isopod run [OPTIONS] BUNDLE [-- COMMAND...]")]
 pub(super) struct Run {
     #[command(flatten)]
     options: CreateOptions,
@@ -83,6 +90,11 @@ impl Run {
                 "{target:?} is neither a bundle (a directory with a config.json) nor a container id \
                  (no slash)"
             )));
+        }
+        if self.options.bundle.is_none()
+            && let Some(error) = bundle_without_slash(Path::new("."), target, &self.command)
+        {
+            return Err(error);
         }
         let id = ContainerId::parse(target)?;
         if !self.command.is_empty() {
@@ -145,6 +157,19 @@ impl Run {
             )),
         }
     }
+}
+
+/// The error for a bundle below `here` that is named without a slash. Such a name is an id. None if
+/// the name can be meant as an id, because `here` is a bundle itself.
+fn bundle_without_slash(here: &Path, name: &str, command: &[String]) -> Option<Error> {
+    let is_bundle = |dir: &Path| dir.join("config.json").is_file();
+    let is_id = is_bundle(here) && command.is_empty();
+    (!is_id && is_bundle(&here.join(name))).then(|| {
+        Error::new(format!(
+            "{name:?} without a slash is a container id: for the bundle in {name}, write `isopod run \
+             ./{name}`, or `isopod run --bundle {name} ID`"
+        ))
+    })
 }
 
 /// Starts the container and returns.
@@ -325,5 +350,20 @@ mod tests {
             let error = target(arguments).unwrap_err();
             assert!(error.message.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn a_bundle_without_a_slash_is_advised_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let here = dir.path();
+        std::fs::create_dir(here.join("web")).unwrap();
+        let hint = |command: &[String]| bundle_without_slash(here, "web", command);
+        assert!(hint(&[]).is_none());
+        std::fs::write(here.join("web/config.json"), "{}").unwrap();
+        assert!(hint(&[]).unwrap().message.contains("isopod run ./web"));
+        // In a bundle a name is an id, unless a command follows.
+        std::fs::write(here.join("config.json"), "{}").unwrap();
+        assert!(hint(&[]).is_none());
+        assert!(hint(&["ls".into()]).is_some());
     }
 }

@@ -26,8 +26,11 @@ fn every_verb_has_a_page_and_is_completed() {
         let name = verb.get_name();
         let page = std::fs::read_to_string(dir.path().join(format!("isopod-{name}.1"))).unwrap();
         assert!(page.contains(&format!("isopod {name}")) || page.contains(name), "{page}");
+        assert!(page.contains("GLOBAL OPTIONS"), "{page}");
         assert!(script.contains(&format!("isopod,{name})")), "{name}");
     }
+    let page = std::fs::read_to_string(dir.path().join("isopod-run.1")).unwrap();
+    assert!(page.contains(r"BUNDLE [\-\- COMMAND...]"), "{page}");
     assert!(!dir.path().join("isopod-sandbox.1").exists());
 }
 

@@ -2,14 +2,16 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use tokio::time::timeout;
+
 use crate::{
     container_id::ContainerId,
     control::{
-        client::connect_to_sandbox,
+        client::{ANSWER_TIMEOUT, connect_to_sandbox},
         connection::Connection,
         message::{Call, Message, Verb},
     },
-    engine::Request,
+    engine::{Pod, Request},
     error::{Error, Result},
     signals::{Signals, WINCH},
     state::StateDir,
@@ -20,6 +22,40 @@ use crate::{
 pub(crate) struct Attendance {
     container: ContainerId,
     connection: Connection,
+}
+
+/// A connection that keeps the microVM of a pod's holder, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    _connection: Connection,
+}
+
+impl Hold {
+    /// Keeps the microVM of the holder `pod`. `None` if the holder is ending or gone.
+    ///
+    /// # Errors
+    ///
+    /// If its sandbox process does not answer, or refuses.
+    pub(crate) async fn take(pod: &Pod) -> Result<Option<Self>> {
+        // A signal may have stopped it.
+        pod.process.let_go_on();
+        let Ok(dir) = StateDir::open_path(&pod.dir) else { return Ok(None) };
+        let Ok(mut connection) = Connection::connect(&dir).await else { return Ok(None) };
+        let call = Call { container: pod.sandbox.clone(), verb: Verb::Hold };
+        if connection.send(&call).await.is_err() {
+            return Ok(None);
+        }
+        let answer = timeout(ANSWER_TIMEOUT, connection.message()).await.map_err(|_| {
+            let first = &pod.sandbox;
+            Error::new(format!("the sandbox process of container {first} does not answer"))
+        })?;
+        match answer {
+            Ok(Some(Message::Done)) => Ok(Some(Self { _connection: connection })),
+            Ok(Some(Message::Failed(error))) => Err(error),
+            // The connection breaks with the sandbox process.
+            Ok(_) | Err(_) => Ok(None),
+        }
+    }
 }
 
 impl Attendance {

@@ -12,8 +12,10 @@ use crate::{
     },
     engine::{ProcessInfo, Record, Request},
     error::{Error, Explain, Result},
+    figures::Figures,
     state::{CONTROL_SOCKET, StateDir, versions},
     stats::Stats,
+    text::seconds,
 };
 
 /// The answer to a request.
@@ -89,6 +91,15 @@ pub(crate) fn stats(dir: &StateDir) -> Result<Option<Box<Stats>>> {
     }
 }
 
+/// Asks for figures of the sandbox. `None` if it has ended.
+pub(crate) fn figures(dir: &StateDir) -> Result<Option<Box<Figures>>> {
+    match call(dir, Verb::Figures, Some(LIFE_TIMEOUT))? {
+        Some(Message::Figures(figures)) => Ok(Some(figures)),
+        Some(_) => Err(unexpected()),
+        None => Ok(None),
+    }
+}
+
 /// Sends a request that a sandbox process answers without its guest. Returns false if no answer
 /// comes: the sandbox process is stopped, or has no descriptor left for the connection.
 pub(crate) fn is_answered(dir: &StateDir, request: Request) -> Result<bool> {
@@ -125,9 +136,9 @@ fn call(dir: &StateDir, verb: Verb, limit: Option<Duration>) -> Result<Option<Me
         Some(Some(Message::Failed(error))) => Err(error),
         Some(answer) => Ok(answer),
         None => Err(Error::new(format!(
-            "the sandbox process of container {id} does not answer within {} seconds: `isopod \
+            "the sandbox process of container {id} does not answer within {}: `isopod \
              delete --force {id}` ends it",
-            limit.unwrap_or_default().as_secs(),
+            seconds(limit.unwrap_or_default()),
             id = dir.container_name()
         ))),
     }
@@ -194,8 +205,11 @@ pub(crate) async fn connect_to_sandbox(dir: &StateDir) -> Result<Connection> {
 /// container. `None` if the pod is gone.
 fn sandbox_of(dir: &StateDir) -> Result<Option<StateDir>> {
     match Record::read(dir)?.and_then(|record| record.pod) {
-        // While the process lives, the directory is its own.
-        Some(pod) if pod.process.is_alive() => StateDir::open_path(&pod.dir).map(Some),
+        // While the process lives, the directory is its own. A holder removes it before its end.
+        Some(pod) if pod.process.is_alive() => match StateDir::open_path(&pod.dir) {
+            Err(_) if !pod.dir.exists() => Ok(None),
+            opened => opened.map(Some),
+        },
         Some(_) => Ok(None),
         None => StateDir::open_path(dir.path()).map(Some),
     }

@@ -25,6 +25,7 @@ use crate::{
     control::message::{MAX_MESSAGE_LEN, Message, line},
     error::{Error, Explain, Result},
     state::{CONTROL_SOCKET, StateDir},
+    text::seconds,
 };
 
 /// Most descriptors of one packet. The kernel takes 253 (`SCM_MAX_FD`).
@@ -82,8 +83,8 @@ impl Connection {
             }
         };
         let socket = timeout(CONNECT_TIMEOUT, connect).await.unwrap_or_else(|_| {
-            let seconds = CONNECT_TIMEOUT.as_secs();
-            Err(Error::new(format!("{}: it takes no connection within {seconds} seconds", what())))
+            let limit = seconds(CONNECT_TIMEOUT);
+            Err(Error::new(format!("{}: it takes no connection within {limit}", what())))
         })?;
         Ok(Self::of(socket))
     }

@@ -16,6 +16,7 @@ use crate::{
     event_loop::event_loop,
     state::{StateDir, Status, versions},
     stats::Stats,
+    text::seconds,
 };
 
 /// Longest time for an answer of the sandbox process. Its guest has less.
@@ -115,8 +116,8 @@ impl Asker {
             Ok(Ok(Some(Message::Failed(error)))) => Err(error),
             Ok(answer) => answer,
             Err(_) => Err(Error::new(format!(
-                "the sandbox process of container {id} does not answer within {} seconds",
-                ANSWER_TIMEOUT.as_secs()
+                "the sandbox process of container {id} does not answer within {}",
+                seconds(ANSWER_TIMEOUT)
             ))),
         }
     }

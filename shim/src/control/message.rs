@@ -9,6 +9,7 @@ use crate::{
     container_id::ContainerId,
     engine::{Ended, ExecSpec, IoPlan, ProcessInfo, Record, Request, RuntimeNamespacePlan},
     error::Error,
+    figures::Figures,
     microvm::share::TreesPlan,
     state::Exit,
     stats::Stats,
@@ -39,6 +40,8 @@ pub(crate) enum Verb {
     Processes,
     /// Reads the resource use. The answer is [`Message::Stats`].
     Stats,
+    /// Reads figures of the sandbox for its operator. The answer is [`Message::Figures`].
+    Figures,
     /// Waits for a kill at the memory limit, or the end. The answer is [`Message::Oom`].
     WaitOom {
         /// Number of kills that the client knows of.
@@ -54,9 +57,13 @@ pub(crate) enum Verb {
         io: IoPlan,
     },
     /// Makes a further container in the microVM. Beside the message come the descriptors of its
-    /// streams, of its namespaces for hooks, and of its trees. The answer is [`Message::Created`],
-    /// and [`Message::Ended`] at the end. When the client goes, the container is ended.
+    /// streams, of its namespaces for hooks, of its trees and of its disks. The answer is
+    /// [`Message::Created`], and [`Message::Ended`] at the end. When the client goes, the container
+    /// is ended.
     Create(Box<Create>),
+    /// Keeps the microVM of a holder until the client goes. The answer is [`Message::Done`], or none
+    /// if the microVM is ending.
+    Hold,
     /// Passes a signal or a size on to the process whose end the client waits for, after
     /// [`Self::Exec`] or [`Self::Create`]. Has no answer.
     PassOn(Request),
@@ -79,6 +86,8 @@ pub(crate) struct Create {
     pub origin: Option<RuntimeNamespacePlan>,
     /// The trees.
     pub trees: TreesPlan,
+    /// For each disk of `guest`, true if the guest may only read.
+    pub read_only_disks: Vec<bool>,
     /// Times of the steps so far.
     pub timeline: Timeline,
 }
@@ -102,6 +111,8 @@ pub(crate) enum Message {
     Processes(Vec<ProcessInfo>),
     /// The resource use of the container.
     Stats(Box<Stats>),
+    /// Figures of the sandbox.
+    Figures(Box<Figures>),
     /// Kills at the memory limit.
     Oom {
         /// Their number.

@@ -15,6 +15,7 @@ pub(crate) mod client;
 pub(crate) mod connection;
 pub(crate) mod follow;
 pub(crate) mod message;
+pub(crate) mod remains;
 mod serve;
 pub(crate) mod server;
 pub(crate) mod spawn;

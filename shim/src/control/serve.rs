@@ -11,6 +11,8 @@ use crate::{
     },
     engine::{Container, Exec, ExecSpec, IoPlan, NewContainer, Request, Sandbox},
     error::{Error, ErrorKind, Result},
+    logger,
+    microvm::disks::OpenDisk,
     state::StateDir,
     stats::Stats,
 };
@@ -96,8 +98,16 @@ impl Client {
         };
         // It may be large, and the call may take as long as the container lives.
         drop(line);
+        let container = call.container.clone();
+        logger::about(container.as_str(), self.carry_out(call, descriptors)).await
+    }
+
+    async fn carry_out(&mut self, call: Call, descriptors: Vec<OwnedFd>) -> Result<(), Close> {
         if let Verb::Create(create) = call.verb {
             return self.create(*create, descriptors).await;
+        }
+        if matches!(call.verb, Verb::Hold) {
+            return self.hold().await;
         }
         self.unless_gone(self.sandbox.clone().settled(&call.container)).await?;
         let Some(container) = self.sandbox.container(&call.container) else {
@@ -119,13 +129,18 @@ impl Client {
                 .unless_gone(container.stats())
                 .await?
                 .map(|stats| Message::Stats(Box::new(Stats::of(&stats)))),
+            Verb::Figures => {
+                let sandbox = self.sandbox.clone();
+                let figures = self.unless_gone(sandbox.figures()).await?;
+                Ok(Message::Figures(Box::new(figures)))
+            }
             Verb::WaitOom { seen } => self
                 .unless_gone(container.wait_oom(seen))
                 .await?
                 .map(|(count, ended)| Message::Oom { count, ended }),
             Verb::Exec { spec, io } => return self.exec(&container, *spec, io, descriptors).await,
             // Of a process that has ended meanwhile.
-            Verb::PassOn(_) | Verb::Create(_) => return Ok(()),
+            Verb::PassOn(_) | Verb::Create(_) | Verb::Hold => return Ok(()),
         };
         match answer {
             Ok(message) => self.tell(&message).await,
@@ -136,6 +151,17 @@ impl Client {
 
     async fn tell(&self, message: &Message) -> Result<(), Close> {
         self.connection.send(message).await.map_err(|_| Close)
+    }
+
+    /// Keeps the microVM until the client is gone.
+    async fn hold(&mut self) -> Result<(), Close> {
+        let Some(_held) = self.sandbox.hold() else { return Err(Close) };
+        self.tell(&Message::Done).await?;
+        tokio::select! {
+            _ = next(&mut self.ahead, &mut self.connection) => {}
+            () = closed(&mut self.closing) => {}
+        }
+        Err(Close)
     }
 
     /// Runs a further process until it has ended or the client is gone.
@@ -184,19 +210,25 @@ impl Client {
             Ok(reserved) => reserved,
             Err(error) => return self.tell(&Message::Failed(error)).await,
         };
-        let creating = tokio::spawn(async move {
+        let creating = tokio::spawn(logger::inherit(async move {
             let mut descriptors = descriptors.into_iter();
+            // In the order in which the client sends them.
+            let io = create.io.with(&mut descriptors)?;
+            let origin = create.origin.map(|origin| origin.with(&mut descriptors)).transpose()?;
+            let trees = create.trees.with(&mut descriptors)?;
+            let (disks, read_only) = (&create.guest.disks, &create.read_only_disks);
             let new = NewContainer {
                 dir: Arc::new(StateDir::open_path(&create.dir)?),
                 record: create.record,
+                disks: OpenDisk::with(disks, read_only, &mut descriptors)?,
                 guest: create.guest,
-                io: create.io.with(&mut descriptors)?,
+                io,
                 loss_notice: create.loss_notice,
-                origin: create.origin.map(|origin| origin.with(&mut descriptors)).transpose()?,
+                origin,
                 timeline: create.timeline,
             };
-            reserved.create(new, create.trees.with(&mut descriptors)?).await
-        });
+            reserved.create(new, trees).await
+        }));
         tokio::pin!(creating);
         let created = match self.unless_gone(&mut creating).await {
             Ok(created) => created,

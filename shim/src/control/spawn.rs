@@ -7,7 +7,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::{net::UnixStream, process::CommandExt},
     },
     process::{Child, Command},
@@ -19,8 +19,8 @@ use crate::{
     cgroup::Unit,
     container_id::ContainerId,
     control::message::send,
-    descriptor::inherit_only,
-    error::{Error, Explain, Result},
+    descriptor::{inherit_only, take_inherited},
+    error::{Explain, Result},
     logger,
     preserved::Preserved,
     state::StateDir,
@@ -141,26 +141,10 @@ impl Descriptors {
     /// Takes the descriptors over. Fails if one of them is not open, as when a person types the
     /// hidden verb.
     pub(crate) fn take(self) -> Result<Given> {
-        let take = |fd: RawFd| {
-            if fd <= 2 {
-                return Err(Error::new(format!("descriptor {fd} is a standard stream")));
-            }
-            // SAFETY: at this point of a launched process nothing has been opened yet. The number
-            // comes from the command line that was made for the process, so nothing else owns the
-            // descriptor. The next call checks that it is open, before it is used for anything.
-            let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-            match rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC) {
-                Ok(()) => Ok(fd),
-                Err(e) => {
-                    // Closing a descriptor that is not open would abort.
-                    let number = std::os::fd::IntoRawFd::into_raw_fd(fd);
-                    Err(e).explain(|| format!("descriptor {number} cannot be used"))
-                }
-            }
-        };
         // The logger has a copy of the descriptor.
-        drop(self.log_fd.map(take).transpose()?);
-        Ok(Given { socket: take(self.control_fd)?.into(), state: take(self.state_fd)? })
+        drop(self.log_fd.map(take_inherited).transpose()?);
+        let (socket, state) = (take_inherited(self.control_fd)?, take_inherited(self.state_fd)?);
+        Ok(Given { socket: socket.into(), state })
     }
 }
 

@@ -8,7 +8,7 @@ use std::{
 use isopod_protocol::agent::ContainerStats;
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use crate::{
@@ -23,13 +23,18 @@ use crate::{
         stdio::Io,
     },
     error::{Error, ErrorKind, Result},
-    microvm::agent::Agent,
-    state::StateDir,
+    logger,
+    microvm::{agent::Agent, disks::OpenDisk, port_forward},
+    state::{Exit, StateDir},
+    text::seconds,
     timeline::Timeline,
 };
 
 /// Longest time for an answer of the agent that changes nothing.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Pause between two questions for kills at a memory limit.
+const KILLS_PAUSE: Duration = Duration::from_millis(200);
 
 /// A container to make.
 pub(crate) struct NewContainer {
@@ -39,6 +44,8 @@ pub(crate) struct NewContainer {
     pub dir: Arc<StateDir>,
     /// The container as the agent makes it.
     pub guest: GuestContainer,
+    /// The block devices of the container, open.
+    pub disks: Vec<OpenDisk>,
     /// Streams of the first process.
     pub io: Io,
     /// True if the output is to end with the reason for a loss of the microVM.
@@ -57,6 +64,8 @@ pub(crate) struct Container {
     pub(super) microvm: Arc<Microvm>,
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) end: watch::Receiver<Option<Ended>>,
+    /// The exit of the first process, once it is known.
+    pub(super) exit: watch::Receiver<Option<Exit>>,
     /// Kills at the memory limit, once somebody has asked. One call to the agent serves all who ask.
     pub(super) kills: Arc<OnceLock<Kills>>,
     /// Size of the microVM's memory in bytes.
@@ -81,11 +90,13 @@ impl Container {
     /// Passes a request on. A task of its own waits for the answer.
     pub(crate) fn pass_on(&self, request: Request) {
         let container = self.clone();
-        self.microvm.event_loop.spawn(async move {
+        let id = self.id.clone();
+        let asking = async move {
             if let Err(error) = container.ask(request).await {
                 log::debug!("{error}");
             }
-        });
+        };
+        self.microvm.event_loop.spawn(async move { logger::about(id.as_str(), asking).await });
     }
 
     /// Waits for the end of the container.
@@ -100,6 +111,34 @@ impl Container {
                 timeline: Timeline::default(),
             },
         }
+    }
+
+    /// Waits for the exit of the container's first process, whose output may still be on its way.
+    /// `None` if the container ends without an exit.
+    pub(crate) async fn exit(&self) -> Option<Exit> {
+        let mut exit = self.exit.clone();
+        tokio::select! {
+            biased;
+            // The sender may be dropped first.
+            Ok(exit) = exit.wait_for(Option::is_some) => *exit,
+            ended = self.ended() => ended.exit,
+        }
+    }
+
+    /// Passes connections to loopback in the sandbox's network namespace on to the container's
+    /// loopback, until the container has ended. If that is not possible, the log says so.
+    pub(crate) fn forward_ports(&self) {
+        let (container, id) = (self.clone(), self.id.clone());
+        let forwarding = async move {
+            let (agent, dir) = (container.agent.clone(), Arc::clone(&container.microvm.dir));
+            tokio::select! {
+                result = port_forward::serve(agent, dir) => if let Err(error) = result {
+                    log::warn!("ports of container {} are not forwarded: {error}", container.id);
+                },
+                _ = container.ended() => {}
+            }
+        };
+        self.microvm.event_loop.spawn(async move { logger::about(id.as_str(), forwarding).await });
     }
 
     /// Lists the container's processes, as its guest reports them.
@@ -138,9 +177,9 @@ impl Container {
     async fn answer<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
         let answered = timeout(ANSWER_TIMEOUT, call).await.unwrap_or_else(|_| {
             Err(Error::new(format!(
-                "the guest of container {} does not answer within {} seconds",
+                "the guest of container {} does not answer within {}",
                 self.id,
-                ANSWER_TIMEOUT.as_secs()
+                seconds(ANSWER_TIMEOUT)
             )))
         });
         match answered {
@@ -167,8 +206,8 @@ type Kills = watch::Receiver<Option<(u64, bool)>>;
 /// Starts to watch the kills at a container's memory limit.
 fn watch_kills(container: &Container) -> Kills {
     let (tell, told) = watch::channel(None);
-    let agent = container.agent.clone();
-    container.microvm.event_loop.spawn(async move {
+    let (agent, id) = (container.agent.clone(), container.id.clone());
+    let watching = async move {
         // No container has so many kills, so the first call returns at once.
         let mut seen = u64::MAX;
         loop {
@@ -179,10 +218,13 @@ fn watch_kills(container: &Container) -> Kills {
                         return;
                     }
                     seen = count;
+                    // A guest may answer as often as it is asked.
+                    sleep(KILLS_PAUSE).await;
                 }
                 Err(error) => return log::debug!("{error}"),
             }
         }
-    });
+    };
+    container.microvm.event_loop.spawn(async move { logger::about(id.as_str(), watching).await });
     told
 }

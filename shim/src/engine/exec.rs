@@ -2,7 +2,10 @@
 
 use std::{
     pin::pin,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -10,7 +13,7 @@ use oci_spec::runtime::Process as ProcessSpec;
 use serde::{Deserialize, Serialize};
 use tokio::{
     runtime::Handle,
-    sync::{Notify, oneshot},
+    sync::{Notify, oneshot, watch},
     time::timeout,
 };
 
@@ -22,9 +25,10 @@ use crate::{
         stdio::{Io, Relay},
     },
     error::{Error, ErrorKind, Result},
+    logger,
     microvm::agent::Agent,
     random::random_u64,
-    signals::is_ending,
+    signals::{KILL, is_ending},
     state::Exit,
     terminal::Size,
 };
@@ -53,8 +57,9 @@ pub(crate) struct Exec {
     event_loop: Handle,
     exit: oneshot::Receiver<Result<Exit>>,
     /// The exit of the process, once it is known. Its output may still be on its way.
-    ended: Arc<OnceLock<Exit>>,
+    ended: watch::Receiver<Option<Exit>>,
     interrupt: Arc<Notify>,
+    killed: Arc<AtomicBool>,
     /// Dropped with this: the task then knows that nobody wants the process any more.
     _wanted: oneshot::Sender<()>,
 }
@@ -71,23 +76,27 @@ impl Container {
         let (tell_started, started) = oneshot::channel();
         let (tell_exit, exit) = oneshot::channel();
         let (wanted, given_up) = oneshot::channel();
+        let (tell_ended, ended) = watch::channel(None);
         let exec = Exec {
             agent: agent.clone(),
             event_loop: self.microvm.event_loop.clone(),
             exit,
-            ended: Arc::default(),
+            ended,
             interrupt: Arc::default(),
+            killed: Arc::default(),
             _wanted: wanted,
         };
         let task = Task {
             container: self.clone(),
             agent,
             detached: spec.detached,
-            ended: Arc::clone(&exec.ended),
+            ended: tell_ended,
             interrupt: Arc::clone(&exec.interrupt),
+            killed: Arc::clone(&exec.killed),
             _busy: Busy::of(&self.microvm),
         };
-        self.microvm.event_loop.spawn(task.run(spec, io, tell_started, tell_exit, given_up));
+        let (id, run) = (self.id.clone(), task.run(spec, io, tell_started, tell_exit, given_up));
+        self.microvm.event_loop.spawn(async move { logger::about(id.as_str(), run).await });
         match timeout(START_TIMEOUT, started).await {
             Ok(Ok(Ok(()))) => Ok(exec),
             Ok(Ok(Err(error))) => Err(error),
@@ -101,28 +110,39 @@ impl Exec {
     /// Passes a signal on to the process. A task of its own waits for the answer. If the process
     /// has ended, a signal that asks to end ends the wait for the rest of its output.
     pub(crate) fn signal(&self, number: u32) {
-        if self.ended.get().is_some() {
+        if self.ended.borrow().is_some() {
             if is_ending(number) {
                 self.interrupt.notify_one();
             }
             return;
         }
         let agent = self.agent.clone();
-        self.event_loop.spawn(async move {
+        self.event_loop.spawn(logger::inherit(async move {
             if let Err(error) = agent.signal(number, false).await {
                 log::debug!("{error}");
             }
-        });
+        }));
+    }
+
+    /// The means to reach the process in the guest, whoever waits for it.
+    pub(crate) fn control(&self) -> ExecControl {
+        ExecControl { agent: self.agent.clone(), killed: Arc::clone(&self.killed) }
+    }
+
+    /// A receiver of the exit of the process, whose output may still be on its way. It is closed if
+    /// the exit status is unknown.
+    pub(crate) fn exit(&self) -> watch::Receiver<Option<Exit>> {
+        self.ended.clone()
     }
 
     /// Gives the process's terminal a new size.
     pub(crate) fn resize(&self, size: Size) {
         let agent = self.agent.clone();
-        self.event_loop.spawn(async move {
+        self.event_loop.spawn(logger::inherit(async move {
             if let Err(error) = agent.resize(size).await {
                 log::debug!("{error}");
             }
-        });
+        }));
     }
 
     /// Waits for the end of the process and of its output. A cancelled wait can be repeated.
@@ -141,10 +161,40 @@ impl Exec {
     ///
     /// If the microVM was lost: the exit status is unknown then.
     pub(crate) async fn last_exit(&self, container: &Container) -> Result<Exit> {
-        match self.ended.get() {
-            Some(exit) => Ok(*exit),
+        let ended = *self.ended.borrow();
+        match ended {
+            Some(exit) => Ok(exit),
             None => exit_with_container(container, None).await,
         }
+    }
+}
+
+/// The means to reach a process in the guest. It keeps nothing alive.
+#[derive(Clone)]
+pub(crate) struct ExecControl {
+    agent: Agent,
+    killed: Arc<AtomicBool>,
+}
+
+impl ExecControl {
+    /// Sends a signal to the process.
+    ///
+    /// # Errors
+    ///
+    /// If the process has ended, or the guest refuses.
+    pub(crate) async fn kill(&self, number: u32) -> Result<()> {
+        // First, because the end may be known before the answer is.
+        self.killed.fetch_or(number == KILL, Ordering::Relaxed);
+        self.agent.signal(number, false).await
+    }
+
+    /// Gives the process's terminal a new size.
+    ///
+    /// # Errors
+    ///
+    /// If the process has ended, or has no terminal.
+    pub(crate) async fn resize(&self, size: Size) -> Result<()> {
+        self.agent.resize(size).await
     }
 }
 
@@ -153,8 +203,10 @@ struct Task {
     container: Container,
     agent: Agent,
     detached: bool,
-    ended: Arc<OnceLock<Exit>>,
+    ended: watch::Sender<Option<Exit>>,
     interrupt: Arc<Notify>,
+    /// True once a client has sent SIGKILL.
+    killed: Arc<AtomicBool>,
     _busy: Busy,
 }
 
@@ -244,14 +296,25 @@ impl Task {
             Ok((exit, written)) => (exit, Some(written)),
             Err(error) => (exit_with_container(&self.container, Some(error)).await?, None),
         };
-        self.ended.get_or_init(|| exit);
-        match written {
-            Some(written) if self.detached => relay.written(&written, self.container.memory).await,
-            Some(_) => tokio::select! {
-                () = relay.outputs_ended() => {}
-                () = self.interrupt.notified() => {}
-            },
-            None => relay.finished(self.container.memory).await,
+        self.ended.send_replace(Some(exit));
+        let mut readers = relay.readers();
+        let passed_on = async {
+            match written {
+                Some(written) if self.detached => {
+                    relay.written(&written, self.container.memory).await;
+                }
+                Some(_) => tokio::select! {
+                    () = relay.outputs_ended() => {}
+                    () = self.interrupt.notified() => {}
+                },
+                None => relay.finished(self.container.memory).await,
+            }
+        };
+        tokio::select! {
+            () = passed_on => {}
+            () = readers.stopped_reading(), if self.killed.load(Ordering::Relaxed) => {
+                relay.cut_off();
+            }
         }
         Ok(exit)
     }

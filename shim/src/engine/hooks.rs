@@ -18,6 +18,7 @@ use crate::{
     error::{Error, Explain, Result},
     exit_text::exit_text,
     state::Status,
+    text::seconds,
 };
 
 /// The point at which hooks run, named as in config.json.
@@ -135,8 +136,8 @@ async fn run_one(
                 // The drop kills the hook.
                 drop(process);
                 return Err(Error::new(format!(
-                    "{name} was killed: it took longer than its timeout of {} seconds",
-                    limit.as_secs()
+                    "{name} was killed: it took longer than its timeout of {}",
+                    seconds(limit)
                 )));
             }
         },

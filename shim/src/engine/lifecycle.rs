@@ -16,7 +16,7 @@
 use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, watch},
     task::JoinHandle,
     time::{Instant, sleep_until, timeout},
 };
@@ -36,10 +36,11 @@ use crate::{
     },
     error::{Error, ErrorKind, Result},
     event_loop::AbortOnDrop,
-    microvm::{agent::Agent, share::Attached},
+    logger,
+    microvm::{agent::Agent, disks::AttachedDisks, host_sockets::SharedSockets, share::Attached},
     signals::KILL,
     state::{Exit, StateDir, Status},
-    timeline::Timeline,
+    text::seconds,
 };
 
 /// Longest time for the start of a process in the guest, file systems included.
@@ -72,10 +73,14 @@ pub(crate) struct Lifecycle {
     /// The first container of the sandbox, if this is another.
     pub(crate) first: Option<ContainerId>,
     pub(crate) attached: Attached,
+    pub(crate) disks: AttachedDisks,
+    /// Keeps the container's way to sockets of the host open.
+    pub(crate) _sockets: SharedSockets,
     pub(crate) covers: AbortOnDrop<()>,
     pub(crate) agent: Agent,
     pub(crate) relay: Relay,
-    pub(crate) timeline: Timeline,
+    /// Told the exit of the process as soon as it is known.
+    pub(crate) tell_exit: watch::Sender<Option<Exit>>,
 }
 
 /// The loss of a container with the microVM of its pod, because of `error`.
@@ -103,10 +108,14 @@ impl Lifecycle {
         let lost = matches!(outcome, Outcome::Lost(_));
         let given_up = self.microvm.is_given_up();
         let ending = if lost { Ending::Lost } else { Ending::InOrder };
+        let disks = std::mem::take(&mut self.disks);
         let leaving = async {
             match &self.first {
                 None => self.microvm.shut_down(ending).await,
-                Some(_) => self.leave().await,
+                Some(_) => {
+                    self.leave().await;
+                    self.microvm.detach_disks(disks).await;
+                }
             }
         };
         answer_while(leaving, &mut commands, &self.record).await;
@@ -118,16 +127,16 @@ impl Lifecycle {
             let _ = timeout(LOSS_NOTICE_TIMEOUT, written).await;
         }
         if self.first.is_none() {
-            self.microvm.fill_timeline(&mut self.timeline);
+            self.microvm.fill_timeline(&mut self.record.timeline);
         }
-        self.timeline.ended = Some(clock::monotonic_us());
+        self.record.timeline.ended = Some(clock::monotonic_us());
         let (exit, error) = match outcome {
             Outcome::Exited(exit) => (Some(exit), None),
             Outcome::NotStarted(error) => (None, Some(error)),
             // Whatever broke the connection: the exit status is unknown.
             Outcome::Lost(error) => (None, Some(Error { kind: ErrorKind::VmLost, ..error })),
         };
-        let Self { dir, mut record, attached, covers, timeline, .. } = self;
+        let Self { dir, mut record, attached, covers, .. } = self;
         // An engine may unmount the sources once the container is known to have stopped.
         drop(covers);
         attached.detach().await;
@@ -136,7 +145,7 @@ impl Lifecycle {
         record.lost = lost;
         record.error = error.as_ref().map(|error| error.message.clone());
         record.save(&dir);
-        Ended { exit, error, timeline }
+        Ended { exit, error, timeline: record.timeline }
     }
 
     /// Has the guest end and forget a container that is not the sandbox's first.
@@ -152,10 +161,10 @@ impl Lifecycle {
             Ok(Err(error)) if error.kind == ErrorKind::VmLost => log::debug!("{error}"),
             Ok(Err(error)) => log::warn!("{error}"),
             Err(_) => log::warn!(
-                "the guest did not end container {} within {} seconds: it ends with the microVM of \
+                "the guest did not end container {} within {}: it ends with the microVM of \
                  its pod",
                 self.record.id,
-                DELETE_TIMEOUT.as_secs()
+                seconds(DELETE_TIMEOUT)
             ),
         }
     }
@@ -169,6 +178,7 @@ impl Lifecycle {
         let mut updates = Updates::default();
         let mut deadline: Option<Instant> = None;
         let mut killed: Option<Instant> = None;
+        let mut readers = self.relay.readers();
         let memory = self.record.vm.memory_mib << 20;
         loop {
             // Hooks may ask for changes too.
@@ -176,7 +186,8 @@ impl Lifecycle {
                 updates.begin(&self.record, &self.agent, exit);
             }
             let give_up = async {
-                // A client that kills waits for the output, a client that destroys does not.
+                // A client that kills waits for output that is read, a client that destroys does
+                // not.
                 match deadline.or(killed.filter(|_| exit.is_none())) {
                     Some(deadline) => sleep_until(deadline).await,
                     None => std::future::pending().await,
@@ -186,8 +197,9 @@ impl Lifecycle {
                 biased;
                 result = &mut waiting, if exit.is_none() => match result {
                     Ok((ended, _)) => {
-                        self.timeline.exited = Some(clock::monotonic_us());
+                        self.record.timeline.exited = Some(clock::monotonic_us());
                         self.relay.process_ended();
+                        self.tell_exit.send_replace(Some(ended));
                         exit = Some(ended);
                     }
                     Err(error) => {
@@ -199,7 +211,11 @@ impl Lifecycle {
                     let (result, step, answer) = result;
                     let failed = result.as_ref().err().cloned();
                     if failed.is_none() && step == Step::Process {
-                        self.timeline.started = Some(clock::monotonic_us());
+                        self.record.timeline.started = Some(clock::monotonic_us());
+                        if self.first.is_none() {
+                            // The VMM's own report may have come later than the container's creation.
+                            self.microvm.fill_timeline(&mut self.record.timeline);
+                        }
                         self.record.status = Status::Running;
                         self.record.save(&self.dir);
                         if hooks::any(Point::Poststart, &self.record) {
@@ -221,6 +237,11 @@ impl Lifecycle {
                     updates.settle(&mut self.record, &self.dir, finished);
                 }
                 () = self.relay.finished(memory), if exit.is_some() && starting.is_none() => {
+                    if let Some(exit) = exit {
+                        return Outcome::Exited(exit);
+                    }
+                }
+                () = readers.stopped_reading(), if exit.is_some() && killed.is_some() => {
                     if let Some(exit) = exit {
                         return Outcome::Exited(exit);
                     }
@@ -257,11 +278,11 @@ impl Lifecycle {
                         Request::Destroy => {
                             deadline.get_or_insert(Instant::now() + DESTROY_TIMEOUT);
                             let agent = self.agent.clone();
-                            tokio::spawn(async move {
+                            tokio::spawn(logger::inherit(async move {
                                 if let Err(error) = agent.signal(KILL, false).await {
                                     log::debug!("{error}");
                                 }
-                            });
+                            }));
                             let _ = answer.send(Ok(()));
                         }
                         Request::Pause | Request::Resume | Request::Update { .. } => {

@@ -18,11 +18,14 @@ use crate::{
     event_loop::blocking,
     microvm::{
         agent::Agent,
+        disks::{AttachedDisks, DiskSlots, OpenDisk},
+        host_sockets::HostSockets,
         share::Share,
         vmm::{Vmm, VmmEnd},
     },
     network::Network,
     state::{StateDir, VSOCK_SOCKET},
+    text::seconds,
     timeline::Timeline,
 };
 
@@ -40,6 +43,8 @@ pub(crate) struct Microvm {
     /// State directory of the sandbox.
     pub(crate) dir: Arc<StateDir>,
     pub(crate) share: Arc<Share>,
+    pub(crate) disks: DiskSlots,
+    pub(crate) sockets: HostSockets,
     /// Taken by a thread while it is looked at.
     pub(crate) network: Mutex<Option<Network>>,
     /// Set once the microVM is being ended. The first reason counts.
@@ -91,7 +96,7 @@ impl Microvm {
                 Ok(Err(error)) if error.kind == ErrorKind::VmLost => Err(self.loss(error).await),
                 Ok(result) => result,
                 Err(_) => Err(Error::new(format!(
-                    "{what} took longer than {} seconds in the guest", limit.as_secs()
+                    "{what} took longer than {} in the guest", seconds(limit)
                 ))),
             },
             end = self.ended() => Err(end.explain()),
@@ -119,6 +124,22 @@ impl Microvm {
         .await?;
         *place = Some(network);
         completed
+    }
+
+    /// Gives the guest a container's disks. Not within a time limit of its caller's, since a dropped
+    /// future would leave disks behind.
+    pub(crate) async fn attach_disks(&self, disks: Vec<OpenDisk>) -> Result<AttachedDisks> {
+        match self.disks.attach(&self.vmm, &self.agent, disks).await {
+            Err(error) if error.kind == ErrorKind::VmLost => Err(self.loss(error).await),
+            attached => attached,
+        }
+    }
+
+    /// Takes back the disks of a container that has ended.
+    pub(crate) async fn detach_disks(&self, disks: AttachedDisks) {
+        if !self.is_ending() {
+            self.disks.detach(&self.vmm, &self.agent, disks).await;
+        }
     }
 
     /// Tells whether nobody wants the sandbox any more.

@@ -23,6 +23,7 @@ mod hook_process;
 pub(crate) mod hooks;
 mod lifecycle;
 mod microvm;
+mod place;
 mod process_info;
 mod record;
 mod request;
@@ -40,9 +41,10 @@ use self::lifecycle::START_TIMEOUT;
 pub(crate) use self::lifecycle::lost_with;
 pub(crate) use self::{
     container::{Container, NewContainer},
-    exec::{Exec, ExecSpec},
+    exec::{Exec, ExecControl, ExecSpec},
+    place::Place,
     process_info::ProcessInfo,
-    record::{Pod, Record, Remains},
+    record::{OciState, Pod, Record, Remains, records},
     request::{Ended, Request},
     runtime_namespace::{RuntimeNamespace, RuntimeNamespacePlan},
     sandbox::{NewSandbox, Sandbox},

@@ -10,13 +10,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    bundle::{VmSize, is_first_of_pod},
+    bundle::{Bundle, VmSize, is_first_of_pod},
     cgroup::Cgroup,
+    clock,
     container_id::ContainerId,
     error::{Error, Explain, Result},
     network::RedirectRecord,
     process_id::ProcessId,
-    state::{Exit, RECORD_FILE, StateDir, Status, versions::Versions},
+    state::{
+        Exit, RECORD_FILE, StateDir, Status, ids,
+        versions::{CONTROL_VERSION, STATE_VERSION, Versions},
+    },
+    timeline::Timeline,
 };
 
 /// The readable part of a record that cannot be read as a whole, such as the record of another
@@ -31,6 +36,8 @@ pub(crate) struct Remains {
     pub cgroup: Option<Cgroup>,
     /// The container's redirects in a network namespace that outlives it.
     pub network: Option<RedirectRecord>,
+    /// True if the container lives in the microVM of its pod's first container.
+    pub member: bool,
 }
 
 impl Remains {
@@ -49,6 +56,7 @@ impl Remains {
             vmm: field(&mut record, "vmm"),
             cgroup: field(&mut record, "cgroup"),
             network: field(&mut record, "network"),
+            member: field::<Value>(&mut record, "pod").is_some_and(|pod| !pod.is_null()),
         }
     }
 }
@@ -62,6 +70,9 @@ pub(crate) struct Pod {
     pub dir: PathBuf,
     /// The sandbox process of that container, which owns the VMM and the share.
     pub process: ProcessId,
+    /// True if that container is a holder, which ends and is removed without its engine.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub holder: bool,
 }
 
 /// All that is known of a container.
@@ -80,8 +91,11 @@ pub(crate) struct Record {
     pub bundle: PathBuf,
     /// Directory of the root file system on the host.
     pub rootfs: PathBuf,
-    /// The sandbox process.
+    /// The sandbox process, or the shim that owns the container.
     pub sandbox: ProcessId,
+    /// The pid that callers know while the container has not stopped: that of the sandbox process,
+    /// or of a thread of the shim.
+    pub pid: i32,
     /// The VMM, once it runs.
     pub vmm: Option<ProcessId>,
     /// Size of the microVM.
@@ -89,6 +103,9 @@ pub(crate) struct Record {
     /// The pod's microVM, if the container has none of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<Pod>,
+    /// True for the holder of a pod's namespaces. It removes itself at its end.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub holder: bool,
     /// The limits that hold now, without rules for devices. Processors are the host's.
     pub resources: LinuxResources,
     /// The status as last written by the sandbox process.
@@ -114,6 +131,9 @@ pub(crate) struct Record {
     /// The container's redirects in a network namespace that outlives it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<RedirectRecord>,
+    /// Times of the steps that were reached when the record was written.
+    #[serde(default)]
+    pub timeline: Timeline,
 }
 
 /// The object that `state` and `list` print, with its members in runc's order.
@@ -132,7 +152,53 @@ pub(crate) struct OciState<'a> {
     owner: String,
 }
 
+/// The containers below `root` whose records can be read, with their state directories. A container
+/// that is being made or removed has none.
+///
+/// # Errors
+///
+/// If the root cannot be listed.
+pub(crate) fn records(root: &Path) -> Result<impl Iterator<Item = (StateDir, Record)>> {
+    Ok(ids(root)?.into_iter().filter_map(move |id| {
+        let dir = StateDir::open(root, &id).ok()?;
+        let record = Record::read(&dir).ok()??;
+        Some((dir, record))
+    }))
+}
+
 impl Record {
+    /// The record of a container at its beginning, which has a microVM of its own and no cgroup.
+    /// `pid` is the one that callers get to know, of `sandbox` or one of its threads.
+    pub(crate) fn new(id: &ContainerId, bundle: &Bundle, sandbox: ProcessId, pid: i32) -> Self {
+        let annotations = bundle.spec.annotations().iter().flatten();
+        Self {
+            version: STATE_VERSION,
+            control_version: CONTROL_VERSION,
+            id: id.clone(),
+            oci_version: bundle.spec.version().clone(),
+            bundle: bundle.dir.clone(),
+            rootfs: bundle.rootfs.clone(),
+            sandbox,
+            pid,
+            vmm: None,
+            vm: bundle.vm,
+            pod: None,
+            holder: false,
+            resources: resources(bundle),
+            status: Status::Creating,
+            created: clock::timestamp(),
+            owner_uid: rustix::process::getuid().as_raw(),
+            annotations: annotations.map(|(key, value)| (key.clone(), value.clone())).collect(),
+            cgroup: None,
+            hooks: bundle.spec.hooks().clone(),
+            exit: None,
+            error: None,
+            lost: false,
+            network: None,
+            timeline: Timeline::default(),
+        }
+    }
+
     /// Reads the record in `dir`; `None` while there is no record.
     ///
     /// # Errors
@@ -188,7 +254,7 @@ impl Record {
 
     /// The specification's state object and no more, for hooks. `status` is known where hooks run.
     pub(crate) fn state_at(&self, status: Status) -> Value {
-        let pid = if status == Status::Stopped { 0 } else { self.sandbox.pid };
+        let pid = if status == Status::Stopped { 0 } else { self.pid };
         json!({
             "ociVersion": self.oci_version,
             "id": self.id,
@@ -223,6 +289,12 @@ impl Record {
         Error::new(format!("cannot {verb} container {}: container not running", self.id))
     }
 
+    /// Tells whether the container belongs to a shim, which may have others too. The pid that callers
+    /// know is then that of one of its threads.
+    pub(crate) fn is_of_a_shim(&self) -> bool {
+        self.pid != self.sandbox.pid
+    }
+
     /// Returns true if the container's limits are those of a whole microVM on the host.
     ///
     /// In a pod they are not. The first container is the engine's own, and the cgroups of the
@@ -244,7 +316,7 @@ impl Record {
     pub(crate) fn current_pid(&self) -> i32 {
         match self.current_status() {
             Status::Stopped => 0,
-            _ => self.sandbox.pid,
+            _ => self.pid,
         }
     }
 
@@ -281,6 +353,15 @@ impl Record {
             (None, Some(_)) => None,
         }
     }
+}
+
+/// The limits of config.json, without rules for devices: no update changes these.
+fn resources(bundle: &Bundle) -> LinuxResources {
+    let linux = bundle.spec.linux().as_ref();
+    let resources = linux.and_then(|linux| linux.resources().clone());
+    let mut resources = resources.unwrap_or_default();
+    resources.set_devices(None);
+    resources
 }
 
 #[cfg(test)]

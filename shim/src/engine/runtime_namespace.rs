@@ -63,14 +63,24 @@ impl RuntimeNamespacePlan {
 impl RuntimeNamespace {
     /// Opens the namespaces of this process, which is about to leave them, and its cgroup.
     pub(crate) fn open(cgroup: Option<&Path>) -> Result<Self> {
-        let open = |kind: &str| {
-            let path = format!("/proc/self/ns/{kind}");
-            File::open(&path).map(OwnedFd::from).explain(|| format!("cannot open {path}"))
+        Self::open_at("/proc/self/ns/mnt", cgroup)
+    }
+
+    /// Like [`Self::open`], with the calling thread's mount namespace in place of the process's.
+    /// The hooks stay in the cgroup of this process.
+    pub(crate) fn open_with_mounts_of_this_thread() -> Result<Self> {
+        Self::open_at("/proc/thread-self/ns/mnt", None)
+    }
+
+    fn open_at(mounts: &str, cgroup: Option<&Path>) -> Result<Self> {
+        let open = |path: &str| {
+            File::open(path).map(OwnedFd::from).explain(|| format!("cannot open {path}"))
         };
         // If the file is not writable, hooks stay in the cgroup of the sandbox process.
         let cgroup = cgroup
             .and_then(|cgroup| File::options().write(true).open(cgroup.join("cgroup.procs")).ok());
-        let (mount, network, environment) = (open("mnt")?, open("net")?, own_environment());
+        let (mount, network, environment) =
+            (open(mounts)?, open("/proc/self/ns/net")?, own_environment());
         let origin = Origin { mount, network, cgroup, environment };
         Ok(Self(Arc::new(origin)))
     }

@@ -14,7 +14,8 @@ use tokio::{
 };
 
 use crate::{
-    bundle::Bundle,
+    bundle::{Bundle, place_disks},
+    call_times::call_times,
     clock,
     container_id::ContainerId,
     engine::{
@@ -26,12 +27,16 @@ use crate::{
     },
     error::{Error, ErrorKind, Result},
     event_loop::{AbortOnDrop, blocking},
+    figures::Figures,
+    logger,
     microvm::{
         agent::Agent,
-        boot::{self, BootSettings},
+        boot::{self, BootSettings, Devices},
+        disks::{self, AttachedDisks, DiskSlots},
         dns_proxy::DnsProxy,
         drop_caches::DropCaches,
         guest_clock,
+        host_sockets::HostSockets,
         placement::Placement,
         share::{Attached, Share, Trees},
     },
@@ -59,8 +64,8 @@ pub(crate) struct Sandbox {
     /// Longest time for the guest to build a container without hooks.
     create_timeout: Duration,
     containers: Arc<Mutex<Containers>>,
-    /// Notified when a creation has come to its end.
-    created: Arc<Notify>,
+    /// Notified when a creation or a container has come to its end, or is not waited for any more.
+    changed: Arc<Notify>,
 }
 
 #[derive(Default)]
@@ -71,6 +76,10 @@ struct Containers {
     all: HashMap<ContainerId, Container>,
     /// Further containers that are being made.
     creating: HashSet<ContainerId>,
+    /// Number of those who are about to make a further container.
+    holds: usize,
+    /// True once no further container can be made.
+    left_alone: bool,
 }
 
 /// All that a microVM is made of.
@@ -87,6 +96,8 @@ pub(crate) struct NewSandbox<'a> {
     pub trees: Trees,
     /// Number of spare devices for a network namespace without interfaces.
     pub spare_nics: u8,
+    /// Number of places for disks of containers that come later.
+    pub spare_disks: u8,
     /// The network of the namespace that this thread is in.
     pub network: Network,
     /// Place of the VMM on the host.
@@ -115,17 +126,22 @@ impl Sandbox {
         timeline: &mut Timeline,
         made: impl FnOnce(ProcessId) -> Result<()>,
     ) -> Result<Booted> {
-        let NewSandbox { id, bundle, settings, dir, trees, spare_nics, mut network, place } = new;
+        let NewSandbox { spare_nics, spare_disks, .. } = new;
+        let NewSandbox { id, bundle, settings, dir, trees, mut network, place, .. } = new;
+        let disk_slots = disks::slots(bundle.disks.len(), spare_disks)?;
         let guest_network = network.connect(bundle.vm.vcpus, spare_nics)?;
         let share = Arc::new(Share::build(&dir)?);
         let first = share.attach(id, &trees)?;
         drop(trees);
         timeline.shared = Some(clock::monotonic_us());
-        let (vmm, connections) =
-            boot::start(id, bundle, settings, &dir, &share, &mut network, &place)?;
+        let devices = Devices { share: &share, network: &mut network, disk_slots };
+        let (vmm, connections) = boot::start(id, bundle, settings, &dir, devices, &place)?;
         made(vmm.id())?;
+        let sockets = HostSockets::default();
         let resolver = network.has_namespace().then(|| DnsProxy::new(network::RESOLVER));
-        let hello = boot::wait_for_agent(&vmm, connections, resolver, settings.timeout).await?;
+        let hello =
+            boot::wait_for_agent(&vmm, connections, resolver, sockets.clone(), settings.timeout);
+        let hello = hello.await?;
         timeline.ready = Some(clock::monotonic_us());
         timeline.guest = Some(GuestBoot {
             kernel: hello.kernel,
@@ -146,6 +162,8 @@ impl Sandbox {
             agent,
             dir,
             share,
+            disks: DiskSlots::new(disk_slots),
+            sockets,
             network: tokio::sync::Mutex::new(Some(network)),
             ending: OnceLock::new(),
             busy: watch::Sender::new(0),
@@ -158,7 +176,7 @@ impl Sandbox {
             drop_caches,
             create_timeout,
             containers: Arc::default(),
-            created: Arc::default(),
+            changed: Arc::default(),
         };
         Ok(Booted { sandbox, first, guest_network })
     }
@@ -170,6 +188,9 @@ impl Sandbox {
     /// If there is a container of this id.
     pub(crate) fn reserve(&self, id: &ContainerId) -> Result<Creating> {
         let mut containers = self.containers();
+        if containers.left_alone {
+            return Err(Error::new("the microVM of the pod is ending"));
+        }
         if containers.all.contains_key(id) || !containers.creating.insert(id.clone()) {
             return Err(Error::new(format!("there is a container {id} in the microVM already")));
         }
@@ -179,11 +200,40 @@ impl Sandbox {
     /// Waits until a container is made, if it is being made.
     pub(crate) async fn settled(&self, id: &ContainerId) {
         loop {
-            let created = self.created.notified();
+            let changed = self.changed.notified();
             if !self.containers().creating.contains(id) {
                 return;
             }
-            created.await;
+            changed.await;
+        }
+    }
+
+    /// Keeps the sandbox from being left alone. `None` if it has been already.
+    pub(crate) fn hold(&self) -> Option<Held> {
+        let mut containers = self.containers();
+        if containers.left_alone {
+            return None;
+        }
+        containers.holds += 1;
+        Some(Held(self.clone()))
+    }
+
+    /// Waits until the first container is the only one, and nobody holds the sandbox. No other
+    /// container can be made from then on.
+    pub(crate) async fn left_alone(&self) {
+        loop {
+            // Made before the look, so that no notification is lost between the two.
+            let changed = self.changed.notified();
+            {
+                let mut containers = self.containers();
+                let Containers { first, all, creating, holds, left_alone } = &mut *containers;
+                let others = all.keys().any(|id| Some(id) != first.as_ref());
+                if !others && creating.is_empty() && *holds == 0 {
+                    *left_alone = true;
+                    return;
+                }
+            }
+            changed.await;
         }
     }
 
@@ -211,6 +261,13 @@ impl Sandbox {
         }
     }
 
+    /// Figures for the sandbox's operator. They need no guest.
+    pub(crate) async fn figures(&self) -> Figures {
+        let vmm = self.microvm.vmm.figures().await;
+        let vmm = vmm.inspect_err(|error| log::warn!("{error}")).ok();
+        Figures { calls: call_times(), vmm }
+    }
+
     /// Gives the sandbox up: ends the microVM without telling the guest.
     pub(crate) async fn stop(&self) {
         self.microvm.shut_down(Ending::GivenUp).await;
@@ -222,20 +279,36 @@ impl Sandbox {
         mut attached: Attached,
         network: Option<agent::Network>,
     ) -> Result<Container> {
-        let NewContainer { mut record, dir, guest, io, loss_notice, origin, mut timeline } = new;
+        let NewContainer { mut record, dir, mut guest, disks, io, loss_notice, origin, timeline } =
+            new;
+        record.timeline = timeline;
         let id = record.id.clone();
         let agent = self.microvm.agent.of_container(&id);
-        let covers = tokio::spawn(attached.take_covers().keep(self.drop_caches.clone()));
+        let covers =
+            tokio::spawn(logger::inherit(attached.take_covers().keep(self.drop_caches.clone())));
         let covers = AbortOnDrop(covers);
         let hooks = hooks::creation_limit(record.hooks.as_ref());
         let limit = self.create_timeout.saturating_add(hooks);
         let state = record.hooks.as_ref().map(|_| record.state_at(Status::Creating));
+        let disks = match self.microvm.attach_disks(disks).await {
+            Ok(disks) => disks,
+            Err(error) => {
+                return Err(self.failed(&id, attached, AttachedDisks::default(), error).await);
+            }
+        };
+        place_disks(&mut guest.spec, &guest.disks, &disks.guest);
+        // Let go when the container has ended.
+        let sockets = self.microvm.sockets.share(&guest.host_sockets);
         let building = async {
             let (tokens, screen, mut streams) = io.connect(&self.microvm.dir).await?;
             if loss_notice {
                 streams = streams.with_loss_notice();
             }
             agent.create_container(&guest, state.as_ref(), tokens, screen, network).await?;
+            record.timeline.created = Some(clock::monotonic_us());
+            if self.containers().first.is_none() {
+                self.microvm.fill_timeline(&mut record.timeline);
+            }
             record.status = Status::Created;
             record.write(&dir)?;
             streams.relay()
@@ -243,22 +316,11 @@ impl Sandbox {
         let built = self.microvm.within("creating the container", limit, building).await;
         let relay: Relay = match built {
             Ok(relay) => relay,
-            Err(error) => {
-                // After that the guest uses no tree any more. Without a first container the microVM
-                // is not needed any more either.
-                let first = self.containers().first.clone();
-                let Some(first) = first else { return Err(error) };
-                self.abandon(&id).await;
-                attached.detach().await;
-                return Err(match error.kind {
-                    ErrorKind::VmLost => lost_with(&first, error),
-                    _ => error,
-                });
-            }
+            Err(error) => return Err(self.failed(&id, attached, disks, error).await),
         };
-        timeline.created = Some(clock::monotonic_us());
         let (commands, receiver) = mpsc::channel(MAX_COMMANDS);
         let (tell, end) = watch::channel(None);
+        let (tell_exit, exit) = watch::channel(None);
         let memory = record.vm.memory_mib << 20;
         let container = Container {
             id: id.clone(),
@@ -266,6 +328,7 @@ impl Sandbox {
             microvm: Arc::clone(&self.microvm),
             commands,
             end,
+            exit,
             kills: Arc::default(),
             memory,
         };
@@ -282,21 +345,45 @@ impl Sandbox {
             microvm: Arc::clone(&self.microvm),
             first,
             attached,
+            disks,
+            _sockets: sockets,
             covers,
             agent,
             relay,
-            timeline,
+            tell_exit,
         };
         let sandbox = self.clone();
         tokio::spawn(async move {
-            let ended = lifecycle.run(receiver).await;
+            let ended = logger::about(id.as_str(), lifecycle.run(receiver)).await;
             tell.send_replace(Some(ended));
             let mut containers = sandbox.containers();
             if containers.first.as_ref() != Some(&id) {
                 containers.all.remove(&id);
             }
+            sandbox.changed.notify_waiters();
         });
         Ok(container)
+    }
+
+    /// Takes down a container that could not be made. Returns the error for its caller.
+    async fn failed(
+        &self,
+        id: &ContainerId,
+        attached: Attached,
+        disks: AttachedDisks,
+        error: Error,
+    ) -> Error {
+        // Without a first container the microVM is not needed any more either.
+        let first = self.containers().first.clone();
+        let Some(first) = first else { return error };
+        // After that the guest uses no tree and no disk any more.
+        self.abandon(id).await;
+        self.microvm.detach_disks(disks).await;
+        attached.detach().await;
+        match error.kind {
+            ErrorKind::VmLost => lost_with(&first, error),
+            _ => error,
+        }
     }
 
     fn containers(&self) -> MutexGuard<'_, Containers> {
@@ -322,8 +409,12 @@ impl Creating {
         let event_loop = self.sandbox.microvm.event_loop.clone();
         let created = event_loop.spawn(async move {
             let (share, id) = (Arc::clone(&self.sandbox.microvm.share), self.id.clone());
-            let attached = blocking(move || share.attach(&id, &trees)).await?;
-            self.sandbox.build(new, attached, None).await
+            let about = id.clone();
+            let made = async {
+                let attached = blocking(move || share.attach(&id, &trees)).await?;
+                self.sandbox.build(new, attached, None).await
+            };
+            logger::about(about.as_str(), made).await
         });
         created.await.unwrap_or_else(|_| Err(Error::new("the sandbox process is ending")))
     }
@@ -332,7 +423,17 @@ impl Creating {
 impl Drop for Creating {
     fn drop(&mut self) {
         self.sandbox.containers().creating.remove(&self.id);
-        self.sandbox.created.notify_waiters();
+        self.sandbox.changed.notify_waiters();
+    }
+}
+
+/// Keeps a sandbox from being left alone, until this is dropped.
+pub(crate) struct Held(Sandbox);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.containers().holds -= 1;
+        self.0.changed.notify_waiters();
     }
 }
 

@@ -21,6 +21,7 @@ use crate::{
     event_loop::blocking,
     microvm::agent::Agent,
     state::{Exit, StateDir, Status},
+    text::seconds,
 };
 
 /// Longest time for the guest to make a change. The guest gives itself less.
@@ -96,8 +97,8 @@ impl Updates {
                 Ok(Ok(result)) => result,
                 Ok(Err(_)) => Err(Error::new("the change of the container was aborted")),
                 Err(_) => Err(Error::new(format!(
-                    "the guest does not answer within {} seconds",
-                    CHANGE_TIMEOUT.as_secs()
+                    "the guest does not answer within {}",
+                    seconds(CHANGE_TIMEOUT)
                 ))),
             },
             None => std::future::pending().await,

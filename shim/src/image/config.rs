@@ -3,6 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    os::unix::ffi::OsStrExt,
     path::PathBuf,
 };
 
@@ -12,14 +13,11 @@ use oci_spec::{
 };
 
 use crate::{
-    bundle::{capabilities, default_spec},
+    bundle::{ANNOTATION_PREFIX, capabilities, default_spec},
     error::{Error, Explain, Result},
     image::{name::parts, tree::Tree, user},
     text::quoted,
 };
-
-/// Prefix of annotations that an image cannot set: they are for the person who runs the container.
-const OWN_ANNOTATIONS: &str = "dev.isopod.";
 
 /// Capabilities that engines give to images. Programs of images are made for them: they begin as
 /// root, open a port, and change to another user.
@@ -40,7 +38,8 @@ const CAPABILITIES: [Capability; 14] = [
     Capability::SysChroot,
 ];
 
-/// The config.json of a container that `image` asks for. Its working directory is made in `tree`.
+/// The config.json of a container that `image` asks for. Its working directory and its volumes are
+/// made in `tree`.
 pub(super) fn spec(image: &ImageConfiguration, tree: &mut Tree) -> Result<Spec> {
     let none = Config::default();
     let config = image.config().as_ref().unwrap_or(&none);
@@ -67,9 +66,14 @@ pub(super) fn spec(image: &ImageConfiguration, tree: &mut Tree) -> Result<Spec> 
     }
     let mounts = spec.mounts_mut().get_or_insert_default();
     for volume in volumes(config)? {
-        if !mounts.iter().any(|mount| *mount.destination() == volume) {
-            mounts.push(volume_mount(volume));
+        if mounts.iter().any(|mount| *mount.destination() == volume) {
+            continue;
         }
+        // The tmpfs takes its owner and its mode from the directory. If the directory were made at
+        // the first start only, the tmpfs would have another mode from the second start on.
+        let path = volume.as_os_str().as_bytes();
+        directory(path, tree).explain(|| format!("the image's volume {}", quoted(path)))?;
+        mounts.push(volume_mount(volume));
     }
     spec.set_annotations(Some(annotations(image, config).into_iter().collect()));
     Ok(spec)
@@ -83,13 +87,18 @@ fn env(image: &[String], defaults: Vec<String>) -> Vec<String> {
     image.iter().cloned().chain(missing).collect()
 }
 
-/// The working directory. It does not have to be in a layer, so a missing one is made.
+/// The working directory.
 fn cwd(config: &Config, tree: &mut Tree) -> Result<PathBuf> {
     let path = config.working_dir().as_deref().unwrap_or_default();
     let what = || format!("the image's working directory {}", quoted(path.as_bytes()));
-    let parts = parts(path.as_bytes()).explain(what)?;
-    tree.directory(&parts, true).explain(what)?;
+    directory(path.as_bytes(), tree).explain(what)?;
     absolute(path)
+}
+
+/// Makes a directory that the configuration names, if no layer has it. As in engines, the directory
+/// belongs to root and has the mode 0755.
+fn directory(path: &[u8], tree: &mut Tree) -> Result<()> {
+    tree.directory(&parts(path)?, true).map(drop)
 }
 
 /// Directories for data that is no part of the image, sorted.
@@ -147,11 +156,16 @@ fn annotations(image: &ImageConfiguration, config: &Config) -> BTreeMap<String, 
     });
     let mut annotations: BTreeMap<String, String> = implied.collect();
     for (name, value) in config.labels().iter().flatten() {
-        if name.starts_with(OWN_ANNOTATIONS) || name.is_empty() {
-            log::warn!("the image's label {} is left out", quoted(name.as_bytes()));
+        let refusal = if name.is_empty() {
+            "an annotation has to have a name"
+        } else if name.starts_with(ANNOTATION_PREFIX) {
+            "an image does not choose the settings of its microVM; to choose them, write the \
+             annotation into config.json"
+        } else {
+            annotations.insert(name.clone(), value.clone());
             continue;
-        }
-        annotations.insert(name.clone(), value.clone());
+        };
+        log::warn!("the image's label {} is left out: {refusal}", quoted(name.as_bytes()));
     }
     annotations
 }

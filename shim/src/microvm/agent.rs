@@ -8,16 +8,17 @@ use ttrpc::{Code, r#async::transport::Socket, context::Context};
 use isopod_protocol::{
     AGENT_PORT, SHARED_TAG,
     agent::{
-        AdjustClockRequest, ContainerRef, ContainerStats, CreateContainerRequest, Empty,
-        ExecProcessRequest, Network, ProcessInfo, ProcessRef, ResizeTerminalRequest,
-        SetupGuestRequest, SetupNetworkRequest, SharedMemory, SignalProcessRequest, StreamTokens,
-        TerminalSize, UpdateContainerRequest, WaitOomRequest,
+        self, AdjustClockRequest, ContainerRef, ContainerStats, CreateContainerRequest, DiskRef,
+        Empty, ExecProcessRequest, ForwardPortRequest, Network, ProcessInfo, ProcessRef,
+        ResizeTerminalRequest, SetupGuestRequest, SetupNetworkRequest, SharedMemory,
+        SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
     },
     agent_ttrpc::AgentClient,
 };
 
 use crate::{
-    bundle::{Filter, GuestContainer, Shm},
+    bundle::{Filter, GuestContainer, GuestDisk, HostSocket, Shm},
+    call_times::{self, Service},
     clock,
     container_id::ContainerId,
     error::{Error, ErrorKind, Explain, Result},
@@ -30,6 +31,9 @@ use crate::{
 
 /// Number of random bytes for the guest's entropy pool.
 const ENTROPY_LEN: usize = 64;
+
+/// Longest name of a disk in the guest.
+const MAX_DISK_NAME: usize = 32;
 
 /// A connection to the agent, and the process that calls are about. Clones share the connection.
 #[derive(Clone)]
@@ -70,8 +74,7 @@ impl Agent {
             entropy,
             ..Default::default()
         };
-        self.client
-            .setup_guest(Context::default(), &request)
+        timed("SetupGuest", self.client.setup_guest(Context::default(), &request))
             .await
             .map(drop)
             .map_err(|e| explain("cannot set up the guest", e))
@@ -81,7 +84,8 @@ impl Agent {
     /// since the epoch.
     pub(crate) async fn adjust_clock(&self, difference_ns: i64, gradually: bool) -> Result<u64> {
         let request = AdjustClockRequest { difference_ns, gradually, ..Default::default() };
-        let reading = self.client.adjust_clock(Context::default(), &request).await;
+        let reading =
+            timed("AdjustClock", self.client.adjust_clock(Context::default(), &request)).await;
         reading.map(|reading| reading.realtime_ns).map_err(|e| explain("cannot set the clock", e))
     }
 
@@ -106,11 +110,11 @@ impl Agent {
             seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
             network: network.into(),
             shared_memory: container.shared_memory.iter().map(memory).collect(),
+            host_sockets: container.host_sockets.iter().map(host_socket).collect(),
             state_json: state.map(|state| state.to_string().into_bytes()).unwrap_or_default(),
             ..Default::default()
         };
-        self.client
-            .create_container(Context::default(), &request)
+        timed("CreateContainer", self.client.create_container(Context::default(), &request))
             .await
             .map(drop)
             .map_err(|e| explain("cannot create the container", e))
@@ -123,17 +127,51 @@ impl Agent {
             network: Some(network).into(),
             ..Default::default()
         };
-        self.client
-            .setup_network(Context::default(), &request)
+        timed("SetupNetwork", self.client.setup_network(Context::default(), &request))
             .await
             .map(drop)
             .map_err(|e| explain("cannot set up the container's network", e))
     }
 
+    /// Connects the stream of this token with a port at loopback in the container's network.
+    pub(crate) async fn forward_port(&self, port: u16, ipv6: bool, stream: u64) -> Result<()> {
+        let request = ForwardPortRequest {
+            container_id: self.container_id.clone(),
+            port: port.into(),
+            ipv6,
+            stream,
+            ..Default::default()
+        };
+        let answer =
+            timed("ForwardPort", self.client.forward_port(Context::default(), &request)).await;
+        answer.map(drop).map_err(|e| explain(&format!("cannot connect to port {port}"), e))
+    }
+
+    /// Has the guest look at a disk that the VMM has attached: device `virtio-mmio.<number>`.
+    pub(crate) async fn attach_disk(&self, number: u32) -> Result<GuestDisk> {
+        let request = DiskRef { number, ..Default::default() };
+        let call = self.client.attach_disk(Context::default(), &request);
+        let answer = timed("AttachDisk", call).await;
+        let disk = answer.map_err(|e| explain("the guest does not take the disk", e))?;
+        let usable = (1..=MAX_DISK_NAME).contains(&disk.name.len())
+            && disk.name.bytes().all(|b| b.is_ascii_alphanumeric());
+        if !usable {
+            return Err(Error::new("the guest gave the disk a name that no disk has"));
+        }
+        Ok(GuestDisk { major: disk.major, minor: disk.minor, name: disk.name })
+    }
+
+    /// Has the guest write back a disk and give it up.
+    pub(crate) async fn detach_disk(&self, number: u32) -> Result<()> {
+        let request = DiskRef { number, ..Default::default() };
+        let call = self.client.detach_disk(Context::default(), &request);
+        let answer = timed("DetachDisk", call).await;
+        answer.map(drop).map_err(|e| explain("the guest does not give it up", e))
+    }
+
     /// Starts the container's process.
     pub(crate) async fn start_container(&self) -> Result<()> {
-        self.client
-            .start_container(Context::default(), &self.container())
+        timed("StartContainer", self.client.start_container(Context::default(), &self.container()))
             .await
             .map(drop)
             .map_err(|e| explain("cannot start the container", e))
@@ -158,8 +196,7 @@ impl Agent {
             plain_newlines: screen.plain_newlines,
             ..Default::default()
         };
-        self.client
-            .exec_process(Context::default(), &request)
+        timed("ExecProcess", self.client.exec_process(Context::default(), &request))
             .await
             .map(drop)
             .map_err(|e| explain("cannot run the process", e))
@@ -197,24 +234,31 @@ impl Agent {
             all,
             ..Default::default()
         };
-        self.client.signal_process(Context::default(), &request).await.map(drop).map_err(|e| {
-            match &e {
-                // The process has just ended. The wording is what callers of runc look for.
-                ttrpc::Error::RpcStatus(status)
-                    if self.exec_id.is_empty()
-                        && status.code.enum_value() == Ok(Code::FAILED_PRECONDITION) =>
-                {
-                    let id = &self.container_id;
-                    Error::new(format!("cannot kill container {id}: container not running"))
+        timed("SignalProcess", self.client.signal_process(Context::default(), &request))
+            .await
+            .map(drop)
+            .map_err(|e| {
+                match &e {
+                    // The process has just ended. The wording is what callers of runc look for.
+                    ttrpc::Error::RpcStatus(status)
+                        if self.exec_id.is_empty()
+                            && status.code.enum_value() == Ok(Code::FAILED_PRECONDITION) =>
+                    {
+                        let id = &self.container_id;
+                        Error::new(format!("cannot kill container {id}: container not running"))
+                    }
+                    _ => explain("cannot send the signal", e),
                 }
-                _ => explain("cannot send the signal", e),
-            }
-        })
+            })
     }
 
     /// Pauses the container's processes.
     pub(crate) async fn pause(&self) -> Result<()> {
-        let answer = self.client.pause_container(Context::default(), &self.container()).await;
+        let answer = timed(
+            "PauseContainer",
+            self.client.pause_container(Context::default(), &self.container()),
+        )
+        .await;
         answer
             .map(drop)
             .map_err(|e| explain(&format!("cannot pause container {}", self.container_id), e))
@@ -222,7 +266,11 @@ impl Agent {
 
     /// Resumes the container's processes.
     pub(crate) async fn resume(&self) -> Result<()> {
-        let answer = self.client.resume_container(Context::default(), &self.container()).await;
+        let answer = timed(
+            "ResumeContainer",
+            self.client.resume_container(Context::default(), &self.container()),
+        )
+        .await;
         answer
             .map(drop)
             .map_err(|e| explain(&format!("cannot resume container {}", self.container_id), e))
@@ -236,19 +284,29 @@ impl Agent {
             resources_json: serde_json::to_vec(resources).explain(|| what.clone())?,
             ..Default::default()
         };
-        let answer = self.client.update_container(Context::default(), &request).await;
+        let answer =
+            timed("UpdateContainer", self.client.update_container(Context::default(), &request))
+                .await;
         answer.map(drop).map_err(|e| explain(&what, e))
     }
 
     /// Lists the container's processes.
     pub(crate) async fn processes(&self) -> Result<Vec<ProcessInfo>> {
-        let answer = self.client.list_processes(Context::default(), &self.container()).await;
+        let answer = timed(
+            "ListProcesses",
+            self.client.list_processes(Context::default(), &self.container()),
+        )
+        .await;
         answer.map(|list| list.processes).map_err(|e| explain("cannot list the processes", e))
     }
 
     /// Reads the resource use of the container.
     pub(crate) async fn stats(&self) -> Result<ContainerStats> {
-        let answer = self.client.container_stats(Context::default(), &self.container()).await;
+        let answer = timed(
+            "ContainerStats",
+            self.client.container_stats(Context::default(), &self.container()),
+        )
+        .await;
         answer.map_err(|e| explain("cannot ask what the container uses", e))
     }
 
@@ -265,19 +323,27 @@ impl Agent {
 
     /// Has the guest forget the files that nobody uses in it.
     pub(crate) async fn drop_caches(&self) -> Result<()> {
-        let answer = self.client.drop_caches(Context::default(), &Empty::default()).await;
+        let answer =
+            timed("DropCaches", self.client.drop_caches(Context::default(), &Empty::default()))
+                .await;
         answer.map(drop).map_err(|e| explain("cannot have the guest forget files", e))
     }
 
     /// Ends and forgets a further process, if the guest has it.
     pub(crate) async fn delete_process(&self) -> Result<()> {
-        let answer = self.client.delete_process(Context::default(), &self.process()).await;
+        let answer =
+            timed("DeleteProcess", self.client.delete_process(Context::default(), &self.process()))
+                .await;
         answer.map(drop).map_err(|e| explain("cannot end the process", e))
     }
 
     /// Ends and forgets the container, if the guest has it.
     pub(crate) async fn delete_container(&self) -> Result<()> {
-        let answer = self.client.delete_container(Context::default(), &self.container()).await;
+        let answer = timed(
+            "DeleteContainer",
+            self.client.delete_container(Context::default(), &self.container()),
+        )
+        .await;
         answer
             .map(drop)
             .map_err(|e| explain(&format!("cannot end container {}", self.container_id), e))
@@ -295,8 +361,7 @@ impl Agent {
             size: Some(terminal_size(size)).into(),
             ..Default::default()
         };
-        self.client
-            .resize_terminal(Context::default(), &request)
+        timed("ResizeTerminal", self.client.resize_terminal(Context::default(), &request))
             .await
             .map(drop)
             .map_err(|e| explain("cannot resize the terminal", e))
@@ -305,7 +370,7 @@ impl Agent {
     /// Asks the guest to flush its file systems and to end. The connection may close before the
     /// answer.
     pub(crate) async fn shutdown(&self) -> Result<()> {
-        match self.client.shutdown(Context::default(), &Empty::default()).await {
+        match timed("Shutdown", self.client.shutdown(Context::default(), &Empty::default())).await {
             Ok(_) => Ok(()),
             Err(ttrpc::Error::RpcStatus(status)) => {
                 Err(explain("cannot shut the guest down", ttrpc::Error::RpcStatus(status)))
@@ -328,6 +393,22 @@ impl Screen {
     /// gets it as programs expect a terminal.
     pub(crate) fn of(terminal: Option<&Terminal>, size: Option<Size>) -> Self {
         Self { size, plain_newlines: matches!(terminal, Some(Terminal::Inherited { .. })) }
+    }
+}
+
+/// Makes a call, and counts its time. Calls that wait for an event are made without this.
+async fn timed<T>(method: &'static str, call: impl Future<Output = T>) -> T {
+    call_times::timed(Service::Agent, method, call).await
+}
+
+fn host_socket(socket: &HostSocket) -> agent::HostSocket {
+    agent::HostSocket {
+        mount: socket.mount,
+        token: socket.token.to_vec(),
+        mode: socket.mode,
+        uid: socket.uid,
+        gid: socket.gid,
+        ..Default::default()
     }
 }
 

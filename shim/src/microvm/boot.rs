@@ -21,11 +21,13 @@ use crate::{
     error::{Error, Explain, Result},
     host,
     microvm::{
-        dns_proxy::DnsProxy, hello::GuestConnections, placement::Placement, share::Share, vmm::Vmm,
+        dns_proxy::DnsProxy, hello::GuestConnections, host_sockets::HostSockets,
+        placement::Placement, share::Share, vmm::Vmm,
     },
     network::Network,
-    settings::Artifacts,
+    settings::{self, Artifacts},
     state::{CONSOLE_LOG, StateDir, VSOCK_SOCKET},
+    text::seconds,
 };
 
 /// The guest's context id. Any id will do: it is only visible inside the guest.
@@ -49,16 +51,43 @@ pub(crate) struct BootSettings {
     pub console_log: bool,
 }
 
+impl BootSettings {
+    /// The settings of this host's operator.
+    ///
+    /// # Errors
+    ///
+    /// If a file of the microVM is missing, or a setting cannot be read.
+    pub(crate) fn of_host(console_log: bool) -> Result<Self> {
+        Ok(Self {
+            artifacts: Artifacts::find()?,
+            kernel_params: settings::kernel_params()?,
+            share_kernel: settings::share_kernel()?,
+            timeout: settings::boot_timeout()?,
+            console_log,
+        })
+    }
+}
+
+/// The host's side of the devices that differ between microVMs.
+pub(crate) struct Devices<'a> {
+    /// Directories for the guest.
+    pub share: &'a Share,
+    /// Taps of the network devices.
+    pub network: &'a mut Network,
+    /// Number of places for disks.
+    pub disk_slots: u8,
+}
+
 /// Opens all files that the microVM is made of, and starts the VMM with them.
 pub(crate) fn start(
     id: &ContainerId,
     bundle: &Bundle,
     settings: &BootSettings,
     dir: &StateDir,
-    share: &Share,
-    network: &mut Network,
+    devices: Devices<'_>,
     place: &Placement,
 ) -> Result<(Vmm, GuestConnections)> {
+    let Devices { share, network, disk_slots } = devices;
     let kvm = host::open_kvm()?;
     let kernel = open(&settings.artifacts.kernel, "the guest kernel")?;
     let initramfs = open(&settings.artifacts.initramfs, "the guest image")?;
@@ -98,6 +127,7 @@ pub(crate) fn start(
         }),
         block: Vec::new(),
         net: network.config(),
+        disk_slots,
         jail_root_fd: Some(share.root().as_raw_fd()),
     };
     let connections = GuestConnections::new(connections)?;
@@ -122,6 +152,7 @@ pub(crate) async fn wait_for_agent(
     vmm: &Vmm,
     connections: GuestConnections,
     resolver: Option<DnsProxy>,
+    sockets: HostSockets,
     limit: Duration,
 ) -> Result<Hello> {
     let hello = tokio::select! {
@@ -134,14 +165,14 @@ pub(crate) async fn wait_for_agent(
     };
     match hello {
         Ok(result) => {
-            tokio::spawn(connections.serve(resolver));
+            tokio::spawn(connections.serve(resolver, sockets));
             result
         }
         Err(_) => Err(hint(
             Error::new(format!(
-                "the guest did not become ready within {} seconds (set ISOPOD_BOOT_TIMEOUT to wait \
+                "the guest did not become ready within {} (set ISOPOD_BOOT_TIMEOUT to wait \
                  longer)",
-                limit.as_secs()
+                seconds(limit)
             ))
             .details(vmm.stop().await.explain().details),
         )),

@@ -1,5 +1,5 @@
-//! Connections that the guest makes to the host: the agent's hello, and questions to the name
-//! server. The VMM hands them over through a socket.
+//! Connections that the guest makes to the host: the agent's hello, questions to the name server, and
+//! connections to sockets of the host. The VMM hands them over through a socket.
 
 use std::{
     io::{self, IoSliceMut},
@@ -15,12 +15,12 @@ use tokio::{
     time::sleep,
 };
 
-use isopod_protocol::{Hello, PROTOCOL_VERSION, READY_PORT, RESOLVER_PORT};
+use isopod_protocol::{HOST_SOCKET_PORT, Hello, PROTOCOL_VERSION, READY_PORT, RESOLVER_PORT};
 
 use crate::{
     descriptor::wait_for,
     error::{Error, Explain, Result},
-    microvm::dns_proxy::DnsProxy,
+    microvm::{dns_proxy::DnsProxy, host_sockets::HostSockets},
     text::printable,
 };
 
@@ -62,14 +62,14 @@ impl GuestConnections {
 
     /// Passes further connections of the guest on, by their ports. A connection is closed if the
     /// host has nothing for it.
-    pub(crate) async fn serve(self, resolver: Option<DnsProxy>) {
+    pub(crate) async fn serve(self, resolver: Option<DnsProxy>, sockets: HostSockets) {
         loop {
             match self.next().await {
-                Ok(Some((port, stream))) => {
-                    if let Some(resolver) = resolver.as_ref().filter(|_| port == RESOLVER_PORT) {
-                        resolver.take(stream);
-                    }
-                }
+                Ok(Some((port, stream))) => match (port, &resolver) {
+                    (RESOLVER_PORT, Some(resolver)) => resolver.take(stream),
+                    (HOST_SOCKET_PORT, _) => sockets.take(stream),
+                    _ => {}
+                },
                 Ok(None) => return,
                 Err(error) => {
                     log::warn!("the guest can connect to the host no more: {error}");

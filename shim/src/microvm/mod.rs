@@ -3,12 +3,15 @@
 
 pub(crate) mod agent;
 pub(crate) mod boot;
+pub(crate) mod disks;
 pub(crate) mod dns_proxy;
 pub(crate) mod drop_caches;
 pub(crate) mod guest_clock;
 mod hello;
+pub(crate) mod host_sockets;
 pub(crate) mod mount_view;
 pub(crate) mod placement;
+pub(crate) mod port_forward;
 pub(crate) mod share;
 pub(crate) mod vmm;
 pub(crate) mod vsock;

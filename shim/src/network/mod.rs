@@ -16,6 +16,7 @@
 
 mod addressing;
 mod interface;
+mod loopback;
 mod namespace;
 mod netlink;
 mod redirect;
@@ -37,6 +38,7 @@ use self::{
     tap::{Life, Tap},
 };
 pub(crate) use self::{
+    loopback::{LoopbackCatch, target as loopback_target},
     namespace::enter,
     resolver::RESOLVER,
     trial::{Trial, try_out},

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Explain, Result},
 };
 
-/// Moves this process into the namespace. The process must not have started a thread yet.
+/// Moves the calling thread into the namespace. Threads that it starts later are there too.
 pub(crate) fn enter(namespace: &NetworkNamespace) -> Result<()> {
     match namespace {
         NetworkNamespace::None => Ok(()),

@@ -6,12 +6,15 @@ use tokio::net::UnixListener;
 
 use crate::{
     bundle::GuestContainer,
-    control::server::{self, Server},
-    engine::{Container, Ended, NewContainer, NewSandbox, Request, Sandbox},
+    control::{
+        connection::Connection,
+        server::{self, Server},
+    },
+    engine::{Container, Ended, NewContainer, NewSandbox, Place, Request, Sandbox},
     error::Result,
-    microvm::{placement::Placement, share::Trees},
+    microvm::{disks::OpenDisk, placement::Placement, share::Trees},
     network::Network,
-    sandbox_process::{launch::Launch, place::Place, streams},
+    sandbox_process::{holder, launch::Launch, streams},
     signals::{Signals, WINCH},
     state::{CONTROL_SOCKET, StateDir},
     timeline::Timeline,
@@ -37,7 +40,9 @@ pub(super) async fn create(
     let bundle = &launch.bundle;
     let process = bundle.spec.process().as_ref();
     let trees = Trees::open(bundle)?;
+    let disks = OpenDisk::open_all(&bundle.disks)?;
     let guest = GuestContainer::new(bundle, &launch.id, trees.inner(), &[]);
+    let has_network = network.has_namespace();
     let new = NewSandbox {
         id: &launch.id,
         bundle,
@@ -45,6 +50,7 @@ pub(super) async fn create(
         dir: Arc::clone(&place.dir),
         trees,
         spare_nics: launch.spare_nics,
+        spare_disks: launch.spare_disks,
         network,
         place: Placement {
             cgroup: place.record.cgroup.as_ref().map(|cgroup| cgroup.dir().to_owned()),
@@ -58,31 +64,54 @@ pub(super) async fn create(
     .await?;
     // Connections wait until the container is there.
     let listener = server::listen(&place.dir)?;
-    let (io, console) = streams::open(launch)?;
+    let (io, console) = match launch.holder {
+        true => (streams::none()?, None),
+        false => streams::open(launch)?,
+    };
     let new = NewContainer {
         record: place.record.clone(),
         dir: Arc::clone(&place.dir),
         guest,
+        disks,
         io,
         loss_notice: launch.detached,
         origin: place.origin.clone(),
         timeline,
     };
     let (sandbox, container) = booted.create(new).await?;
+    if launch.holder && has_network {
+        // For `kubectl port-forward`.
+        container.forward_ports();
+    }
     Ok(First { dir: Arc::clone(&place.dir), listener, sandbox, container, console })
 }
 
 impl First {
-    /// Serves the control socket, and passes signals on, until all containers have ended.
-    pub(super) async fn attend(self, signals: &mut Signals) -> Ended {
+    /// Serves the control socket, and passes signals on, until all containers have ended. A holder
+    /// has the connection to its launching process, and ends when it is not used any more.
+    pub(super) async fn attend(
+        self,
+        signals: &mut Signals,
+        launcher: Option<&mut Connection>,
+    ) -> Ended {
         let Self { dir, listener, sandbox, container, console } = self;
         let server = Server::start(listener, sandbox.clone());
         // The terminal's size may have changed while the container was created.
         pass_on(&container, WINCH, console.as_ref());
+        let unused = async {
+            match launcher {
+                Some(launcher) => holder::unused(sandbox.clone(), launcher).await,
+                None => std::future::pending().await,
+            }
+            container.pass_on(Request::Destroy);
+            std::future::pending::<()>().await;
+        };
+        tokio::pin!(unused);
         let ended = loop {
             tokio::select! {
                 biased;
                 ended = container.ended() => break ended,
+                () = &mut unused => {}
                 number = signals.next() => pass_on(&container, number, console.as_ref()),
             }
         };

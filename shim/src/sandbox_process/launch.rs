@@ -18,8 +18,12 @@ pub(crate) struct Launch {
     pub bundle: Bundle,
     /// The pod whose microVM the container lives in, if it has no microVM of its own.
     pub pod: Option<Membership>,
+    /// True for the holder of a pod, whose bundle is [`Bundle::holder`].
+    pub holder: bool,
     /// Number of spare devices for a network namespace without interfaces.
     pub spare_nics: u8,
+    /// Number of places for disks of further containers.
+    pub spare_disks: u8,
     /// Settings for making the microVM.
     pub boot: BootSettings,
     /// The cgroup of the sandbox, on a host with cgroups v2.
@@ -32,8 +36,6 @@ pub(crate) struct Launch {
     pub preserved: Vec<Preserved>,
     /// Parents that were made for the state directory, and are removed with it.
     pub made: Vec<PathBuf>,
-    /// Uid of the user who created the container.
-    pub owner_uid: u32,
     /// Start of the command: [`crate::clock::monotonic_us`].
     pub command_us: u64,
 }

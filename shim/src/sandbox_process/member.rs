@@ -18,13 +18,14 @@ use crate::{
         client,
         message::{Create, Message, Verb},
     },
-    engine::{Ended, Record, RuntimeNamespace, hooks::creation_limit, lost_with},
+    engine::{Ended, Place, Record, RuntimeNamespace, hooks::creation_limit, lost_with},
     error::{Error, Result},
     event_loop::blocking,
-    microvm::share::Trees,
-    sandbox_process::{launch::Launch, place::Place, pod_lookup::Membership, streams},
+    microvm::{disks::OpenDisk, share::Trees},
+    sandbox_process::{launch::Launch, pod_lookup::Membership, streams},
     signals::Signals,
     state::{StateDir, Status},
+    text::seconds,
     timeline::Timeline,
 };
 
@@ -54,6 +55,7 @@ pub(super) async fn create(
     };
     // The sources of the trees need not be in the other process's mount namespace.
     let trees = Trees::open(&launch.bundle)?;
+    let disks = OpenDisk::open_all(&launch.bundle.disks)?;
     let guest = GuestContainer::new(&launch.bundle, &launch.id, trees.inner(), &pod.joins);
     timeline.shared = Some(clock::monotonic_us());
     let connected = Attendance::connect(&place.dir, &launch.id).await;
@@ -64,6 +66,7 @@ pub(super) async fn create(
     let (io, console) = streams::open(launch)?;
     let (io, streams) = io.into_parts();
     let (trees, mounts) = trees.into_parts();
+    let (read_only_disks, disks) = OpenDisk::into_parts(disks);
     let origin = place.origin.as_ref().map(RuntimeNamespace::descriptors).unwrap_or_default();
     let create = Create {
         record: place.record.clone(),
@@ -73,6 +76,7 @@ pub(super) async fn create(
         loss_notice: launch.detached,
         origin: place.origin.as_ref().map(RuntimeNamespace::plan),
         trees,
+        read_only_disks,
         timeline,
     };
     let descriptors: Vec<BorrowedFd<'_>> = streams
@@ -80,6 +84,7 @@ pub(super) async fn create(
         .map(AsFd::as_fd)
         .chain(origin.iter().copied())
         .chain(mounts.iter().map(AsFd::as_fd))
+        .chain(disks.iter().map(AsFd::as_fd))
         .collect();
     let hooks = creation_limit(launch.bundle.spec.hooks().as_ref());
     let limit = BEGIN_TIMEOUT.max(launch.boot.timeout).saturating_add(hooks);
@@ -88,9 +93,9 @@ pub(super) async fn create(
     let begun = attendance.begin(Verb::Create(Box::new(create)), &descriptors);
     let begun = timeout(limit, begun).await.unwrap_or_else(|_| {
         Err(Error::new(format!(
-            "the sandbox process of container {} does not answer within {} seconds",
+            "the sandbox process of container {} does not answer within {}",
             pod.pod.sandbox,
-            limit.as_secs()
+            seconds(limit)
         )))
     });
     match begun? {

@@ -12,33 +12,33 @@
 //! for that status.
 
 mod first;
+mod holder;
 mod launch;
 mod member;
-mod place;
 mod pod_lookup;
 mod streams;
 
 use std::{os::fd::AsFd, sync::Arc, thread};
 
-use self::place::Place;
 pub(crate) use self::{launch::Launch, pod_lookup::Membership};
 use crate::{
-    cgroup::CgroupPlan,
+    cgroup::{Cgroup, CgroupPlan},
     clock,
     control::{
         connection::Connection,
         message::Message,
         spawn::{Descriptors, Given, read_document},
     },
-    engine::{Ended, RuntimeNamespace},
+    engine::{Ended, Place, Record, RuntimeNamespace},
     error::{Error, Explain, Result},
     event_loop::event_loop,
-    limits,
+    limits, logger,
     microvm::{
         mount_view::{self, Cover},
         share,
     },
-    network,
+    network, oom_score,
+    process_id::ProcessId,
     signals::Signals,
     state::StateDir,
     timeline::Timeline,
@@ -63,6 +63,7 @@ pub(crate) fn main(descriptors: Descriptors) -> Result<u8> {
     let Given { socket, state } = descriptors.take()?;
     limits::raise()?;
     let launch: Launch = read_document(&socket)?;
+    logger::set_sandbox(launch.pod.as_ref().map_or(&launch.id, |pod| &pod.pod.sandbox).as_str());
     launch.preserved.iter().try_for_each(|one| one.guard())?;
     let path = StateDir::path_of(state.as_fd())?;
     // Hooks run in the namespaces and the cgroup that this process comes from.
@@ -72,6 +73,9 @@ pub(crate) fn main(descriptors: Descriptors) -> Result<u8> {
     // Before any thread starts: setns(2) and unshare(2) move one thread only.
     let entered = origin.and_then(|origin| {
         share::enter_namespace()?;
+        if launch.holder {
+            holder::make_root(&launch.bundle.rootfs)?;
+        }
         network::enter(&launch.bundle.network)?;
         Ok(origin)
     });
@@ -87,7 +91,8 @@ pub(crate) fn main(descriptors: Descriptors) -> Result<u8> {
                 sandbox: Some(began_us),
                 ..Timeline::default()
             };
-            Ok(run(&launch, dir, timeline, entered, cover, launcher).await)
+            let run = run(&launch, dir, timeline, entered, cover, launcher);
+            Ok(logger::about(launch.id.as_str(), run).await)
         })
     };
     let worker = thread::Builder::new().name(WORKER.to_owned()).stack_size(STACK).spawn(work);
@@ -113,10 +118,13 @@ async fn run(
     cover: Cover,
     mut launcher: Connection,
 ) -> u8 {
-    let begun = entered.and_then(|origin| Ok((Place::new(launch, &dir, origin)?, Signals::new()?)));
+    let begun = entered.and_then(|origin| Ok((place(launch, &dir, origin)?, Signals::new()?)));
     let (mut place, mut signals) = match begun {
         Ok(begun) => begun,
         Err(error) => {
+            if launch.holder {
+                holder::remove_root(&launch.bundle.rootfs);
+            }
             if let Err(left) = dir.remove() {
                 log::error!("{left}");
             }
@@ -146,13 +154,16 @@ async fn run(
         Err(error) => Err(error),
     };
     let ended = match created {
-        Ok(Created::First(first)) => first.attend(&mut signals).await,
+        Ok(Created::First(first)) => {
+            let launcher = launch.holder.then_some(&mut launcher);
+            first.attend(&mut signals, launcher).await
+        }
         Ok(Created::Member(member)) => member.attend(&place, &mut signals).await,
         Err(error) => {
             if launch.pod.is_some() {
                 member::let_go(&dir).await;
             }
-            place.take_down(launch).await;
+            remove(launch, place).await;
             return tell_failure(error, &launcher).await;
         }
     };
@@ -163,11 +174,26 @@ async fn run(
             "container {id}: the kernel killed a process of it: it went over its memory limit"
         );
     }
+    if launch.holder {
+        // Nobody else deletes it.
+        remove(launch, place).await;
+    }
     let heard = launcher.send(&Message::Ended(Box::new(ended.clone()))).await.is_ok();
     if let Some(error) = error.as_ref().filter(|_| !heard) {
         log::error!("container {}: {error}", launch.id);
     }
     ended.exit_code()
+}
+
+/// Removes everything of the container on the host.
+async fn remove(launch: &Launch, place: Place) {
+    if let (Some(_), Some(plan)) = (&place.record.cgroup, &launch.cgroup) {
+        plan.leave();
+    }
+    if launch.holder {
+        holder::remove_root(&launch.bundle.rootfs);
+    }
+    place.take_down().await;
 }
 
 /// Reports why there is no container. Returns the exit status of this process.
@@ -195,9 +221,32 @@ fn interrupted(number: u32) -> Error {
     Error::new(format!("interrupted by signal {number}"))
 }
 
+/// The place of the container. Nothing is made yet.
+fn place(launch: &Launch, dir: &Arc<StateDir>, origin: Option<RuntimeNamespace>) -> Result<Place> {
+    let own = ProcessId::own().ok_or_else(|| Error::new("cannot read /proc/self/stat"))?;
+    let record = Record {
+        pod: launch.pod.as_ref().map(|member| member.pod.clone()),
+        holder: launch.holder,
+        cgroup: launch.cgroup.as_ref().map(CgroupPlan::plan).transpose()?,
+        ..Record::new(&launch.id, &launch.bundle, own, own.pid)
+    };
+    Ok(Place::new(Arc::clone(dir), record, origin))
+}
+
+/// The processes of the host that stand for the container.
+fn processes(record: &Record) -> Vec<i32> {
+    let processes = [Some(record.sandbox), record.vmm].into_iter().flatten();
+    processes.map(|process| process.pid).collect()
+}
+
 /// Builds everything, up to a container whose process waits to be started.
 async fn create(launch: &Launch, place: &mut Place, timeline: Timeline) -> Result<Created> {
-    let network = place.prepare(launch).await?;
+    let asked = launch.cgroup.as_ref().is_some_and(CgroupPlan::is_asked_for);
+    // Callers of runc look for the cgroup of this process's pid. All later processes of the sandbox
+    // inherit it.
+    let network = place.prepare(&launch.bundle, Cgroup::enter, asked).await?;
+    let process = launch.bundle.spec.process().as_ref();
+    oom_score::adjust(process.and_then(|process| process.oom_score_adj()))?;
     Ok(match &launch.pod {
         None => Created::First(first::create(launch, place, network, timeline).await?),
         Some(pod) => Created::Member(member::create(launch, pod, place, timeline).await?),
@@ -212,7 +261,7 @@ async fn announce(
     cover: &Cover,
     launcher: &Connection,
 ) -> Result<()> {
-    let root = mount_view::cover(&launch.bundle, &place.processes())?;
+    let root = mount_view::cover(&launch.bundle, &processes(&place.record))?;
     cover.root(root).await?;
     // Only now, so that the boot is not limited. Nothing of the container has run yet.
     place.limit().await?;

@@ -15,15 +15,18 @@ use std::{
     path::Path,
 };
 
-use oci_spec::runtime::LinuxNamespaceType;
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bundle::{Joined, NetworkNamespace, VmSize, beyond_vm, check_fits},
+    bundle::{
+        ANNOTATION_PREFIX, Bundle, Holder, Joined, NetworkNamespace, POD_ID, VmSize, beyond_vm,
+        check_fits, is_first_of_pod, is_same_namespace,
+    },
     container_id::ContainerId,
-    engine::{Pod, Record},
+    engine::{Pod, Record, records},
     error::{Error, Result},
-    state::{StateDir, Status, ids, versions},
+    state::{StateDir, Status, versions},
 };
 
 /// The pod of a container, and the namespaces that the container shares.
@@ -39,7 +42,7 @@ pub(crate) struct Membership {
 
 impl Membership {
     /// Looks among the containers below `root` for those whose namespaces are to be shared. `None`
-    /// if no namespaces are to be shared.
+    /// if no namespaces are to be shared, or those of a pod that has no microVM.
     ///
     /// # Errors
     ///
@@ -47,16 +50,21 @@ impl Membership {
     pub(crate) fn find(root: &Path, joined: &[Joined]) -> Result<Option<Self>> {
         let mut found: Option<Self> = None;
         // As a rule one container has the namespaces of all kinds.
-        let mut records: HashMap<i32, Record> = HashMap::new();
-        for Joined { kind, pid } in joined {
-            let record = match records.entry(*pid) {
-                Entry::Occupied(known) => known.into_mut(),
-                Entry::Vacant(new) => new.insert(record_of(root, *pid)?),
+        let mut records: HashMap<&Holder, Option<Record>> = HashMap::new();
+        for Joined { kind, holder } in joined {
+            let record = match (records.entry(holder), holder) {
+                (Entry::Occupied(known), _) => known.into_mut(),
+                (Entry::Vacant(new), Holder::Process(pid)) => {
+                    new.insert(Some(record_of(root, *pid)?))
+                }
+                (Entry::Vacant(new), Holder::Pod(id)) => new.insert(first_of(root, id)?),
             };
+            let Some(record) = record else { continue };
             let pod = record.pod.clone().unwrap_or_else(|| Pod {
                 sandbox: record.id.clone(),
                 dir: root.join(record.id.as_str()),
                 process: record.sandbox,
+                holder: record.holder,
             });
             let membership = found.get_or_insert_with(|| Self {
                 pod: pod.clone(),
@@ -75,21 +83,40 @@ impl Membership {
         Ok(found)
     }
 
-    /// Refuses a network or limits that a running microVM cannot provide.
-    pub(crate) fn check(
-        &self,
-        network: &NetworkNamespace,
-        spec: &oci_spec::runtime::Spec,
-    ) -> Result<()> {
-        if let NetworkNamespace::Path(path) = network {
-            return Err(Error::new(format!(
-                "linux.namespaces: the network namespace {} is not that of the container's pod, whose \
-                 microVM runs already and takes no more network devices: share the pod's network",
-                path.display()
-            )));
+    /// Gives a container the size and the network of its pod.
+    ///
+    /// # Errors
+    ///
+    /// If the container asks for a network or for limits that the running microVM cannot provide.
+    pub(crate) fn fit(&self, bundle: &mut Bundle) -> Result<()> {
+        if let NetworkNamespace::Path(path) = &bundle.network {
+            let shared = self.joins.iter().any(|(kind, _)| *kind == LinuxNamespaceType::Network);
+            if !shared || !self.is_the_pods(path) {
+                return Err(Error::new(format!(
+                    "linux.namespaces: the network namespace {} is not that of the container's pod, \
+                     whose microVM runs already and takes no more network devices: share the pod's \
+                     network",
+                    path.display()
+                )));
+            }
+            bundle.network = NetworkNamespace::Pod(path.clone());
         }
+        self.check_limits(&bundle.spec)?;
+        bundle.vm = self.vm;
+        Ok(())
+    }
+
+    /// Tells whether `path` is the network namespace that the microVM has its interfaces from.
+    fn is_the_pods(&self, path: &Path) -> bool {
+        let record = StateDir::open_path(&self.pod.dir).and_then(|dir| Record::read(&dir));
+        let Ok(Some(record)) = record else { return false };
+        is_same_namespace(path, Path::new(&format!("/proc/{}/ns/net", record.pid)))
+    }
+
+    /// Refuses limits that a running microVM cannot provide.
+    fn check_limits(&self, spec: &Spec) -> Result<()> {
         let annotations = spec.annotations().iter().flatten();
-        for (key, _) in annotations.filter(|(key, _)| key.starts_with("dev.isopod.")) {
+        for (key, _) in annotations.filter(|(key, _)| key.starts_with(ANNOTATION_PREFIX)) {
             log::warn!(
                 "annotation {key} has no effect: the microVM is that of container {}",
                 self.pod.sandbox
@@ -104,18 +131,29 @@ impl Membership {
     }
 }
 
+/// The record of the first container of a pod whose namespaces are pinned. `None` if the pod has no
+/// microVM.
+fn first_of(root: &Path, pod: &str) -> Result<Option<Record>> {
+    for (dir, record) in records(root)? {
+        let is_first = record.pod.is_none() && is_first_of_pod(&record.annotations);
+        let of_pod = record.annotations.get(POD_ID).is_some_and(|id| id == pod);
+        if is_first && of_pod && record.sandbox.is_alive() && record.status != Status::Stopped {
+            versions::check(&dir)?;
+            return Ok(Some(record));
+        }
+    }
+    Ok(None)
+}
+
 /// The record of the container whose pid on the host is `pid`.
 fn record_of(root: &Path, pid: i32) -> Result<Record> {
-    for id in ids(root)? {
-        // A container that is being made or removed has no namespaces to share.
-        let dir = StateDir::open(root, &id);
-        let Ok(dir) = dir else { continue };
-        let Ok(Some(record)) = Record::read(&dir) else { continue };
-        if record.sandbox.pid == pid && record.sandbox.is_alive() {
+    // A container that is being made or removed has no namespaces to share.
+    for (dir, record) in records(root)? {
+        if record.pid == pid && record.sandbox.is_alive() {
             return match record.status {
                 Status::Creating | Status::Stopped => Err(Error::new(format!(
-                    "linux.namespaces: the namespaces of container {id} cannot be shared: it is {}",
-                    record.status
+                    "linux.namespaces: the namespaces of container {} cannot be shared: it is {}",
+                    record.id, record.status
                 ))),
                 Status::Created | Status::Running | Status::Paused => {
                     versions::check(&dir)?;

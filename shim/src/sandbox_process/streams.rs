@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use crate::{
     engine::{
         Io,
-        stdio::{Release, release},
+        stdio::{Release, StandardStreams, release},
     },
     error::Result,
     sandbox_process::launch::Launch,
@@ -17,6 +17,12 @@ pub(super) fn open(launch: &Launch) -> Result<(Io, Option<OwnedFd>)> {
     let opened = Io::open(launch.terminal.as_ref(), console_size(launch), &launch.preserved)?;
     release(if launch.detached { Release::All } else { Release::but_for_messages() })?;
     Ok(opened)
+}
+
+/// No streams, for a process that has none. This process's own are given up.
+pub(super) fn none() -> Result<Io> {
+    release(Release::All)?;
+    Ok(StandardStreams::default().into())
 }
 
 /// `process.consoleSize`, if a terminal can have that size.

@@ -38,6 +38,9 @@ use crate::{
 /// Default of `--root`.
 pub const DEFAULT_ROOT: &str = "/run/isopod/default";
 
+/// State directories of the containers of all containerds, below a directory for each namespace.
+pub const CONTAINERD_ROOT: &str = "/run/isopod/containerd";
+
 /// The control socket of the sandbox process.
 pub const CONTROL_SOCKET: &str = "control.sock";
 
@@ -162,6 +165,12 @@ impl StateDir {
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
             Err(e) => Err(e).explain(|| format!("cannot lock {}", self.path.display())),
         }
+    }
+
+    /// Locks the directory, and waits for that as long as somebody else holds the lock.
+    pub fn lock(&self) -> Result<()> {
+        rustix::fs::flock(&self.fd, FlockOperation::LockExclusive)
+            .explain(|| format!("cannot lock {}", self.path.display()))
     }
 
     /// Reads a file of the directory. `None` while there is no such file.

@@ -12,12 +12,12 @@ use crate::{
 /// isopod cannot read, or would read wrongly.
 ///
 /// The fields that a forced deletion reads stay the same in all versions.
-pub const STATE_VERSION: u32 = 2;
+pub const STATE_VERSION: u32 = 3;
 
 /// Version of the control socket's messages. It is raised by any change that one side alone cannot
 /// survive. Nobody but the sandbox process talks to the agent, so the agent's protocol does not
 /// matter here.
-pub const CONTROL_VERSION: u32 = 2;
+pub const CONTROL_VERSION: u32 = 3;
 
 /// The versions in a record. A missing version is 0, which no isopod has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -54,6 +54,14 @@ impl Versions {
             self.control_version
         )))
     }
+}
+
+/// Tells whether some isopod has made the container behind `dir`. Other runtimes have a state.json
+/// too, without a version.
+pub(crate) fn is_of_isopod(dir: &StateDir) -> bool {
+    let versions = |json: Vec<u8>| serde_json::from_slice(&json).ok();
+    let versions: Option<Versions> = dir.read(RECORD_FILE).ok().flatten().and_then(versions);
+    versions.is_some_and(|versions| versions.version != 0)
 }
 
 /// Checks that the container behind `dir` has the versions of this program. A container without a

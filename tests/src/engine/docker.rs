@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Engine, IMAGE, Kind, With};
 use crate::command::Command;
@@ -31,7 +31,7 @@ impl Engine {
     }
 
     fn start_docker(tree: Option<&Path>) -> Self {
-        let mut engine = Self::build(Kind::Docker, tree);
+        let engine = Self::build(Kind::Docker, tree);
         engine.configure(With::Runc);
         // The daemon gives its containerd 15 s to answer, and a lab reads its files from a shared
         // directory. So the programs are read into the page cache first.
@@ -43,8 +43,8 @@ impl Engine {
         let dir = engine.path("");
         let job = engine.inside(&["sh", "-c", script, DAEMON, dir.trim_end_matches('/')]).spawn();
         let daemon = job.pid;
-        engine.daemon = Some(daemon);
-        engine.await_socket(daemon);
+        engine.daemon.set(Some(daemon));
+        engine.await_socket(daemon, "docker.sock");
         // `version` returns when the daemon is up.
         let version = engine.client(With::Runc).args(["version"]).output();
         assert_eq!(version.status, 0, "{version}\ndockerd: {}", engine.daemon_log());
@@ -59,7 +59,7 @@ impl Engine {
             "exec-root": "/run/docker",
             "pidfile": "/run/docker.pid",
             "hosts": [format!("unix://{}", self.path("docker.sock"))],
-            "runtimes": { "isopod": { "path": With::Isopod.path() } },
+            "runtimes": self.docker_runtimes(),
             "default-runtime": default.name(),
             "cgroup-parent": self.cgroup(),
             "exec-opts": ["native.cgroupdriver=cgroupfs"],
@@ -69,12 +69,23 @@ impl Engine {
         fs::write(self.dir().join("daemon.json"), config.to_string()).expect("daemon.json");
     }
 
+    /// The runtimes of the configuration. Docker before 23 takes no shim.
+    fn docker_runtimes(&self) -> Value {
+        let isopod = With::Isopod.path();
+        let shim = Path::new(&isopod).with_file_name("containerd-shim-isopod-v2");
+        let mut runtimes = json!({ "isopod": { "path": isopod } });
+        if self.of_tree {
+            runtimes["isopod-shim"] = json!({ "runtimeType": shim });
+        }
+        runtimes
+    }
+
     /// Makes the daemon use another runtime for containers that name none.
     pub fn set_default_runtime(&self, default: With) {
         self.configure(default);
         let said = |log: &str| log.matches("Reloaded configuration").count();
         let before = said(&self.daemon_log());
-        let daemon = self.daemon.expect("a daemon");
+        let daemon = self.daemon.get().expect("a daemon");
         self.scope.keeper().signal(daemon, libc::SIGHUP).expect("a daemon that lives");
         let begun = Instant::now();
         while said(&self.daemon_log()) == before {
@@ -88,13 +99,13 @@ impl Engine {
         fs::read_to_string(self.dir().join("daemon.log")).unwrap_or_default()
     }
 
-    /// Waits until the daemon listens. It answers later.
-    fn await_socket(&self, daemon: i32) {
+    /// Waits until the daemon listens at a socket in the engine's directory. It answers later.
+    pub(super) fn await_socket(&self, daemon: i32, name: &str) {
         let begun = Instant::now();
-        while UnixStream::connect(self.dir().join("docker.sock")).is_err() {
+        while UnixStream::connect(self.dir().join(name)).is_err() {
             let ended = self.scope.keeper().ended(daemon);
             let late = begun.elapsed() > DEADLINE;
-            assert!(ended.is_none() && !late, "no dockerd: {ended:?} {}", self.daemon_log());
+            assert!(ended.is_none() && !late, "no daemon: {ended:?} {}", self.daemon_log());
             std::thread::sleep(LOOK);
         }
     }
@@ -119,7 +130,7 @@ impl Engine {
     pub(super) fn end_daemon(&self, daemon: i32) {
         self.scope.keeper().signal(daemon, libc::SIGTERM).expect("a daemon that lives");
         let end = self.scope.keeper().wait(daemon, DEADLINE);
-        let end = end.unwrap_or_else(|| panic!("dockerd does not end: {}", self.daemon_log()));
-        assert_eq!(end.status(), 0, "dockerd: {}", self.daemon_log());
+        let end = end.unwrap_or_else(|| panic!("the daemon does not end: {}", self.daemon_log()));
+        assert_eq!(end.status(), 0, "the daemon: {}", self.daemon_log());
     }
 }

@@ -1,4 +1,4 @@
-//! Container engines under test: Docker and Podman, each with runc and with Isopod.
+//! Container engines under test: Docker, Podman and containerd, each with runc and with Isopod.
 //!
 //! An engine lives in namespaces of its own (`world.sh`), below a scope's subreaper. So it meets no
 //! engine of the machine, and everything that the engine and its runtimes make can be counted. The
@@ -8,6 +8,7 @@
 
 mod case;
 pub mod cases;
+mod containerd;
 mod docker;
 mod image;
 mod podman;
@@ -15,6 +16,7 @@ mod remains;
 mod run;
 mod suite;
 
+use std::cell::Cell;
 use std::path::Path;
 
 use crate::command::Command;
@@ -84,6 +86,8 @@ pub enum Kind {
     Docker,
     /// The machine's own Podman.
     Podman,
+    /// The machine's own containerd, or that of a tree, with its plugin for Kubernetes.
+    Containerd,
 }
 
 /// A running container engine.
@@ -95,14 +99,17 @@ pub struct Engine {
     /// The process that keeps the engine's namespaces.
     world: i32,
     _world_output: Reader,
-    /// Docker's daemon.
-    daemon: Option<i32>,
+    /// True for an engine of a Debian tree.
+    of_tree: bool,
+    /// The daemon of Docker or containerd.
+    daemon: Cell<Option<i32>>,
 }
 
 impl Engine {
     /// Makes the world of an engine, without starting the engine.
     fn build(kind: Kind, tree: Option<&Path>) -> Self {
         let scope = Scope::new();
+        let of_tree = tree.is_some();
         let dir = scope.dir().to_string_lossy().into_owned();
         let tree = tree.map(|tree| tree.to_string_lossy().into_owned()).unwrap_or_default();
         let programs = runtime().path.parent().unwrap_or(Path::new("/")).to_string_lossy();
@@ -113,7 +120,8 @@ impl Engine {
         let (world, mut output, mut errors) = (job.pid, job.stdout, job.stderr);
         let ready = output.line();
         assert_eq!(ready.as_deref(), Some("ready"), "no world: {}", errors.so_far());
-        let mut engine = Self { kind, scope, world, _world_output: output, daemon: None };
+        let mut engine =
+            Self { kind, scope, world, _world_output: output, of_tree, daemon: Cell::default() };
         engine.make_cgroup();
         engine
     }
@@ -137,6 +145,7 @@ impl Engine {
         match self.kind {
             Kind::Docker => self.docker_client(),
             Kind::Podman => self.podman_client(with),
+            Kind::Containerd => self.containerd_client(),
         }
     }
 
@@ -145,6 +154,7 @@ impl Engine {
         match self.kind {
             Kind::Docker => self.docker_script(),
             Kind::Podman => self.podman_script(),
+            Kind::Containerd => self.containerd_script(),
         }
     }
 
@@ -168,6 +178,8 @@ impl Engine {
         let dir = match self.kind {
             Kind::Docker => "docker/containers",
             Kind::Podman => "storage/overlay-containers",
+            // The cases remove their own.
+            Kind::Containerd => return false,
         };
         let path = self.dir().join(dir);
         let entries =
@@ -185,7 +197,7 @@ impl Engine {
     }
 
     /// Ends the engine. Fails if the engine or a runtime has left anything behind.
-    pub fn end(mut self) {
+    pub fn end(self) {
         if let Some(daemon) = self.daemon.take() {
             self.end_daemon(daemon);
         }

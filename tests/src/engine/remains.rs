@@ -12,7 +12,12 @@ use crate::census;
 const TIDY: Duration = Duration::from_secs(60);
 
 /// Files below /run that engines make once and keep: locks, and files for the next time.
-const KEPT: [&str; 11] = [
+const KEPT: [&str; 16] = [
+    "/run/containerd/io.containerd.grpc.v1.cri/containers",
+    "/run/containerd/io.containerd.grpc.v1.cri/sandboxes",
+    "/run/containerd/io.containerd.runtime.v2.task/k8s.io",
+    "/run/containerd/runc/k8s.io",
+    "/run/containerd/s",
     "/run/containers",
     "/run/crun",
     "/run/libpod",
@@ -38,6 +43,9 @@ impl Remains {
     pub(super) fn of(engine: &Engine) -> Self {
         let mut found = BTreeSet::new();
         census::descendants(engine.scope.keeper().pid(), &mut found);
+        // A daemon may be started again.
+        let daemon = engine.daemon.get().map(|daemon| format!("process {daemon} "));
+        found.retain(|line| daemon.as_ref().is_none_or(|daemon| !line.starts_with(daemon)));
         let world = format!("/proc/{}", engine.world);
         mounts(&format!("{world}/mountinfo"), "", &mut found);
         // No mount of the engine may show outside its world.
@@ -79,10 +87,14 @@ fn mounts(table: &str, name: &str, found: &mut BTreeSet<String>) {
     }
 }
 
+/// The bridge of pods, which the plugins for networks keep.
+const KEPT_INTERFACE: &str = "isopodcni0";
+
 fn interfaces(table: &str, found: &mut BTreeSet<String>) {
     let text = fs::read_to_string(table).unwrap_or_else(|e| panic!("{table}: {e}"));
     let names = text.lines().filter_map(|line| line.split_once(':'));
-    found.extend(names.map(|(name, _)| format!("interface {}", name.trim())));
+    let names = names.map(|(name, _)| name.trim()).filter(|name| *name != KEPT_INTERFACE);
+    found.extend(names.map(|name| format!("interface {name}")));
 }
 
 fn cgroups(at: &Path, name: &str, found: &mut BTreeSet<String>) {

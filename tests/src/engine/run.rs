@@ -103,6 +103,7 @@ impl<'e> Run<'e> {
         client = match self.engine.kind {
             Kind::Docker => client.args(["--runtime", self.with.name()]),
             Kind::Podman => client.args([format!("--cgroup-parent={}", self.engine.cgroup())]),
+            Kind::Containerd => panic!("containerd's client has another command line"),
         };
         // A network takes an emulated machine seconds, and has cases of its own.
         let alone = if options.iter().any(|option| brings_network(option)) {
@@ -163,6 +164,14 @@ impl<'e> Run<'e> {
         let number = self.containers.get() + 1;
         self.containers.set(number);
         Container { run: self, name: self.name(&number.to_string()) }
+    }
+
+    /// Runs the engine's first container, which makes what an engine makes once.
+    pub(super) fn first_container(&self) {
+        match self.engine.kind {
+            Kind::Docker | Kind::Podman => drop(self.run(&["--network=bridge"], &["true"])),
+            Kind::Containerd => self.engine.first_task(self.with),
+        }
     }
 
     /// The verb that removes containers in any state. `--time=0`: Podman would ask a container to

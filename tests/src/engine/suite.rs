@@ -114,7 +114,7 @@ impl Suite {
         let idle = self.idle.entry(with).or_insert_with(|| {
             // Items that a runtime and an engine make once are no remains of a case.
             let first = Run::new(engine, with, "first");
-            first.run(&["--network=bridge"], &["true"]);
+            first.first_container();
             let _ = catch_unwind(AssertUnwindSafe(|| first.remove_containers()));
             Remains::of(engine)
         });

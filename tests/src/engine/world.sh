@@ -23,7 +23,7 @@ if [ -n "$2" ]; then
     for part in proc sys dev run; do
         mount --rbind "/$part" "$1/tree/$part"
     done
-    for dir in "$1" "$3" /etc/isopod; do
+    for dir in "$1" "$3" /etc/isopod /usr/lib/cni; do
         if [ -d "$dir" ]; then
             mkdir -p "$1/tree/$dir"
             mount --bind "$dir" "$1/tree/$dir"

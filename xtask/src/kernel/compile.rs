@@ -42,34 +42,46 @@ pub(super) fn recipe() -> Result<String> {
     Ok(format!("{compiler}\n{VARIABLES:?}\n{STRIP:?}"))
 }
 
-/// Compiles the kernel source in `tree` below the folder `work`. Returns the unstripped image.
-///
-/// `version` is the Debian version of the source; `uname -v` shows it.
-pub(super) fn compile(
+/// Writes the configuration of the kernel source in `tree` below the folder `work`.
+pub(super) fn configure(
     tree: &Path,
     work: &Path,
     options: &KernelOptions,
     version: &str,
-) -> Result<PathBuf> {
-    let objects = work.join("objects");
+) -> Result<()> {
+    let objects = objects(work);
     fs::create_dir_all(&objects).with_context(|| format!("cannot create {}", objects.display()))?;
-    let log = repository::target().join("kernel.log");
-
     let asked = work.join("asked.config");
     fs::write(&asked, options.text())
         .with_context(|| format!("cannot write {}", asked.display()))?;
     let mut configure = make(tree, &objects, version)?;
-    run_logged(configure.arg("allnoconfig").env("KCONFIG_ALLCONFIG", &asked), &log)?;
+    run_logged(configure.arg("allnoconfig").env("KCONFIG_ALLCONFIG", &asked), &log())?;
     let config = work.join(CONFIG);
     let config =
         fs::read_to_string(&config).with_context(|| format!("cannot read {}", config.display()))?;
-    options.verify(&config)?;
+    options.verify(&config)
+}
 
+/// Compiles the configured kernel. Returns the unstripped image.
+///
+/// `version` is the Debian version of the source; `uname -v` shows it.
+pub(super) fn compile(tree: &Path, work: &Path, version: &str) -> Result<PathBuf> {
+    let objects = objects(work);
     let jobs = thread::available_parallelism().map_or(1, usize::from);
     let mut build = make(tree, &objects, version)?;
     build.arg(format!("--jobs={jobs}")).arg("vmlinux");
-    run_with_progress(&mut build, &log)?;
+    run_with_progress(&mut build, &log())?;
     Ok(objects.join("vmlinux"))
+}
+
+/// Folder of the configuration and of the compiled files.
+fn objects(work: &Path) -> PathBuf {
+    work.join("objects")
+}
+
+/// Log file of `make`.
+fn log() -> PathBuf {
+    repository::target().join("kernel.log")
 }
 
 /// Writes a copy of `image` without symbols to `stripped`.

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::boot::{OWN_PROGRAM, directory, shelf};
 use super::{Ended, Input, Lab, LabOptions, Run, Show, client};
-use crate::progress::say;
+use crate::progress::{say, short_step, step};
 
 /// Name of the background lab.
 const NAME: &str = "up";
@@ -56,7 +56,7 @@ pub(crate) fn up(options: &LabOptions) -> Result<()> {
         .context("cannot start the lab's process")?;
     let pipe = child.stdout.take().context("the lab's process has no output")?;
     let mut line = String::new();
-    crate::progress::step("boot the lab in the background", || {
+    step("boot the lab in the background", || {
         BufReader::new(pipe).read_line(&mut line).context("cannot read from the lab's process")?;
         if line.trim() == READY {
             return Ok(());
@@ -108,7 +108,7 @@ pub(crate) fn down() -> Result<()> {
     // Fails only if the holder has ended by itself.
     let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
     // The kernel releases the lock when the holder ends.
-    Flock::lock(file, FlockArg::LockExclusive)
+    short_step("end the lab", || Flock::lock(file, FlockArg::LockExclusive))
         .map_err(|(_, error)| error)
         .context("cannot wait for the lab's end")?;
     say("the lab is down");

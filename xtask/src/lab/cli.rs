@@ -18,7 +18,11 @@ Usage: cargo xtask lab up [OPTIONS]             boot a lab and leave it in the b
 Options:
   --count          count instructions: a million take 1 ms of guest time; one processor
   --cpus N         processors [1]; QEMU's emulation of several is not exact
-  --memory MIB     memory [half of this machine's, 8192 at most]
+  --memory MIB     memory [half of this machine's, 2048 at least, 8192 at most]
+
+`cargo xtask build` and `cargo xtask demo` put isopod into target/isopod of the checkout:
+
+  cargo xtask lab run -- target/isopod/isopod run BUNDLE/
 
 The lab shows this machine's files. It may not see changes that are made while it runs, except in
 cargo's target directory. Writes to that directory reach this machine; all other writes are lost

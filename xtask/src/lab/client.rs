@@ -17,7 +17,7 @@ use super::machine::Machine;
 use super::wire::{
     Kind, MAX_INPUT, NONCE_LEN, PORTS, await_answer, greeting, read_frame, write_frame,
 };
-use crate::progress::say;
+use crate::progress::step;
 
 /// Longest time for a boot of the lab. On an idle machine a boot takes about five seconds.
 const BOOT_TIME: Duration = Duration::from_secs(180);
@@ -66,10 +66,13 @@ impl HostPort {
                 Err((_, error)) => return Err(error).context("cannot lock a port of the lab"),
             }
         }
-        say(format!("the lab runs {PORTS} commands already; waiting for one of them"));
-        let lock = Flock::lock(open(0)?, FlockArg::LockExclusive)
-            .map_err(|(_, error)| error)
-            .context("cannot lock a port of the lab")?;
+        let lock = open(0)?;
+        let lock =
+            step(&format!("wait for one of the {PORTS} commands that run in the lab"), || {
+                Flock::lock(lock, FlockArg::LockExclusive)
+                    .map_err(|(_, error)| error)
+                    .context("cannot lock a port of the lab")
+            })?;
         Self::connect(dir, 0, lock)
     }
 

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::command::text;
 use super::kernel::LabKernel;
-use crate::process::{capture, command};
+use crate::process::{capture, command, shell_word};
 use crate::repository;
 
 /// Body of the `/init` script.
@@ -83,7 +83,7 @@ pub(super) fn write(dir: &Path, kernel: &LabKernel, init: &Path, work: &Path) ->
         ("LAB_WORK", text(work)?),
         ("LAB_INIT", text(init)?),
     ] {
-        script.push_str(&format!("export {name}={}\n", quoted(value)));
+        script.push_str(&format!("export {name}={}\n", shell_word(value)));
     }
     script.push_str(SCRIPT);
     let path = stage.join("init");
@@ -126,11 +126,6 @@ fn write_file(path: &Path, content: &str) -> Result<()> {
     fs::write(path, content).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// `text` quoted as one word for a shell.
-fn quoted(text: &str) -> String {
-    format!("'{}'", text.replace('\'', r"'\''"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,11 +135,5 @@ mod tests {
         let paths = ["/tmp/b/rootfs", "/srv/b", "/tmp/b", "/w/target/x", "/tmp/bc"];
         let hidden = hidden(&paths.map(PathBuf::from), Path::new("/w/target"));
         assert_eq!(hidden, ["/tmp/b", "/tmp/bc", "/w/target/x"].map(PathBuf::from));
-    }
-
-    #[test]
-    fn quoted_words_survive_a_shell() {
-        assert_eq!(quoted("/a b"), "'/a b'");
-        assert_eq!(quoted("it's"), r"'it'\''s'");
     }
 }

@@ -32,14 +32,14 @@ pub(super) fn fetch(filter: Option<&str>, in_lab: bool) -> Result<()> {
     if in_lab {
         lab::prepare()?;
     }
-    let named = |tree: &&Tree| filter.is_none_or(|filter| filter == tree.program);
+    let named = |tree: &&Tree| filter.is_none_or(|filter| tree.is_for(filter));
     TREES.iter().filter(named).try_for_each(|tree| tree.ensure().map(drop))
 }
 
 /// Gives programs their trees. Trees are made before a lab boots; see [`crate::lab`].
 fn give_trees(programs: &mut [Program]) -> Result<()> {
     for program in programs {
-        if let Some(tree) = TREES.iter().find(|tree| tree.program == program.name) {
+        if let Some(tree) = TREES.iter().find(|tree| tree.is_for(&program.name)) {
             program.tree = Some((tree.variable, tree.ensure()?));
         }
     }

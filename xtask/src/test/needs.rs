@@ -12,18 +12,24 @@ const IMAGE: &str = "images for engines";
 /// The package that makes Debian trees.
 pub(super) const DEBOOTSTRAP: Need = Need { package: "debootstrap", purpose: IMAGE };
 
+/// The package that compiles the end-to-end tests, beside those of any build.
+pub(super) const COMPILE: Option<Need> =
+    Some(Need { package: "protobuf-compiler", purpose: "the tests' client for pods" });
+
 /// Packages of all end-to-end tests.
-pub(super) const NEEDS: [Need; 6] = [
+pub(super) const NEEDS: [Need; 7] = [
     Need { package: "runc", purpose: "runtime to prove tests" },
     Need { package: "iproute2", purpose: NETWORK },
     Need { package: "systemd", purpose: "tests of its scopes" },
     Need { package: "busybox-static", purpose: IMAGE },
     Need { package: "skopeo", purpose: IMAGE },
     Need { package: "umoci", purpose: IMAGE },
+    DEBOOTSTRAP,
 ];
 
 /// Further packages of the tests that drive engines.
-pub(super) const ENGINES: [Need; 8] = [
+pub(super) const ENGINES: [Need; 9] = [
+    Need { package: "containernetworking-plugins", purpose: NETWORK },
     Need { package: "docker.io", purpose: ENGINE },
     Need { package: "podman", purpose: ENGINE },
     Need { package: "crun", purpose: "runtime to prove tests" },
@@ -31,5 +37,5 @@ pub(super) const ENGINES: [Need; 8] = [
     Need { package: "netavark", purpose: NETWORK },
     Need { package: "aardvark-dns", purpose: NETWORK },
     Need { package: "iptables", purpose: NETWORK },
-    DEBOOTSTRAP,
+    Need { package: "e2fsprogs", purpose: "a disk for the layers of images" },
 ];

@@ -14,13 +14,29 @@ use crate::process::capture;
 const E2E: &str = "isopod-tests";
 
 /// The test programs that drive container engines. Most of their cases run with runc and Isopod.
-const ENGINES: [&str; 4] = ["podman", "docker", "docker_newer", "workloads"];
+const ENGINES: [&str; 7] = [
+    "podman",
+    "docker",
+    "docker_newer",
+    "containerd",
+    "containerd_older",
+    "containerd_newer",
+    "workloads",
+];
+
+/// Programs that run again with another version of their engine, and the names of these runs.
+const VERSIONS: [(&str, [&str; 2]); 1] = [("containerd", ["containerd_older", "containerd_newer"])];
+
+/// Environment variable with the name of such a run for the test program.
+const VERSION: &str = "ISOPOD_TEST_VERSION";
 
 /// A compiled test program.
 #[derive(Debug, Clone)]
 pub(super) struct Program {
-    /// Name of the cargo target.
+    /// Name of the cargo target, or of a run with another version of its engine.
     pub(super) name: String,
+    /// Name of the cargo target.
+    pub(super) target: String,
     /// The program file.
     pub(super) path: PathBuf,
     /// The directory of its crate.
@@ -45,7 +61,22 @@ impl Program {
     /// The tests that match the filter, as lines `NAME: test`.
     pub(super) fn tests(&self) -> Result<String> {
         let mut list = Command::new(&self.path);
+        list.env(VERSION, self.version().1);
         capture(list.args(["--list", "--format", "terse"]).args(self.filter.iter()))
+    }
+
+    /// The variable with the version of the engine for the test program: empty for the usual one.
+    pub(super) fn version(&self) -> (&'static str, &str) {
+        (VERSION, if self.name == self.target { "" } else { &self.name })
+    }
+
+    /// The runs of the program: with the usual version of its engine, and with others.
+    fn versions(self) -> Vec<Self> {
+        let others = VERSIONS.iter().find(|(target, _)| *target == self.target);
+        let names = others.map(|(_, names)| names.as_slice()).unwrap_or_default();
+        let of = |name: &&str| Self { name: (*name).to_owned(), ..self.clone() };
+        let others: Vec<Self> = names.iter().map(of).collect();
+        [vec![self], others].concat()
     }
 }
 
@@ -95,7 +126,8 @@ pub(super) fn compile(choice: &Choice) -> Result<Programs> {
     if all.is_empty() {
         bail!("cargo built no test");
     }
-    let (e2e, unit) = all.into_iter().partition(Program::is_e2e);
+    let (e2e, unit): (Vec<_>, Vec<_>) = all.into_iter().partition(Program::is_e2e);
+    let e2e = e2e.into_iter().flat_map(Program::versions).collect();
     Ok(Programs { unit, e2e: choose(e2e, choice.filter.as_deref())? })
 }
 
@@ -106,7 +138,7 @@ fn program(message: &str) -> Option<Program> {
     let path = message["executable"].as_str().filter(|_| is_test)?.into();
     let name = message["target"]["name"].as_str()?.to_owned();
     let dir = Path::new(message["manifest_path"].as_str()?).parent()?.to_owned();
-    Some(Program { name, path, dir, filter: None, tree: None })
+    Some(Program { target: name.clone(), name, path, dir, filter: None, tree: None })
 }
 
 /// The end-to-end programs with tests that match `filter`. Sets the filter of each.
@@ -145,5 +177,30 @@ mod tests {
         assert!(program(&message("/repo/tests", true)).is_some_and(|p| p.is_e2e()));
         assert!(program(&message("/repo/shim", true)).is_some_and(|p| !p.is_e2e()));
         assert!(program(&message("/repo/shim", false)).is_none());
+    }
+
+    #[test]
+    fn a_program_runs_with_each_version_of_its_engine() {
+        let of = |name: &str| {
+            let (name, path) = (name.to_owned(), PathBuf::from("/x"));
+            let program = Program {
+                target: name.clone(),
+                name,
+                path: path.clone(),
+                dir: path,
+                filter: None,
+                tree: None,
+            };
+            let all = program.versions();
+            all.iter().map(|p| (p.name.clone(), p.version().1.to_owned())).collect::<Vec<_>>()
+        };
+        let owned = |(name, version): (&str, &str)| (name.to_owned(), version.to_owned());
+        assert_eq!(of("exec"), [("exec", "")].map(owned));
+        let expected = [
+            ("containerd", ""),
+            ("containerd_older", "containerd_older"),
+            ("containerd_newer", "containerd_newer"),
+        ];
+        assert_eq!(of("containerd"), expected.map(owned));
     }
 }

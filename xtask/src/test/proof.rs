@@ -3,7 +3,7 @@
 //!
 //! A proof holds until one of its inputs changes. The cache keeps it under a key over the inputs:
 //!
-//! - the source of the case, the harness, and the program with the case in its table;
+//! - the source of the case, the harness, and how the program starts its engine;
 //! - the versions of the crates, and the packages of engine and runtime;
 //! - the program file of runc, and the kernel.
 //!
@@ -41,12 +41,13 @@ const KEPT: Duration = Duration::from_secs(90 * 24 * 3600);
 const RUNC: &str = "usr/sbin/runc";
 
 /// Packages that a case with runc runs: engines, the programs that they call, and the image.
-const PACKAGES: [&str; 17] = [
+const PACKAGES: [&str; 18] = [
     "aardvark-dns",
     "busybox-static",
     "catatonit",
     "conmon",
     "containerd",
+    "containernetworking-plugins",
     "docker.io",
     "golang-github-containers-common",
     "golang-github-containers-image",
@@ -66,8 +67,8 @@ const PACKAGES: [&str; 17] = [
 pub(super) struct Proofs {
     shelf: PathBuf,
     program: String,
-    /// Inputs of all proofs, with their names: all but the case.
-    inputs: Vec<(&'static str, Vec<u8>)>,
+    /// Key over the inputs of all proofs: all but the case.
+    inputs: String,
     sources: Sources,
 }
 
@@ -89,6 +90,7 @@ impl Proofs {
             // A tree without an engine has no runc.
             inputs.push(("tree's runc", fs::read(tree.join(RUNC)).unwrap_or_default()));
         }
+        let inputs = cache::key(inputs.iter().map(|(name, content)| (*name, &content[..])));
         let shelf = cache::root()?.join("proof");
         Ok(Self { shelf, program: program.to_owned(), inputs, sources })
     }
@@ -129,8 +131,8 @@ impl Proofs {
     /// File of the proof of a case.
     fn file(&self, case: &str) -> Result<PathBuf> {
         let source = self.sources.case(case)?;
-        let parts = self.inputs.iter().map(|(name, content)| (*name, &content[..]));
-        let key = cache::key(parts.chain([("name", case.as_bytes()), ("case", &source[..])]));
+        let parts = [("inputs", self.inputs.as_bytes()), ("name", case.as_bytes())];
+        let key = cache::key(parts.into_iter().chain([("case", &source[..])]));
         Ok(self.shelf.join(key))
     }
 }
@@ -199,7 +201,7 @@ mod tests {
         let proofs = |kernel: &str| Proofs {
             shelf: shelf.clone(),
             program: "docker".to_owned(),
-            inputs: vec![("kernel", kernel.as_bytes().to_vec())],
+            inputs: kernel.to_owned(),
             sources: Sources::read().unwrap(),
         };
         let tests = "runc::exec: test\nrunc::exec_detached: test\nisopod::exec: test\n";

@@ -199,6 +199,7 @@ mod tests {
     fn unit_tests_are_first_and_then_the_longest() {
         let program = |name: &str, filter: Option<&str>| Program {
             name: name.to_owned(),
+            target: name.to_owned(),
             path: "/x".into(),
             dir: "/".into(),
             filter: filter.map(str::to_owned),

@@ -75,10 +75,13 @@ impl fmt::Display for Report {
 /// Expected run times in seconds, in a lab, for programs without a known time.
 ///
 /// They are programs that drive engines, and programs that boot many microVMs.
-const EXPECTED: [(&str, u64); 10] = [
+const EXPECTED: [(&str, u64); 13] = [
     ("podman", 1200),
     ("docker", 900),
     ("docker_newer", 600),
+    ("containerd", 600),
+    ("containerd_older", 300),
+    ("containerd_newer", 300),
     ("workloads", 500),
     ("network", 200),
     ("churn", 160),

@@ -43,7 +43,7 @@ impl Site {
         let mut proofs = None;
         if program.is_engine() {
             let tree = program.tree.as_ref().map(|(_, tree)| tree.as_path());
-            let known = Proofs::of(&program.name, tree, kernel)?;
+            let known = Proofs::of(&program.target, tree, kernel)?;
             if choice.remembers() {
                 let remembered = known.remembered(&program.tests()?)?;
                 run = run.env(proof::VARIABLE, remembered.join(" "));
@@ -74,7 +74,9 @@ impl Site {
         }
         run.cwd = "/".into();
         run.quiet_limit = Some(SILENCE);
+        let (variable, version) = program.version();
         Ok(run
+            .env(variable, version)
             .env("ISOPOD_BIN_DIR", self.product.display().to_string())
             .env("ISOPOD_TEST_DIR", SCRATCH)
             .env(proof::VARIABLE, ""))

@@ -12,8 +12,8 @@ use crate::{apt, cache, repository};
 /// A Debian tree: a root file system with packages of a Debian release.
 #[derive(Debug)]
 pub(super) struct Tree {
-    /// The test program that needs the tree.
-    pub(super) program: &'static str,
+    /// The test programs that need the tree.
+    pub(super) programs: &'static [&'static str],
     /// The environment variable of the test program for the tree's path.
     pub(super) variable: &'static str,
     suite: &'static str,
@@ -22,7 +22,7 @@ pub(super) struct Tree {
 
 /// The tree of the workload tests: common programs, a compiler, and Docker.
 pub(super) const WORKLOADS: Tree = Tree {
-    program: "workloads",
+    programs: &["workloads"],
     variable: "ISOPOD_TEST_WORKLOAD_TREE",
     suite: "bookworm",
     packages: &[
@@ -40,12 +40,19 @@ pub(super) const WORKLOADS: Tree = Tree {
 };
 
 /// All trees.
-pub(super) const TREES: [Tree; 2] = [
+pub(super) const TREES: [Tree; 3] = [
     Tree {
-        program: "docker_newer",
+        programs: &["docker_newer", "containerd", "install"],
         variable: "ISOPOD_TEST_DOCKER_TREE",
         suite: "trixie",
         packages: &["docker.io", "docker-cli", "iptables", "iproute2", "procps"],
+    },
+    // The newest containerd. containerd_older is this machine's own.
+    Tree {
+        programs: &["containerd_newer"],
+        variable: "ISOPOD_TEST_CONTAINERD_TREE",
+        suite: "sid",
+        packages: &["containerd", "runc", "iptables", "iproute2", "procps"],
     },
     WORKLOADS,
 ];
@@ -61,6 +68,11 @@ const WASTE: [&str; 6] = [
 ];
 
 impl Tree {
+    /// Tells whether a test program needs the tree.
+    pub(super) fn is_for(&self, program: &str) -> bool {
+        self.programs.contains(&program)
+    }
+
     /// The tree's root directory, from the cache. A missing tree is made, which takes minutes.
     pub(super) fn ensure(&self) -> Result<PathBuf> {
         let packages = self.packages.join(",");
@@ -68,7 +80,8 @@ impl Tree {
         let parts = [("suite", self.suite), ("packages", &packages), ("waste", &waste)];
         let key = cache::key(parts.map(|(name, value)| (name, value.as_bytes())));
         cache::entry("tree", &key, |dir| {
-            let what = format!("make a tree of Debian {} for {}", self.suite, self.program);
+            let what =
+                format!("make a tree of Debian {} for {}", self.suite, self.programs.join(", "));
             say(format!("    {}", self.packages.join(" ")));
             step(&what, || self.make(dir, &packages))
         })

@@ -114,7 +114,7 @@ fn each_mistake_is_named() {
             failure(|c| c["mounts"][0]["type"] = json!("nfs")),
             "mounts[0] (/proc) has type \
              \"nfs\", which is not supported: bind, proc, sysfs, tmpfs, devpts, mqueue, cgroup, \
-             cgroup2 are",
+             cgroup2, and ext4, ext3, ext2 on a block device are",
         ),
         (
             failure(|c| c["mounts"][0]["destination"] = json!("proc")),

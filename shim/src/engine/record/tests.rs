@@ -16,9 +16,11 @@ fn record(id: &ContainerId, sandbox: ProcessId) -> Record {
         bundle: "/b".into(),
         rootfs: "/b/rootfs".into(),
         sandbox,
+        pid: sandbox.pid,
         vmm: None,
         vm: crate::bundle::VmSize { vcpus: 1, memory_mib: 64 },
         pod: None,
+        holder: false,
         resources: oci_spec::runtime::LinuxResources::default(),
         status: Status::Running,
         created: "2026-01-01T00:00:00Z".into(),
@@ -30,6 +32,7 @@ fn record(id: &ContainerId, sandbox: ProcessId) -> Record {
         error: None,
         lost: false,
         network: None,
+        timeline: Timeline { command: Some(1), ..Timeline::default() },
     }
 }
 
@@ -92,6 +95,11 @@ fn other_versions_are_named() {
         assert!(error.message.contains(&format!("version {version}")), "{error}");
     }
     assert_eq!(Remains::read(&dir).sandbox, Some(own));
+    assert!(!Remains::read(&dir).member);
+    let at = dir.path().to_owned();
+    let pod = Some(Pod { sandbox: id.clone(), dir: at, process: own, holder: false });
+    (Record { version, pod, ..record(&id, own) }).write(&dir).unwrap();
+    assert!(Remains::read(&dir).member);
     dir.write("state.json", br#"{"sandbox": 7, "vmm": null}"#).unwrap();
     assert!(Record::read(&dir).unwrap_err().message.contains("version 0"));
     assert!(Remains::read(&dir).sandbox.is_none());

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::{
     sync::{oneshot, watch},
-    time::{Instant, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 
 use crate::{
@@ -21,6 +21,10 @@ use crate::{
 /// Further time for a guest to send the output of a process that has ended. The agent has all of
 /// the output by then, and ends the stream behind it.
 const PATIENCE: Patience = Patience { interval: Duration::from_secs(1), intervals: 30 };
+
+/// Time in which the readers of a killed process take nothing of its output: then the rest is
+/// dropped, as a kill drops what a process has not written yet.
+const READERS_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Longest wait, measured in looks: one for each interval.
 #[derive(Debug, Clone, Copy)]
@@ -59,6 +63,44 @@ impl Output {
     }
 }
 
+/// The readers of a process's output, and how much they have taken.
+#[derive(Debug)]
+pub(crate) struct Readers {
+    outputs: Vec<(Weak<Flow>, watch::Receiver<u64>)>,
+    patience: Duration,
+    /// Bytes taken by the last look, and the time of the next.
+    taken: u64,
+    next_look: Option<Instant>,
+}
+
+impl Readers {
+    /// Waits until output has waited for a reader for some seconds, while nothing was taken. Never
+    /// ends if no output waits for a reader. A cancelled wait goes on when it is repeated.
+    pub(crate) async fn stopped_reading(&mut self) {
+        loop {
+            let first = self.next_look.is_none();
+            if let Some(look) = self.next_look {
+                sleep_until(look).await;
+            }
+            let taken = self.outputs.iter().map(|(_, written)| *written.borrow()).sum();
+            if !first && taken == self.taken && self.has_output() {
+                log::warn!("output of a killed process is dropped: nobody reads it");
+                return;
+            }
+            self.taken = taken;
+            self.next_look = Some(Instant::now() + self.patience);
+        }
+    }
+
+    /// Tells if output has been received that is not taken yet.
+    fn has_output(&self) -> bool {
+        self.outputs.iter().any(|(flow, written)| {
+            let received = flow.upgrade().map(|flow| flow.received.load(Ordering::Relaxed));
+            received.is_some_and(|received| received > *written.borrow())
+        })
+    }
+}
+
 /// Running relays.
 #[derive(Debug, Default)]
 pub(crate) struct Relay {
@@ -85,6 +127,17 @@ impl Relay {
         for flow in self.outputs.iter().filter_map(|output| output.flow.upgrade()) {
             let _ = flow.remote.shutdown(Shutdown::Both);
         }
+    }
+
+    /// The readers of the outputs.
+    pub(crate) fn readers(&self) -> Readers {
+        self.readers_with(READERS_PATIENCE)
+    }
+
+    pub(crate) fn readers_with(&self, patience: Duration) -> Readers {
+        let watched = |output: &Output| (output.flow.clone(), output.written.clone());
+        let outputs = self.outputs.iter().map(watched).collect();
+        Readers { outputs, patience, taken: 0, next_look: None }
     }
 
     /// Notes that the process has ended: then there is no loss notice.

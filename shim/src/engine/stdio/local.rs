@@ -103,6 +103,28 @@ impl IoPlan {
     }
 }
 
+/// The standard streams of a process, as a front end has opened them. A missing stream is
+/// `/dev/null` in the guest.
+#[derive(Debug, Default)]
+pub(crate) struct StandardStreams {
+    pub(crate) stdin: Option<OwnedFd>,
+    pub(crate) stdout: Option<OwnedFd>,
+    pub(crate) stderr: Option<OwnedFd>,
+    /// True if the process has a terminal in the guest, whose bytes go through standard input and
+    /// output.
+    pub(crate) terminal: bool,
+    /// The size with which the terminal begins.
+    pub(crate) size: Option<Size>,
+}
+
+impl From<StandardStreams> for Io {
+    fn from(streams: StandardStreams) -> Self {
+        let StandardStreams { stdin, stdout, stderr, terminal, size } = streams;
+        let local = Local { stdin, stdout, stderr, terminal, ..Local::default() };
+        Self { local, screen: Screen::of(None, size) }
+    }
+}
+
 impl Io {
     /// Opens the ends where the caller of this process wants them. `size` is for a new terminal.
     /// Returns the host's end of a new terminal too.

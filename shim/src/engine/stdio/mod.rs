@@ -14,7 +14,7 @@ mod streams;
 
 pub(crate) use self::{
     completion::Relay,
-    local::{Io, IoPlan},
+    local::{Io, IoPlan, StandardStreams},
     release::{Release, release},
 };
 

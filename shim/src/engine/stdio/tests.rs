@@ -14,6 +14,7 @@ use rustix::{
     io::Errno,
     pipe::{PipeFlags, pipe_with},
 };
+use tokio::time::timeout;
 
 use crate::{
     descriptor::is_null,
@@ -307,4 +308,21 @@ fn a_client_passes_input_on_once_it_is_wanted() {
     there.write_all(&[0]).unwrap();
     assert_eq!(io::read_to_string(&mut there).unwrap(), "typed");
     client.join().unwrap();
+}
+
+#[tokio::test]
+async fn a_reader_has_stopped_if_output_waits_for_it() {
+    let patience = Duration::from_millis(10);
+    let (mut output_read, output_write) = pipe();
+    let (here, mut there) = UnixStream::pair().unwrap();
+    let relay = streams(Vec::new(), stream(output_write, here)).relay().unwrap();
+    let mut readers = relay.readers_with(patience);
+    assert!(timeout(patience * 10, readers.stopped_reading()).await.is_err(), "nothing was sent");
+    // More than the pipe holds.
+    there.write_all(&pattern(96 << 10)).unwrap();
+    readers.stopped_reading().await;
+
+    drop(there);
+    assert_eq!(io::copy(&mut output_read, &mut io::sink()).unwrap(), 96 << 10);
+    assert!(timeout(patience * 10, readers.stopped_reading()).await.is_err(), "all was read");
 }

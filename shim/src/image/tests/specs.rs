@@ -189,6 +189,36 @@ fn volumes_are_kept_out_of_the_root_file_system() {
 }
 
 #[test]
+fn missing_volumes_are_made_as_directories() {
+    let plain = tar([
+        entry(b'5', "data").mode(0o700).build(),
+        file("seed", ""),
+        dir("real"),
+        symlink("link", "real"),
+    ]);
+    let of = |volumes: Value| {
+        let mut layout = TestLayout::new();
+        layout.add_image(std::slice::from_ref(&plain), json!({ "Volumes": volumes }), None);
+        layout.unpack(None).map(|unpacked| (layout, unpacked))
+    };
+    let volumes = json!({ "/data": {}, "/new/deep": {}, "/link/there": {}, "/dev/shm": {} });
+    let (_layout, unpacked) = of(volumes).unwrap();
+    assert_eq!(unpacked.mode("data"), 0o700);
+    for path in ["new", "new/deep", "real/there"] {
+        assert!(unpacked.stat(path).is_dir(), "{path}");
+        assert_eq!(unpacked.mode(path), 0o755, "{path}");
+        assert_eq!(unpacked.stat(path).uid(), rustix::process::geteuid().as_raw(), "{path}");
+    }
+    // The default config.json has a mount there already.
+    assert!(!unpacked.root("dev").exists());
+    let message = of(json!({ "/seed": {} })).map(|_| ()).unwrap_err().message;
+    assert!(
+        message.contains("volume \"/seed\"") && message.contains("not a directory"),
+        "{message}"
+    );
+}
+
+#[test]
 fn the_same_image_makes_the_same_text() {
     let text = || {
         let labels: Value = (0..20)

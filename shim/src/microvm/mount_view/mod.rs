@@ -113,7 +113,7 @@ impl MainThread {
 }
 
 /// Makes `root` the root of the calling thread alone.
-fn take_root(root: &OwnedFd) -> std::io::Result<()> {
+pub(crate) fn take_root(root: &OwnedFd) -> std::io::Result<()> {
     // SAFETY: root and working directory become this thread's own. The thread opens nothing by a
     // path.
     unsafe { unshare_unsafe(UnshareFlags::FS) }?;

@@ -47,6 +47,7 @@ use rustix::{
 pub(crate) use self::{
     clone::{Depth, clone, clone_bind},
     covers::Covers,
+    id_mapped::apply as map_ids,
     trees::{Trees, TreesPlan},
 };
 use crate::{
@@ -57,11 +58,11 @@ use crate::{
     state::{SHARED, StateDir},
 };
 
-/// Puts this process into a mount namespace of its own. The namespace receives mounts from the
+/// Puts the calling thread into a mount namespace of its own. The namespace receives mounts from the
 /// host's and sends none.
 pub(crate) fn enter_namespace() -> Result<()> {
-    // SAFETY: a new mount namespace leaves descriptors and memory as they are. The file system
-    // attributes are shared with no other thread, because none has been started.
+    // SAFETY: a new mount namespace leaves descriptors and memory as they are. Root and working
+    // directory become this thread's own (CLONE_NEWNS implies CLONE_FS): no other thread's change.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(|e| match e {
         rustix::io::Errno::PERM => {
             Error::new("no permission to make a mount namespace: isopod has to run as root")

@@ -106,7 +106,7 @@ impl Trees {
             },
         });
         all.add_inner(&table, &root)?;
-        for bind in bundle.binds.iter().filter(|bind| bind.shm.is_none()) {
+        for bind in bundle.binds.iter().filter(|bind| !bind.is_of_the_guest()) {
             let what = || cannot_share(&bind.source);
             let of = mount_at(&bind.source).explain(what)?;
             let of = table.get(of);

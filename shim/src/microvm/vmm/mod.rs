@@ -5,12 +5,12 @@ use std::{
     fs::File,
     io::{self, Write},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     path::Path,
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -21,23 +21,24 @@ use rustix::{
 use tokio::{
     io::{AsyncReadExt, unix::AsyncFd},
     net::unix::pipe,
-    sync::watch,
+    sync::{oneshot, watch},
     time::timeout,
 };
 
 use isopod_vmm::{
     config::VmConfig,
-    control::{EndReason, MAX_MESSAGE_LEN, VmmAction, VmmEvent, VmmMessage},
+    control::{EndReason, MAX_MESSAGE_LEN, VmmAction, VmmEvent, VmmMessage, VmmReply},
 };
 
 use crate::{
-    descriptor::{inherit_only, wait_for},
+    descriptor::{self, inherit_only, wait_for},
     error::{Error, ErrorKind, Explain, Result},
     exit_text::exit_text,
+    figures::VmmFigures,
     microvm::{drop_caches::DropCaches, placement::Placement},
     process_id::ProcessId,
     signals,
-    text::printable,
+    text::{printable, seconds},
     timeline::Timeline,
 };
 
@@ -46,6 +47,12 @@ const LINGER: Duration = Duration::from_secs(5);
 
 /// Longest time for a VMM to stop when it is asked to.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Longest time for the VMM's figures.
+const FIGURES_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Longest time for the VMM to carry out an action.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Most bytes of the VMM's standard error to keep.
 const MAX_STDERR_LEN: usize = 4096;
@@ -59,9 +66,13 @@ pub(crate) struct Vmm {
     id: ProcessId,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     control: Arc<AsyncFd<OwnedFd>>,
+    replies: Replies,
     progress: watch::Receiver<Progress>,
     drop_caches: DropCaches,
 }
+
+/// Those who wait for the VMM's replies, in the order of their requests.
+type Replies = Arc<Mutex<VecDeque<oneshot::Sender<VmmReply>>>>;
 
 /// The progress of a VMM, as far as it is known.
 #[derive(Debug, Clone, Default)]
@@ -162,8 +173,11 @@ impl Vmm {
         let (watched, heard) = (Arc::clone(&pidfd), Arc::clone(&control));
         let drop_caches = DropCaches::default();
         let wishes = drop_caches.clone();
-        tokio::spawn(watch_process(child, watched, heard, stderr, sender, wishes));
-        Ok(Self { id, pidfd, control, progress, drop_caches })
+        let replies = Replies::default();
+        let waiting = Arc::clone(&replies);
+        let ears = Ears { progress: sender, replies: waiting, drop_caches: wishes };
+        tokio::spawn(watch_process(child, watched, heard, stderr, ears));
+        Ok(Self { id, pidfd, control, replies, progress, drop_caches })
     }
 
     /// The process of the VMM.
@@ -196,6 +210,59 @@ impl Vmm {
         if let Some(VmmEvent::Started { exec_us, running_us }) = self.progress.borrow().started {
             timeline.vmm_main = Some(exec_us);
             timeline.vcpus = Some(running_us);
+        }
+    }
+
+    /// The VMM's figures about itself.
+    ///
+    /// # Errors
+    ///
+    /// If the VMM gives no answer.
+    pub(crate) async fn figures(&self) -> Result<VmmFigures> {
+        let reply = self.ask(&VmmAction::Status, None, FIGURES_TIMEOUT).await?;
+        VmmFigures::of(reply).ok_or_else(|| Error::new("the VMM gives no figures of itself"))
+    }
+
+    /// Has the VMM carry out an action that has a reply. A descriptor may go with it.
+    ///
+    /// # Errors
+    ///
+    /// Of the kind [`ErrorKind::VmLost`] if the VMM is ending or does not answer.
+    pub(crate) async fn request(
+        &self,
+        action: &VmmAction,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> Result<VmmReply> {
+        self.ask(action, descriptor, REPLY_TIMEOUT).await
+    }
+
+    async fn ask(
+        &self,
+        action: &VmmAction,
+        descriptor: Option<BorrowedFd<'_>>,
+        limit: Duration,
+    ) -> Result<VmmReply> {
+        let lost =
+            |why: String| Error::with_kind(ErrorKind::VmLost, format!("cannot ask the VMM: {why}"));
+        let message = serde_json::to_vec(action).map_err(|e| lost(e.to_string()))?;
+        let (answer, answered) = oneshot::channel();
+        {
+            // Under the lock, so that replies come in the order of the queue.
+            let mut replies = self.replies.lock().unwrap_or_else(PoisonError::into_inner);
+            let control = self.control.get_ref();
+            match descriptor {
+                Some(descriptor) => descriptor::send(control, descriptor, &message),
+                None => rustix::net::send(control, &message, SendFlags::NOSIGNAL)
+                    .map(drop)
+                    .map_err(Into::into),
+            }
+            .map_err(|e| lost(e.to_string()))?;
+            replies.push_back(answer);
+        }
+        match timeout(limit, answered).await {
+            Ok(Ok(reply)) => Ok(reply),
+            Ok(Err(_)) => Err(lost("it has ended".to_owned())),
+            Err(_) => Err(lost(format!("no reply within {}", seconds(limit)))),
         }
     }
 
@@ -299,15 +366,22 @@ fn config_file(config: &VmConfig) -> Result<File> {
     Ok(file)
 }
 
+/// The places that hear of a VMM's messages.
+struct Ears {
+    progress: watch::Sender<Progress>,
+    replies: Replies,
+    drop_caches: DropCaches,
+}
+
 /// Follows a VMM from its start to its end, reaps it, and reports its end.
 async fn watch_process(
     mut child: Child,
     pidfd: Arc<AsyncFd<OwnedFd>>,
     control: Arc<AsyncFd<OwnedFd>>,
     stderr: pipe::Receiver,
-    progress: watch::Sender<Progress>,
-    drop_caches: DropCaches,
+    ears: Ears,
 ) {
+    let Ears { progress, replies, drop_caches } = ears;
     let stderr = tokio::spawn(last_lines(stderr));
     let mut end = VmmEnd::default();
     loop {
@@ -334,9 +408,15 @@ async fn watch_process(
             VmmMessage::Event(VmmEvent::Failed { message }) => {
                 end.failure = Some(printable(&message));
             }
-            VmmMessage::Reply(_) => {}
+            VmmMessage::Reply(reply) => {
+                let waiting = replies.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+                // Nobody waits any more after a while.
+                let _ = waiting.map(|waiting| waiting.send(reply));
+            }
         }
     }
+    // Nobody gets a reply any more.
+    replies.lock().unwrap_or_else(PoisonError::into_inner).clear();
     if timeout(LINGER, pidfd.readable()).await.is_err() {
         let _ = rustix::process::pidfd_send_signal(pidfd.get_ref().as_fd(), Signal::KILL);
     }

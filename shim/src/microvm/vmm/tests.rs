@@ -32,6 +32,7 @@ fn run_as_vmm(script: &str) -> (Timeline, VmmEnd) {
         fs: None,
         block: Vec::new(),
         net: Vec::new(),
+        disk_slots: 0,
         jail_root_fd: None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

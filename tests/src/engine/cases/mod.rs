@@ -11,6 +11,7 @@ pub mod page;
 pub mod pods;
 pub mod process;
 pub mod security;
+pub mod shim;
 pub mod watch;
 pub mod work;
 

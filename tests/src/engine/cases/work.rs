@@ -7,34 +7,34 @@ use std::fs;
 use crate::command::Command;
 use crate::engine::{Container, Run, tree};
 
-/// Clients that set, get and count for a minute. Then the count is right, and each of a thousand
+/// Clients that set, get and count for a minute. Then the count is right, and each of 300
 /// values is there.
 const LOAD: &str = "\
 set -e
 end=$(($(date +%s) + 60))
 rounds=0
 while [ $(date +%s) -lt $end ]; do
-    redis-benchmark -h redis -q -c 20 -n 1000 -t ping,set,get,incr,lpush,mset >/tmp/round
+    redis-benchmark -h redis -q -c 20 -n 300 -t ping,set,get,incr,lpush,mset >/tmp/round
     redis-cli -h redis incr rounds >/dev/null
     rounds=$((rounds + 1))
 done
 [ $(redis-cli -h redis get rounds) = $rounds ]
-[ $(redis-cli -h redis get counter:__rand_int__) = $((rounds * 1000)) ]
+[ $(redis-cli -h redis get counter:__rand_int__) = $((rounds * 300)) ]
 redis-cli -h redis flushall
-seq 1000 | while read -r n; do echo \"SET key:$n value-of-$n\"; done | redis-cli -h redis --pipe
-seq 1000 | while read -r n; do echo \"GET key:$n\"; done | redis-cli -h redis >/tmp/values
-seq -f value-of-%.0f 1000 | cmp - /tmp/values
+seq 300 | while read -r n; do echo \"SET key:$n value-of-$n\"; done | redis-cli -h redis --pipe
+seq 300 | while read -r n; do echo \"GET key:$n\"; done | redis-cli -h redis >/tmp/values
+seq -f value-of-%.0f 300 | cmp - /tmp/values
 echo all there
 ";
 
-/// A thousand requests over connections that are kept; the checksum of each answer is compared.
+/// 300 requests over connections that are kept; the checksum of each answer is compared.
 const FETCH: &str = "\
 import hashlib, http.client
 sums = dict(line.split()[::-1] for line in open('/client/sums'))
 names = sorted(sums)
 web = http.client.HTTPConnection('web', 80, timeout=200)
 good = 0
-for number in range(1000):
+for number in range(300):
     name = names[number % len(names)]
     web.request('GET', '/' + name)
     answer = web.getresponse()
@@ -176,7 +176,7 @@ pub fn nginx_serves_files(run: &Run<'_>) {
     // nginx listens a while after its start, and reports nothing then.
     let script = "until : </dev/tcp/web/80; do sleep 0.2; done; exec python3 /client/fetch.py";
     let fetched = program(run, &["--rm", &on, &client], &["bash", "-c", script]);
-    assert_eq!(run.end(fetched).ok().stdout, "1000 answers as they should be\n");
+    assert_eq!(run.end(fetched).ok().stdout, "300 answers as they should be\n");
     server.remove();
     run.ok(&["network", "rm", &network]);
 }

@@ -10,7 +10,6 @@ use super::device::{Activation, VirtioDevice, read_from};
 use super::queue::ActiveQueue;
 use super::state::{DeviceState, OwnState};
 use super::worker::{Hold, Stop, Worker, wait_for_work};
-use crate::config::BlockConfig;
 use crate::memory::GuestMemoryMap;
 
 const DEVICE_TYPE: u32 = 2;
@@ -65,22 +64,23 @@ struct Disk {
 }
 
 impl Block {
-    /// Creates a disk over `file`, whose length in whole sectors is the capacity.
+    /// Creates a disk over `file`, whose length in whole sectors is the capacity. The guest sees the
+    /// first 20 bytes of `serial`.
     ///
     /// # Errors
     ///
     /// When the length is unknown, or less than a sector.
-    pub fn new(mut file: File, config: &BlockConfig) -> io::Result<Self> {
+    pub fn new(mut file: File, serial: &str, read_only: bool) -> io::Result<Self> {
         // The metadata of a block device has length 0, but a seek finds its end.
         let sectors = file.seek(SeekFrom::End(0))? / SECTOR_SIZE;
         if sectors == 0 {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "shorter than one sector"));
         }
         let mut id = [0; ID_LEN];
-        for (to, from) in id.iter_mut().zip(config.serial.bytes()) {
+        for (to, from) in id.iter_mut().zip(serial.bytes()) {
             *to = from;
         }
-        let disk = Arc::new(Disk { file, sectors, read_only: config.read_only, id });
+        let disk = Arc::new(Disk { file, sectors, read_only, id });
         Ok(Self { disk, worker: None })
     }
 }

@@ -402,6 +402,16 @@ impl MmioTransport {
         }
     }
 
+    /// Resets the device, as a driver does that gives it up. False if the reset is not complete
+    /// after [`RESET_LIMIT`].
+    pub(super) fn stop(&mut self) -> bool {
+        if self.is_here() {
+            self.reset();
+            self.show();
+        }
+        self.is_here()
+    }
+
     /// Starts the reset of the device, and waits for at most [`RESET_LIMIT`].
     fn reset_device(&mut self) {
         let Some(mut device) = self.device.take() else { return };
@@ -452,6 +462,31 @@ impl MmioTransport {
         } else if let Some(device) = &mut self.device {
             device.notify(index);
         }
+    }
+}
+
+/// Shows a window without a device: its id is 0.
+pub(super) fn show_no_device(window: &RegisterWindow) {
+    for offset in register::READABLE {
+        window.store(offset, no_device_register(offset));
+    }
+    for offset in (register::CONFIG..register::CONFIG + CONFIG_LEN).step_by(4) {
+        window.store(offset, 0);
+    }
+}
+
+/// Fills `data`, which is zero, from the registers of a window without a device.
+pub(super) fn read_no_device(offset: u64, data: &mut [u8]) {
+    if data.len() == 4 {
+        data.copy_from_slice(&no_device_register(offset).to_le_bytes());
+    }
+}
+
+fn no_device_register(offset: u64) -> u32 {
+    match offset {
+        register::MAGIC => MAGIC,
+        register::VERSION => VERSION,
+        _ => 0,
     }
 }
 

@@ -15,6 +15,7 @@ pub mod queue;
 pub mod registers;
 mod reserved_features;
 pub mod rng;
+pub mod slot;
 pub mod state;
 #[cfg(test)]
 mod tests;

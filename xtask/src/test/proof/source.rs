@@ -11,8 +11,14 @@ use crate::repository;
 /// Folder of the cases.
 const CASES: &str = "src/engine/cases";
 
-/// File in [`CASES`] with the table of cases. It is no input of a proof.
-const TABLE: &str = "mod.rs";
+/// Folder of the programs. A program may be a folder with modules of its own.
+const PROGRAMS: &str = "tests";
+
+/// Files with tables of cases. They are no input of a proof by themselves.
+const TABLES: [&str; 2] = ["mod.rs", "main.rs"];
+
+/// Beginnings of the line of a case's function.
+const FUNCTIONS: [&str; 2] = ["pub fn ", "pub(crate) fn "];
 
 /// Files of the harness that only other tests use.
 const ASIDE: [&str; 4] = ["src/container.rs", "src/netns.rs", "src/pattern.rs", "src/pod.rs"];
@@ -43,11 +49,12 @@ impl Sources {
         Ok(Self { files })
     }
 
-    /// Source of the program `name`. It has the table of cases.
+    /// Source of the program `name` without its cases: how it starts its engine.
     pub(super) fn program(&self, name: &str) -> Result<Vec<u8>> {
-        let path = format!("tests/{name}.rs");
-        let source = self.files.get(&path).with_context(|| format!("there is no {path}"))?;
-        Ok(source.clone().into_bytes())
+        let paths = [format!("{PROGRAMS}/{name}.rs"), format!("{PROGRAMS}/{name}/main.rs")];
+        let source = paths.iter().find_map(|path| self.files.get(path));
+        let source = source.with_context(|| format!("there is no {}", paths[0]))?;
+        Ok(without_cases(source).into_bytes())
     }
 
     /// Source of the harness of all cases.
@@ -68,16 +75,17 @@ impl Sources {
     /// Modules that these name count too, without their other cases. The probe counts if the source
     /// has the word. Fails if no module has the case.
     pub(super) fn case(&self, case: &str) -> Result<Vec<u8>> {
-        let modules = self.files.iter().filter(|(path, _)| {
-            Path::new(path).parent() == Some(Path::new(CASES)) && !path.ends_with(TABLE)
-        });
-        let modules: BTreeMap<&str, &str> =
-            modules.map(|(path, source)| (module(path), source.as_str())).collect();
+        let modules: BTreeMap<&str, &str> = self
+            .files
+            .iter()
+            .filter(|(path, _)| is_module(path))
+            .map(|(path, source)| (module(path), source.as_str()))
+            .collect();
         let own = modules.iter().filter(|(_, source)| split(source).1.contains_key(case));
         // If two modules have a case of this name, both count: only the table tells which one runs.
         let mut wanted: Vec<&str> = own.map(|(name, _)| *name).collect();
         if wanted.is_empty() {
-            bail!("no module of tests/{CASES} has a case {case}");
+            bail!("no module of tests/{CASES} or of a program has a case {case}");
         }
         let mut parts = Vec::new();
         let mut next = 0;
@@ -89,6 +97,7 @@ impl Sources {
                 let named = [&rest, function].iter().any(|text| {
                     text.contains(&format!("super::{other}::"))
                         || text.contains(&format!("cases::{other}::"))
+                        || text.contains(&format!("crate::{other}::"))
                 });
                 if named && !wanted.contains(other) {
                     wanted.push(other);
@@ -136,9 +145,29 @@ fn without_comments(source: &str) -> String {
     lines.filter(|line| !line.trim_start().starts_with("//")).collect()
 }
 
+/// The source of a program without the lines that only name cases and their modules. So a further
+/// case leaves the proofs of the others as they are.
+fn without_cases(source: &str) -> String {
+    let names_cases = |line: &&str| {
+        let line = line.trim_start();
+        ["case!(", "mod ", "use isopod_tests::engine::cases::"]
+            .iter()
+            .any(|beginning| line.starts_with(beginning))
+    };
+    source.split_inclusive('\n').filter(|line| !names_cases(line)).collect()
+}
+
 /// Paths and contents in one piece.
 fn joined<'a>(files: impl Iterator<Item = (&'a String, &'a String)>) -> Vec<u8> {
     files.map(|(path, source)| format!("{path}\0{source}\0")).collect::<String>().into_bytes()
+}
+
+/// Tells whether a file is a module that may have cases.
+fn is_module(path: &str) -> bool {
+    let folder = Path::new(path).parent();
+    let of_a_program = folder.and_then(Path::parent) == Some(Path::new(PROGRAMS));
+    let table = TABLES.iter().any(|table| path.ends_with(table));
+    (folder == Some(Path::new(CASES)) || of_a_program) && !table
 }
 
 /// Name of the module in a file: `life` for `src/engine/cases/life.rs`.
@@ -148,16 +177,17 @@ fn module(path: &str) -> &str {
 
 /// Splits a module into its source without cases, and its cases by name.
 ///
-/// A case is a function `pub fn NAME(run: &Run<'_>) {` up to its closing brace, in the format of
-/// rustfmt. All other text belongs to the module.
+/// A case is a function `pub fn NAME(run: &Run<'_>) {`, or `pub(crate)`, up to its closing brace, in
+/// the format of rustfmt. All other text belongs to the module.
 fn split(source: &str) -> (String, BTreeMap<&str, &str>) {
     let mut rest = String::new();
     let mut functions = BTreeMap::new();
     let mut at = 0;
-    while let Some(found) = source[at..].find("\npub fn ") {
+    while let Some(found) = source[at..].find("\npub") {
         let begin = at + found + 1;
         let line = source[begin..].lines().next().unwrap_or_default();
-        let name = line.strip_prefix("pub fn ").and_then(|l| l.strip_suffix("(run: &Run<'_>) {"));
+        let function = FUNCTIONS.iter().find_map(|function| line.strip_prefix(function));
+        let name = function.and_then(|line| line.strip_suffix("(run: &Run<'_>) {"));
         let end = source[begin..].find("\n}\n").map(|end| begin + end + 3);
         match (name, end) {
             (Some(name), Some(end)) => {
@@ -220,7 +250,6 @@ mod tests {
         assert!(content("run.probe(&[]);").contains("fn main"));
     }
 
-    /// Each case in a table is found in the sources.
     #[test]
     fn comments_prove_nothing() {
         let plain = "fn a() {\n    b();\n}\n";
@@ -230,17 +259,34 @@ mod tests {
     }
 
     #[test]
+    fn a_further_case_changes_no_other_proof() {
+        let program = "mod a;\n\nuse isopod_tests::engine::cases::{life, exec};\n\n\
+                       const CASES: &[Case] = &[\n    case!(life::stop),\n];\n\n\
+                       fn main() -> ExitCode {\n    suite(Engine::podman, CASES)\n}\n";
+        let more = program
+            .replace("mod a;\n", "mod a;\nmod b;\n")
+            .replace("{life, exec}", "{life, exec, files}")
+            .replace("stop),\n", "stop),\n    case!(b::raw).isopod_only(),\n");
+        assert_ne!(program, more);
+        assert_eq!(without_cases(program), without_cases(&more));
+        let other = program.replace("podman", "docker");
+        assert_ne!(without_cases(program), without_cases(&other));
+    }
+
+    /// Each case in a table is found in the sources.
+    #[test]
     fn every_case_is_found() {
         let sources = Sources::read().unwrap();
         let mut cases = 0;
         for (path, source) in &sources.files {
-            if !path.starts_with("tests/") && !path.ends_with(TABLE) {
+            if !path.starts_with("tests/") && !path.ends_with("cases/mod.rs") {
                 continue;
             }
             let rows = source.split("case!(").skip(1).filter_map(|row| row.split(')').next());
             for name in rows.filter_map(|row| row.split("::").last()) {
                 let content = String::from_utf8(sources.case(name).unwrap()).unwrap();
-                assert!(content.contains(&format!("\0pub fn {name}(")), "{name} of {path}");
+                let found = FUNCTIONS.iter().any(|f| content.contains(&format!("\0{f}{name}(")));
+                assert!(found, "{name} of {path}");
                 cases += 1;
             }
         }

@@ -22,7 +22,7 @@ use super::request::{Body, take};
 use super::xattr::XattrReply;
 
 /// `FUSE_TMPFILE` (include/uapi/linux/fuse.h, enum fuse_opcode).
-const TMPFILE: u32 = 51;
+pub(super) const TMPFILE: u32 = 51;
 
 /// The user of a request.
 pub(super) struct Caller {
@@ -91,7 +91,7 @@ pub(super) fn serve(
 }
 
 /// Returns the named operation with this number.
-fn named(opcode: u32) -> Option<Opcode> {
+pub(super) fn named(opcode: u32) -> Option<Opcode> {
     (opcode < Opcode::MaxOpcode as u32 && !matches!(opcode, 0 | 7 | 19)).then(|| opcode.into())
 }
 

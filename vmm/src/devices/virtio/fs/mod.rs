@@ -15,6 +15,7 @@
 //! a mount begins, the guest mounts a file system with a device number of its own.
 
 mod attributes;
+mod counts;
 mod credentials;
 mod data;
 mod descriptor;
@@ -46,6 +47,7 @@ mod xattr;
 use std::io;
 use std::sync::Arc;
 
+pub use self::counts::RequestCounts;
 use self::service::Service;
 pub use self::share::Share;
 use super::device::{Activation, VirtioDevice, read_from};
@@ -115,7 +117,7 @@ impl VirtioDevice for Fs {
 
     fn activate(&mut self, active: Activation) -> io::Result<()> {
         let mut workers = Workers::telling(Arc::clone(&active.end))?;
-        let service = Arc::new(Service::new(self.share.opened(), active)?);
+        let service = Arc::new(Service::new(&self.share, active)?);
         for _ in 0..self.workers {
             let service = Arc::clone(&service);
             workers.spawn("fs", move |stop| service.serve(stop))?;

@@ -14,12 +14,13 @@ use super::super::chain::Chain;
 use super::super::device::Activation;
 use super::super::queue::ActiveQueue;
 use super::super::worker::{Stop, wait_for_work};
+use super::counts::RequestCounts;
 use super::dispatch::{self, Answer};
 use super::files::Files;
 use super::init::{MAX_PAGES, PAGE_SIZE};
 use super::lock::Wait;
 use super::request::{take, take_header};
-use super::share::Opened;
+use super::share::{Opened, Share};
 use super::waiter::Waiters;
 use crate::jail::keep_capabilities;
 use crate::memory::GuestMemoryMap;
@@ -37,6 +38,7 @@ const FORGETS: [u32; 2] = [Opcode::Forget as u32, Opcode::BatchForget as u32];
 /// Shared data of the workers.
 pub(super) struct Service {
     share: Arc<OnceLock<Opened>>,
+    counts: Arc<RequestCounts>,
     memory: GuestMemoryMap,
     queues: Vec<Mutex<ActiveQueue>>,
     begin: OnceLock<Result<(), io::ErrorKind>>,
@@ -54,14 +56,15 @@ struct QueuedRequest<'m> {
 
 impl Service {
     /// Creates a service for queues that were just activated.
-    pub(super) fn new(share: Arc<OnceLock<Opened>>, active: Activation) -> io::Result<Self> {
+    pub(super) fn new(share: &Share, active: Activation) -> io::Result<Self> {
         let kicks = active
             .queues
             .iter()
             .map(|queue| queue.kick().try_clone())
             .collect::<io::Result<Vec<_>>>()?;
         Ok(Self {
-            share,
+            share: share.opened(),
+            counts: Arc::clone(share.requests()),
             memory: active.memory,
             queues: active.queues.into_iter().map(Mutex::new).collect(),
             begin: OnceLock::new(),
@@ -158,6 +161,7 @@ impl Service {
             return Some(0);
         }
         let Some((header, fits)) = take_header(&mut readable) else { return Some(0) };
+        self.counts.count(header.opcode);
         if FORGETS.contains(&header.opcode) {
             // An invalid forget has no answer either.
             let _ = fits.and_then(|()| dispatch::forget(files, &header, readable));

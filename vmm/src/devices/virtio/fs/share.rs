@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use nix::sys::resource::{Resource, getrlimit};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::counts::RequestCounts;
 use super::files::Files;
 use crate::config::FsConfig;
 use crate::jail::OuterRoot;
@@ -23,6 +24,7 @@ pub struct Share {
     config: Arc<FsConfig>,
     high: Arc<EventFd>,
     opened: Arc<OnceLock<Opened>>,
+    requests: Arc<RequestCounts>,
 }
 
 pub(super) struct Opened {
@@ -37,12 +39,18 @@ impl Share {
             config: Arc::new(config.clone()),
             high: Arc::new(EventFd::new(EFD_NONBLOCK)?),
             opened: Arc::default(),
+            requests: Arc::default(),
         })
     }
 
     /// Returns the slot of the files, empty until the directory is open.
     pub(super) fn opened(&self) -> Arc<OnceLock<Opened>> {
         Arc::clone(&self.opened)
+    }
+
+    /// Returns the counters of the requests, of all drivers since the start.
+    pub fn requests(&self) -> &Arc<RequestCounts> {
+        &self.requests
     }
 
     /// Opens the directory at `root`. The path is opened again for each driver that begins.

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use super::driver::{Buffer, Driver};
-use crate::config::{BlockConfig, FileRef};
 use crate::devices::virtio::block::Block;
 
 const HEADER: u64 = 0x10_0000;
@@ -19,12 +18,7 @@ const UNSUPPORTED: u8 = 2;
 fn disk(read_only: bool) -> (Driver, File) {
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&vec![0x55; 512 * SECTORS as usize + 100], 0).unwrap();
-    let config = BlockConfig {
-        file: FileRef { fd: 99, path: "disk".to_owned() },
-        serial: "serial-7".to_owned(),
-        read_only,
-    };
-    let block = Block::new(file.try_clone().unwrap(), &config).unwrap();
+    let block = Block::new(file.try_clone().unwrap(), "serial-7", read_only).unwrap();
     (Driver::started(Box::new(block)), file)
 }
 
@@ -99,12 +93,7 @@ fn requests_off_the_disk_fail_and_touch_nothing() {
 fn a_request_for_too_much_is_refused() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(64 << 20).unwrap();
-    let config = BlockConfig {
-        file: FileRef { fd: 99, path: "disk".to_owned() },
-        serial: String::new(),
-        read_only: false,
-    };
-    let mut driver = Driver::started(Box::new(Block::new(file, &config).unwrap()));
+    let mut driver = Driver::started(Box::new(Block::new(file, "", false).unwrap()));
     assert_eq!(driver.config::<8>(8), [0, 0, 2, 0, 128, 0, 0, 0], "size_max and seg_max");
     let segments = |count| vec![(DATA, 128 << 10, true); count];
     assert_eq!(request(&mut driver, 0, 0, &segments(128)), (OK, (16 << 20) + 1));

@@ -3,8 +3,6 @@
 use std::fs::File;
 
 use super::driver::{Driver, EVENT_IDX, MEMORY_LEN, VERSION_1};
-use crate::config::BlockConfig;
-use crate::config::FileRef;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::device::{Activation, VirtioDevice};
 use crate::devices::virtio::rng::Rng;
@@ -12,12 +10,7 @@ use crate::devices::virtio::rng::Rng;
 pub(super) fn disk() -> Box<dyn VirtioDevice> {
     let file: File = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
-    let config = BlockConfig {
-        file: FileRef { fd: 99, path: "disk".to_owned() },
-        serial: String::new(),
-        read_only: false,
-    };
-    Box::new(Block::new(file, &config).unwrap())
+    Box::new(Block::new(file, "", false).unwrap())
 }
 
 #[test]

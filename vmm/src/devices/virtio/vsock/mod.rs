@@ -15,6 +15,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
+pub use self::muxer::StreamBytes;
 use self::muxer::{HostSide, Muxer};
 pub use self::state::{ConnectionState, MuxerState, StreamState};
 use super::device::{Activation, VirtioDevice, read_from};
@@ -49,8 +50,13 @@ impl Vsock {
     ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         connector.set_nonblocking(true)?;
-        let host = Arc::new(HostSide { listener, connector });
+        let host = Arc::new(HostSide { listener, connector, bytes: Arc::default() });
         Ok(Self { guest_cid: guest_cid.into(), host, worker: None, event: None })
+    }
+
+    /// Returns the counters of the bytes of all streams.
+    pub fn bytes(&self) -> Arc<StreamBytes> {
+        Arc::clone(&self.host.bytes)
     }
 }
 

@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -44,6 +45,17 @@ const FIRST_CONNECTION: u64 = 16;
 pub(super) struct HostSide {
     pub(super) listener: UnixListener,
     pub(super) connector: UnixDatagram,
+    pub(super) bytes: Arc<StreamBytes>,
+}
+
+/// Bytes of data in the packets of all streams since the start. The worker adds, and the main thread
+/// reads.
+#[derive(Debug, Default)]
+pub struct StreamBytes {
+    /// Bytes from the host to the guest.
+    pub to_guest: AtomicU64,
+    /// Bytes from the guest to the host.
+    pub to_host: AtomicU64,
 }
 
 pub(super) struct Muxer {

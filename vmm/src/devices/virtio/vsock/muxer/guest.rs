@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -65,7 +66,10 @@ impl Muxer {
                 connection.open()
             }
             (Some(Op::Reset), _) => return self.on_reset(id),
-            (Some(Op::Data), StreamState::Open) => connection.receive(data),
+            (Some(Op::Data), StreamState::Open) => {
+                self.host.bytes.to_host.fetch_add(data.len() as u64, Ordering::Relaxed);
+                connection.receive(data)
+            }
             (Some(Op::Shutdown), StreamState::Open) => {
                 connection.guest_shutdown(header.flags);
                 Ok(())
@@ -130,6 +134,7 @@ impl Muxer {
                         self.receive.unpop();
                         break;
                     };
+                    self.host.bytes.to_guest.fetch_add(header.len.into(), Ordering::Relaxed);
                     room.put(&header.to_bytes()).map_or(0, |()| HEADER_LEN as u32 + header.len)
                 }
                 _ => 0,
