@@ -135,7 +135,7 @@ pub(crate) fn run(run: &Run, input: Input) -> Result<Ended> {
     if holder()?.is_none() {
         bail!("no lab runs in the background; `cargo xtask lab up` boots one");
     }
-    client::run(&directory(NAME), run, input, &mut Show::Through).map_err(|error| {
+    client::run(&directory(NAME), run, input, &mut Show::Through, &|| None).map_err(|error| {
         if error.is::<client::Lost>() {
             error.context(format!("the lab was lost; its last messages are in {}", log().display()))
         } else {

@@ -103,9 +103,13 @@ impl Lab {
     ///
     /// If the lab was lost, the error has the last lines of its logs.
     pub(crate) fn run(&self, run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
-        client::run(&self.dir, run, input, show).map_err(|error| {
+        let lost = || {
+            let share = self.machine.lost_share().map(client::Lost::Share);
+            share.or_else(|| client::hangs(&self.dir).then_some(client::Lost::Hung))
+        };
+        client::run(&self.dir, run, input, show, &lost).map_err(|error| {
             if error.is::<client::Lost>() {
-                anyhow!("{error:#}{}", self.machine.last_lines())
+                anyhow!("{error:#}{}{}", self.machine.waits(), self.machine.last_lines())
             } else {
                 error
             }

@@ -3,14 +3,15 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read as _, Write as _, stderr, stdin};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use nix::fcntl::{Flock, FlockArg};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::command::{Ended, Input, Run, Show};
 use super::machine::Machine;
@@ -18,6 +19,7 @@ use super::wire::{
     Kind, MAX_INPUT, NONCE_LEN, PORTS, await_answer, greeting, read_frame, write_frame,
 };
 use crate::progress::step;
+use crate::repository;
 
 /// Longest time for a boot of the lab. On an idle machine a boot takes about five seconds.
 const BOOT_TIME: Duration = Duration::from_secs(180);
@@ -30,18 +32,31 @@ const ANSWER_TIME: Duration = Duration::from_secs(120);
 /// Time between two checks of QEMU during a boot.
 const LOOK: Duration = Duration::from_millis(250);
 
+/// Time between two looks at a lab whose command prints nothing.
+const LOOK_FOR_LOSS: Duration = Duration::from_secs(60);
+
 /// Errors after which the lab cannot be used any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lost {
+    /// The lab does not answer a greeting.
     Silent,
+    /// QEMU has ended.
     Ended,
+    /// The virtiofsd of the share of this name has ended, so the lab's file systems hang.
+    Share(&'static str),
+    /// The lab cannot run a command, or cannot read a file.
+    Hung,
 }
+
+impl std::error::Error for Lost {}
 
 impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Silent => f.write_str("the lab does not answer"),
             Self::Ended => f.write_str("the lab ended while a command ran in it"),
+            Self::Share(name) => write!(f, "virtiofsd ended, which the lab's {name} files need"),
+            Self::Hung => f.write_str("the lab hangs: it cannot look for a file"),
         }
     }
 }
@@ -130,11 +145,19 @@ fn still_booting(machine: &mut Machine, began: Instant) -> Result<()> {
 }
 
 /// Runs a command in the lab in `dir`. Its standard error goes to this process's own.
-pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> Result<Ended> {
+///
+/// `lost` is called every minute for as long as the command prints nothing.
+pub(super) fn run(
+    dir: &Path,
+    run: &Run,
+    input: Input,
+    show: &mut Show<'_>,
+    lost: &dyn Fn() -> Option<Lost>,
+) -> Result<Ended> {
     let mut port = HostPort::take(dir).context(Lost::Silent)?;
     port.stream.set_read_timeout(Some(ANSWER_TIME)).context("cannot set a time limit")?;
     port.greet().context(Lost::Silent)?;
-    port.stream.set_read_timeout(run.quiet_limit).context("cannot set a time limit")?;
+    port.stream.set_read_timeout(None).context("cannot set a time limit")?;
     write_frame(&mut port.stream, Kind::Start, &run.to_json()?).context(Lost::Ended)?;
     let mut writer = port.stream.try_clone().context("cannot duplicate a descriptor")?;
     match input {
@@ -144,15 +167,15 @@ pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> R
     }
     let mut reader = io::BufReader::with_capacity(64 * 1024, &port.stream);
     loop {
-        let (kind, payload) = match read_frame(&mut reader) {
-            Ok(frame) => frame,
+        if reader.buffer().is_empty() {
+            let limit = run.quiet_limit;
             // The lab kills the command when this function closes the connection.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let limit = run.quiet_limit.unwrap_or_default().as_secs();
+            if !await_output(&port.stream, limit, lost)? {
+                let limit = limit.unwrap_or_default().as_secs();
                 return Ok(Ended::Refused(format!("it printed nothing for {limit} s")));
             }
-            Err(error) => return Err(error).context(Lost::Ended),
-        };
+        }
+        let (kind, payload) = read_frame(&mut reader).context(Lost::Ended)?;
         let shown = match kind {
             Kind::Stdout => show.stdout(&payload),
             Kind::Stderr => stderr().write_all(&payload),
@@ -169,6 +192,46 @@ pub(super) fn run(dir: &Path, run: &Run, input: Input, show: &mut Show<'_>) -> R
     }
 }
 
+/// Returns whether the lab in `dir` is unable to run a command that looks for files.
+///
+/// The names are new, so none of the lab's caches answers for the shares.
+pub(super) fn hangs(dir: &Path) -> bool {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let work = repository::target().join(format!("no-file-{now}"));
+    let script = format!("test ! -e /no-file-{now} && test ! -e \"$0\"");
+    let argv = ["sh", "-c", &script, &work.to_string_lossy()].map(str::to_owned);
+    let looked = Run::here(argv.to_vec()).and_then(|look| {
+        let look = Run { cwd: "/".into(), quiet_limit: Some(LOOK_FOR_LOSS), ..look };
+        run(dir, &look, Input::Nothing, &mut Show::Only(&mut Vec::new()), &|| None)
+    });
+    !matches!(looked, Ok(Ended::Status(0)))
+}
+
+/// Waits until there is something to read. Returns false if nothing comes within `limit`.
+fn await_output(
+    stream: &UnixStream,
+    limit: Option<Duration>,
+    lost: &dyn Fn() -> Option<Lost>,
+) -> Result<bool> {
+    let began = Instant::now();
+    let pause = LOOK_FOR_LOSS.min(limit.unwrap_or(LOOK_FOR_LOSS));
+    let pause = PollTimeout::try_from(pause).context("a pause is out of range")?;
+    loop {
+        let mut fds = [PollFd::new(stream.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, pause) {
+            Ok(0) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(error) => return Err(error).context("cannot wait for the lab"),
+        }
+        if let Some(lost) = lost() {
+            return Err(lost.into());
+        }
+        if limit.is_some_and(|limit| began.elapsed() >= limit) {
+            return Ok(false);
+        }
+    }
+}
+
 /// Sends this process's standard input.
 fn feed(port: &mut UnixStream) -> io::Result<()> {
     let mut chunk = [0; MAX_INPUT];
@@ -179,5 +242,21 @@ fn feed(port: &mut UnixStream) -> io::Result<()> {
         if length == 0 {
             return Ok(());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lab_that_is_lost_is_found_out_before_the_command_is_too_quiet() {
+        let (here, mut there) = UnixStream::pair().expect("a pair of sockets");
+        let limit = Some(Duration::ZERO);
+        assert!(!await_output(&here, limit, &|| None).expect("a whole lab"));
+        let error = await_output(&here, limit, &|| Some(Lost::Hung)).expect_err("a lost lab");
+        assert_eq!(error.downcast_ref(), Some(&Lost::Hung));
+        there.write_all(b"x").expect("a byte");
+        assert!(await_output(&here, limit, &|| Some(Lost::Hung)).expect("something to read"));
     }
 }

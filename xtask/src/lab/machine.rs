@@ -1,6 +1,6 @@
 //! The lab's machine: QEMU, and two virtiofsd for its file systems.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
 use super::command::text;
@@ -46,6 +47,9 @@ const LAST_LINES: usize = 40;
 /// Part of QEMU's harmless warnings: no guest here needs these processor features.
 const HARMLESS: &str = "TCG doesn't support requested feature";
 
+/// The shares of this machine's files, and their tags and file names in the lab.
+const SHARES: [&str; 2] = ["root", "work"];
+
 /// Cache policy of the guest for a share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cache {
@@ -72,8 +76,9 @@ impl Machine {
         options: &LabOptions,
     ) -> Result<Self> {
         let mut virtiofsd = Children(Vec::new());
-        virtiofsd.0.push(share(dir, "root", Path::new("/"), Cache::Always)?);
-        virtiofsd.0.push(share(dir, "work", work, Cache::Auto)?);
+        let [root, own] = SHARES;
+        virtiofsd.0.push(share(dir, root, Path::new("/"), Cache::Always)?);
+        virtiofsd.0.push(share(dir, own, work, Cache::Auto)?);
         let log = dir.join("qemu.log");
         let log = File::create(&log).with_context(|| format!("cannot write {}", log.display()))?;
         // Listening before QEMU starts: callers can connect at once.
@@ -114,6 +119,38 @@ impl Machine {
         words
     }
 
+    /// The share whose virtiofsd has ended, if one has.
+    pub(super) fn lost_share(&self) -> Option<&'static str> {
+        let ended = |child: &Child| {
+            let pid = Id::Pid(Pid::from_raw(child.id().cast_signed()));
+            let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+            !matches!(waitid(pid, flags), Ok(WaitStatus::StillAlive))
+        };
+        SHARES
+            .into_iter()
+            .zip(&self.virtiofsd)
+            .find(|(_, child)| ended(child))
+            .map(|(name, _)| name)
+    }
+
+    /// What each process of the lab waits for, for an error message.
+    pub(super) fn waits(&self) -> String {
+        let mut words = String::new();
+        for child in [&self.qemu].into_iter().chain(&self.virtiofsd) {
+            for task in tasks(child.id()) {
+                let read = |name| fs::read_to_string(task.join(name)).unwrap_or_default();
+                let status = read("status");
+                let state =
+                    status.lines().find(|line| line.starts_with("State:")).unwrap_or("gone");
+                let (name, waits, call) = (read("comm"), read("wchan"), read("syscall"));
+                let call = call.split(' ').next().unwrap_or_default();
+                let name = name.trim();
+                words.push_str(&format!("\n{name}: {state}, waits in {waits}, system call {call}"));
+            }
+        }
+        words
+    }
+
     /// QEMU's exit status, if QEMU has ended.
     pub(super) fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
         self.qemu.try_wait().context("cannot wait for QEMU")
@@ -140,6 +177,12 @@ impl Drop for Children {
     fn drop(&mut self) {
         self.0.iter_mut().for_each(end);
     }
+}
+
+/// The directories in /proc of a process's threads.
+fn tasks(pid: u32) -> Vec<PathBuf> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.map(|task| task.path()).collect()
 }
 
 /// Kills a child and waits for it.
@@ -212,7 +255,7 @@ fn arguments(kernel: &Path, ports: &[OwnedFd], options: &LabOptions) -> Vec<Stri
     let memory = options.memory_mib;
     add(&format!("-m {memory} -object memory-backend-memfd,id=memory,size={memory}M,share=on"));
     add("-numa node,memdev=memory");
-    for name in ["root", "work"] {
+    for name in SHARES {
         add(&format!("-chardev socket,id={name},path={name}.sock"));
         add(&format!("-device vhost-user-fs-pci,chardev={name},tag=lab-{name},queue-size=1024"));
     }

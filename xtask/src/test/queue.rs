@@ -1,6 +1,6 @@
 //! The run in labs: a queue of programs and unit tests. The thread of each lab takes jobs from it.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -61,6 +61,7 @@ pub(super) fn run(
         options,
         queue: Mutex::new(jobs),
         rows: Mutex::new(Vec::new()),
+        losses: Mutex::default(),
     };
     thread::scope(|scope| {
         for number in 1..=count {
@@ -110,20 +111,22 @@ struct Labs<'a> {
     options: LabOptions,
     queue: Mutex<VecDeque<Job>>,
     rows: Mutex<Vec<Row>>,
+    /// Programs whose lab was lost and that have not ended since, each with the reason.
+    losses: Mutex<BTreeMap<String, String>>,
 }
 
 impl Labs<'_> {
     /// Takes jobs from the queue and runs them in a lab, until the queue is empty.
     ///
-    /// If the lab is lost, its program has failed and the next job gets a new lab. If a lab cannot
-    /// be booted, the job goes back to the queue and this thread ends.
+    /// If the lab is lost, the program runs once more in a new lab, and the report says so. If a lab
+    /// cannot be booted, the job goes back to the queue and this thread ends.
     fn work(&self, number: usize) {
         let mut site: Option<Site> = None;
         loop {
             let next = lock(&self.queue).pop_front();
             let Some(job) = next else { return };
-            let (place, row) = match &job {
-                Job::Unit(programs) => ("here".to_owned(), self.unit(programs)),
+            let (place, ran) = match &job {
+                Job::Unit(programs) => ("here".to_owned(), self.unit(programs).map(Some)),
                 Job::TwoCpus(program) => {
                     // Ends the lab of this thread: the new lab needs its memory.
                     site = None;
@@ -141,8 +144,9 @@ impl Labs<'_> {
                     (format!("lab {number}"), ran)
                 }
             };
-            match row {
-                Ok(row) => lock(&self.rows).push(Row { place, ..row }),
+            match ran {
+                Ok(Some(row)) => lock(&self.rows).push(Row { place, ..row }),
+                Ok(None) => lock(&self.queue).push_front(job),
                 Err(error) => {
                     say(format!("no lab for the end-to-end tests: {error:#}"));
                     lock(&self.queue).push_front(job);
@@ -157,16 +161,27 @@ impl Labs<'_> {
         Site::prepare(Target::Lab(Box::new(Lab::private(options)?)), self.product)
     }
 
-    /// Runs a program. The first value is false if the lab was lost.
-    fn run(&self, site: &Site, program: &Program) -> (bool, Row) {
+    /// Runs a program. The first value is false if the lab was lost. Without a row the program has
+    /// to run again.
+    fn run(&self, site: &Site, program: &Program) -> (bool, Option<Row>) {
         let what = format!("end-to-end tests in the lab: {}", program.name);
         let began = Instant::now();
         match step(&what, || site.run(program, self.choice, &self.kernel)) {
-            Ok(row) => (true, row),
+            Ok(mut row) => {
+                row.tally.losses = lock(&self.losses).remove(&program.name).into_iter().collect();
+                (true, Some(row))
+            }
             Err(error) => {
-                say(format!("the lab of {} was lost: {error:#}", program.name));
-                let row = Row::failure(&program.name, "its lab was lost");
-                (false, Row { took: began.elapsed(), ..row })
+                let words = format!("the lab of {} was lost: {error:#}", program.name);
+                say(&words);
+                let why = words.lines().next().unwrap_or_default().to_owned();
+                // An emulated machine may fail by itself. A test that destroys it does so again.
+                if lock(&self.losses).insert(program.name.clone(), why.clone()).is_none() {
+                    return (false, None);
+                }
+                let row = Row::failure(&program.name, &why);
+                let tally = row.tally.with_detail(words);
+                (false, Some(Row { took: began.elapsed(), tally, ..row }))
             }
         }
     }

@@ -16,6 +16,8 @@ pub(super) struct Tally {
     filtered_out: u64,
     /// Number of passed tests that an earlier run has proven.
     remembered: u64,
+    /// Programs that ran again because their lab was lost, each with the reason.
+    pub(super) losses: Vec<String>,
     /// Failed programs, each with the reason.
     failures: Vec<String>,
     /// Messages of failed tests, one text for each program.
@@ -65,6 +67,12 @@ impl Tally {
         Self { failures: vec![what.into()], ..Self::default() }
     }
 
+    /// Adds a message to show with the failed tests.
+    pub(super) fn with_detail(mut self, detail: String) -> Self {
+        self.details.push(detail);
+        self
+    }
+
     /// Adds the results of another tally.
     pub(super) fn add(&mut self, other: &Self) {
         self.passed += other.passed;
@@ -72,6 +80,7 @@ impl Tally {
         self.ignored += other.ignored;
         self.filtered_out += other.filtered_out;
         self.remembered += other.remembered;
+        self.losses.extend_from_slice(&other.losses);
         self.failures.extend_from_slice(&other.failures);
         self.details.extend_from_slice(&other.details);
     }
@@ -108,6 +117,9 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for failure in &self.failures {
             writeln!(f, "failed: {failure}")?;
+        }
+        for loss in &self.losses {
+            writeln!(f, "ran again in a new lab: {loss}")?;
         }
         if self.remembered > 0 {
             writeln!(
