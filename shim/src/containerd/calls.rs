@@ -30,7 +30,7 @@ use crate::{
     container_id::ContainerId,
     containerd::{
         events::Events,
-        exec::{Exec, within},
+        exec::{Exec, sent, within},
         messages::{CGROUPS, RUNC, any, same, timestamp},
         metrics::metrics,
         pod::Pod,
@@ -309,9 +309,8 @@ impl Shim {
             if task.init.exited().is_some() {
                 return Err(finished());
             }
-            let killed = within(ANSWER_TIMEOUT, task.container.ask(Request::Kill { signal, all }));
             // Its end may be known, and not told yet.
-            let killed = killed.await;
+            let killed = sent(signal, task.container.ask(Request::Kill { signal, all })).await;
             let ended = killed.is_err() && timeout(END_TIME, task.container.exit()).await.is_ok();
             (killed, ended)
         } else {

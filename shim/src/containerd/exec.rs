@@ -204,7 +204,7 @@ impl Exec {
                 }
             });
         }
-        within(ANSWER_TIMEOUT, control.kill(signal)).await
+        sent(signal, control.kill(signal)).await
     }
 
     /// Gives the terminal a new size, which may be its first.
@@ -232,6 +232,17 @@ impl Exec {
     fn size(&self) -> MutexGuard<'_, Option<Size>> {
         self.size.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Waits for a signal to be sent, a short time at most. A guest that does not run gets the signal
+/// when it runs again, as a stopped process does. So the caller goes on to SIGKILL, and a process that
+/// outlives it is given up.
+pub(super) async fn sent(signal: u32, call: impl Future<Output = Result<()>>) -> Result<()> {
+    timeout(ANSWER_TIMEOUT, call).await.unwrap_or_else(|_| {
+        let limit = seconds(ANSWER_TIMEOUT);
+        log::warn!("the guest does not answer within {limit}: signal {signal} waits there");
+        Ok(())
+    })
 }
 
 /// Runs a call to the guest within a limit.

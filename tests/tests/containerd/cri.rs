@@ -60,6 +60,33 @@ macro_rules! call {
     }};
 }
 
+/// Sends several requests at the same time, and returns all responses.
+macro_rules! at_once {
+    ($cri:expr, $method:ident, $requests:expr) => {{
+        let calls: Vec<_> = $requests
+            .map(|request| {
+                let mut client = $cri.client.borrow().clone();
+                async move { tokio::time::timeout(LIMIT, client.$method(request)).await }
+            })
+            .collect();
+        let what = stringify!($method);
+        $cri.runtime.block_on(async {
+            let mut tasks = Vec::new();
+            for call in calls {
+                tasks.push(tokio::spawn(call));
+            }
+            let mut answers = Vec::new();
+            for task in tasks {
+                let answer =
+                    task.await.expect("a call").unwrap_or_else(|_| panic!("{what}: no answer"));
+                let response = answer.unwrap_or_else(|e| panic!("{what}: {}", e.message()));
+                answers.push(response.into_inner());
+            }
+            answers
+        })
+    }};
+}
+
 impl<'r, 'e> Cri<'r, 'e> {
     pub(crate) fn new(run: &'r Run<'e>) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -133,6 +160,33 @@ impl<'r, 'e> Cri<'r, 'e> {
     #[track_caller]
     pub(crate) fn pod(&self, config: PodSandboxConfig) -> Pod<'_, 'r, 'e> {
         self.try_pod(config).unwrap_or_else(|error| panic!("RunPodSandbox: {error}"))
+    }
+
+    /// Runs several pods at the same time.
+    #[track_caller]
+    pub(crate) fn pods(&self, configs: Vec<PodSandboxConfig>) -> Vec<Pod<'_, 'r, 'e>> {
+        let requests = configs.iter().map(|config| k8s_cri::v1::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: self.run.with.name().to_owned(),
+        });
+        let ids = at_once!(self, run_pod_sandbox, requests);
+        let pods = ids.into_iter().zip(configs);
+        pods.map(|(answer, config)| self.known(answer.pod_sandbox_id, config)).collect()
+    }
+
+    /// Stops and removes several pods, all of them at the same time.
+    #[track_caller]
+    pub(crate) fn remove(&self, pods: Vec<Pod<'_, 'r, 'e>>) {
+        let ids = || pods.iter().map(|pod| pod.id.clone());
+        let stop =
+            ids().map(|pod_sandbox_id| k8s_cri::v1::StopPodSandboxRequest { pod_sandbox_id });
+        at_once!(self, stop_pod_sandbox, stop);
+        let remove =
+            ids().map(|pod_sandbox_id| k8s_cri::v1::RemovePodSandboxRequest { pod_sandbox_id });
+        at_once!(self, remove_pod_sandbox, remove);
+        for pod in pods {
+            std::fs::remove_dir_all(&pod.config.log_directory).expect("the logs");
+        }
     }
 
     /// A pod that runs already.
@@ -344,11 +398,6 @@ impl Pod<'_, '_, '_> {
     /// Stops and removes the pod.
     #[track_caller]
     pub(crate) fn remove(self) {
-        let id = self.id.clone();
-        let request = k8s_cri::v1::StopPodSandboxRequest { pod_sandbox_id: id.clone() };
-        call!(self.cri, stop_pod_sandbox, request).expect("StopPodSandbox");
-        let request = k8s_cri::v1::RemovePodSandboxRequest { pod_sandbox_id: id };
-        call!(self.cri, remove_pod_sandbox, request).expect("RemovePodSandbox");
-        std::fs::remove_dir_all(&self.config.log_directory).expect("the logs");
+        self.cri.remove(vec![self]);
     }
 }

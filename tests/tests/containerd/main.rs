@@ -14,6 +14,7 @@ mod pod_losses;
 mod pod_network;
 mod pod_observed;
 mod pod_rights;
+mod pod_rounds;
 mod pod_truth;
 mod pod_volumes;
 mod tasks;
@@ -46,6 +47,7 @@ const CASES: &[Case] = &[
     case!(pod_losses::pod_restart),
     case!(pod_losses::pod_shim_killed),
     case!(pod_losses::pod_vmm_killed).isopod_only(),
+    case!(pod_losses::pod_vmm_stopped).isopod_only(),
     case!(pod_losses::pod_does_not_boot).isopod_only(),
     case!(pod_company::pod_sidecar),
     case!(pod_company::pod_rules),
@@ -58,6 +60,7 @@ const CASES: &[Case] = &[
     case!(pod_rights::pod_users),
     case!(pod_rights::pod_user_namespace),
     case!(pod_rights::pod_of_the_host).isopod_only(),
+    case!(pod_rounds::pod_rounds),
 ];
 
 /// Cases whose way through containerd differs between its versions: the answer of the shim's `start`,

@@ -7,13 +7,13 @@ use k8s_cri::v1::ContainerState;
 
 use crate::cri::{Cri, script};
 
-/// Kills the process whose command line has both words.
-fn kill(run: &Run<'_>, program: &str, word: &str) {
+/// Sends a signal to the process whose command line has both words.
+fn signal(run: &Run<'_>, signal: &str, program: &str, word: &str) {
     let line = format!("pgrep -f '{program}.*{word}'");
     let pids = run.end(run.engine.inside(&["sh", "-c", &line])).ok().stdout;
     assert!(!pids.is_empty(), "no {program} of {word}");
     for pid in pids.split_whitespace() {
-        run.end(run.engine.inside(&["kill", "-9", pid]));
+        run.end(run.engine.inside(&["kill", "-s", signal, pid]));
     }
 }
 
@@ -48,7 +48,7 @@ pub(crate) fn pod_shim_killed(run: &Run<'_>) {
     let cri = Cri::new(run);
     let pod = cri.pod(cri.pod_config("shim"));
     let id = pod.start(script("one", "sleep 1000"));
-    kill(run, "containerd-shim-", &pod.id);
+    signal(run, "KILL", "containerd-shim-", &pod.id);
     assert_ne!(pod.exited(&id).exit_code, 0);
     pod.remove();
     if !run.isopod() {
@@ -63,11 +63,23 @@ pub(crate) fn pod_vmm_killed(run: &Run<'_>) {
     let pod = cri.pod(cri.pod_config("vmm"));
     let one = pod.start(script("one", "sleep 1000"));
     let two = pod.start(script("two", "sleep 1000"));
-    kill(run, "isopod-vmm", "--config-fd");
+    signal(run, "KILL", "isopod-vmm", "--config-fd");
     for id in [one, two] {
         assert_eq!(pod.exited(&id).exit_code, 255);
     }
     assert!(pod.try_create(script("three", "true")).is_err());
+    pod.remove();
+}
+
+/// The VMM is stopped, so the guest answers nothing: a container can be stopped, and the pod removed.
+pub(crate) fn pod_vmm_stopped(run: &Run<'_>) {
+    let cri = Cri::new(run);
+    let pod = cri.pod(cri.pod_config("stopped"));
+    let [one, two] = ["one", "two"].map(|name| pod.start(script(name, "sleep 1000")));
+    signal(run, "STOP", "isopod-vmm", "--config-fd");
+    pod.stop(&one, 1);
+    assert_ne!(pod.exited(&one).exit_code, 0);
+    assert_eq!(pod.status(&two).state, ContainerState::ContainerRunning as i32);
     pod.remove();
 }
 

@@ -1,0 +1,82 @@
+//! Many pods: rounds of them, several at the same time, and what the host keeps of each round.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use isopod_tests::engine::Run;
+
+use crate::cri::{Cri, script};
+
+/// Pods that are made and removed at the same time.
+const AT_ONCE: usize = 5;
+
+/// Such groups in a round: 20 pods.
+const GROUPS: usize = 4;
+
+/// Rounds. The first one makes what an engine and a runtime make once.
+const ROUNDS: usize = 3;
+
+/// Memory in MiB that the host may have lost after two more rounds: less than one MiB for each pod.
+const MEMORY_MIB: u64 = 36;
+
+/// Prints what the host keeps, a name and a number in each line. Caches are dropped first: what the
+/// kernel may free at any time is not kept.
+const COUNT: &str = "sync; echo 3 >/proc/sys/vm/drop_caches
+    containerd=$(pgrep -o -x containerd)
+    echo descriptors $(ls /proc/$containerd/fd | wc -l)
+    echo mounts $(wc -l </proc/self/mountinfo)
+    echo sockets $(wc -l </proc/net/unix)
+    echo interfaces $(ls /sys/class/net | wc -l)
+    echo cgroups $(find /sys/fs/cgroup -type d | wc -l)
+    echo shims $(pgrep -c containerd-shim)
+    echo available $(sed -n '/MemAvailable/s/[^0-9]//gp' /proc/meminfo)";
+
+/// Rounds of pods of two containers leave nothing, and each round as little as the one before.
+pub(crate) fn pod_rounds(run: &Run<'_>) {
+    let cri = Cri::new(run);
+    let kept: Vec<Kept> = (0..ROUNDS).map(|number| round(run, &cri, number)).collect();
+    let (first, last) = (&kept[0], &kept[ROUNDS - 1]);
+    assert_eq!(first.counts, last.counts, "{kept:#?}");
+    let grown = first.available_mib.saturating_sub(last.available_mib);
+    assert!(grown <= MEMORY_MIB, "{grown} MiB more are in use: {kept:#?}");
+}
+
+/// What the host keeps.
+#[derive(Debug)]
+struct Kept {
+    counts: BTreeMap<String, u64>,
+    available_mib: u64,
+}
+
+fn round(run: &Run<'_>, cri: &Cri<'_, '_>, number: usize) -> Kept {
+    for group in 0..GROUPS {
+        let names = (0..AT_ONCE).map(|pod| format!("round{number}-{group}-{pod}"));
+        let names: Vec<String> = names.collect();
+        let pods = cri.pods(names.iter().map(|name| cri.pod_config(name)).collect());
+        for (pod, name) in pods.iter().zip(&names) {
+            let one = pod.start(script("one", "sleep 1000"));
+            let two = pod.start(script("two", "echo $((6 * 7)); sleep 1000"));
+            assert_eq!(pod.shell(&one, "hostname"), *name);
+            assert_eq!(pod.shell(&two, "hostname; cat /proc/1/comm"), format!("{name}\nsh"));
+            for id in [one, two] {
+                let memory = pod.stats(&id).memory.expect("memory");
+                assert!(memory.usage_bytes.is_some_and(|usage| usage.value > 0), "{memory:?}");
+            }
+            let begun = Instant::now();
+            while pod.log("two") != "42" {
+                assert!(begun.elapsed() < Duration::from_secs(30), "{}", pod.log("two"));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        }
+        cri.remove(pods);
+    }
+    let output = run.end(run.engine.inside(&["sh", "-c", COUNT])).ok().stdout;
+    let mut counts: BTreeMap<String, u64> = output
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .map(|(name, number)| (name.to_owned(), number.trim().parse().expect("a number")))
+        .collect();
+    assert_eq!(counts.remove("shims"), Some(0), "{output}");
+    let available = counts.remove("available").expect("available memory");
+    Kept { counts, available_mib: available / 1024 }
+}
