@@ -31,6 +31,7 @@ use crate::target;
 
 const HELP: &str = "\
 Usage: cargo xtask test [--unit | --e2e] [--proofs] [FILTER]
+       cargo xtask test --record-proofs
 
   FILTER    only tests whose names contain FILTER; all tests of an end-to-end program if FILTER is
             its name (`stdio` for tests/tests/stdio.rs)
@@ -40,12 +41,15 @@ Usage: cargo xtask test [--unit | --e2e] [--proofs] [FILTER]
   --unit    only the unit tests
   --e2e     only the end-to-end tests
   --proofs  also the cases of engines that runc has proven in an earlier run
+  --record-proofs
+            runs nothing, and writes to tests/proofs.txt which cases runc has proven in labs
 
 The end-to-end tests run on this machine if it has hardware KVM. Otherwise they run in labs, which
 are booted for the tests and end with them. ISOPOD_LAB=force always uses labs, ISOPOD_LAB=off never.
 
-A case of an engine runs with runc first, which proves the case, and then with Isopod. The cache
-keeps a proof until the case, the harness, a package that the case needs, or the kernel changes.";
+A case of an engine runs with runc first, which proves the case, and then with Isopod. The cache and
+tests/proofs.txt keep a proof. It holds until the case, the harness, a package that the case needs,
+or the kernel changes.";
 
 /// The Debian tree of the workload tests. It has a compiler.
 pub(crate) fn workload_tree() -> Result<PathBuf> {
@@ -56,7 +60,7 @@ pub(crate) fn workload_tree() -> Result<PathBuf> {
 /// Runs the tests. Returns the exit status: 0 if all tests pass.
 pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let began = Instant::now();
-    let mut choice = Choice { unit: true, e2e: true, proofs: false, filter: None };
+    let mut choice = Choice { unit: true, e2e: true, proofs: false, record: false, filter: None };
     while let Some(arg) = args.next()? {
         match arg {
             Long("help") | Short('h') => {
@@ -66,6 +70,7 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
             Long("unit") => choice.e2e = false,
             Long("e2e") => choice.unit = false,
             Long("proofs") => choice.proofs = true,
+            Long("record-proofs") => (choice.record, choice.unit) = (true, false),
             Value(word) if choice.filter.is_none() => choice.filter = Some(word.string()?),
             _ => return Err(arg.unexpected().into()),
         }
@@ -78,6 +83,12 @@ pub(crate) fn main(mut args: lexopt::Parser) -> Result<i32> {
     let compile = || build::needs().chain(needs::COMPILE.filter(|_| choice.e2e));
     apt::missing(compile().chain(later.iter().copied()))?;
     apt::ensure(compile())?;
+    if choice.record {
+        apt::ensure(later)?;
+        let programs = step("compile the tests", || program::compile(&choice))?;
+        say(format!("recorded: {} proofs", e2e::record_proofs(programs)?));
+        return Ok(0);
+    }
     let report = run(&choice, &later);
     let total = report.total();
     total.details().iter().for_each(|detail| println!("\n{detail}"));

@@ -13,6 +13,7 @@ use super::machine::Machine;
 use super::options::LabOptions;
 use super::{client, initramfs, kernel, qemu_install};
 use crate::apt::{self, Need};
+use crate::cache;
 use crate::progress::step;
 use crate::repository;
 
@@ -136,9 +137,10 @@ pub(crate) fn prepare() -> Result<()> {
     kernel::ensure().map(drop)
 }
 
-/// Path of the labs' kernel. It contains the kernel's version.
+/// Name of the labs' kernel: its path in the cache, which contains the kernel's version.
 pub(crate) fn kernel_name() -> Result<String> {
-    Ok(kernel::ensure()?.image.display().to_string())
+    let image = kernel::ensure()?.image;
+    Ok(image.strip_prefix(cache::root()?).unwrap_or(&image).display().to_string())
 }
 
 /// The `paths` that are hidden or writable in a lab; see [`initramfs::hidden`].

@@ -9,6 +9,8 @@ pub(super) struct Choice {
     pub(super) e2e: bool,
     /// Runs proven cases with runc again.
     pub(super) proofs: bool,
+    /// Runs nothing, and writes the proofs of the cache to the repository.
+    pub(super) record: bool,
     /// Part of the names of the tests.
     pub(super) filter: Option<String>,
 }

@@ -71,6 +71,13 @@ pub(super) fn run(
     Ok(report)
 }
 
+/// Writes the proofs that hold in labs to the repository. Returns their number.
+pub(super) fn record_proofs(mut programs: Programs) -> Result<usize> {
+    lab::prepare()?;
+    give_trees(&mut programs.e2e)?;
+    proof::record(&programs.e2e, &lab::kernel_name()?)
+}
+
 /// Runs all programs on this machine, one after the other.
 fn run_here(programs: &Programs, product: &Path, choice: &Choice) -> Result<Report> {
     let mut report = run_unit(programs, choice)?;

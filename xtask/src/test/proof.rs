@@ -1,7 +1,8 @@
 //! Proofs: cases of engines that passed with runc in an earlier run. They need no second run with
 //! runc.
 //!
-//! A proof holds until one of its inputs changes. The cache keeps it under a key over the inputs:
+//! A proof holds until one of its inputs changes. The cache keeps it, and so does a file of the
+//! repository for a machine that has no cache yet, under a key over the inputs:
 //!
 //! - the source of the case, the harness, and how the program starts its engine;
 //! - the versions of the crates, and the packages of engine and runtime;
@@ -20,10 +21,12 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use self::source::Sources;
+use super::program::Program;
 use crate::apt;
 use crate::cache;
 use crate::process::capture;
 use crate::progress::say;
+use crate::repository;
 
 /// Environment variable with the proven cases for the test program, separated by blanks.
 pub(super) const VARIABLE: &str = "ISOPOD_TEST_PROVEN";
@@ -36,6 +39,15 @@ const PROVEN: &str = "proven with runc:";
 
 /// Time after which an unused proof is removed.
 const KEPT: Duration = Duration::from_secs(90 * 24 * 3600);
+
+/// Proofs that the repository keeps, relative to its root: a program, a case and a key in each line.
+const RECORD: &str = "tests/proofs.txt";
+
+/// First lines of [`RECORD`].
+const RECORD_HEAD: &str = "\
+# Cases of engines that passed with runc: program, case, and a hash over all that the proof rests on.
+# `cargo xtask test --record-proofs` writes this file. A line whose hash is outdated proves nothing.
+";
 
 /// Path of runc below the root of this machine or of a tree.
 const RUNC: &str = "usr/sbin/runc";
@@ -70,6 +82,8 @@ pub(super) struct Proofs {
     /// Key over the inputs of all proofs: all but the case.
     inputs: String,
     sources: Sources,
+    /// Keys of the proofs that the repository keeps.
+    recorded: BTreeSet<String>,
 }
 
 impl Proofs {
@@ -92,7 +106,8 @@ impl Proofs {
         }
         let inputs = cache::key(inputs.iter().map(|(name, content)| (*name, &content[..])));
         let shelf = cache::root()?.join("proof");
-        Ok(Self { shelf, program: program.to_owned(), inputs, sources })
+        let recorded = recorded(&fs::read_to_string(record_file()).unwrap_or_default());
+        Ok(Self { shelf, program: program.to_owned(), inputs, sources, recorded })
     }
 
     /// Names of the proven cases among the program's `tests`.
@@ -103,11 +118,14 @@ impl Proofs {
         let cases = names.filter_map(|name| name.strip_prefix(WITH_RUNC));
         let mut proven = Vec::new();
         for case in cases {
-            let file = self.file(case)?;
+            let key = self.key(case)?;
+            let file = self.shelf.join(&key);
             if file.exists() {
                 cache::used(&file);
-                proven.push(case.to_owned());
+            } else if !self.recorded.contains(&key) {
+                continue;
             }
+            proven.push(case.to_owned());
         }
         Ok(proven)
     }
@@ -130,11 +148,40 @@ impl Proofs {
 
     /// File of the proof of a case.
     fn file(&self, case: &str) -> Result<PathBuf> {
+        Ok(self.shelf.join(self.key(case)?))
+    }
+
+    /// Key of the proof of a case.
+    fn key(&self, case: &str) -> Result<String> {
         let source = self.sources.case(case)?;
         let parts = [("inputs", self.inputs.as_bytes()), ("name", case.as_bytes())];
-        let key = cache::key(parts.into_iter().chain([("case", &source[..])]));
-        Ok(self.shelf.join(key))
+        Ok(cache::key(parts.into_iter().chain([("case", &source[..])])))
     }
+}
+
+/// Writes the proofs of `programs` that hold now to the repository. Returns their number.
+pub(super) fn record(programs: &[Program], kernel: &str) -> Result<usize> {
+    let mut lines = BTreeSet::new();
+    for program in programs.iter().filter(|program| program.is_engine()) {
+        let tree = program.tree.as_ref().map(|(_, tree)| tree.as_path());
+        let proofs = Proofs::of(&program.target, tree, kernel)?;
+        for case in proofs.remembered(&program.tests()?)? {
+            lines.insert(format!("{} {WITH_RUNC}{case} {}\n", program.name, proofs.key(&case)?));
+        }
+    }
+    let text: String = [RECORD_HEAD].into_iter().chain(lines.iter().map(String::as_str)).collect();
+    cache::write(&record_file(), text.as_bytes())?;
+    Ok(lines.len())
+}
+
+fn record_file() -> PathBuf {
+    repository::root().join(RECORD)
+}
+
+/// The keys in the text of [`RECORD`].
+fn recorded(text: &str) -> BTreeSet<String> {
+    let lines = text.lines().filter(|line| !line.starts_with('#'));
+    lines.filter_map(|line| line.split(' ').nth(2)).map(str::to_owned).collect()
 }
 
 /// Results of cases with runc in the output of a program.
@@ -198,20 +245,26 @@ mod tests {
     #[test]
     fn a_proof_is_found_until_something_of_it_changes() {
         let shelf = std::env::temp_dir().join(format!("xtask-proof-{}", std::process::id()));
-        let proofs = |kernel: &str| Proofs {
+        let proofs = |kernel: &str, record: &str| Proofs {
             shelf: shelf.clone(),
             program: "docker".to_owned(),
             inputs: kernel.to_owned(),
             sources: Sources::read().unwrap(),
+            recorded: recorded(record),
         };
         let tests = "runc::exec: test\nrunc::exec_detached: test\nisopod::exec: test\n";
-        let remembered = |kernel: &str| proofs(kernel).remembered(tests).unwrap();
+        let remembered = |kernel: &str| proofs(kernel, "").remembered(tests).unwrap();
         assert!(remembered("6.1").is_empty());
-        proofs("6.1").learn(b"proven with runc: exec\n");
+        proofs("6.1", "").learn(b"proven with runc: exec\n");
         assert_eq!(remembered("6.1"), ["exec"]);
         assert!(remembered("6.2").is_empty());
-        proofs("6.1").learn(b"test runc::exec ... FAILED\n");
+        proofs("6.1", "").learn(b"test runc::exec ... FAILED\n");
         assert!(remembered("6.1").is_empty());
+        // The repository proves the same for a machine without a cache.
+        let key = proofs("6.1", "").key("exec").unwrap();
+        let record = format!("{RECORD_HEAD}docker runc::exec {key}\n");
+        assert_eq!(proofs("6.1", &record).remembered(tests).unwrap(), ["exec"]);
+        assert!(proofs("6.2", &record).remembered(tests).unwrap().is_empty());
         fs::remove_dir_all(&shelf).unwrap();
     }
 }
