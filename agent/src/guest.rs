@@ -11,7 +11,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use isopod_protocol::agent::{HostSocket, Network, SharedMemory};
+use isopod_protocol::agent::{HostSocket, Network, SharedMemory, VolumeContent};
 use rustix::system::RebootCommand;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use tokio::sync::Notify;
@@ -49,6 +49,8 @@ pub(crate) struct Guest {
 /// Sources of a container's mounts that the guest has in place of the host's.
 pub(crate) struct Sources {
     pub(crate) memory: Vec<SharedMemory>,
+    /// Contents of some of these memories.
+    pub(crate) volumes: Vec<VolumeContent>,
     pub(crate) sockets: Vec<HostSocket>,
 }
 
@@ -117,7 +119,7 @@ impl Guest {
         network: Option<Network>,
         sources: Sources,
     ) -> Result<i32> {
-        let Sources { memory, sockets } = sources;
+        let Sources { memory, volumes, sockets } = sources;
         check_id(&id)?;
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => {
@@ -126,7 +128,9 @@ impl Guest {
             Entry::Vacant(vacant) => vacant.insert(Known::Creating(None)),
         };
         let created = match self.host_sockets.join(&id, &sockets) {
-            Ok(()) => self.build(&id, document, connections, screen, network, memory).await,
+            Ok(()) => {
+                self.build(&id, document, connections, screen, network, (memory, volumes)).await
+            }
             Err(error) => Err(error),
         };
         let pid = created.and_then(|container| {
@@ -150,7 +154,7 @@ impl Guest {
         connections: Connections,
         screen: Screen,
         network: Option<Network>,
-        memory: Vec<SharedMemory>,
+        (memory, volumes): (Vec<SharedMemory>, Vec<VolumeContent>),
     ) -> Result<Container> {
         let name = id.to_owned();
         let cgroup = Arc::new(blocking(move || Cgroup::create(&name)).await?);
@@ -160,7 +164,11 @@ impl Guest {
         let reaper = Arc::clone(&self.reaper);
         let find = |id: &str| self.container(id);
         let made = Arc::clone(&cgroup);
-        let created = match self.join_memory(id, memory).await {
+        let prepared = match self.join_memory(id, memory).await {
+            Ok(()) => self.write_volumes(volumes).await,
+            Err(error) => Err(error),
+        };
+        let created = match prepared {
             Ok(()) => {
                 Container::create(reaper, made, document, connections, screen, network, find).await
             }
@@ -217,6 +225,15 @@ impl Guest {
     async fn join_memory(&self, id: &str, wanted: Vec<SharedMemory>) -> Result<()> {
         let (all, id) = (Arc::clone(&self.memories), id.to_owned());
         blocking(move || all.join(&id, &wanted)).await
+    }
+
+    /// Writes the contents of volumes into their shared memories.
+    pub(crate) async fn write_volumes(&self, contents: Vec<VolumeContent>) -> Result<()> {
+        if contents.is_empty() {
+            return Ok(());
+        }
+        let all = Arc::clone(&self.memories);
+        blocking(move || contents.iter().try_for_each(|content| all.write(content))).await
     }
 
     async fn leave_memory(&self, id: &str) -> Result<()> {

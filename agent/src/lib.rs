@@ -28,6 +28,7 @@ mod share;
 mod shm;
 mod stream;
 mod syscall;
+mod volume;
 
 pub use container::init::{INIT_NAME, run_init};
 pub use server::Listeners;

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use isopod_protocol::SHM_DIR;
-use isopod_protocol::agent::SharedMemory;
+use isopod_protocol::agent::{SharedMemory, VolumeContent};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::error::{Context as _, Error, Result};
+use crate::volume;
 
 /// Most bytes of a key, which becomes the name of a directory.
 const MAX_KEY: usize = 64;
@@ -36,6 +37,17 @@ impl SharedMemories {
             users.insert(container_id.to_owned());
         }
         Ok(())
+    }
+
+    /// Replaces the files of a shared memory that a container has. Blocks, and only one call works
+    /// at a time.
+    pub(crate) fn write(&self, content: &VolumeContent) -> Result<()> {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = path_of(&content.key)?;
+        if !all.contains_key(&content.key) {
+            return Err(Error::state(format!("no container has the volume {}", content.key)));
+        }
+        volume::replace(&path, &content.files)
     }
 
     /// Removes the shared memories that only this container has. A process that still uses one
@@ -70,7 +82,10 @@ fn make(path: &Path, memory: &SharedMemory) -> Result<()> {
     let options = format!("size={size},mode={:o},uid={uid},gid={gid}", mode & 0o7777);
     let options = std::ffi::CString::new(options).context(what)?;
     fs::create_dir_all(path).context(what)?;
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV;
+    if !memory.executable {
+        flags |= MountFlags::NOEXEC;
+    }
     mount("shm", path, "tmpfs", flags, options.as_c_str()).context(what)
 }
 

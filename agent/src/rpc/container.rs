@@ -24,7 +24,11 @@ pub(super) async fn create(
     let document = Document::of(request.spec_json, &request.state_json, filter)?;
     let id = request.container_id;
     let network = request.network.into_option();
-    let sources = Sources { memory: request.shared_memory, sockets: request.host_sockets };
+    let sources = Sources {
+        memory: request.shared_memory,
+        volumes: request.volumes,
+        sockets: request.host_sockets,
+    };
     let pid = guest.create(id, document, streams, screen, network, sources).await?;
     Ok(ProcessStarted { pid: pid.unsigned_abs(), ..ProcessStarted::default() })
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use isopod_protocol::agent::{
-    AdjustClockRequest, ClockReading, Disk, DiskRef, Empty, SetupGuestRequest,
+    AdjustClockRequest, ClockReading, Disk, DiskRef, Empty, SetupGuestRequest, VolumeContent,
 };
 use tokio::sync::oneshot;
 
@@ -36,6 +36,10 @@ pub(super) async fn attach_disk(request: DiskRef) -> Result<Disk> {
 pub(super) async fn detach_disk(request: DiskRef) -> Result<Empty> {
     blocking(move || disk::detach(request.number)).await?;
     Ok(Empty::default())
+}
+
+pub(super) async fn update_volume(guest: Arc<Guest>, request: VolumeContent) -> Result<Empty> {
+    guest.write_volumes(vec![request]).await.map(|()| Empty::default())
 }
 
 pub(super) async fn drop_caches(guest: Arc<Guest>) -> Result<Empty> {

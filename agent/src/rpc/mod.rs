@@ -15,7 +15,8 @@ use isopod_protocol::agent::{
     AdjustClockRequest, ClockReading, ContainerRef, ContainerStats, CreateContainerRequest, Disk,
     DiskRef, Empty, ExecProcessRequest, ForwardPortRequest, OomKills, ProcessExit, ProcessList,
     ProcessRef, ProcessStarted, ResizeTerminalRequest, SetupGuestRequest, SetupNetworkRequest,
-    SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
+    SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, VolumeContent,
+    WaitOomRequest,
 };
 use isopod_protocol::agent_ttrpc::Agent;
 use protobuf::MessageField;
@@ -149,6 +150,10 @@ impl Agent for AgentService {
 
     async fn detach_disk(&self, _: &TtrpcContext, r: DiskRef) -> ttrpc::Result<Empty> {
         self.run(move |_| guest::detach_disk(r)).await
+    }
+
+    async fn update_volume(&self, _: &TtrpcContext, r: VolumeContent) -> ttrpc::Result<Empty> {
+        self.run(move |guest| guest::update_volume(guest, r)).await
     }
 
     async fn drop_caches(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     host_socket::{self, HostSocket},
     id_map::IdMap,
+    projected::{self, Projected},
     propagation::Propagation,
     shm::{self, Shm},
 };
@@ -38,6 +39,9 @@ pub struct Bind {
     /// The guest's tmpfs in place of the source, for shared memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shm: Option<Shm>,
+    /// The guest's tmpfs has a copy of this volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub projected: Option<Projected>,
     /// The source is a unix socket that the agent stands for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<HostSocket>,
@@ -91,7 +95,13 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
         true => Some(HostSocket::of(index, &source, &found, map)?),
         false => None,
     };
+    let read_only = has_option(mount, "ro") || has_option(mount, "rro");
+    let projected = match read_only {
+        true => Projected::of(&source, &found),
+        false => None,
+    };
     let shm = Shm::of(mount.destination(), &source, &found, map).explain(what)?;
+    let shm = shm.or_else(|| projected.as_ref().map(|_| projected::shm(&found, map)));
     if let Some(whole) = shm::part_of_memory(&source).explain(what)? {
         return Err(Error::new(format!(
             "{name}: its source {} is a part (subPath) of the emptyDir {}, whose medium is Memory: \
@@ -105,10 +115,11 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
         source,
         directory: kind.is_dir(),
         recursive: has_option(mount, "rbind"),
-        read_only: has_option(mount, "ro") || has_option(mount, "rro"),
+        read_only,
         propagation: Propagation::of_bind(spec, mount),
         id_map,
         shm,
+        projected,
         socket,
     })
 }

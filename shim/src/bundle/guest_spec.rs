@@ -269,6 +269,7 @@ mod tests {
             propagation: Propagation::Slave,
             id_map: None,
             shm: None,
+            projected: None,
             socket: None,
         };
         let guest = guest_spec(&spec, "web", &[bind], &[], 1, &[]);

@@ -16,6 +16,7 @@ mod network_namespace;
 mod oci_spec_quirks;
 mod owner;
 mod pod;
+mod projected;
 mod propagation;
 mod refused_fields;
 mod resources;
@@ -39,6 +40,7 @@ pub use self::{
     network_namespace::NetworkNamespace,
     oci_spec_quirks::SPEC_VERSION,
     pod::{Holder, Joined, is_first_of_pod},
+    projected::{Projected, VolumeContent, VolumeFile, read_volume},
     propagation::Propagation,
     seccomp::Filter,
     shm::Shm,

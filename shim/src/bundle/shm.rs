@@ -41,6 +41,9 @@ pub struct Shm {
     pub uid: u32,
     /// Group of the root directory.
     pub gid: u32,
+    /// Its files may be executed.
+    #[serde(default)]
+    pub executable: bool,
 }
 
 impl Shm {
@@ -62,15 +65,21 @@ impl Shm {
         if system.f_type != TMPFS_MAGIC {
             return Ok(None);
         }
-        let (uid, gid) = id_map::owner(map, found);
         let blocks = |n: u64| u64::try_from(system.f_bsize).unwrap_or(0).saturating_mul(n);
-        Ok(Some(Self {
+        Ok(Some(Self::in_place_of(found, blocks(system.f_blocks), map)))
+    }
+
+    /// A tmpfs of `size` bytes in place of the directory with the metadata `found`.
+    pub(super) fn in_place_of(found: &Metadata, size: u64, map: Option<&IdMap>) -> Self {
+        let (uid, gid) = id_map::owner(map, found);
+        Self {
             key: format!("{:x}-{:x}", found.dev(), found.ino()),
-            size: blocks(system.f_blocks),
+            size,
             mode: found.mode() & 0o7777,
             uid,
             gid,
-        }))
+            executable: false,
+        }
     }
 }
 

@@ -76,6 +76,8 @@ pub(crate) struct Lifecycle {
     pub(crate) disks: AttachedDisks,
     /// Keeps the container's way to sockets of the host open.
     pub(crate) _sockets: SharedSockets,
+    /// Keeps the guest's copies of volumes up to date.
+    pub(crate) _volumes: Vec<AbortOnDrop<()>>,
     pub(crate) covers: AbortOnDrop<()>,
     pub(crate) agent: Agent,
     pub(crate) relay: Relay,

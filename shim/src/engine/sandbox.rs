@@ -39,6 +39,7 @@ use crate::{
         host_sockets::HostSockets,
         placement::Placement,
         share::{Attached, Share, Trees},
+        volumes::Copied,
     },
     network::{self, Network},
     process_id::ProcessId,
@@ -297,6 +298,7 @@ impl Sandbox {
             }
         };
         place_disks(&mut guest.spec, &guest.disks, &disks.guest);
+        let volumes = attached.take_volumes();
         // Let go when the container has ended.
         let sockets = self.microvm.sockets.share(&guest.host_sockets);
         let building = async {
@@ -304,18 +306,23 @@ impl Sandbox {
             if loss_notice {
                 streams = streams.with_loss_notice();
             }
-            agent.create_container(&guest, state.as_ref(), tokens, screen, network).await?;
+            let copied = Copied::all(volumes).await?;
+            let contents = copied.iter().map(Copied::content).collect();
+            let state = state.as_ref();
+            agent.create_container(&guest, state, tokens, screen, network, contents).await?;
+            let followed: Vec<_> =
+                copied.into_iter().map(|volume| volume.follow(agent.clone())).collect();
             record.timeline.created = Some(clock::monotonic_us());
             if self.containers().first.is_none() {
                 self.microvm.fill_timeline(&mut record.timeline);
             }
             record.status = Status::Created;
             record.write(&dir)?;
-            streams.relay()
+            Ok((streams.relay()?, followed))
         };
         let built = self.microvm.within("creating the container", limit, building).await;
-        let relay: Relay = match built {
-            Ok(relay) => relay,
+        let (relay, volumes): (Relay, _) = match built {
+            Ok(built) => built,
             Err(error) => return Err(self.failed(&id, attached, disks, error).await),
         };
         let (commands, receiver) = mpsc::channel(MAX_COMMANDS);
@@ -347,6 +354,7 @@ impl Sandbox {
             attached,
             disks,
             _sockets: sockets,
+            _volumes: volumes,
             covers,
             agent,
             relay,

@@ -11,7 +11,8 @@ use isopod_protocol::{
         self, AdjustClockRequest, ContainerRef, ContainerStats, CreateContainerRequest, DiskRef,
         Empty, ExecProcessRequest, ForwardPortRequest, Network, ProcessInfo, ProcessRef,
         ResizeTerminalRequest, SetupGuestRequest, SetupNetworkRequest, SharedMemory,
-        SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, WaitOomRequest,
+        SignalProcessRequest, StreamTokens, TerminalSize, UpdateContainerRequest, VolumeContent,
+        WaitOomRequest,
     },
     agent_ttrpc::AgentClient,
 };
@@ -97,6 +98,7 @@ impl Agent {
         streams: StreamTokens,
         screen: Screen,
         network: Option<Network>,
+        volumes: Vec<VolumeContent>,
     ) -> Result<()> {
         let seccomp = container.seccomp.as_ref();
         let request = CreateContainerRequest {
@@ -110,6 +112,7 @@ impl Agent {
             seccomp_flags: seccomp.map_or(0, |filter| filter.flags),
             network: network.into(),
             shared_memory: container.shared_memory.iter().map(memory).collect(),
+            volumes,
             host_sockets: container.host_sockets.iter().map(host_socket).collect(),
             state_json: state.map(|state| state.to_string().into_bytes()).unwrap_or_default(),
             ..Default::default()
@@ -145,6 +148,13 @@ impl Agent {
         let answer =
             timed("ForwardPort", self.client.forward_port(Context::default(), &request)).await;
         answer.map(drop).map_err(|e| explain(&format!("cannot connect to port {port}"), e))
+    }
+
+    /// Replaces the content of the guest's copy of a volume.
+    pub(crate) async fn update_volume(&self, content: VolumeContent) -> Result<()> {
+        let call = self.client.update_volume(Context::default(), &content);
+        let answer = timed("UpdateVolume", call).await;
+        answer.map(drop).map_err(|e| explain("cannot write to it", e))
     }
 
     /// Has the guest look at a disk that the VMM has attached: device `virtio-mmio.<number>`.
@@ -419,6 +429,7 @@ fn memory(shm: &Shm) -> SharedMemory {
         mode: shm.mode,
         uid: shm.uid,
         gid: shm.gid,
+        executable: shm.executable,
         ..Default::default()
     }
 }

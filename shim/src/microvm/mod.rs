@@ -14,4 +14,5 @@ pub(crate) mod placement;
 pub(crate) mod port_forward;
 pub(crate) mod share;
 pub(crate) mod vmm;
+pub(crate) mod volumes;
 pub(crate) mod vsock;

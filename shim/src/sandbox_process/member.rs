@@ -65,7 +65,7 @@ pub(super) async fn create(
     })?;
     let (io, console) = streams::open(launch)?;
     let (io, streams) = io.into_parts();
-    let (trees, mounts) = trees.into_parts();
+    let (trees, mounts) = trees.into_parts()?;
     let (read_only_disks, disks) = OpenDisk::into_parts(disks);
     let origin = place.origin.as_ref().map(RuntimeNamespace::descriptors).unwrap_or_default();
     let create = Create {

@@ -54,6 +54,7 @@ const CASES: &[Case] = &[
     case!(pod_company::pod_plugins),
     case!(pod_volumes::pod_volumes),
     case!(pod_volumes::pod_config_map),
+    case!(pod_volumes::pod_projected_volumes),
     case!(pod_volumes::pod_host_paths),
     case!(pod_volumes::pod_block_volumes),
     case!(pod_rights::pod_privileged),

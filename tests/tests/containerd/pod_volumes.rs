@@ -1,6 +1,6 @@
 //! Volumes of pods, as the kubelet prepares them: directories and file systems of the host.
 
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -73,6 +73,66 @@ pub(crate) fn pod_config_map(run: &Run<'_>) {
     }
     pod.remove();
     std::fs::remove_dir_all(volume).expect("the volume");
+}
+
+/// A kubelet changes a secret. A container that has waited for that by inotify hears of it, and all
+/// containers see the new content. A script of a volume can be executed.
+pub(crate) fn pod_projected_volumes(run: &Run<'_>) {
+    let cri = Cri::new(run);
+    let pod = cri.pod(cri.pod_config("projected"));
+    let root = directory(run, "kubelet");
+    // The kubelet's name for such a volume.
+    let volume = root.join("pods/uid/volumes/kubernetes.io~secret/keys");
+    std::fs::create_dir_all(&volume).expect("a volume");
+    let write = |version: &str| {
+        std::fs::create_dir(volume.join(version)).expect("a version");
+        let key = volume.join(version).join("key");
+        std::fs::write(&key, format!("#!/bin/sh\necho {version}\n")).expect("a key");
+        std::fs::set_permissions(&key, PermissionsExt::from_mode(0o750)).expect("a mode");
+        std::os::unix::fs::chown(&key, None, Some(2000)).expect("a group");
+        symlink(version, volume.join("..new")).expect("a link");
+        std::fs::rename(volume.join("..new"), volume.join("..data")).expect("a swap");
+    };
+    write("..one");
+    symlink("..data/key", volume.join("key")).expect("a link");
+    let secret = || k8s_cri::v1::Mount { readonly: true, ..mount(&volume, "/secret") };
+    let of_the_tree =
+        |host: &str, at: &str| k8s_cri::v1::Mount { readonly: true, ..mount(Path::new(host), at) };
+    // inotify_init1, and inotify_add_watch for IN_MOVED_TO (asm/unistd_64.h, linux/inotify.h).
+    let watch = "exec perl -e '$| = 1; $fd = syscall(294, 0); \
+        $path = \"/secret\"; syscall(254, $fd, $path, 0x80); print \"waiting\\n\"; \
+        open($events, \"<&=\", $fd); sysread($events, $event, 4096); print \"heard\\n\"; sleep 1000'";
+    let mut watcher = script("watcher", watch);
+    watcher.mounts = vec![
+        secret(),
+        of_the_tree("/usr", "/usr"),
+        of_the_tree("/usr/lib", "/lib"),
+        of_the_tree("/usr/lib64", "/lib64"),
+    ];
+    let mut other = script("other", "sleep 1000");
+    other.mounts = vec![secret()];
+    let (_watcher, other) = (pod.start(watcher), pod.start(other));
+    let begun = Instant::now();
+    let heard = |text: &str| {
+        while pod.log("watcher") != text {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{}", pod.log("watcher"));
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    };
+    heard("waiting");
+    let look = "/secret/key; stat -L -c '%a %g' /secret/key; stat -c %F /secret/key";
+    assert_eq!(pod.shell(&other, look), "..one\n750 2000\nsymbolic link");
+    assert_ne!(pod.exec(&other, "echo x >/secret/..data/key").status, 0);
+    write("..two");
+    std::fs::remove_dir_all(volume.join("..one")).expect("the old version");
+    heard("waiting\nheard");
+    assert_eq!(pod.shell(&other, look), "..two\n750 2000\nsymbolic link");
+    let begun = Instant::now();
+    while pod.shell(&other, "ls -A /secret") != "..data\n..two\nkey" {
+        assert!(begun.elapsed() < Duration::from_secs(10), "the old version stays");
+    }
+    pod.remove();
+    std::fs::remove_dir_all(root).expect("the volume");
 }
 
 /// Single files and directories of the host.

@@ -54,6 +54,7 @@ use crate::{
     container_id::ContainerId,
     error::{Error, Explain, Result},
     event_loop::blocking,
+    microvm::volumes::OpenVolume,
     mount::change_attributes,
     state::{SHARED, StateDir},
 };
@@ -107,8 +108,12 @@ impl Share {
         let what = || format!("cannot add to the share {}", self.path.display());
         let view = writable(&self.path).explain(what)?;
         // From here on dropping `attached` removes everything that has been made.
-        let mut attached =
-            Attached { share: Arc::clone(self), id: id.clone(), covers: Covers::default() };
+        let mut attached = Attached {
+            share: Arc::clone(self),
+            id: id.clone(),
+            covers: Covers::default(),
+            volumes: trees.volumes(),
+        };
         trees.make_places(&within(&view).join(id.as_str()))?;
         trees.attach(&self.path.join(id.as_str()))?;
         attached.covers = trees.covers()?;
@@ -142,12 +147,19 @@ pub(crate) struct Attached {
     /// Id of the container, and name of its folder in the share.
     id: ContainerId,
     covers: Covers,
+    /// Volumes that are not in the share, because the guest has copies of them.
+    volumes: Vec<OpenVolume>,
 }
 
 impl Attached {
     /// Takes the covers of the host's mounts, to be kept up to date.
     pub(crate) fn take_covers(&mut self) -> Covers {
         std::mem::take(&mut self.covers)
+    }
+
+    /// Takes the volumes that the guest is to have copies of.
+    pub(crate) fn take_volumes(&mut self) -> Vec<OpenVolume> {
+        std::mem::take(&mut self.volumes)
     }
 
     /// Removes the trees on another thread: the kernel waits for each mount.

@@ -17,13 +17,19 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    bundle::{Bind, Bundle, Inner, InnerOf, Propagation, shared_hook, shared_inner, shared_name},
+    bundle::{
+        Bind, Bundle, Inner, InnerOf, Projected, Propagation, shared_hook, shared_inner,
+        shared_name,
+    },
     error::{Error, Explain, Result},
-    microvm::share::{
-        clone::{Depth, cannot_share, clone, clone_bind, clone_of},
-        covers::{Covers, Follower},
-        id_mapped,
-        mount_table::{Mount, MountTable, mount_at, mount_of},
+    microvm::{
+        share::{
+            clone::{Depth, cannot_share, clone, clone_bind, clone_of},
+            covers::{Covers, Follower},
+            id_mapped,
+            mount_table::{Mount, MountTable, mount_at, mount_of},
+        },
+        volumes::OpenVolume,
     },
     mount::change_attributes,
 };
@@ -33,6 +39,8 @@ use crate::{
 pub(crate) struct Trees {
     trees: Vec<Tree>,
     inner: Vec<Inner>,
+    /// Volumes that the guest has copies of. They are not in the share.
+    volumes: Vec<OpenVolume>,
 }
 
 #[derive(Debug)]
@@ -43,7 +51,10 @@ struct Tree {
 
 /// Trees without their mounts, for another process that gets these as descriptors.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) struct TreesPlan(Vec<TreePlan>);
+pub(crate) struct TreesPlan {
+    trees: Vec<TreePlan>,
+    volumes: Vec<Projected>,
+}
 
 #[derive(Debug, Serialize, Deserialize)]
 struct TreePlan {
@@ -58,13 +69,19 @@ struct TreePlan {
 impl TreesPlan {
     /// The trees of this plan, with their mounts in the same order. Fails if a mount is missing.
     pub(crate) fn with(self, mounts: &mut impl Iterator<Item = OwnedFd>) -> Result<Trees> {
-        let trees = self.0.into_iter().map(|plan| {
-            let missing =
-                || Error::new(format!("{}: it was not passed", cannot_share(&plan.source)));
-            let mount = mounts.next().ok_or_else(missing)?;
-            Ok(Tree { mount, plan })
-        });
-        Ok(Trees { trees: trees.collect::<Result<_>>()?, inner: Vec::new() })
+        let mut next = |source: &Path| {
+            let missing = || Error::new(format!("{}: it was not passed", cannot_share(source)));
+            mounts.next().ok_or_else(missing)
+        };
+        let mut all = Trees { trees: Vec::new(), inner: Vec::new(), volumes: Vec::new() };
+        for plan in self.trees {
+            all.trees.push(Tree { mount: next(&plan.source)?, plan });
+        }
+        for volume in self.volumes {
+            let tree = next(&volume.path)?;
+            all.volumes.push(OpenVolume::new(volume, tree));
+        }
+        Ok(all)
     }
 }
 
@@ -85,7 +102,13 @@ impl Trees {
     /// Opens all trees of a container, from their sources as this process sees them.
     pub(crate) fn open(bundle: &Bundle) -> Result<Self> {
         let table = MountTable::read()?;
-        let mut all = Self { trees: Vec::new(), inner: Vec::new() };
+        let mut all = Self { trees: Vec::new(), inner: Vec::new(), volumes: Vec::new() };
+        for bind in &bundle.binds {
+            if let Some(volume) = &bind.projected {
+                let tree = clone_bind(bind, Depth::Top)?;
+                all.volumes.push(OpenVolume::new(volume.clone(), tree));
+            }
+        }
         // Writable even if the container's root is read-only. As with runc, missing mount points
         // are made in it first. Then the agent makes its own mount of it read-only.
         let root = Split {
@@ -199,9 +222,25 @@ impl Trees {
     }
 
     /// Takes the trees apart, to be passed to another process.
-    pub(crate) fn into_parts(self) -> (TreesPlan, Vec<OwnedFd>) {
-        let (plans, mounts) = self.trees.into_iter().map(|tree| (tree.plan, tree.mount)).unzip();
-        (TreesPlan(plans), mounts)
+    ///
+    /// # Errors
+    ///
+    /// If there are too many open descriptors.
+    pub(crate) fn into_parts(self) -> Result<(TreesPlan, Vec<OwnedFd>)> {
+        let (trees, mut mounts): (_, Vec<_>) =
+            self.trees.into_iter().map(|tree| (tree.plan, tree.mount)).unzip();
+        let mut volumes = Vec::new();
+        for open in self.volumes {
+            let (volume, tree) = open.into_parts()?;
+            volumes.push(volume);
+            mounts.push(tree);
+        }
+        Ok((TreesPlan { trees, volumes }, mounts))
+    }
+
+    /// The volumes that the guest has copies of.
+    pub(crate) fn volumes(&self) -> Vec<OpenVolume> {
+        self.volumes.clone()
     }
 
     /// Makes the covers for the host's mounts in the trees. The trees have to be attached.
