@@ -12,7 +12,7 @@ use k8s_cri::v1::{
     DnsConfig, ExecSyncRequest, ImageSpec, LinuxContainerConfig, LinuxContainerResources,
     LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
     ListPodSandboxRequest, Mount, NamespaceMode, NamespaceOption, PodSandboxConfig,
-    PodSandboxMetadata, PodSandboxStatus,
+    PodSandboxMetadata, PodSandboxStatus, RuntimeHandlerFeatures,
 };
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
@@ -124,6 +124,15 @@ impl<'r, 'e> Cri<'r, 'e> {
             assert!(begun.elapsed() < LIMIT, "no network {name}: {networks}");
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+
+    /// What the runtime handler of this case can do, as the kubelet asks for it.
+    #[track_caller]
+    pub(crate) fn features(&self) -> RuntimeHandlerFeatures {
+        let answer = call!(self, status, k8s_cri::v1::StatusRequest { verbose: false });
+        let handlers = answer.unwrap_or_else(|error| panic!("Status: {error}")).runtime_handlers;
+        let own = handlers.into_iter().find(|handler| handler.name == self.run.with.name());
+        own.and_then(|handler| handler.features).expect("the features of the handler")
     }
 
     /// The configuration of a pod of this case.

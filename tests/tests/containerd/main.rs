@@ -77,8 +77,10 @@ const OF_VERSIONS: &[Case] = &[
     case!(pod_network::pod_port_forward),
 ];
 
-/// A further case of the newest containerd, which maps owners for pods with a user namespace.
-const OF_THE_NEWEST: &[Case] = &[case!(pod_rights::pod_user_namespace)];
+/// Further cases of the newest containerd. It maps owners for pods with a user namespace, and reports
+/// what a handler can do.
+const OF_THE_NEWEST: &[Case] =
+    &[case!(pod_rights::pod_user_namespace), case!(pod_volumes::pod_recursive_read_only)];
 
 fn usual() -> Engine {
     Engine::containerd_of(Path::new(&tree("ISOPOD_TEST_DOCKER_TREE")))

@@ -135,6 +135,30 @@ pub(crate) fn pod_projected_volumes(run: &Run<'_>) {
     std::fs::remove_dir_all(root).expect("the volume");
 }
 
+/// A volume that is read-only with all mounts in it, which a kubelet asks for if the handler can.
+pub(crate) fn pod_recursive_read_only(run: &Run<'_>) {
+    let cri = Cri::new(run);
+    let features = cri.features();
+    assert!(features.recursive_read_only_mounts && features.user_namespaces, "{features:?}");
+    let pod = cri.pod(cri.pod_config("recursive"));
+    let volume = directory(run, "volume");
+    let inner = volume.join("inner").to_string_lossy().into_owned();
+    std::fs::create_dir(&inner).expect("a directory");
+    run.end(run.engine.inside(&["mount", "-t", "tmpfs", "tmpfs", &inner])).ok();
+    run.end(run.engine.inside(&["touch", &format!("{inner}/file")])).ok();
+    let mut config = script("one", "sleep 1000");
+    let mount = mount(&volume, "/data");
+    config.mounts = vec![k8s_cri::v1::Mount { readonly: true, recursive_read_only: true, ..mount }];
+    let id = pod.start(config);
+    assert_eq!(pod.shell(&id, "ls /data/inner"), "file");
+    let write = "for at in /data /data/inner; do touch $at/x 2>&1 | sed 's/.*: //'; done";
+    let refused = "Read-only file system";
+    assert_eq!(pod.shell(&id, write), format!("{refused}\n{refused}"));
+    pod.remove();
+    run.end(run.engine.inside(&["umount", &inner])).ok();
+    std::fs::remove_dir_all(volume).expect("the volume");
+}
+
 /// Single files and directories of the host.
 pub(crate) fn pod_host_paths(run: &Run<'_>) {
     let cri = Cri::new(run);
