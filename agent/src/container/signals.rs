@@ -37,6 +37,16 @@ pub(crate) fn end_on_signals() {
     unblock_all();
 }
 
+/// Has the kernel reap children of this process (wait(2), "SIGCHLD").
+pub(crate) fn ignore_children() {
+    set(libc::SIGCHLD, libc::SIG_IGN);
+}
+
+/// Takes [`ignore_children`] back. Hooks are children whose exit statuses count.
+pub(crate) fn heed_children() {
+    default(libc::SIGCHLD);
+}
+
 /// Resets the dispositions and the mask to those that programs expect: nothing handled, ignored or
 /// blocked.
 pub(crate) fn reset() {

@@ -67,7 +67,7 @@ impl Bundle {
 
     /// Like [`Bundle::load`], of a container that gets `files` of its pod, unless config.json has
     /// mounts in their places.
-    pub(crate) fn load_member(dir: &Path, files: Option<&PodFiles>) -> Result<Self> {
+    pub(crate) fn load_in_pod(dir: &Path, files: Option<&PodFiles>) -> Result<Self> {
         Self::load_with(dir, None, files)
     }
 

@@ -28,8 +28,8 @@ const HOSTNAME: &str = "/etc/hostname";
 const HOSTS: &str = "/etc/hosts";
 
 /// Files, each with its name in the directory.
-const FILES: [(&str, &str); 3] =
-    [("hostname", HOSTNAME), ("hosts", HOSTS), ("resolv.conf", RESOLV_CONF)];
+const FILES: &[(&str, &str)] =
+    &[("hostname", HOSTNAME), ("hosts", HOSTS), ("resolv.conf", RESOLV_CONF)];
 
 /// Mode of the files, whatever the umask is.
 const MODE: u32 = 0o644;
@@ -40,15 +40,20 @@ const SHM: &str = "shm";
 /// Size of the shared memory in bytes, as containerd and Docker have it.
 const SHM_SIZE: u64 = 64 << 20;
 
+/// Key of the shared memory in the guest, which has one pod. Keys of directories of the host have a
+/// hyphen.
+const SHM_KEY: &str = "pod";
+
 /// The files of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PodFiles {
     dir: PathBuf,
-    shm: Shm,
+    /// The files to mount, as in [`FILES`].
+    mounted: &'static [(&'static str, &'static str)],
 }
 
 impl PodFiles {
-    /// Writes the files of pod `id` to the directory `dir`. Without `resolv_conf`, which is the
+    /// Writes the files of a pod to the directory `dir`. Without `resolv_conf`, which is the
     /// content of that file, the pod has the host's.
     ///
     /// # Errors
@@ -56,7 +61,6 @@ impl PodFiles {
     /// If a file cannot be written, or a file of the host cannot be read.
     pub(crate) fn write(
         dir: &Path,
-        id: &str,
         hostname: &str,
         resolv_conf: Option<&str>,
     ) -> Result<Self> {
@@ -78,8 +82,12 @@ impl PodFiles {
         }
         let shm = dir.join(SHM);
         fs::create_dir_all(&shm).explain(|| format!("cannot make {}", shm.display()))?;
-        let shm = Shm { key: format!("pod-{id}"), size: SHM_SIZE, mode: 0o1777, uid: 0, gid: 0 };
-        Ok(Self { dir, shm })
+        Ok(Self { dir, mounted: FILES })
+    }
+
+    /// Those of the pod's holder: the shared memory alone, which lives as long as somebody has it.
+    pub(crate) fn of_holder(&self) -> Self {
+        Self { mounted: &[], ..self.clone() }
     }
 
     /// Adds the mounts of the files. A mount that is there already stays, but for the tmpfs of a
@@ -90,7 +98,7 @@ impl PodFiles {
         let uids = linux.and_then(|linux| linux.uid_mappings().clone());
         let gids = linux.and_then(|linux| linux.gid_mappings().clone());
         let mut mounts = spec.mounts().clone().unwrap_or_default();
-        for (name, destination) in FILES {
+        for (name, destination) in self.mounted {
             if at(&mounts, destination).is_some() {
                 continue;
             }
@@ -115,7 +123,8 @@ impl PodFiles {
     pub(super) fn share_memory(&self, binds: &mut [Bind]) {
         let source = self.dir.join(SHM);
         for bind in binds.iter_mut().filter(|bind| bind.source == source) {
-            bind.shm = Some(self.shm.clone());
+            let key = SHM_KEY.to_owned();
+            bind.shm = Some(Shm { key, size: SHM_SIZE, mode: 0o1777, uid: 0, gid: 0 });
         }
     }
 }
@@ -150,7 +159,7 @@ mod tests {
     }
 
     fn files(dir: &Path) -> PodFiles {
-        PodFiles::write(dir, "p", "web", Some("nameserver 1.2.3.4\n")).unwrap()
+        PodFiles::write(dir, "web", Some("nameserver 1.2.3.4\n")).unwrap()
     }
 
     #[test]
@@ -172,8 +181,17 @@ mod tests {
         let mut binds = binds(dir.path(), &spec).unwrap();
         files.share_memory(&mut binds);
         let shm = binds.iter().find(|bind| bind.mount == 1).unwrap().shm.clone().unwrap();
-        assert_eq!((shm.key.as_str(), shm.size, shm.mode), ("pod-p", 64 << 20, 0o1777));
+        assert_eq!((shm.key.as_str(), shm.size, shm.mode), ("pod", 64 << 20, 0o1777));
         assert!(binds.iter().filter(|bind| bind.mount != 1).all(|bind| bind.shm.is_none()));
+    }
+
+    #[test]
+    fn the_holder_keeps_the_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = spec("", "");
+        files(dir.path()).of_holder().mount(&mut spec);
+        let mounts = spec.mounts().as_ref().unwrap();
+        assert_eq!((mounts.len(), mounts[0].destination().as_path()), (1, Path::new(PLACE)));
     }
 
     #[test]

@@ -285,7 +285,7 @@ mod tests {
     }
 
     fn plan(dir: &std::path::Path) -> Phase {
-        let files = PodFiles::write(dir, "p", "web", None).unwrap();
+        let files = PodFiles::write(dir, "web", None).unwrap();
         let id = ContainerId::parse("p").unwrap();
         Phase::Created(Arc::new(Plan { id, bundle: dir.to_owned(), files }))
     }

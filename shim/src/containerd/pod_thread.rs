@@ -60,8 +60,8 @@ pub(super) struct NewTask {
 pub(super) enum Root {
     /// Mounts that containerd asks for.
     Mounts(Vec<Mount>),
-    /// That of a pod's holder, which executes nothing.
-    Holder,
+    /// That of a pod's holder, which executes nothing, and has these files of the pod.
+    Holder(PodFiles),
 }
 
 impl Root {
@@ -69,7 +69,7 @@ impl Root {
     pub(super) fn mount(&self, bundle: &Path) -> Result<()> {
         match self {
             Self::Mounts(mounts) => rootfs::mount(mounts, bundle),
-            Self::Holder => make_holder_root(&bundle.join(rootfs::NAME)),
+            Self::Holder(_) => make_holder_root(&bundle.join(rootfs::NAME)),
         }
     }
 }
@@ -161,7 +161,11 @@ fn begin(new: &NewTask) -> Result<Bundle> {
     share::enter_namespace()?;
     // They end with the namespace.
     new.root.mount(&new.bundle)?;
-    let bundle = Bundle::load(&new.bundle, None)?;
+    let files = match &new.root {
+        Root::Mounts(_) => None,
+        Root::Holder(files) => Some(files),
+    };
+    let bundle = Bundle::load_in_pod(&new.bundle, files)?;
     check_allowed(&bundle.spec, settings::allowed_annotations()?)?;
     if !bundle.joined.is_empty() {
         return Err(Error::new(format!(
@@ -316,7 +320,7 @@ pub(super) fn open_member(
     pids: &HashMap<i32, ContainerId>,
     files: Option<&PodFiles>,
 ) -> Result<Member> {
-    let mut bundle = Bundle::load_member(bundle, files)?;
+    let mut bundle = Bundle::load_in_pod(bundle, files)?;
     check_allowed(&bundle.spec, settings::allowed_annotations()?)?;
     let joins = bundle.joined.iter().map(|joined| {
         let container = match &joined.holder {

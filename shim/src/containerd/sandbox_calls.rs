@@ -112,7 +112,7 @@ impl Shim {
             id: plan.id.clone(),
             namespace: self.namespace.clone(),
             bundle: plan.bundle.clone(),
-            root: Root::Holder,
+            root: Root::Holder(plan.files.of_holder()),
             io: StandardStreams::default().into(),
             debug: self.debug,
         };
@@ -227,26 +227,27 @@ impl Shim {
         Ok(self.sandbox.stopped().await.exited)
     }
 
-    /// Ends the shim, also if it has no sandbox.
+    /// Ends the shim with its sandbox, or without one if there never was one.
     pub(super) async fn shutdown_sandbox(self: Arc<Self>, id: String) -> Result<()> {
+        if !self.sandbox.exists() && self.tasks.is_idle() {
+            self.shutdown.notify_one();
+            return Ok(());
+        }
+        self.sandbox.phase(&id)?;
         // Nobody waits for a start that is under way.
         self.tasks.give_up_boot();
         let _order = self.sandbox.order.lock().await;
-        if self.sandbox.exists() {
-            // What cannot be stopped ends with the shim.
-            match self.stop(&id).await {
-                Err(error) if self.sandbox.phase(&id).is_err() => return Err(error),
-                Err(error) => log::error!("{error}"),
-                Ok(()) => {}
-            }
-            if let Phase::Stopped(stopped) = self.sandbox.phase(&id)?
-                && let Some(dir) = &stopped.dir
-                // Otherwise the action `delete` finds the tasks by it.
-                && self.tasks.is_empty()
-                && let Err(error) = remove_state(dir, None).await
-            {
-                log::error!("{error}");
-            }
+        // What cannot be stopped ends with the shim.
+        if let Err(error) = self.stop(&id).await {
+            log::error!("{error}");
+        }
+        if let Phase::Stopped(stopped) = self.sandbox.phase(&id)?
+            && let Some(dir) = &stopped.dir
+            // Otherwise the action `delete` finds the tasks by it.
+            && self.tasks.is_empty()
+            && let Err(error) = remove_state(dir, None).await
+        {
+            log::error!("{error}");
         }
         self.shutdown.notify_one();
         Ok(())
@@ -296,7 +297,7 @@ fn plan(request: &CreateSandboxRequest) -> crate::error::Result<Plan> {
     check_allowed(&loaded.spec, settings::allowed_annotations()?)?;
     let resolv_conf = cri::resolv_conf(config.dns_config.as_ref());
     let dir = directory(&bundle);
-    let files = PodFiles::write(&dir, id.as_str(), &hostname, resolv_conf.as_deref())?;
+    let files = PodFiles::write(&dir, &hostname, resolv_conf.as_deref())?;
     Ok(Plan { id, bundle, files })
 }
 

@@ -116,3 +116,84 @@ impl Sandbox for Service {
         call("SandboxMetrics", &id, self.0.sandbox_metrics(&id)).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use containerd_shim_protos::{
+        sandbox_async::SandboxClient,
+        shim_async::Client,
+        ttrpc::{
+            context,
+            r#async::{
+                Server,
+                transport::{Listener, Socket},
+            },
+        },
+    };
+    use tokio::{
+        net::{UnixListener, UnixStream},
+        sync::Notify,
+    };
+
+    use super::*;
+    use crate::containerd::{events::Events, pod_sandbox::PodSandbox, tasks::Tasks};
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_sandbox_that_nobody_starts_is_taken_back() {
+        let shim = Arc::new(Shim {
+            namespace: "k8s.io".into(),
+            debug: false,
+            tasks: Tasks::default(),
+            sandbox: PodSandbox::default(),
+            events: Events::none(),
+            shutdown_asked: AtomicBool::default(),
+            shutdown: Notify::new(),
+        });
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let listener = Listener::from(UnixListener::bind(&path).unwrap());
+        let mut server = Server::new().add_listener(listener).register_service(services(&shim));
+        server.start().await.unwrap();
+        let stream = UnixStream::connect(&path).await.unwrap();
+        let client = SandboxClient::new(Client::new(Socket::new(stream)));
+        let context = context::Context::default;
+
+        let status = || SandboxStatusRequest { sandbox_id: "p".into(), ..Default::default() };
+        assert!(client.sandbox_status(context(), &status()).await.is_err());
+        let bundle = dir.path().join("bundle");
+        std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        let request = CreateSandboxRequest {
+            sandbox_id: "p".into(),
+            bundle_path: bundle.to_string_lossy().into_owned(),
+            ..Default::default()
+        };
+        client.create_sandbox(context(), &request).await.unwrap();
+        assert!(client.create_sandbox(context(), &request).await.is_err());
+        let answer = client.sandbox_status(context(), &status()).await.unwrap();
+        assert_eq!((answer.state.as_str(), answer.pid), ("SANDBOX_NOTREADY", 0));
+        let request = PlatformRequest { sandbox_id: "p".into(), ..Default::default() };
+        let platform = client.platform(context(), &request).await.unwrap().platform;
+        assert_eq!(platform.os, "linux");
+        let request = PingRequest { sandbox_id: "p".into(), ..Default::default() };
+        assert!(client.ping_sandbox(context(), &request).await.is_err());
+        let request = SandboxMetricsRequest { sandbox_id: "p".into(), ..Default::default() };
+        assert!(client.sandbox_metrics(context(), &request).await.is_err());
+
+        // Without a task the shim stays for its sandbox.
+        assert!(!shim.tasks.is_idle());
+        for _ in 0..2 {
+            let request = StopSandboxRequest { sandbox_id: "p".into(), ..Default::default() };
+            client.stop_sandbox(context(), &request).await.unwrap();
+        }
+        let request = WaitSandboxRequest { sandbox_id: "p".into(), ..Default::default() };
+        let answer = client.wait_sandbox(context(), &request).await.unwrap();
+        assert!(answer.exit_status == 0 && answer.exited_at.is_some());
+        let request = StartSandboxRequest { sandbox_id: "p".into(), ..Default::default() };
+        assert!(client.start_sandbox(context(), &request).await.is_err());
+        let request = ShutdownSandboxRequest { sandbox_id: "p".into(), ..Default::default() };
+        client.shutdown_sandbox(context(), &request).await.unwrap();
+        shim.shutdown.notified().await;
+    }
+}
