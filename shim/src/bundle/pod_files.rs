@@ -59,11 +59,7 @@ impl PodFiles {
     /// # Errors
     ///
     /// If a file cannot be written, or a file of the host cannot be read.
-    pub(crate) fn write(
-        dir: &Path,
-        hostname: &str,
-        resolv_conf: Option<&str>,
-    ) -> Result<Self> {
+    pub(crate) fn write(dir: &Path, hostname: &str, resolv_conf: Option<&str>) -> Result<Self> {
         let of_host = |path: &str| match fs::read(path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
             read => read.explain(|| format!("cannot read {path}")),
@@ -214,6 +210,8 @@ mod tests {
         files(dir.path()).mount(&mut spec);
         let mounts = spec.mounts().as_ref().unwrap();
         let mapped = |mount: &Mount| mount.uid_mappings().is_some();
-        assert!(mounts.iter().all(|mount| mapped(mount) != (mount.destination() == Path::new(PLACE))));
+        assert!(
+            mounts.iter().all(|mount| mapped(mount) != (mount.destination() == Path::new(PLACE)))
+        );
     }
 }

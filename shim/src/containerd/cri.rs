@@ -5,7 +5,14 @@ use containerd_shim_protos::protobuf::{Message, well_known_types::any::Any};
 use crate::error::{Error, Result};
 
 // Written by the code generator at build time.
-#[allow(missing_docs, unreachable_pub, unused_mut, unused_results, clippy::all, clippy::restriction)]
+#[allow(
+    missing_docs,
+    unreachable_pub,
+    unused_mut,
+    unused_results,
+    clippy::all,
+    clippy::restriction
+)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 }

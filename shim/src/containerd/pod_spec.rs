@@ -211,8 +211,7 @@ mod tests {
         let ids = IDMapping { host_id: 100_000, length: 65536, ..IDMapping::default() };
         let users = |mode: NamespaceMode| {
             let (uids, gids) = (vec![ids.clone()], vec![ids.clone()]);
-            let users =
-                UserNamespace { mode: mode.into(), uids, gids, ..UserNamespace::default() };
+            let users = UserNamespace { mode: mode.into(), uids, gids, ..UserNamespace::default() };
             let userns_options = MessageField::some(users);
             config(NamespaceOption { userns_options, ..NamespaceOption::default() })
         };
@@ -231,6 +230,9 @@ mod tests {
         let of = |parent: &str| cgroups_path(parent, "p").unwrap_or_default();
         assert_eq!(of(""), "");
         assert_eq!(of("/kubepods/pod1"), "/kubepods/pod1/p");
-        assert_eq!(of("/kubepods.slice/kubepods-pod1.slice"), "kubepods-pod1.slice:cri-containerd:p");
+        assert_eq!(
+            of("/kubepods.slice/kubepods-pod1.slice"),
+            "kubepods-pod1.slice:cri-containerd:p"
+        );
     }
 }

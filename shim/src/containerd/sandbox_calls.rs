@@ -62,7 +62,9 @@ impl Shim {
         request: CreateSandboxRequest,
     ) -> Result<CreateSandboxResponse> {
         if !request.rootfs.is_empty() {
-            return Err(unsupported("a root file system of a sandbox: only its containers have one"));
+            return Err(unsupported(
+                "a root file system of a sandbox: only its containers have one",
+            ));
         }
         let _order = self.sandbox.order.lock().await;
         if self.sandbox.exists() || !self.tasks.is_idle() {

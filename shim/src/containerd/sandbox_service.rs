@@ -125,11 +125,11 @@ mod tests {
         sandbox_async::SandboxClient,
         shim_async::Client,
         ttrpc::{
-            context,
             r#async::{
                 Server,
                 transport::{Listener, Socket},
             },
+            context,
         },
     };
     use tokio::{

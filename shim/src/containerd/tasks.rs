@@ -277,7 +277,6 @@ impl Task {
         }
         Ok(())
     }
-
 }
 
 /// Removes a container's cgroup. Returns its record, if there still is one.

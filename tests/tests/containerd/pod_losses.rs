@@ -8,7 +8,7 @@ use k8s_cri::v1::ContainerState;
 use crate::cri::{Cri, script};
 
 /// Kills the process whose command line has both words.
-fn kill(run: &Run<'_>, program: &str, word: &str) {
+pub(crate) fn kill(run: &Run<'_>, program: &str, word: &str) {
     let line = format!("pgrep -f '{program}.*{word}'");
     let pids = run.end(run.engine.inside(&["sh", "-c", &line])).ok().stdout;
     assert!(!pids.is_empty(), "no {program} of {word}");
