@@ -7,6 +7,7 @@ use k8s_cri::v1::{ContainerState, NamespaceMode, PodSandboxConfig, PodSandboxSta
 
 use crate::cri::{Cri, Pod, namespaces, script};
 use crate::pod_losses::kill;
+use crate::pod_observed::was_quiet;
 
 const READY: i32 = PodSandboxState::SandboxReady as i32;
 const NOT_READY: i32 = PodSandboxState::SandboxNotready as i32;
@@ -112,7 +113,9 @@ pub(crate) fn pod_sandboxer_processes(run: &Run<'_>) {
     assert!(seen.contains("sleep 1111") && seen.contains("sleep 2222"), "{seen}");
     let orphan = "(sleep 0.2 &); sleep 2; cat /proc/[0-9]*/status | grep -c '^State:.Z'; true";
     assert_eq!(pod.shell(&two, orphan), "0");
+    let id = pod.id.clone();
     pod.remove();
+    was_quiet(run, &id);
 
     let config = shared(NamespaceMode::Node);
     let logs = config.log_directory.clone();
