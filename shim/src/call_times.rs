@@ -22,7 +22,7 @@ pub(crate) const BOUNDS_US: [u64; 11] =
 pub(crate) enum Service {
     /// The agent in the guest, called by this process.
     Agent,
-    /// The tasks of containerd's shim, called by containerd.
+    /// containerd's shim, with its tasks and its sandbox, called by containerd.
     Task,
 }
 

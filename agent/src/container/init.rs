@@ -83,8 +83,12 @@ fn become_process(channel: &mut Channel) -> Result<Infallible> {
     // After the change of user the passwd file may be out of reach.
     let env = environment::complete(&process.env, process.user.uid, Path::new("/etc/passwd"));
     let program = Program::prepare(&process, &env, namespaces, filter)?;
+    // In a pod whose containers share processes this process inherits orphans, until it is started. A
+    // holder never is.
+    signals::ignore_children();
     channel.send(Tag::Ready, &[], &[]).context(|| "report to the agent")?;
     expect(channel, Tag::Start)?;
+    signals::heed_children();
     if let Some((hooks, state)) = start_hooks {
         hooks::run("hooks.startContainer", &hooks, &env, state, "created")?;
     }

@@ -37,6 +37,16 @@ pub(crate) fn end_on_signals() {
     unblock_all();
 }
 
+/// Has the kernel reap children of this process (wait(2), "SIGCHLD").
+pub(crate) fn ignore_children() {
+    set(libc::SIGCHLD, libc::SIG_IGN);
+}
+
+/// Takes [`ignore_children`] back. Hooks are children whose exit statuses count.
+pub(crate) fn heed_children() {
+    default(libc::SIGCHLD);
+}
+
 /// Resets the dispositions and the mask to those that programs expect: nothing handled, ignored or
 /// blocked.
 pub(crate) fn reset() {
@@ -71,4 +81,42 @@ fn unblock_all() {
     unsafe { libc::sigemptyset(&mut none) };
     // SAFETY: as above; no old set is asked for.
     unsafe { libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Forks a process that runs `body`, and returns its exit status. The new process is a copy of one
+    /// thread: `body` calls nothing but system calls.
+    fn in_child(body: fn() -> i32) -> Option<i32> {
+        // SAFETY: the child runs `body` and `_exit` only.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            let status = body();
+            // SAFETY: ends this process and runs nothing else of it.
+            unsafe { libc::_exit(status) };
+        }
+        let mut status = 0;
+        // SAFETY: `status` lives across the call.
+        let waited = unsafe { libc::waitpid(pid, &mut status, 0) };
+        (waited == pid).then(|| libc::WEXITSTATUS(status))
+    }
+
+    #[test]
+    fn the_kernel_reaps_children_that_are_ignored() {
+        let of_child = || in_child(|| 7).unwrap_or(1);
+        assert_eq!(in_child(of_child), Some(7));
+        let ignored = || {
+            ignore_children();
+            in_child(|| 7).unwrap_or(1)
+        };
+        assert_eq!(in_child(ignored), Some(1));
+        let heeded = || {
+            ignore_children();
+            heed_children();
+            in_child(|| 7).unwrap_or(1)
+        };
+        assert_eq!(in_child(heeded), Some(7));
+    }
 }

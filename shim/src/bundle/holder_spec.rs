@@ -2,11 +2,12 @@
 //!
 //! Engines make a first container for a pod that does nothing, so that the pod's namespaces outlive
 //! each other container. CRI-O can leave it out, and keeps the namespaces on the host by files.
-//! The guest has namespaces of its own, which only a container can hold.
+//! containerd leaves it out if the shim has the pod's sandbox. The guest has namespaces of its own,
+//! which only a container can hold.
 
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     bundle::{
@@ -26,6 +27,44 @@ const ROOTFS: &str = "rootfs";
 /// First part of the name of a holder's cgroup.
 const CGROUP: &str = "isopod";
 
+/// The part of a holder's config.json that differs from pod to pod.
+#[derive(Debug, Default)]
+pub(crate) struct HolderSpec {
+    /// Host name of the pod.
+    pub hostname: Option<String>,
+    /// `process.oomScoreAdj`.
+    pub oom_score_adj: Option<i32>,
+    /// `linux`, with the namespaces of the pod.
+    pub linux: Value,
+    /// `annotations`.
+    pub annotations: Value,
+}
+
+impl HolderSpec {
+    /// The config.json. Its root file system is at `rootfs` in the bundle.
+    pub(crate) fn json(&self) -> Value {
+        // The holder executes nothing. The capability has the share serve devices of containers.
+        json!({
+            "ociVersion": SPEC_VERSION,
+            "hostname": self.hostname,
+            "process": {
+                "user": { "uid": 0, "gid": 0 },
+                "args": [HOLDER_PROGRAM],
+                "cwd": "/",
+                "capabilities": { "bounding": ["CAP_MKNOD"] },
+                "oomScoreAdj": self.oom_score_adj,
+            },
+            "root": { "path": ROOTFS },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc" },
+                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" },
+            ],
+            "linux": self.linux,
+            "annotations": self.annotations,
+        })
+    }
+}
+
 impl Bundle {
     /// The bundle of the holder of pod `pod`, whose state directory is `dir`, for the pod's first
     /// container. The microVM has room for more containers.
@@ -37,34 +76,21 @@ impl Bundle {
         let of_spec = self.spec.linux().as_ref();
         let process = self.spec.process().as_ref();
         let cgroup = of_spec.and_then(|linux| linux.cgroups_path().as_deref());
-        // The holder executes nothing. The capability has the share serve devices of containers.
-        let spec = json!({
-            "ociVersion": SPEC_VERSION,
-            "hostname": self.hostname(),
-            "process": {
-                "user": { "uid": 0, "gid": 0 },
-                "args": [HOLDER_PROGRAM],
-                "cwd": "/",
-                "capabilities": { "bounding": ["CAP_MKNOD"] },
-                "oomScoreAdj": process.and_then(|process| process.oom_score_adj()),
-            },
-            "root": { "path": ROOTFS },
-            "mounts": [
-                { "destination": "/proc", "type": "proc", "source": "proc" },
-                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" },
-            ],
-            "linux": {
+        let spec = HolderSpec {
+            hostname: self.hostname(),
+            oom_score_adj: process.and_then(|process| process.oom_score_adj()),
+            linux: json!({
                 "cgroupsPath": cgroup.map(|path| beside(path, pod)),
                 "namespaces": [
                     { "type": "pid" }, { "type": "mount" }, { "type": "ipc" }, { "type": "uts" },
                     { "type": "network" },
                 ],
-            },
-            "annotations": { CRIO_TYPE: "sandbox", POD_ID: pod },
-        });
+            }),
+            annotations: json!({ CRIO_TYPE: "sandbox", POD_ID: pod }),
+        };
         Ok(Self {
             dir: dir.to_owned(),
-            spec: serde_json::from_value(spec).explain(|| "cannot describe a pod".into())?,
+            spec: serde_json::from_value(spec.json()).explain(|| "cannot describe a pod".into())?,
             seccomp: None,
             rootfs: dir.join(ROOTFS),
             binds: Vec::new(),

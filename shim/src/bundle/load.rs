@@ -18,6 +18,7 @@ use super::{
     network_namespace::NetworkNamespace,
     oci_spec_quirks,
     pod::{self, Joined},
+    pod_files::PodFiles,
     refused_fields,
     seccomp::{self, Filter},
     unknown_fields,
@@ -61,6 +62,20 @@ impl Bundle {
     /// The error names the first field that is missing, malformed or not supported. Fields that are
     /// not honoured give a warning in the log.
     pub fn load(dir: &Path, command: Option<Vec<String>>) -> Result<Self> {
+        Self::load_with(dir, command, None)
+    }
+
+    /// Like [`Bundle::load`], of a container that gets `files` of its pod, unless config.json has
+    /// mounts in their places.
+    pub(crate) fn load_in_pod(dir: &Path, files: Option<&PodFiles>) -> Result<Self> {
+        Self::load_with(dir, None, files)
+    }
+
+    fn load_with(
+        dir: &Path,
+        command: Option<Vec<String>>,
+        files: Option<&PodFiles>,
+    ) -> Result<Self> {
         let dir = canonical_dir(dir, "the bundle")
             .map_err(|e| Error::new(format!("{} ({WHAT_A_BUNDLE_IS})", e.message)))?;
         let path = dir.join("config.json");
@@ -78,12 +93,18 @@ impl Bundle {
         if let (Some(command), Some(process)) = (command, spec.process_mut()) {
             process.set_args(Some(command));
         }
+        if let Some(files) = files {
+            files.mount(&mut spec);
+        }
         pod::check(&spec)?;
         annotations::check(&spec)?;
         check::spec(&spec)?;
         let root = spec.root().as_ref().ok_or_else(|| Error::new("config.json has no root"))?;
         let rootfs = canonical_dir(&dir.join(root.path()), "root.path")?;
-        let binds = bind::binds(&dir, &spec)?;
+        let mut binds = bind::binds(&dir, &spec)?;
+        if let Some(files) = files {
+            files.share_memory(&mut binds);
+        }
         let disks = disk::disks(&dir, &spec)?;
         let hooks = check::guest_hooks(&spec)?;
         let vm = VmSize::of(&spec)?;

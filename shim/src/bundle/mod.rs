@@ -16,6 +16,7 @@ mod network_namespace;
 mod oci_spec_quirks;
 mod owner;
 mod pod;
+mod pod_files;
 mod projected;
 mod propagation;
 mod refused_fields;
@@ -50,11 +51,12 @@ pub use self::{
 pub(crate) use self::{
     disk::place as place_disks,
     guest_spec::{shared_hook, shared_inner, shared_name},
-    holder_spec::HOLDER_PROGRAM,
+    holder_spec::{HOLDER_PROGRAM, HolderSpec},
     network_namespace::{RESOLV_CONF, is_network_namespace},
     owner::user as check_user,
-    pod::{POD_ID, is_crios, is_same as is_same_namespace},
-    vm_size::DEFAULT_PERIOD_US,
+    pod::{CONTAINERD_TYPE, POD_ID, is_crios, is_same as is_same_namespace},
+    pod_files::PodFiles,
+    vm_size::{CONTAINERD_LIMITS, DEFAULT_PERIOD_US},
 };
 
 #[cfg(test)]

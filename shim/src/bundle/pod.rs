@@ -23,7 +23,7 @@ pub(super) const CONTAINER_TYPES: [&str; 2] = [CRIO_TYPE, CONTAINERD_TYPE];
 
 /// containerd's annotation for a container's part in its pod, which only its plugin for Kubernetes
 /// sets.
-const CONTAINERD_TYPE: &str = "io.kubernetes.cri.container-type";
+pub(crate) const CONTAINERD_TYPE: &str = "io.kubernetes.cri.container-type";
 
 /// CRI-O's annotation for a container's part in its pod.
 pub(super) const CRIO_TYPE: &str = "io.kubernetes.cri-o.ContainerType";

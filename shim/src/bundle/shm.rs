@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::bundle::id_map::{self, IdMap};
 
 /// The mount point of POSIX shared memory (shm_overview(7)).
-const PLACE: &str = "/dev/shm";
+pub(super) const PLACE: &str = "/dev/shm";
 
 /// Directory of a kubelet for the emptyDir volumes of a pod, each below its name.
 const EMPTY_DIRS: &str = "kubernetes.io~empty-dir";

@@ -24,7 +24,7 @@ pub(super) const NESTED_ANNOTATION: &str = "dev.isopod.nested";
 pub const NICS_ANNOTATION: &str = "dev.isopod.nics";
 
 /// Prefix of containerd's annotations with the limits of a pod, each a number.
-const CONTAINERD_LIMITS: &str = "io.kubernetes.cri.sandbox-";
+pub(crate) const CONTAINERD_LIMITS: &str = "io.kubernetes.cri.sandbox-";
 
 /// CRI-O's annotation with the limits of a pod: the `LinuxContainerResources` of CRI as JSON.
 const CRIO_LIMITS: &str = "io.kubernetes.cri-o.PodLinuxResources";

@@ -34,7 +34,8 @@ use crate::{
         messages::{CGROUPS, RUNC, any, same, timestamp},
         metrics::metrics,
         pod::Pod,
-        pod_thread::NewTask,
+        pod_sandbox::PodSandbox,
+        pod_thread::{NewTask, Root},
         process::{Exited, Process, Status},
         status::{failed, finished, no_such, status, unsupported},
         stdio::{Addresses, Of},
@@ -51,7 +52,7 @@ use crate::{
 const GUEST_PIDS: u32 = 1 << 30;
 
 /// Longest time for the guest to carry a call out that is quick. Callers go on to stronger means.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest time for the guest's part of an answer that can do without. containerd asks all shims,
 /// one after the other, while it starts.
@@ -63,14 +64,16 @@ const END_TIME: Duration = Duration::from_millis(500);
 /// Time for the answer about the last task to be sent before the shim ends.
 const ANSWER_TIME: Duration = Duration::from_secs(1);
 
-/// Longest time of a shim without a task. containerd may have given up the task that it wanted.
-const IDLE_TIME: Duration = Duration::from_secs(30);
+/// Longest time of a shim without a task or a sandbox. containerd may have given up what it wanted.
+pub(super) const IDLE_TIME: Duration = Duration::from_secs(30);
 
 /// State that all calls share.
 pub(super) struct Shim {
     pub(super) namespace: String,
     pub(super) debug: bool,
     pub(super) tasks: Tasks,
+    /// The sandbox, if containerd has the shim make one.
+    pub(super) sandbox: PodSandbox,
     pub(super) events: Events,
     /// True once containerd has wanted the shim to end.
     pub(super) shutdown_asked: AtomicBool,
@@ -134,7 +137,7 @@ impl Shim {
             id: id.clone(),
             namespace: self.namespace.clone(),
             bundle: PathBuf::from(&request.bundle),
-            rootfs: request.rootfs.clone(),
+            root: Root::Mounts(request.rootfs.clone()),
             io,
             debug: self.debug,
         };
@@ -144,11 +147,14 @@ impl Shim {
             Some(pod) => {
                 drop(place);
                 self.check_pod(&pod)?;
-                let (made, parked) = pod.add(new, self.tasks.pids()).await.map_err(failed)?;
+                let mut pids = self.tasks.pids();
+                pids.extend(self.sandbox.pid());
+                let (made, parked) = pod.add(new, pids).await.map_err(failed)?;
                 (pod, made, parked)
             }
             None => {
-                let booted = Pod::boot(new, self.tasks.closing()).await;
+                self.sandbox.check_absent()?;
+                let booted = Pod::boot(new, None, self.tasks.closing()).await;
                 let (pod, made, parked) = booted.map_err(failed)?;
                 let pod = Arc::new(pod);
                 *place = Some(Arc::clone(&pod));
@@ -194,6 +200,9 @@ impl Shim {
 
     /// Refuses a container in a pod that has ended.
     fn check_pod(&self, pod: &Pod) -> Result<()> {
+        if self.sandbox.exists() {
+            return self.sandbox.check_ready();
+        }
         let first = pod.first();
         let there = self.tasks.get(first.as_str());
         if there.is_some_and(|first| first.init.exited().is_none()) {

@@ -3,7 +3,7 @@
 //! ```text
 //!  containerd ── executes ──► start (bootstrap) ── executes ──► serve: one for each pod
 //!      │                                                          │ main thread: ttrpc, events
-//!      └───────────── ttrpc: Task v2 and v3 ─────────────────────►│ pod thread: Sandbox, VMM
+//!      └───────────── ttrpc: Task v2 and v3, Sandbox ────────────►│ pod thread: Sandbox, VMM
 //!      ◄───────────── ttrpc: events ──────────────────────────────┘ a parked thread a process
 //! ```
 //!
@@ -13,10 +13,14 @@
 //!   the task's pod.
 //! - [`serve`]: the shim itself. [`service`] has its calls, [`calls`] what they do, [`tasks`] the tasks, [`process`] what
 //!   containerd knows of a process, [`pod_thread`] the thread that owns the microVM.
+//! - [`sandbox_service`]: containerd's other calls, about the pod as a whole, if it leaves the pod's
+//!   first container to the shim (`sandboxer = "shim"`). [`sandbox_calls`] carries them out, and
+//!   [`pod_sandbox`] has the state.
 //! - [`delete`]: containerd's last action for a task. It removes what a shim that was killed has
 //!   left.
 
 mod calls;
+mod cri;
 mod delete;
 mod events;
 mod exec;
@@ -27,9 +31,14 @@ mod messages;
 mod metrics;
 mod parked;
 mod pod;
+mod pod_sandbox;
+mod pod_spec;
 mod pod_thread;
 mod process;
 mod rootfs;
+mod sandbox_calls;
+mod sandbox_figures;
+mod sandbox_service;
 mod serve;
 mod service;
 mod start;

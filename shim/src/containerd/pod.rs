@@ -15,7 +15,7 @@ use tokio::{
 };
 
 use crate::{
-    bundle::VmSize,
+    bundle::{PodFiles, VmSize},
     cgroup::Cgroup,
     clock,
     container_id::ContainerId,
@@ -24,7 +24,6 @@ use crate::{
         pod_thread::{
             Booted, Made, Member, NewTask, in_mount_namespace, open_member, own, root_of,
         },
-        rootfs,
     },
     engine::{self, NewContainer, Place, Record, Sandbox},
     error::{Error, Explain, Result},
@@ -47,6 +46,8 @@ pub(super) struct Pod {
     /// The pod as the records of its further containers name it.
     name: engine::Pod,
     size: VmSize,
+    /// Files that the containers get, if the pod's engine leaves these to the shim.
+    files: Option<PodFiles>,
     event_loop: Handle,
     thread: Mutex<Option<Owner>>,
     /// Number of further containers that are being made.
@@ -63,8 +64,8 @@ struct Owner {
 }
 
 impl Pod {
-    /// Boots a microVM for a container, and makes the container in it. Gives up when `closing` turns
-    /// true.
+    /// Boots a microVM for a container, and makes the container in it. Gives up when `closing` is
+    /// ready. `files` are those of the pod's further containers.
     ///
     /// # Errors
     ///
@@ -72,7 +73,8 @@ impl Pod {
     /// then.
     pub(super) async fn boot(
         new: NewTask,
-        mut closing: watch::Receiver<bool>,
+        files: Option<PodFiles>,
+        closing: impl Future<Output = ()>,
     ) -> Result<(Self, Made, Parked)> {
         let began_us = clock::monotonic_us();
         let (tell, told) = oneshot::channel();
@@ -84,7 +86,6 @@ impl Pod {
             .explain(|| "cannot start the thread of a pod".into())?;
         let mut told = told;
         let mut close = Some(close);
-        let closing = async move { drop(closing.wait_for(|closing| *closing).await) };
         let early = tokio::select! {
             answer = &mut told => Some(answer),
             () = closing => None,
@@ -104,6 +105,7 @@ impl Pod {
             sandbox,
             name,
             size,
+            files,
             event_loop,
             // Without a sender the thread ends the microVM.
             thread: Mutex::new(close.map(|close| Owner { close, thread })),
@@ -126,12 +128,12 @@ impl Pod {
         let creating = self.sandbox.reserve(&new.id)?;
         let (name, size) = (self.name.clone(), self.size);
         let timeline = Timeline { command: Some(clock::monotonic_us()), ..Timeline::default() };
-        let NewTask { id, namespace, bundle, rootfs, io, .. } = new;
+        let NewTask { id, namespace, bundle, root, io, .. } = new;
         let opened = {
-            let id = id.clone();
+            let (id, files) = (id.clone(), self.files.clone());
             in_mount_namespace(move || {
-                rootfs::mount(&rootfs, &bundle)?;
-                open_member(&id, &bundle, name, size, &pids)
+                root.mount(&bundle)?;
+                open_member(&id, &bundle, name, size, &pids, files.as_ref())
             })
         };
         let Member { record, guest, trees, disks, bundle, origin, root } = opened.await?;

@@ -16,7 +16,10 @@ use containerd_shim_protos::api::Mount;
 use tokio::{runtime::Handle, sync::oneshot};
 
 use crate::{
-    bundle::{Bundle, GuestContainer, Holder, Propagation, VmSize, check_allowed, is_first_of_pod},
+    bundle::{
+        Bundle, GuestContainer, Holder, PodFiles, Propagation, VmSize, check_allowed,
+        is_first_of_pod,
+    },
     cgroup::{Cgroup, CgroupPlan},
     container_id::ContainerId,
     containerd::{parked::Parked, rootfs},
@@ -35,7 +38,7 @@ use crate::{
     },
     network, oom_score,
     process_id::ProcessId,
-    sandbox_process::Membership,
+    sandbox_process::{Membership, make_holder_root},
     settings,
     state::{CONTAINERD_ROOT, CONTROL_SOCKET, StateDir},
     timeline::Timeline,
@@ -47,11 +50,28 @@ pub(super) struct NewTask {
     /// Namespace of containerd.
     pub(super) namespace: String,
     pub(super) bundle: PathBuf,
-    /// Mounts for the root file system.
-    pub(super) rootfs: Vec<Mount>,
+    pub(super) root: Root,
     pub(super) io: Io,
     /// True to keep the guest's console.
     pub(super) debug: bool,
+}
+
+/// The root file system of a new container.
+pub(super) enum Root {
+    /// Mounts that containerd asks for.
+    Mounts(Vec<Mount>),
+    /// That of a pod's holder, which executes nothing, and has these files of the pod.
+    Holder(PodFiles),
+}
+
+impl Root {
+    /// Mounts it at `rootfs` in the bundle. The calling thread has a mount namespace of its own.
+    pub(super) fn mount(&self, bundle: &Path) -> Result<()> {
+        match self {
+            Self::Mounts(mounts) => rootfs::mount(mounts, bundle),
+            Self::Holder(_) => make_holder_root(&bundle.join(rootfs::NAME)),
+        }
+    }
 }
 
 /// A container that was made for containerd, and what is to be removed with it.
@@ -140,8 +160,12 @@ pub(super) fn own(
 fn begin(new: &NewTask) -> Result<Bundle> {
     share::enter_namespace()?;
     // They end with the namespace.
-    rootfs::mount(&new.rootfs, &new.bundle)?;
-    let bundle = Bundle::load(&new.bundle, None)?;
+    new.root.mount(&new.bundle)?;
+    let files = match &new.root {
+        Root::Mounts(_) => None,
+        Root::Holder(files) => Some(files),
+    };
+    let bundle = Bundle::load_in_pod(&new.bundle, files)?;
     check_allowed(&bundle.spec, settings::allowed_annotations()?)?;
     if !bundle.joined.is_empty() {
         return Err(Error::new(format!(
@@ -286,15 +310,17 @@ pub(super) async fn in_mount_namespace<T: Send + 'static>(
     told.await.unwrap_or_else(|_| Err(Error::new("the thread for a container panicked")))
 }
 
-/// Reads the bundle of a further container, and opens its trees.
+/// Reads the bundle of a further container, and opens its trees. The container gets the files of its
+/// pod, if these are the shim's.
 pub(super) fn open_member(
     id: &ContainerId,
     bundle: &Path,
     pod: engine::Pod,
     size: VmSize,
     pids: &HashMap<i32, ContainerId>,
+    files: Option<&PodFiles>,
 ) -> Result<Member> {
-    let mut bundle = Bundle::load(bundle, None)?;
+    let mut bundle = Bundle::load_in_pod(bundle, files)?;
     check_allowed(&bundle.spec, settings::allowed_annotations()?)?;
     let joins = bundle.joined.iter().map(|joined| {
         let container = match &joined.holder {

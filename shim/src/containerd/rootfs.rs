@@ -21,6 +21,9 @@ use crate::{
     error::{Error, Explain, Result},
 };
 
+/// Directory of the root file system in the bundle.
+pub(super) const NAME: &str = "rootfs";
+
 /// Longest text of options that mount(2) takes: a page, with the zero at its end.
 const MAX_OPTIONS: usize = 4095;
 
@@ -65,7 +68,7 @@ const REFUSED: [&str; 1] = ["loop"];
 ///
 /// If a mount fails.
 pub(super) fn mount(mounts: &[Mount], bundle: &Path) -> Result<()> {
-    let target = bundle.join("rootfs");
+    let target = bundle.join(NAME);
     if !mounts.is_empty() {
         fs::create_dir_all(&target).explain(|| format!("cannot make {}", target.display()))?;
     }

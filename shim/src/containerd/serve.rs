@@ -14,7 +14,8 @@ use tokio::{net::UnixListener, sync::Notify};
 
 use crate::{
     containerd::{
-        TTRPC_ADDRESS, calls::Shim, events::Events, flags::Flags, service::services, tasks::Tasks,
+        TTRPC_ADDRESS, calls::Shim, events::Events, flags::Flags, pod_sandbox::PodSandbox,
+        sandbox_service, service, tasks::Tasks,
     },
     descriptor::take_inherited,
     error::{Error, Explain, Result},
@@ -50,6 +51,7 @@ async fn run(flags: &Flags, socket: OwnedFd) -> Result<()> {
         namespace: flags.namespace.clone(),
         debug: flags.debug,
         tasks: Tasks::default(),
+        sandbox: PodSandbox::default(),
         events: events.clone(),
         shutdown_asked: AtomicBool::default(),
         shutdown: Notify::new(),
@@ -58,8 +60,10 @@ async fn run(flags: &Flags, socket: OwnedFd) -> Result<()> {
     let listener = std::os::unix::net::UnixListener::from(socket);
     listener.set_nonblocking(true).explain(what)?;
     let listener = UnixListener::from_std(listener).explain(what)?;
-    let mut server =
-        Server::new().add_listener(Listener::from(listener)).register_service(services(&shim));
+    let mut server = Server::new()
+        .add_listener(Listener::from(listener))
+        .register_service(service::services(&shim))
+        .register_service(sandbox_service::services(&shim));
     server.start().await.map_err(|e| Error::new(format!("{}: {e}", what())))?;
     tokio::select! {
         () = shim.shutdown.notified() => {}
@@ -70,6 +74,7 @@ async fn run(flags: &Flags, socket: OwnedFd) -> Result<()> {
     // First, so that nobody finds a shim that is ending.
     drop(socket_file);
     shim.tasks.close().await;
+    shim.sandbox.close().await;
     // The answer to the shutdown is on its way. Clients that wait hear of the end.
     if let Err(error) = server.shutdown().await {
         log::debug!("{error}");

@@ -47,7 +47,7 @@ pub(super) fn services(shim: &Arc<Shim>) -> HashMap<String, ttrpc::r#async::Serv
 }
 
 /// Carries out a call about a task. Its time is counted, and what it logs names the task.
-async fn call<T>(
+pub(super) async fn call<T>(
     method: &'static str,
     task: &str,
     work: impl Future<Output = Result<T>>,
@@ -56,7 +56,7 @@ async fn call<T>(
 }
 
 /// Runs a call to its end, even if the connection that it came on breaks.
-async fn to_the_end<T: Send + 'static>(
+pub(super) async fn to_the_end<T: Send + 'static>(
     call: impl Future<Output = Result<T>> + Send + 'static,
 ) -> Result<T> {
     tokio::spawn(logger::inherit(call))

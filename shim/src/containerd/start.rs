@@ -1,4 +1,4 @@
-//! The action `start`: starts the shim of a task, or finds the shim of the task's pod.
+//! The action `start`: starts the shim of a task or a sandbox, or finds the shim of the task's pod.
 
 use std::{
     env, fs,
@@ -130,10 +130,16 @@ fn decode(input: &[u8], flags: &Flags) -> Option<BootstrapParams> {
     })
 }
 
-/// Id of the pod that the bundle belongs to: the task itself, unless config.json names another.
+/// Id of the pod that the bundle belongs to: the task itself, unless config.json names another. The
+/// bundle of a sandbox has no config.json yet.
 fn pod_of(id: &ContainerId) -> Result<String> {
     let what = || "cannot read config.json in the working directory, the bundle".to_owned();
-    let text = fs::read("config.json").explain(what)?;
+    let text = match fs::read("config.json") {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(id.as_str().to_owned());
+        }
+        read => read.explain(what)?,
+    };
     let spec: serde_json::Value = serde_json::from_slice(&text).explain(what)?;
     let named = POD_ANNOTATIONS.iter().find_map(|key| spec["annotations"][*key].as_str());
     match named.filter(|pod| !pod.is_empty()) {

@@ -77,6 +77,8 @@ pub(super) struct Tasks {
     pod: tokio::sync::Mutex<Option<Arc<Pod>>>,
     /// Tasks that are being made.
     creating: Mutex<HashMap<String, Arc<Progress>>>,
+    /// True if the pod is that of a sandbox, which containerd ends.
+    of_sandbox: AtomicBool,
     /// True once the shim is to end.
     closing: watch::Sender<bool>,
 }
@@ -275,22 +277,28 @@ impl Task {
         }
         Ok(())
     }
+}
 
-    /// Removes the container's cgroup and state, and runs its poststop hooks.
-    async fn remove_state(&self) -> Result<()> {
-        let Some(record) = Record::read(&self.dir)? else { return Ok(()) };
-        if let Some(cgroup) = record.cgroup.clone() {
-            blocking(move || Cgroup::remove(&cgroup)).await?;
-        }
-        if self.dir.remove()? {
-            hooks::run_poststop(&record, self.origin.as_ref()).await;
-        }
-        // Others may have made them.
-        if let Some(root) = self.dir.path().parent() {
-            remove_empty_roots(root);
-        }
-        Ok(())
+/// Removes a container's cgroup. Returns its record, if there still is one.
+pub(super) async fn remove_cgroup(dir: &StateDir) -> Result<Option<Record>> {
+    let record = Record::read(dir)?;
+    if let Some(cgroup) = record.as_ref().and_then(|record| record.cgroup.clone()) {
+        blocking(move || Cgroup::remove(&cgroup)).await?;
     }
+    Ok(record)
+}
+
+/// Removes a container's cgroup and state, and runs its poststop hooks.
+pub(super) async fn remove_state(dir: &StateDir, origin: Option<&RuntimeNamespace>) -> Result<()> {
+    let Some(record) = remove_cgroup(dir).await? else { return Ok(()) };
+    if dir.remove()? {
+        hooks::run_poststop(&record, origin).await;
+    }
+    // Others may have made them.
+    if let Some(root) = dir.path().parent() {
+        remove_empty_roots(root);
+    }
+    Ok(())
 }
 
 impl Tasks {
@@ -304,9 +312,15 @@ impl Tasks {
         self.all().insert(task.id.to_string(), task);
     }
 
-    /// Tells whether there is no task, and none is being made.
+    /// Tells whether there is no task, none is being made, and the shim has no sandbox.
     pub(super) fn is_idle(&self) -> bool {
-        self.is_empty() && self.creating().is_empty()
+        let of_sandbox = self.of_sandbox.load(Ordering::Relaxed);
+        !of_sandbox && self.is_empty() && self.creating().is_empty()
+    }
+
+    /// Has the pod stay without tasks: it is that of a sandbox.
+    pub(super) fn are_of_a_sandbox(&self) {
+        self.of_sandbox.store(true, Ordering::Relaxed);
     }
 
     /// Tells whether there is no task.
@@ -326,7 +340,7 @@ impl Tasks {
     }
 
     /// Deletes a task whose first process has ended or was never started. Once the last task is
-    /// deleted, the microVM is gone.
+    /// deleted, the microVM is gone, unless a sandbox has it.
     ///
     /// # Errors
     ///
@@ -346,13 +360,13 @@ impl Tasks {
             execs.spawn(logger::inherit(async move { exec.give_up(Duration::ZERO).await }));
         }
         execs.join_all().await;
-        task.remove_state().await?;
+        remove_state(&task.dir, task.origin.as_ref()).await?;
         let last = {
             let mut all = self.all();
             all.remove(task.id.as_str());
             all.is_empty()
         };
-        if last {
+        if last && !self.of_sandbox.load(Ordering::Relaxed) {
             let mut place = self.pod.lock().await;
             // A creation may have come in between.
             if self.is_empty()
@@ -375,7 +389,7 @@ impl Tasks {
     /// Ends the pod, with all tasks, and makes a boot that is under way fail. The state of the tasks
     /// stays, with their exit statuses, for the action `delete`.
     pub(super) async fn close(&self) {
-        self.closing.send_replace(true);
+        self.give_up_boot();
         let pod = self.pod.lock().await.take();
         if let Some(pod) = pod {
             pod.close().await;
@@ -390,9 +404,15 @@ impl Tasks {
         let _ = timeout(EXECS_TIMEOUT, ends).await;
     }
 
-    /// Turns true when the shim is to end.
-    pub(super) fn closing(&self) -> watch::Receiver<bool> {
-        self.closing.subscribe()
+    /// Makes a boot that is under way fail, and every later one.
+    pub(super) fn give_up_boot(&self) {
+        self.closing.send_replace(true);
+    }
+
+    /// Waits until the shim is to end.
+    pub(super) fn closing(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut closing = self.closing.subscribe();
+        async move { drop(closing.wait_for(|closing| *closing).await) }
     }
 
     /// Notes that a task is being made.

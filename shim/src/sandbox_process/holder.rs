@@ -16,13 +16,20 @@ use crate::{
     error::{Explain, Result},
 };
 
+/// Directories of the root file system that are mount points. Root of a user namespace could not make
+/// them in the guest.
+const MOUNT_POINTS: [&str; 2] = ["proc", "dev"];
+
 /// Makes the root file system of a holder at `rootfs`, in a tmpfs of this thread's mount namespace.
-/// The guest can write to it, so it is small.
-pub(super) fn make_root(rootfs: &Path) -> Result<()> {
+/// The guest can write to it, so it is small. The directory `rootfs` may be there.
+pub(crate) fn make_root(rootfs: &Path) -> Result<()> {
     let what = || format!("cannot make the root file system {}", rootfs.display());
-    fs::DirBuilder::new().mode(0o700).create(rootfs).explain(what)?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(rootfs).explain(what)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV;
     mount("isopod", rootfs, "tmpfs", flags, c"mode=0755,size=64k,nr_inodes=64").explain(what)?;
+    for name in MOUNT_POINTS {
+        fs::create_dir(rootfs.join(name)).explain(what)?;
+    }
     let program = rootfs.join(HOLDER_PROGRAM.trim_start_matches('/'));
     let made = fs::OpenOptions::new().write(true).create_new(true).mode(0o755).open(program);
     made.map(drop).explain(what)

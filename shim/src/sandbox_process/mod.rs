@@ -20,7 +20,9 @@ mod streams;
 
 use std::{os::fd::AsFd, sync::Arc, thread};
 
-pub(crate) use self::{launch::Launch, pod_lookup::Membership};
+pub(crate) use self::{
+    holder::make_root as make_holder_root, launch::Launch, pod_lookup::Membership,
+};
 use crate::{
     cgroup::{Cgroup, CgroupPlan},
     clock,

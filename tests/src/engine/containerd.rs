@@ -14,23 +14,39 @@ const CLIENT: &str = "/usr/bin/ctr";
 /// The image of a pod's first container.
 const PAUSE_IMAGE: &str = "docker.io/library/isopod-pause:latest";
 
+/// The handler whose pods have no first container: the shim has their sandboxes.
+pub const SANDBOXER: &str = "isopod-sandbox";
+
 /// Namespaces of containerd that have the images: the client's, and the plugin's.
 const NAMESPACES: [&str; 2] = ["default", "k8s.io"];
 
 impl Engine {
     /// Starts this machine's containerd, Debian's package.
     pub fn containerd() -> Self {
-        Self::start_containerd(None)
+        Self::start_containerd(None, "")
     }
 
     /// Starts the containerd of a Debian tree.
     pub fn containerd_of(tree: &Path) -> Self {
-        Self::start_containerd(Some(tree))
+        Self::start_containerd(Some(tree), "")
     }
 
-    fn start_containerd(tree: Option<&Path>) -> Self {
+    /// Like [`Engine::containerd_of`], with the handler [`SANDBOXER`] too. containerd 2.0 and later
+    /// know such handlers.
+    pub fn containerd_with_sandboxer(tree: &Path) -> Self {
+        let handler = format!(
+            r#"    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{SANDBOXER}]
+      runtime_type = "io.containerd.isopod.v2"
+      sandboxer = "shim"
+      privileged_without_host_devices = false
+"#
+        );
+        Self::start_containerd(Some(tree), &handler)
+    }
+
+    fn start_containerd(tree: Option<&Path>, more_handlers: &str) -> Self {
         let engine = Self::build(Kind::Containerd, tree);
-        engine.configure_containerd();
+        engine.configure_containerd(more_handlers);
         engine.start_containerd_daemon();
         engine.import_images();
         engine
@@ -59,7 +75,7 @@ impl Engine {
         self.scope.keeper().wait(daemon, crate::DEADLINE).expect("the daemon's end");
     }
 
-    fn configure_containerd(&self) {
+    fn configure_containerd(&self, more_handlers: &str) {
         let dir = self.path("");
         let dir = dir.trim_end_matches('/');
         let config = format!(
@@ -85,7 +101,7 @@ state = "/run/containerd"
     [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.isopod]
       runtime_type = "io.containerd.isopod.v2"
       privileged_without_host_devices = false
-"#
+{more_handlers}"#
         );
         fs::write(self.dir().join("config.toml"), config).expect("config.toml");
         fs::create_dir(self.dir().join("cni")).expect("cni");

@@ -12,10 +12,11 @@ use crate::census;
 const TIDY: Duration = Duration::from_secs(60);
 
 /// Files below /run that engines make once and keep: locks, and files for the next time.
-const KEPT: [&str; 16] = [
+const KEPT: [&str; 17] = [
     "/run/containerd/io.containerd.grpc.v1.cri/containers",
     "/run/containerd/io.containerd.grpc.v1.cri/sandboxes",
     "/run/containerd/io.containerd.runtime.v2.task/k8s.io",
+    "/run/containerd/io.containerd.sandbox.controller.v1.shim/k8s.io",
     "/run/containerd/runc/k8s.io",
     "/run/containerd/s",
     "/run/containers",

@@ -206,9 +206,19 @@ impl<'r, 'e> Cri<'r, 'e> {
     /// Runs a pod, or returns the error's text.
     #[track_caller]
     pub(crate) fn try_pod(&self, config: PodSandboxConfig) -> Result<Pod<'_, 'r, 'e>, String> {
+        self.try_pod_of(self.run.with.name(), config)
+    }
+
+    /// Runs a pod by a handler, or returns the error's text.
+    #[track_caller]
+    pub(crate) fn try_pod_of(
+        &self,
+        handler: &str,
+        config: PodSandboxConfig,
+    ) -> Result<Pod<'_, 'r, 'e>, String> {
         let request = k8s_cri::v1::RunPodSandboxRequest {
             config: Some(config.clone()),
-            runtime_handler: self.run.with.name().to_owned(),
+            runtime_handler: handler.to_owned(),
         };
         let id = call!(self, run_pod_sandbox, request)?.pod_sandbox_id;
         Ok(Pod { cri: self, id, config })
@@ -394,6 +404,23 @@ impl Pod<'_, '_, '_> {
         };
         let answer = call!(self.cri, pod_sandbox_status, request);
         answer.expect("PodSandboxStatus").status.expect("a status")
+    }
+
+    /// The runtime's own information about the pod, as `crictl inspectp` shows it.
+    #[track_caller]
+    pub(crate) fn pod_info(&self) -> serde_json::Value {
+        let request =
+            k8s_cri::v1::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: true };
+        let answer = call!(self.cri, pod_sandbox_status, request).expect("PodSandboxStatus");
+        serde_json::from_str(answer.info.get("info").expect("information")).expect("JSON")
+    }
+
+    /// The statistics of the pod.
+    #[track_caller]
+    pub(crate) fn pod_stats(&self) -> k8s_cri::v1::PodSandboxStats {
+        let request = k8s_cri::v1::PodSandboxStatsRequest { pod_sandbox_id: self.id.clone() };
+        let answer = call!(self.cri, pod_sandbox_stats, request);
+        answer.unwrap_or_else(|error| panic!("PodSandboxStats: {error}")).stats.expect("statistics")
     }
 
     /// The log of a container, as the kubelet reads it: lines without time and stream.

@@ -15,6 +15,7 @@ mod pod_network;
 mod pod_observed;
 mod pod_rights;
 mod pod_rounds;
+mod pod_sandboxer;
 mod pod_truth;
 mod pod_volumes;
 mod tasks;
@@ -77,17 +78,24 @@ const OF_VERSIONS: &[Case] = &[
     case!(pod_network::pod_port_forward),
 ];
 
-/// Further cases of the newest containerd. It maps owners for pods with a user namespace, and reports
-/// what a handler can do.
-const OF_THE_NEWEST: &[Case] =
-    &[case!(pod_rights::pod_user_namespace), case!(pod_volumes::pod_recursive_read_only)];
+/// Further cases of the newest containerd. It maps owners for pods with a user namespace, it reports
+/// what a handler can do, and it may leave a pod's first container to the shim, which runc's shim does
+/// not offer for pods.
+const OF_THE_NEWEST: &[Case] = &[
+    case!(pod_rights::pod_user_namespace),
+    case!(pod_volumes::pod_recursive_read_only),
+    case!(pod_sandboxer::pod_sandboxer).isopod_only(),
+    case!(pod_sandboxer::pod_sandboxer_processes).isopod_only(),
+    case!(pod_sandboxer::pod_sandboxer_killed).isopod_only(),
+];
 
 fn usual() -> Engine {
     Engine::containerd_of(Path::new(&tree("ISOPOD_TEST_DOCKER_TREE")))
 }
 
 fn newest() -> Engine {
-    disk::with_disk(Engine::containerd_of(Path::new(&tree("ISOPOD_TEST_CONTAINERD_TREE"))))
+    let tree = tree("ISOPOD_TEST_CONTAINERD_TREE");
+    disk::with_disk(Engine::containerd_with_sandboxer(Path::new(&tree)))
 }
 
 fn main() -> ExitCode {

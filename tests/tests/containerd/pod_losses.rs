@@ -8,7 +8,7 @@ use k8s_cri::v1::ContainerState;
 use crate::cri::{Cri, script};
 
 /// Sends a signal to the process whose command line has both words.
-fn signal(run: &Run<'_>, signal: &str, program: &str, word: &str) {
+pub(crate) fn signal(run: &Run<'_>, signal: &str, program: &str, word: &str) {
     let line = format!("pgrep -f '{program}.*{word}'");
     let pids = run.end(run.engine.inside(&["sh", "-c", &line])).ok().stdout;
     assert!(!pids.is_empty(), "no {program} of {word}");
