@@ -121,7 +121,12 @@ impl Lifecycle {
             }
         };
         answer_while(leaving, &mut commands, &self.record).await;
-        self.relay.end_inputs();
+        if lost {
+            // A guest that hangs ends no stream. What has come from it can still be read.
+            self.relay.cut_off();
+        } else {
+            self.relay.end_inputs();
+        }
         if let (Outcome::Lost(error), false) = (&outcome, given_up) {
             self.relay.say(format!("isopod: container {}: {error}\n", self.record.id));
             // The output of the process comes first, then the loss notice.

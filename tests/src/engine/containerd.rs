@@ -17,6 +17,10 @@ const PAUSE_IMAGE: &str = "docker.io/library/isopod-pause:latest";
 /// The handler whose pods have no first container: the shim has their sandboxes.
 pub const SANDBOXER: &str = "isopod-sandbox";
 
+/// The handler whose features containerd reports to a kubelet: containerd asks only the shims that it
+/// takes for runc's.
+pub const REPORTING: &str = "isopod-reporting";
+
 /// Namespaces of containerd that have the images: the client's, and the plugin's.
 const NAMESPACES: [&str; 2] = ["default", "k8s.io"];
 
@@ -31,17 +35,23 @@ impl Engine {
         Self::start_containerd(Some(tree), "")
     }
 
-    /// Like [`Engine::containerd_of`], with the handler [`SANDBOXER`] too. containerd 2.0 and later
-    /// know such handlers.
-    pub fn containerd_with_sandboxer(tree: &Path) -> Self {
-        let handler = format!(
+    /// Like [`Engine::containerd_of`], with the handlers [`SANDBOXER`] and [`REPORTING`] too.
+    /// containerd 2.0 and later know such handlers.
+    pub fn containerd_with_more_handlers(tree: &Path) -> Self {
+        let shim = Path::new(&With::Isopod.path()).with_file_name("containerd-shim-isopod-v2");
+        let shim = shim.display();
+        let handlers = format!(
             r#"    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{SANDBOXER}]
       runtime_type = "io.containerd.isopod.v2"
       sandboxer = "shim"
       privileged_without_host_devices = false
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.{REPORTING}]
+      runtime_type = "io.containerd.runc.v2"
+      runtime_path = "{shim}"
+      privileged_without_host_devices = false
 "#
         );
-        Self::start_containerd(Some(tree), &handler)
+        Self::start_containerd(Some(tree), &handlers)
     }
 
     fn start_containerd(tree: Option<&Path>, more_handlers: &str) -> Self {

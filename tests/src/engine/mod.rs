@@ -25,7 +25,7 @@ use crate::runtime::runtime;
 use crate::scope::Scope;
 
 pub use case::Case;
-pub use containerd::SANDBOXER;
+pub use containerd::{REPORTING, SANDBOXER};
 pub use run::{Container, Run};
 pub use suite::main;
 

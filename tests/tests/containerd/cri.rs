@@ -126,12 +126,12 @@ impl<'r, 'e> Cri<'r, 'e> {
         }
     }
 
-    /// What the runtime handler of this case can do, as the kubelet asks for it.
+    /// What a handler can do, as the kubelet asks for it.
     #[track_caller]
-    pub(crate) fn features(&self) -> RuntimeHandlerFeatures {
+    pub(crate) fn features(&self, handler: &str) -> RuntimeHandlerFeatures {
         let answer = call!(self, status, k8s_cri::v1::StatusRequest { verbose: false });
         let handlers = answer.unwrap_or_else(|error| panic!("Status: {error}")).runtime_handlers;
-        let own = handlers.into_iter().find(|handler| handler.name == self.run.with.name());
+        let own = handlers.into_iter().find(|found| found.name == handler);
         own.and_then(|handler| handler.features).expect("the features of the handler")
     }
 

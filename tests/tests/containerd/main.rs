@@ -95,7 +95,7 @@ fn usual() -> Engine {
 
 fn newest() -> Engine {
     let tree = tree("ISOPOD_TEST_CONTAINERD_TREE");
-    disk::with_disk(Engine::containerd_with_sandboxer(Path::new(&tree)))
+    disk::with_disk(Engine::containerd_with_more_handlers(Path::new(&tree)))
 }
 
 fn main() -> ExitCode {

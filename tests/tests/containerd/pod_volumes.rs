@@ -4,7 +4,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use isopod_tests::engine::Run;
+use isopod_tests::engine::{REPORTING, Run};
 use k8s_cri::v1::{Capability, ContainerConfig, Device};
 
 use crate::cri::{Cri, mount, script};
@@ -99,7 +99,7 @@ pub(crate) fn pod_projected_volumes(run: &Run<'_>) {
     let of_the_tree =
         |host: &str, at: &str| k8s_cri::v1::Mount { readonly: true, ..mount(Path::new(host), at) };
     // inotify_init1, and inotify_add_watch for IN_MOVED_TO (asm/unistd_64.h, linux/inotify.h).
-    let watch = "exec perl -e '$| = 1; $fd = syscall(294, 0); \
+    let watch = "exec /usr/bin/perl -e '$| = 1; $fd = syscall(294, 0); \
         $path = \"/secret\"; syscall(254, $fd, $path, 0x80); print \"waiting\\n\"; \
         open($events, \"<&=\", $fd); sysread($events, $event, 4096); print \"heard\\n\"; sleep 1000'";
     let mut watcher = script("watcher", watch);
@@ -138,9 +138,11 @@ pub(crate) fn pod_projected_volumes(run: &Run<'_>) {
 /// A volume that is read-only with all mounts in it, which a kubelet asks for if the handler can.
 pub(crate) fn pod_recursive_read_only(run: &Run<'_>) {
     let cri = Cri::new(run);
-    let features = cri.features();
+    // containerd asks only shims that it takes for runc's.
+    let handler = if run.isopod() { REPORTING } else { run.with.name() };
+    let features = cri.features(handler);
     assert!(features.recursive_read_only_mounts && features.user_namespaces, "{features:?}");
-    let pod = cri.pod(cri.pod_config("recursive"));
+    let pod = cri.try_pod_of(handler, cri.pod_config("recursive")).expect("a pod");
     let volume = directory(run, "volume");
     let inner = volume.join("inner").to_string_lossy().into_owned();
     std::fs::create_dir(&inner).expect("a directory");
