@@ -19,16 +19,20 @@ const ROUNDS: usize = 3;
 /// Memory in MiB that the host may have lost after two more rounds: less than one MiB for each pod.
 const MEMORY_MIB: u64 = 36;
 
-/// Prints what the host keeps, a name and a number in each line. Caches are dropped first: what the
-/// kernel may free at any time is not kept.
-const COUNT: &str = "sync; echo 3 >/proc/sys/vm/drop_caches
+/// Prints what the host keeps, a name and a number in each line. A shim ends a moment after its pod.
+/// Caches are dropped first: what the kernel may free at any time is not kept.
+const COUNT: &str = "for look in $(seq 100); do
+        pgrep 'containerd-shim|isopod' >/dev/null || break
+        sleep 0.2
+    done
+    sync; echo 3 >/proc/sys/vm/drop_caches
     containerd=$(pgrep -o -x containerd)
     echo descriptors $(ls /proc/$containerd/fd | wc -l)
     echo mounts $(wc -l </proc/self/mountinfo)
     echo sockets $(wc -l </proc/net/unix)
     echo interfaces $(ls /sys/class/net | wc -l)
     echo cgroups $(find /sys/fs/cgroup -type d | wc -l)
-    echo shims $(pgrep -c containerd-shim)
+    echo processes $(pgrep -c 'containerd-shim|isopod')
     echo available $(sed -n '/MemAvailable/s/[^0-9]//gp' /proc/meminfo)";
 
 /// Rounds of pods of two containers leave nothing, and each round as little as the one before.
@@ -56,8 +60,9 @@ fn round(run: &Run<'_>, cri: &Cri<'_, '_>, number: usize) -> Kept {
         for (pod, name) in pods.iter().zip(&names) {
             let one = pod.start(script("one", "sleep 1000"));
             let two = pod.start(script("two", "echo $((6 * 7)); sleep 1000"));
-            assert_eq!(pod.shell(&one, "hostname"), *name);
-            assert_eq!(pod.shell(&two, "hostname; cat /proc/1/comm"), format!("{name}\nsh"));
+            for id in [&one, &two] {
+                assert_eq!(pod.shell(id, "hostname"), *name);
+            }
             for id in [one, two] {
                 let memory = pod.stats(&id).memory.expect("memory");
                 assert!(memory.usage_bytes.is_some_and(|usage| usage.value > 0), "{memory:?}");
@@ -69,6 +74,8 @@ fn round(run: &Run<'_>, cri: &Cri<'_, '_>, number: usize) -> Kept {
             }
         }
         cri.remove(pods);
+        // The case takes minutes, and a test that prints nothing is ended.
+        eprintln!("{} pods have come and gone", number * GROUPS * AT_ONCE + (group + 1) * AT_ONCE);
     }
     let output = run.end(run.engine.inside(&["sh", "-c", COUNT])).ok().stdout;
     let mut counts: BTreeMap<String, u64> = output
@@ -76,7 +83,7 @@ fn round(run: &Run<'_>, cri: &Cri<'_, '_>, number: usize) -> Kept {
         .filter_map(|line| line.split_once(' '))
         .map(|(name, number)| (name.to_owned(), number.trim().parse().expect("a number")))
         .collect();
-    assert_eq!(counts.remove("shims"), Some(0), "{output}");
+    assert_eq!(counts.remove("processes"), Some(0), "{output}");
     let available = counts.remove("available").expect("available memory");
     Kept { counts, available_mib: available / 1024 }
 }
