@@ -165,7 +165,11 @@ impl Guest {
         let find = |id: &str| self.container(id);
         let made = Arc::clone(&cgroup);
         let prepared = match self.join_memory(id, memory).await {
-            Ok(()) => self.write_volumes(volumes).await,
+            // Another container may have a newer copy already, which its host side keeps up to date.
+            Ok(made) => {
+                let new = volumes.into_iter().filter(|content| made.contains(&content.key));
+                self.write_volumes(new.collect()).await
+            }
             Err(error) => Err(error),
         };
         let created = match prepared {
@@ -222,7 +226,7 @@ impl Guest {
         Ok(())
     }
 
-    async fn join_memory(&self, id: &str, wanted: Vec<SharedMemory>) -> Result<()> {
+    async fn join_memory(&self, id: &str, wanted: Vec<SharedMemory>) -> Result<Vec<String>> {
         let (all, id) = (Arc::clone(&self.memories), id.to_owned());
         blocking(move || all.join(&id, &wanted)).await
     }

@@ -23,20 +23,22 @@ const MAX_KEY: usize = 64;
 pub(crate) struct SharedMemories(Mutex<HashMap<String, HashSet<String>>>);
 
 impl SharedMemories {
-    /// Makes the missing shared memories of a container. Blocks.
+    /// Makes the missing shared memories of a container. Returns the keys of those. Blocks.
     ///
     /// After an error the container keeps those made so far, until [`Self::leave`].
-    pub(crate) fn join(&self, container_id: &str, wanted: &[SharedMemory]) -> Result<()> {
+    pub(crate) fn join(&self, container_id: &str, wanted: &[SharedMemory]) -> Result<Vec<String>> {
+        let mut made = Vec::new();
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for memory in wanted {
             let path = path_of(&memory.key)?;
             let users = all.entry(memory.key.clone()).or_default();
             if users.is_empty() {
                 make(&path, memory)?;
+                made.push(memory.key.clone());
             }
             users.insert(container_id.to_owned());
         }
-        Ok(())
+        Ok(made)
     }
 
     /// Replaces the files of a shared memory that a container has. Blocks, and only one call works

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     host_socket::{self, HostSocket},
     id_map::IdMap,
-    projected::{self, Projected},
+    projected::{self, Copies, Projected},
     propagation::Propagation,
     shm::{self, Shm},
 };
@@ -58,10 +58,17 @@ impl Bind {
 pub(super) fn binds(bundle: &Path, spec: &Spec) -> Result<Vec<Bind>> {
     let mounts = spec.mounts().as_deref().unwrap_or_default();
     let binds = mounts.iter().enumerate().filter(|(_, mount)| is_bind(mount));
-    binds.map(|(index, mount)| bind(bundle, spec, index, mount)).collect()
+    let mut copies = Copies::default();
+    binds.map(|(index, mount)| bind(bundle, spec, index, mount, &mut copies)).collect()
 }
 
-fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind> {
+fn bind(
+    bundle: &Path,
+    spec: &Spec,
+    index: usize,
+    mount: &Mount,
+    copies: &mut Copies,
+) -> Result<Bind> {
     let name = format!("mounts[{index}] ({})", mount.destination().display());
     let source = mount
         .source()
@@ -97,7 +104,7 @@ fn bind(bundle: &Path, spec: &Spec, index: usize, mount: &Mount) -> Result<Bind>
     };
     let read_only = has_option(mount, "ro") || has_option(mount, "rro");
     let projected = match read_only {
-        true => Projected::of(&source, &found),
+        true => copies.of(&source, &found),
         false => None,
     };
     let shm = Shm::of(mount.destination(), &source, &found, map).explain(what)?;

@@ -41,7 +41,7 @@ pub use self::{
     network_namespace::NetworkNamespace,
     oci_spec_quirks::SPEC_VERSION,
     pod::{Holder, Joined, is_first_of_pod},
-    projected::{Projected, VolumeContent, VolumeFile, read_volume},
+    projected::{MAX_COPIED_BYTES, Projected, VolumeContent, VolumeFile, VolumeState, read_volume},
     propagation::Propagation,
     seccomp::Filter,
     shm::Shm,

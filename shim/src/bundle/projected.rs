@@ -5,18 +5,30 @@
 //! the host have no such reports.
 
 use std::{
-    ffi::OsStr,
-    fs::{self, File, Metadata, OpenOptions},
-    io::{self, Read},
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    collections::HashMap,
+    ffi::{CStr, OsStr},
+    fs::{File, Metadata},
+    io::{self, ErrorKind, Read},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
     path::{Path, PathBuf},
-    time::UNIX_EPOCH,
 };
 
-use rustix::fs::OFlags;
+use rustix::{
+    fs::{
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2,
+        readlinkat, statat,
+    },
+    io::Errno,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{id_map::IdMap, shm::Shm};
+
+/// Directory of a kubelet for the volumes of a pod.
+const VOLUMES: &str = "volumes";
 
 /// Directories of a kubelet for these volumes of a pod, each below its name.
 const KINDS: [&str; 4] = [
@@ -29,18 +41,27 @@ const KINDS: [&str; 4] = [
 /// The link that a kubelet replaces to change all files at once.
 const LINK: &str = "..data";
 
-/// Most bytes of a volume's files. A kubelet writes at most a MiB into a configMap or a secret.
+/// Most bytes of the volumes of a container that are copied. A kubelet writes at most a MiB into a
+/// configMap or a secret, and a message to the agent has at most 4 MiB.
+pub const MAX_COPIED_BYTES: u64 = 3 << 20;
+
+/// Most bytes of a volume that is copied.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// Most bytes of a volume that has grown since its container was made. A message to the agent has
-/// at most 4 MiB.
-const MAX_GROWN_BYTES: u64 = 3 << 20;
+/// Bytes that a file counts beside its content and its path.
+const FILE_BYTES: u64 = 64;
 
 /// Most files of a volume.
 const MAX_FILES: usize = 2048;
 
+/// Most directories in one another.
+const MAX_DEPTH: usize = 16;
+
 /// Size in bytes of the guest's copy: an old and a new version, with room for their directories.
 const COPY_BYTES: u64 = 16 << 20;
+
+/// Most attempts to read a volume that its kubelet changes at the same time.
+const ATTEMPTS: u32 = 5;
 
 /// A volume of the host that the guest has a copy of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,19 +100,57 @@ pub enum VolumeContent {
     Link(String),
 }
 
-impl Projected {
+/// The volumes of a container that are copied, and what they have left of the limit.
+#[derive(Debug)]
+pub(super) struct Copies {
+    room: u64,
+    known: HashMap<String, bool>,
+}
+
+impl Default for Copies {
+    fn default() -> Self {
+        Self { room: MAX_COPIED_BYTES, known: HashMap::new() }
+    }
+}
+
+impl Copies {
     /// The volume at `source`, if a kubelet writes it and it is small. `found` is the metadata of
-    /// `source`, an absolute path without symbolic links.
-    pub(super) fn of(source: &Path, found: &Metadata) -> Option<Self> {
-        let kind = source.parent()?.file_name().and_then(OsStr::to_str)?;
-        let link = fs::symlink_metadata(source.join(LINK)).ok()?;
-        if !KINDS.contains(&kind) || !found.is_dir() || !link.is_symlink() {
+    /// `source`, an absolute path without symbolic links. Another volume is shared with the host.
+    pub(super) fn of(&mut self, source: &Path, found: &Metadata) -> Option<Projected> {
+        let kind = source.parent()?;
+        let volumes = kind.parent()?.file_name()?;
+        let kind = kind.file_name().and_then(OsStr::to_str)?;
+        if !KINDS.contains(&kind) || volumes != VOLUMES || !found.is_dir() {
             return None;
         }
         let key = shm(found, None).key;
-        // Another volume is shared with the host, and changes without reports.
-        read_at_most(source, MAX_BYTES).ok()?;
-        Some(Self { key, path: source.to_owned() })
+        let fits = match self.known.get(&key) {
+            Some(fits) => *fits,
+            None => self.fits(source),
+        };
+        self.known.insert(key.clone(), fits);
+        fits.then(|| Projected { key, path: source.to_owned() })
+    }
+
+    fn fits(&mut self, source: &Path) -> bool {
+        let mut room = self.room.min(MAX_BYTES);
+        let limit = room;
+        let read = openat(CWD, source, DIRECTORY, Mode::empty())
+            .map_err(io::Error::from)
+            .and_then(|root| read_volume(root.as_fd(), &mut room));
+        match read {
+            Ok(_) => {
+                self.room -= limit - room;
+                true
+            }
+            Err(error) => {
+                log::warn!(
+                    "the volume {} is shared, so inotify reports no changes: {error}",
+                    source.display()
+                );
+                false
+            }
+        }
     }
 }
 
@@ -100,30 +159,83 @@ pub(super) fn shm(found: &Metadata, map: Option<&IdMap>) -> Shm {
     Shm { executable: true, ..Shm::in_place_of(found, COPY_BYTES, map) }
 }
 
-/// Reads all files of the volume at `root`. A directory comes before what it contains.
+const DIRECTORY: OFlags = OFlags::DIRECTORY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
+
+/// State of a volume that is another one after a change by its kubelet.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct VolumeState {
+    link: Option<Vec<u8>>,
+    /// Change of the names in the volume, and of their owner.
+    changed: Option<(i64, u64)>,
+}
+
+impl VolumeState {
+    /// The state of the volume at `root` now.
+    pub fn of(root: BorrowedFd<'_>) -> Self {
+        let changed = fstat(root).ok();
+        Self {
+            link: link(root).ok(),
+            changed: changed.map(|found| (found.st_ctime, found.st_ctime_nsec)),
+        }
+    }
+}
+
+fn link(root: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    Ok(readlinkat(root, LINK, Vec::new())?.into_bytes())
+}
+
+/// Reads all files of the volume at `root`, at most `room` bytes, and lowers `room` by them. A
+/// directory comes before what it contains.
+///
+/// Containers may be able to write to a directory that is named as such a volume is. So no step
+/// follows a symbolic link, or crosses a mount.
 ///
 /// # Errors
 ///
-/// If the kubelet changes the volume meanwhile, or the volume is too large for a copy.
-pub fn read_volume(root: &Path) -> io::Result<Vec<VolumeFile>> {
-    read_at_most(root, MAX_GROWN_BYTES)
+/// If there is no `..data`, or the volume is too large for a copy. Of the kind
+/// [`ErrorKind::Interrupted`] if the kubelet changes the volume all the time.
+pub fn read_volume(root: BorrowedFd<'_>, room: &mut u64) -> io::Result<Vec<VolumeFile>> {
+    let whole = *room;
+    for _ in 0..ATTEMPTS {
+        let before = link(root)?;
+        *room = whole;
+        match walk(root, room) {
+            // The old version is removed after the swap, so this is one version.
+            Ok(files) if link(root).is_ok_and(|after| after == before) => return Ok(files),
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::new(ErrorKind::Interrupted, "it changes all the time"))
 }
 
-fn read_at_most(root: &Path, bytes: u64) -> io::Result<Vec<VolumeFile>> {
+fn walk(root: BorrowedFd<'_>, room: &mut u64) -> io::Result<Vec<VolumeFile>> {
+    let device = fstat(root)?.st_dev;
     let mut files = Vec::new();
-    let mut room = bytes;
     let mut next = vec![PathBuf::new()];
     while let Some(dir) = next.pop() {
-        let mut names: Vec<_> = fs::read_dir(root.join(&dir))?
-            .map(|entry| entry.map(|entry| entry.file_name()))
-            .collect::<io::Result<_>>()?;
-        names.sort();
-        for name in names {
-            let path = dir.join(name);
-            if files.len() >= MAX_FILES {
+        if dir.components().count() > MAX_DEPTH {
+            return Err(io::Error::other(format!("it has more than {MAX_DEPTH} levels")));
+        }
+        let at = if dir.as_os_str().is_empty() { Path::new(".") } else { &dir };
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let at = openat2(root, at, DIRECTORY, Mode::empty(), resolve)?;
+        let mut names = Vec::new();
+        for entry in Dir::read_from(&at)? {
+            let name = entry?.file_name().to_owned();
+            if [c".", c".."].contains(&name.as_c_str()) {
+                continue;
+            }
+            if files.len() + names.len() >= MAX_FILES {
                 return Err(io::Error::other(format!("it has more than {MAX_FILES} files")));
             }
-            let file = read_file(root, &path, &mut room)?;
+            names.push(name);
+        }
+        names.sort();
+        for name in names {
+            let path = dir.join(OsStr::from_bytes(name.to_bytes()));
+            let file = read_file(&at, &name, &path, device, room)?;
             if file.content == VolumeContent::Directory {
                 next.push(path);
             }
@@ -133,52 +245,73 @@ fn read_at_most(root: &Path, bytes: u64) -> io::Result<Vec<VolumeFile>> {
     Ok(files)
 }
 
-/// Reads one file. `room` is the number of bytes that it may have, and is lowered by those.
-fn read_file(root: &Path, path: &Path, room: &mut u64) -> io::Result<VolumeFile> {
-    let full = root.join(path);
-    let found = fs::symlink_metadata(&full)?;
-    let kind = found.file_type();
+fn read_file(
+    dir: &OwnedFd,
+    name: &CStr,
+    path: &Path,
+    device: u64,
+    room: &mut u64,
+) -> io::Result<VolumeFile> {
     let text = |path: &Path| {
         let text = path.to_str().map(str::to_owned);
         text.ok_or_else(|| io::Error::other(format!("{} is not UTF-8", path.display())))
     };
-    let content = if kind.is_dir() {
-        VolumeContent::Directory
-    } else if kind.is_symlink() {
-        VolumeContent::Link(text(&fs::read_link(&full)?)?)
-    } else if kind.is_file() {
-        VolumeContent::Data(data(&full, room)?)
-    } else {
-        return Err(io::Error::other(format!("{} is a special file", path.display())));
+    let path = text(path)?;
+    let mut found = statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    if found.st_dev != device {
+        return Err(io::Error::other(format!("{path} is a mount")));
+    }
+    take(room, path.len())?;
+    let content = match FileType::from_raw_mode(found.st_mode) {
+        FileType::Directory => VolumeContent::Directory,
+        FileType::Symlink => {
+            let target = readlinkat(dir, name, Vec::new())?.into_bytes();
+            take(room, target.len())?;
+            VolumeContent::Link(text(Path::new(OsStr::from_bytes(&target)))?)
+        }
+        FileType::RegularFile => {
+            // The file may be another one by now: a named pipe would block.
+            let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            let file = openat(dir, name, OFlags::RDONLY | flags, Mode::empty())?;
+            found = fstat(&file)?;
+            if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
+                return Err(Errno::NOENT.into());
+            }
+            let mut data = Vec::new();
+            File::from(file).take(*room + 1).read_to_end(&mut data)?;
+            take(room, data.len())?;
+            VolumeContent::Data(data)
+        }
+        _ => return Err(io::Error::other(format!("{path} is a special file"))),
     };
-    let modified = found.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let Stat { st_mode, st_uid, st_gid, st_mtime, st_mtime_nsec, .. } = found;
+    let seconds = u64::try_from(st_mtime).unwrap_or_default();
     Ok(VolumeFile {
-        path: text(path)?,
-        mode: found.mode() & 0o7777,
-        uid: found.uid(),
-        gid: found.gid(),
-        modified_ns: u64::try_from(modified.as_nanos()).unwrap_or_default(),
+        path,
+        mode: st_mode & 0o7777,
+        uid: st_uid,
+        gid: st_gid,
+        // A time after the year 2554 does not fit.
+        modified_ns: seconds.saturating_mul(1_000_000_000).saturating_add(st_mtime_nsec),
         content,
     })
 }
 
-/// Content of a regular file.
-fn data(path: &Path, room: &mut u64) -> io::Result<Vec<u8>> {
-    // The file may be another one by now: a named pipe would block.
-    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let file: File =
-        OpenOptions::new().read(true).custom_flags(flags.bits().cast_signed()).open(path)?;
-    let mut data = Vec::new();
-    let length = file.take(*room + 1).read_to_end(&mut data)?;
-    let left = u64::try_from(length).ok().and_then(|length| room.checked_sub(length));
-    *room = left.ok_or_else(|| io::Error::other("its files are too large for a copy"))?;
-    Ok(data)
+/// Takes the bytes of a file from the room.
+fn take(room: &mut u64, bytes: usize) -> io::Result<()> {
+    let bytes = u64::try_from(bytes).unwrap_or(u64::MAX).saturating_add(FILE_BYTES);
+    *room =
+        room.checked_sub(bytes).ok_or_else(|| io::Error::other("it is too large for a copy"))?;
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::{
+        fs,
+        os::unix::fs::{PermissionsExt, symlink},
+    };
 
     fn volume(root: &Path, kind: &str) -> PathBuf {
         let path = root.join("volumes").join(kind).join("config");
@@ -191,7 +324,12 @@ mod tests {
     }
 
     fn of(path: &Path) -> Option<Projected> {
-        Projected::of(path, &fs::metadata(path).unwrap())
+        Copies::default().of(path, &fs::metadata(path).unwrap())
+    }
+
+    fn read(path: &Path) -> io::Result<Vec<VolumeFile>> {
+        let root = File::open(path).unwrap();
+        read_volume(root.as_fd(), &mut MAX_BYTES.clone())
     }
 
     #[test]
@@ -199,7 +337,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = volume(dir.path(), "kubernetes.io~secret");
         let found = of(&path).unwrap();
-        let files = read_volume(&path).unwrap();
+        let files = read(&path).unwrap();
         let paths: Vec<_> = files.iter().map(|file| file.path.as_str()).collect();
         assert_eq!(paths, ["..1", "..data", "sub", "..1/sub", "..1/sub/key"]);
         let key = &files[4];
@@ -216,12 +354,62 @@ mod tests {
         assert!(of(&path).is_some());
         assert!(of(path.parent().unwrap()).is_none());
         assert!(of(&volume(dir.path(), "kubernetes.io~empty-dir")).is_none());
-        fs::write(path.join("..1/large"), vec![0; (MAX_BYTES + 1) as usize]).unwrap();
+        let elsewhere = dir.path().join("kubernetes.io~configmap");
+        fs::rename(path.parent().unwrap(), &elsewhere).unwrap();
+        assert!(of(&elsewhere.join("config")).is_none());
+        fs::rename(&elsewhere, path.parent().unwrap()).unwrap();
+        fs::write(path.join("..1/large"), vec![0; MAX_BYTES as usize]).unwrap();
         assert!(of(&path).is_none());
-        // One that has grown is copied for a while.
-        assert_eq!(read_volume(&path).unwrap().len(), 6);
         fs::remove_file(path.join("..1/large")).unwrap();
         fs::remove_file(path.join(LINK)).unwrap();
         assert!(of(&path).is_none());
+    }
+
+    #[test]
+    fn the_volumes_of_a_container_have_a_limit_together() {
+        let mut copies = Copies::default();
+        let dirs: Vec<_> = (0..4).map(|_| tempfile::tempdir().unwrap()).collect();
+        let copied: Vec<bool> = dirs
+            .iter()
+            .map(|dir| {
+                let path = volume(dir.path(), "kubernetes.io~configmap");
+                fs::write(path.join("..1/large"), vec![0; 900 << 10]).unwrap();
+                let found = fs::metadata(&path).unwrap();
+                let copied = copies.of(&path, &found).is_some();
+                // Once more is the same volume.
+                assert_eq!(copies.of(&path, &found).is_some(), copied);
+                copied
+            })
+            .collect();
+        assert_eq!(copied, [true, true, true, false]);
+    }
+
+    #[test]
+    fn no_link_leads_out_of_a_volume() {
+        let dir = tempfile::tempdir().unwrap();
+        let outside = tempfile::tempdir().unwrap();
+        fs::write(outside.path().join("secret"), "outside").unwrap();
+        let path = volume(dir.path(), "kubernetes.io~secret");
+        symlink(outside.path(), path.join("..1/link")).unwrap();
+        let files = read(&path).unwrap();
+        assert!(files.iter().all(|file| !file.path.contains("secret")), "{files:?}");
+        // A directory that becomes a link between the look at its parent and the look at it.
+        let root = File::open(&path).unwrap();
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+        let opened = openat2(&root, "..1/link", OFlags::DIRECTORY, Mode::empty(), resolve);
+        assert_eq!(opened.unwrap_err(), Errno::LOOP);
+    }
+
+    #[test]
+    fn a_swap_is_another_state() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = volume(dir.path(), "kubernetes.io~secret");
+        let root = File::open(&path).unwrap();
+        let before = VolumeState::of(root.as_fd());
+        assert_eq!(VolumeState::of(root.as_fd()), before);
+        fs::create_dir(path.join("..2")).unwrap();
+        symlink("..2", path.join("..new")).unwrap();
+        fs::rename(path.join("..new"), path.join(LINK)).unwrap();
+        assert_ne!(VolumeState::of(root.as_fd()), before);
     }
 }

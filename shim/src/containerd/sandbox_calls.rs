@@ -70,7 +70,10 @@ impl Shim {
         if self.sandbox.exists() || !self.tasks.is_idle() {
             return Err(status(Code::ALREADY_EXISTS, "the shim has a pod already"));
         }
-        let planned = blocking(move || plan(&request)).await.map_err(failed)?;
+        let planned = blocking(move || plan(&request)).await.map_err(|error| {
+            self.end_if_unused();
+            failed(error)
+        })?;
         self.tasks.are_of_a_sandbox();
         self.sandbox.set(Phase::Created(Arc::new(planned)));
         self.end_if_unused();
@@ -82,7 +85,8 @@ impl Shim {
         let shim = Arc::clone(self);
         tokio::spawn(async move {
             sleep(IDLE_TIME).await;
-            if shim.sandbox.is_unused() {
+            let empty = !shim.sandbox.exists() && shim.tasks.is_idle();
+            if empty || shim.sandbox.is_unused() {
                 shim.shutdown.notify_one();
             }
         });

@@ -39,7 +39,7 @@ use crate::{
         host_sockets::HostSockets,
         placement::Placement,
         share::{Attached, Share, Trees},
-        volumes::Copied,
+        volumes,
     },
     network::{self, Network},
     process_id::ProcessId,
@@ -298,7 +298,7 @@ impl Sandbox {
             }
         };
         place_disks(&mut guest.spec, &guest.disks, &disks.guest);
-        let volumes = attached.take_volumes();
+        let opened = attached.take_volumes();
         // Let go when the container has ended.
         let sockets = self.microvm.sockets.share(&guest.host_sockets);
         let building = async {
@@ -306,12 +306,11 @@ impl Sandbox {
             if loss_notice {
                 streams = streams.with_loss_notice();
             }
-            let copied = Copied::all(volumes).await?;
-            let contents = copied.iter().map(Copied::content).collect();
+            let contents = volumes::read_all(&opened).await?;
             let state = state.as_ref();
             agent.create_container(&guest, state, tokens, screen, network, contents).await?;
             let followed: Vec<_> =
-                copied.into_iter().map(|volume| volume.follow(agent.clone())).collect();
+                opened.into_iter().map(|open| volumes::follow(open, agent.clone())).collect();
             record.timeline.created = Some(clock::monotonic_us());
             if self.containers().first.is_none() {
                 self.microvm.fill_timeline(&mut record.timeline);

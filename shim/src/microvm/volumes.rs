@@ -1,30 +1,30 @@
 //! Copies of the host's volumes in the guest. What the host changes is written there again.
 
 use std::{
-    io,
-    os::fd::{AsRawFd, OwnedFd},
-    path::PathBuf,
+    io::{self, ErrorKind as IoErrorKind},
+    os::fd::{AsFd, OwnedFd},
     sync::Arc,
+    time::Duration,
 };
 
 use isopod_protocol::agent::{self, volume_file::Content};
-use rustix::{
-    fs::inotify::{self, CreateFlags, WatchFlags},
-    io::Errno,
-};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::time::sleep;
 
 use crate::{
-    bundle::{Projected, VolumeContent, VolumeFile, read_volume},
-    descriptor::wait_for,
+    bundle::{MAX_COPIED_BYTES, Projected, VolumeContent, VolumeFile, VolumeState, read_volume},
     error::{ErrorKind, Explain, Result},
     event_loop::{AbortOnDrop, blocking},
     logger,
     microvm::agent::Agent,
 };
 
-/// Most attempts to read a volume that its kubelet changes at the same time.
-const ATTEMPTS: u32 = 10;
+/// Time between two looks at a volume. A kubelet changes a volume about once a minute. A watch by
+/// inotify for each volume would use up the host's instances (`fs.inotify.max_user_instances`).
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Looks after a change, and after the start, that write the volume whatever they find. A kubelet may
+/// set owners a moment after the swap, and another container may have written an older version.
+const SETTLING: u32 = 3;
 
 /// A volume of the host that is open. Clones are the same.
 #[derive(Debug, Clone)]
@@ -47,120 +47,81 @@ impl OpenVolume {
         Ok((self.volume, tree.explain(|| "cannot duplicate a descriptor".into())?))
     }
 
-    fn path(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}/.", self.tree.as_raw_fd()))
-    }
-}
-
-/// A volume and what the guest has of it.
-#[derive(Debug)]
-pub(crate) struct Copied {
-    open: OpenVolume,
-    /// Readable after a change of the volume's names. A kubelet changes files by a new link.
-    changes: AsyncFd<OwnedFd>,
-    files: Vec<VolumeFile>,
-}
-
-impl Copied {
-    /// Reads all volumes.
-    ///
-    /// # Errors
-    ///
-    /// If one cannot be read.
-    pub(crate) async fn all(volumes: Vec<OpenVolume>) -> Result<Vec<Self>> {
-        let mut all = Vec::new();
-        for open in volumes {
-            let path = open.volume.path.clone();
-            let copied = Self::of(open).await;
-            all.push(copied.explain(|| format!("cannot copy the volume {}", path.display()))?);
-        }
-        Ok(all)
+    /// The state of the volume now.
+    fn state(&self) -> VolumeState {
+        VolumeState::of(self.tree.as_fd())
     }
 
-    async fn of(open: OpenVolume) -> io::Result<Self> {
-        // Before the first look, so that no change is missed.
-        let changes = watch(&open)?;
-        let mut attempt = 1;
-        loop {
-            match read(&open).await {
-                Err(error) if is_gone(&error) && attempt < ATTEMPTS => attempt += 1,
-                files => return Ok(Self { files: files?, open, changes }),
-            }
-        }
+    /// Reads the volume, at most `room` bytes. Returns what is left of these too.
+    async fn read(&self, room: u64) -> io::Result<(Vec<VolumeFile>, u64)> {
+        let open = self.clone();
+        let mut room = room;
+        let read = move || Ok(read_volume(open.tree.as_fd(), &mut room).map(|files| (files, room)));
+        blocking(read).await.unwrap_or_else(|error| Err(io::Error::other(error.message)))
     }
 
-    /// The content for the guest.
-    pub(crate) fn content(&self) -> agent::VolumeContent {
+    fn content(&self, files: &[VolumeFile]) -> agent::VolumeContent {
         agent::VolumeContent {
-            key: self.open.volume.key.clone(),
-            files: self.files.iter().map(file).collect(),
+            key: self.volume.key.clone(),
+            files: files.iter().map(file).collect(),
             ..Default::default()
         }
     }
+}
 
-    /// Writes what the host changes to the guest, until the result is dropped.
-    pub(crate) fn follow(self, agent: Agent) -> AbortOnDrop<()> {
-        AbortOnDrop(tokio::spawn(logger::inherit(self.serve(agent))))
+/// Reads all volumes of a container.
+///
+/// # Errors
+///
+/// If one cannot be read, or they have become too large for a copy.
+pub(crate) async fn read_all(volumes: &[OpenVolume]) -> Result<Vec<agent::VolumeContent>> {
+    let mut room = MAX_COPIED_BYTES;
+    let mut contents = Vec::new();
+    for open in volumes {
+        let what = || format!("cannot copy the volume {}", open.volume.path.display());
+        let (files, left) = open.read(room).await.explain(what)?;
+        room = left;
+        contents.push(open.content(&files));
     }
+    Ok(contents)
+}
 
-    async fn serve(mut self, agent: Agent) {
-        let path = self.open.volume.path.clone();
-        let name = path.display();
-        loop {
-            if let Err(error) = self.changed().await {
-                return log::warn!("changes of the volume {name} are not seen any more: {error}");
-            }
-            match read(&self.open).await {
-                Ok(files) if files == self.files => continue,
-                Ok(files) => self.files = files,
-                // The removal of what had the file is a change too.
-                Err(error) if is_gone(&error) => continue,
-                Err(error) => {
-                    log::warn!("the guest keeps its copy of the volume {name}: {error}");
-                    continue;
-                }
-            }
-            match agent.update_volume(self.content()).await {
-                Ok(()) => log::debug!("the guest has a new copy of the volume {name}"),
-                Err(error) if error.kind == ErrorKind::VmLost => return,
-                Err(error) => log::warn!("the guest keeps its copy of the volume {name}: {error}"),
+/// Writes what the host changes to the guest, until the result is dropped.
+pub(crate) fn follow(open: OpenVolume, agent: Agent) -> AbortOnDrop<()> {
+    AbortOnDrop(tokio::spawn(logger::inherit(serve(open, agent))))
+}
+
+async fn serve(open: OpenVolume, agent: Agent) {
+    let mut seen = open.state();
+    let mut settling = SETTLING;
+    // The log has one line for a volume that cannot be copied, not one for each look.
+    let mut warned = false;
+    loop {
+        sleep(LOOK).await;
+        let state = open.state();
+        if state != seen {
+            (seen, settling) = (state, SETTLING);
+        }
+        if settling == 0 {
+            continue;
+        }
+        let written = match open.read(MAX_COPIED_BYTES).await {
+            Ok((files, _)) => agent.update_volume(open.content(&files)).await,
+            // The next look comes when the kubelet is done.
+            Err(error) if error.kind() == IoErrorKind::Interrupted => continue,
+            Err(error) => Err(error).explain(|| "cannot read it".into()),
+        };
+        match written {
+            Ok(()) => (settling, warned) = (settling - 1, false),
+            Err(error) if error.kind == ErrorKind::VmLost => return,
+            Err(error) if warned => log::debug!("{error}"),
+            Err(error) => {
+                warned = true;
+                let path = open.volume.path.display();
+                log::warn!("the guest keeps an old copy of the volume {path}: {error}");
             }
         }
     }
-
-    /// Waits for changes, and takes all that have been reported.
-    async fn changed(&self) -> io::Result<()> {
-        let mut buffer = [0; 4096];
-        let take = |fd: &OwnedFd| Ok(rustix::io::read(fd, &mut buffer)?);
-        self.changes.async_io(Interest::READABLE, take).await?;
-        loop {
-            match rustix::io::read(self.changes.get_ref(), &mut buffer) {
-                Ok(_) => {}
-                Err(Errno::AGAIN) => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-}
-
-/// Watches the names in the volume's directory.
-fn watch(open: &OpenVolume) -> io::Result<AsyncFd<OwnedFd>> {
-    let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-    let names = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVE | WatchFlags::ONLYDIR;
-    inotify::add_watch(&fd, open.path(), names)?;
-    wait_for(fd)
-}
-
-/// Reads the files of a volume.
-async fn read(open: &OpenVolume) -> io::Result<Vec<VolumeFile>> {
-    let open = open.clone();
-    let read = blocking(move || Ok(read_volume(&open.path()))).await;
-    read.unwrap_or_else(|error| Err(io::Error::other(error.message)))
-}
-
-/// A file has gone between the look at its directory and the look at itself.
-fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::NotFound
 }
 
 fn file(file: &VolumeFile) -> agent::VolumeFile {

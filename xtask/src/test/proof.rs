@@ -120,6 +120,9 @@ impl Proofs {
         for case in cases {
             let key = self.key(case)?;
             let file = self.shelf.join(&key);
+            if self.failed(&key).exists() {
+                continue;
+            }
             if file.exists() {
                 cache::used(&file);
             } else if !self.recorded.contains(&key) {
@@ -134,9 +137,10 @@ impl Proofs {
     pub(super) fn learn(&self, output: &[u8]) {
         let outcome = Outcome::read(&String::from_utf8_lossy(output));
         let result =
-            outcome.failed.iter().try_for_each(|case| forget(&self.file(case)?)).and_then(|()| {
+            outcome.failed.iter().try_for_each(|case| self.disprove(case)).and_then(|()| {
                 outcome.proven.iter().try_for_each(|case| {
                     let line = format!("{} {WITH_RUNC}{case}\n", self.program);
+                    forget(&self.failed(&self.key(case)?))?;
                     cache::write(&self.file(case)?, line.as_bytes())
                 })
             });
@@ -144,6 +148,17 @@ impl Proofs {
             say(format!("the next run does not know what runc has proven in this one: {error:#}"));
         }
         cache::forget_unused(&self.shelf, KEPT);
+    }
+
+    /// Forgets the proof of a case, and has no proof of the repository count either.
+    fn disprove(&self, case: &str) -> Result<()> {
+        forget(&self.file(case)?)?;
+        cache::write(&self.failed(&self.key(case)?), b"")
+    }
+
+    /// File that says that the case of this key has failed since it was proven.
+    fn failed(&self, key: &str) -> PathBuf {
+        self.shelf.join(format!("{key}.failed"))
     }
 
     /// File of the proof of a case.
@@ -263,8 +278,12 @@ mod tests {
         // The repository proves the same for a machine without a cache.
         let key = proofs("6.1", "").key("exec").unwrap();
         let record = format!("{RECORD_HEAD}docker runc::exec {key}\n");
+        assert!(proofs("6.1", &record).remembered(tests).unwrap().is_empty(), "it failed");
+        proofs("6.1", "").learn(b"proven with runc: exec\n");
+        fs::remove_dir_all(&shelf).unwrap();
         assert_eq!(proofs("6.1", &record).remembered(tests).unwrap(), ["exec"]);
         assert!(proofs("6.2", &record).remembered(tests).unwrap().is_empty());
-        fs::remove_dir_all(&shelf).unwrap();
+        // `learn` made the shelf, and nothing else has.
+        let _ = fs::remove_dir_all(&shelf);
     }
 }

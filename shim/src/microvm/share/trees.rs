@@ -104,7 +104,9 @@ impl Trees {
         let table = MountTable::read()?;
         let mut all = Self { trees: Vec::new(), inner: Vec::new(), volumes: Vec::new() };
         for bind in &bundle.binds {
-            if let Some(volume) = &bind.projected {
+            if let Some(volume) = &bind.projected
+                && all.volumes.iter().all(|open| open.volume.key != volume.key)
+            {
                 let tree = clone_bind(bind, Depth::Top)?;
                 all.volumes.push(OpenVolume::new(volume.clone(), tree));
             }
