@@ -126,7 +126,7 @@ impl<'r, 'e> Cri<'r, 'e> {
         }
     }
 
-    /// What a handler can do, as the kubelet asks for it.
+    /// The features of a handler, as the kubelet asks for them.
     #[track_caller]
     pub(crate) fn features(&self, handler: &str) -> RuntimeHandlerFeatures {
         let answer = call!(self, status, k8s_cri::v1::StatusRequest { verbose: false });

@@ -55,7 +55,7 @@ pub(crate) fn pod_rounds(run: &Run<'_>) {
     assert!(grown <= most, "{grown} MiB more are in use: {kept:#?}");
 }
 
-/// What the host keeps.
+/// Counts of the host's things after a round.
 #[derive(Debug)]
 struct Kept {
     counts: BTreeMap<String, u64>,

@@ -133,7 +133,7 @@ impl Machine {
             .map(|(name, _)| name)
     }
 
-    /// What each process of the lab waits for, for an error message.
+    /// Lists the system calls that the lab's threads wait in, for an error message.
     pub(super) fn waits(&self) -> String {
         let mut words = String::new();
         for child in [&self.qemu].into_iter().chain(&self.virtiofsd) {
